@@ -1,0 +1,68 @@
+"""Attention over the whole sequence on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from pyckpt.spec import BlockSpec, Window
+
+ops = torch.ops.pyckpt
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a flat list of T tokens falls into sequences: `batch` of `seq` tokens each, or packed by `cu_seqlens`."""
+
+    batch: int
+    seq: int
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq
+
+    def by_head(self, t: Tensor, head_dim: int) -> Tensor:
+        """(T, H * D) -> (B, S, H, D), or (T, H, D) when packed."""
+        heads = t.shape[-1] // head_dim
+        if self.cu_seqlens is not None:
+            return t.view(self.tokens, heads, head_dim)
+        return t.view(self.batch, self.seq, heads, head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseAttend:
+    """Attention of one block: heads, mask and score options; see `pyckpt.ops.attention`."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    window: Window
+    softcap: float
+    scale: float
+
+    @staticmethod
+    def of(spec: BlockSpec) -> DenseAttend:
+        return DenseAttend(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.window, spec.softcap, spec.scale)
+
+    def forward(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """o (T, H * D) and lse from flat q, k, v."""
+        o, lse = ops.attention_fwd(*self._heads(layout, q, k, v), *self._options(layout))
+        return o.view(layout.tokens, -1), lse
+
+    def backward(
+        self, layout: Layout, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat dq, dk, dv."""
+        do, q, k, v, o = self._heads(layout, do, q, k, v, o)
+        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout))
+        return dq.view(layout.tokens, -1), dk.view(layout.tokens, -1), dv.view(layout.tokens, -1)
+
+    def _heads(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
+        return [layout.by_head(t, self.head_dim) for t in tensors]
+
+    def _options(self, layout: Layout) -> tuple[Tensor | None, Tensor | None, int, int, float, float]:
+        cu = layout.cu_seqlens
+        return cu, cu, *self.window, self.softcap, self.scale

@@ -1,0 +1,299 @@
+"""`CkptTransformerBlock`: a transformer block that keeps little from forward to backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyckpt import errors
+from pyckpt.attend.dense import DenseAttend
+from pyckpt.exec import compiled, node
+from pyckpt.exec.plan import standard_plan
+from pyckpt.exec.resident import BlockPlan
+from pyckpt.save import SaveSet, save_set
+from pyckpt.spec import BlockSpec, Window
+from pyckpt.tokenwise.generic import GenericTokenwise
+from pyckpt.tokenwise.standard import parameter_shapes
+
+INIT_STD = 0.02
+
+
+class CheckpointedBlock(nn.Module):
+    """What every block that runs on our executors has: a save set, a tile, and a plan for given inputs."""
+
+    def __init__(self, d_model: int, save: str | SaveSet, tile: int | None) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.save = save
+        self.tile = tile
+
+    @property
+    def save(self) -> str:
+        """Name of the save set; may be set at any time, also between forward and backward of other calls."""
+        return self._save.name
+
+    @save.setter
+    def save(self, value: str | SaveSet) -> None:
+        self._save = self._check_save(save_set(value))
+
+    @property
+    def tile(self) -> int | None:
+        """Tokens in a tile of the tokenwise parts; None chooses from the shapes."""
+        return self._tile
+
+    @tile.setter
+    def tile(self, value: int | None) -> None:
+        self._tile = errors.check_tile(value)
+
+    def _check_save(self, save: SaveSet) -> SaveSet:
+        return save
+
+    def weights(self) -> dict[str, Tensor]:
+        """The block's parameters by name, checked to be those that its executor knows."""
+        raise NotImplementedError
+
+    def plan(self, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+        """How to run `tokens` tokens."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """y, with the shape and dtype of x.
+
+        x: (B, S, d_model), or packed (T, d_model) with `cu_seqlens` (N + 1,) int32, the sequences' starts and, last,
+        T. positions: (S,), (B, S) or (T,) int, for RoPE; by default they count from 0 in every sequence.
+
+        Raises ValueError on shapes, dtypes or devices that do not fit, before anything runs.
+        """
+        return run_blocks([self], x, positions, cu_seqlens)
+
+
+class CkptTransformerBlock(CheckpointedBlock):
+    """A pre-norm transformer block whose backward recomputes what its `save` set does not keep.
+
+    Args:
+        d_model: width of the residual stream.
+        n_heads, n_kv_heads: query heads, and key/value heads that they share (default: n_heads).
+        head_dim: default d_model / n_heads.
+        d_ff: width of the MLP; default 8/3 d_model rounded up to 128 for gated MLPs, 4 d_model for plain ones.
+        norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon.
+        mlp: gated "swiglu", "geglu", "geglu_tanh"; plain "gelu", "gelu_tanh", "relu2".
+        bias: biases on all linear layers.
+        qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
+        rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
+            of rope_type "linear" or "llama3".
+        causal, window, softcap: see `pyckpt.attention`.
+        save: what lives from forward to backward, see `pyckpt.save`; gradients are bitwise the same for all.
+        tile: tokens that norm, projections and MLP take at a time; None chooses.
+
+    Parameter names are those of a Hugging Face Llama decoder layer, so `load_state_dict(layer.state_dict())` works.
+    Weights start normal with standard deviation 0.02, biases at zero. Forward hooks on the inner modules
+    (`self_attn.q_proj` and so on) do not run: the block reads their parameters and calls its own kernels.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        d_ff: int | None = None,
+        norm: str = "rmsnorm",
+        norm_eps: float = 1e-5,
+        mlp: str = "swiglu",
+        bias: bool = False,
+        qk_norm: bool = False,
+        rope_theta: float | None = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        causal: bool = True,
+        window: int | Window | None = None,
+        softcap: float | None = None,
+        save: str | SaveSet = "attention",
+        tile: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        spec = BlockSpec.make(
+            d_model,
+            n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            d_ff=d_ff,
+            norm=norm,
+            norm_eps=norm_eps,
+            mlp=mlp,
+            bias=bias,
+            qk_norm=qk_norm,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+        )
+        super().__init__(spec.d_model, save, tile)
+        self.spec = spec
+        self._spec_text = spec.to_string()
+        self._names = tuple(parameter_shapes(spec))
+        _build(self, parameter_shapes(spec), device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.ones_(p)
+
+    def weights(self) -> dict[str, Tensor]:
+        found = dict(self.named_parameters())
+        if found.keys() != set(self._names):
+            odd = sorted(found.keys() ^ set(self._names))
+            raise RuntimeError(
+                f"the parameters of this CkptTransformerBlock are not the ones it was built with: {', '.join(odd)} "
+                "added or missing. Adapters and parametrizations that replace inner layers are not read by its "
+                "kernels; merge them first"
+            )
+        return {name: found[name] for name in self._names}
+
+    def plan(self, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+        return standard_plan(self.spec, self._save, self._tile, tokens, dtype, device)
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        return (
+            f"d_model={s.d_model}, n_heads={s.n_heads}, n_kv_heads={s.n_kv_heads}, head_dim={s.head_dim}, d_ff={s.d_ff}, "
+            f"norm={s.norm!r}, mlp={s.mlp!r}, save={self.save!r}, tile={self.tile}"
+        )
+
+
+class CkptGenericBlock(CheckpointedBlock):
+    """A block of any tokenwise `pre` and `post` modules around our attention.
+
+        q, k, v = pre(x, positions)    x (t, d_model), positions (t,); q (t, n_heads * head_dim), k, v (t, n_kv_heads * head_dim)
+        y = post(x, o)                 o (t, n_heads * head_dim); y (t, d_model)
+
+    Both must treat every token by itself (they get any contiguous range of tokens) and be deterministic: they run
+    again in the backward, under autograd, one tile at a time. Save sets: "attention+qkv", "attention", "input".
+    """
+
+    def __init__(
+        self,
+        pre: nn.Module,
+        post: nn.Module,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = True,
+        window: int | Window | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        save: str | SaveSet = "attention",
+        tile: int | None = None,
+    ) -> None:
+        spec = BlockSpec.make(
+            d_model,
+            n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            rope_theta=None,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+        )
+        super().__init__(d_model, save, tile)
+        self.pre, self.post = pre, post
+        self._attend = DenseAttend(
+            spec.n_heads,
+            spec.n_kv_heads,
+            spec.head_dim,
+            spec.window,
+            spec.softcap,
+            spec.scale if scale is None else float(scale),
+        )
+
+    def _check_save(self, save: SaveSet) -> SaveSet:
+        if save.mid or save.mlp:
+            if not (save.qkv and not save.mlp):
+                raise ValueError(
+                    f"save={save.name!r} names tensors inside `post`, which a generic block cannot see; expected "
+                    "'attention+qkv', 'attention' or 'input'"
+                )
+            return SaveSet(save.name, attention=True, qkv=True)
+        return save
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+    def plan(self, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+        from pyckpt.exec.plan import generic_plan
+
+        return generic_plan(
+            GenericTokenwise(self.pre, self.post), self._attend, self._save, self._tile, self.d_model, tokens, dtype, device
+        )
+
+
+def run_blocks(
+    blocks: list[CheckpointedBlock], x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Run consecutive blocks as one autograd node (see `pyckpt.exec.node`), after checking the inputs."""
+    first = blocks[0]
+    compute = _compute_dtype(x)
+    errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
+    weights = [block.weights() for block in blocks]
+    for part in weights:
+        for name, w in part.items():
+            if w.dim() == 2:
+                errors.check_matches(x, w, name, compute)
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
+    if positions is not None:
+        positions = errors.check_positions(positions, x)
+    tokens = x.numel() // x.shape[-1]
+    flat = tuple(w for part in weights for w in part.values())
+    if torch.compiler.is_compiling() and len(blocks) == 1 and isinstance(first, CkptTransformerBlock):
+        return compiled.block(first._spec_text, first.save, first.tile, compute, x, positions, cu_seqlens, flat)
+    run = node.Run(
+        [block.plan(tokens, compute, x.device) for block in blocks], [tuple(part) for part in weights], compute
+    )
+    return node.execute(run, x, positions, cu_seqlens, flat)
+
+
+def _compute_dtype(x: Any) -> torch.dtype:
+    """The dtype of products and attention: x's own, or autocast's where it is on."""
+    errors.check_tensor("x", x)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _build(root: nn.Module, shapes: dict[str, tuple[int, ...]], **factory: Any) -> None:
+    """Add the modules that carry these parameters: Linear for matrices, norms for vectors."""
+    factory["device"] = factory["device"] or torch.get_default_device()
+    for name, shape in shapes.items():
+        path, _, kind = name.rpartition(".")
+        if kind == "bias":
+            continue
+        parent: nn.Module = root
+        *outer, leaf = path.split(".")
+        for part in outer:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(leaf, _carrier(shape, f"{path}.bias" in shapes)(**factory))
+
+
+def _carrier(shape: tuple[int, ...], bias: bool) -> Callable[..., nn.Module]:
+    if len(shape) == 2:
+        return functools.partial(nn.utils.skip_init, nn.Linear, shape[1], shape[0], bias=bias)
+    if bias:
+        return functools.partial(nn.LayerNorm, shape[0])
+    return functools.partial(nn.RMSNorm, shape[0])

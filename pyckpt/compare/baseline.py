@@ -1,0 +1,284 @@
+"""The transformer block and the causal language model as one writes them in plain PyTorch.
+
+The same mathematics, options and parameter names as `pyckpt.CkptTransformerBlock` and `pyckpt.CkptCausalLM`,
+written with PyTorch's own functions and nothing of this package but the check of the options: what the others
+are compared with, in speed, in memory and in every number they give.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyckpt.spec import BlockSpec
+
+RopeTables = tuple[Tensor, Tensor]
+
+
+class PlainBlock(nn.Module):
+    """A pre-norm transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``.
+
+    Takes the options of `CkptTransformerBlock` and its ``state_dict``. ``x`` is (B, S, d_model), or packed
+    (T, d_model) with ``cu_seqlens``; ``positions`` are the tokens' positions (S,), (B, S) or (T,), by default
+    counted from 0 in each sequence. ``rope`` may give `rope_tables` made once for all blocks of a stack.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        spec = self.spec = BlockSpec.make(d_model, n_heads, **options)
+        self.input_layernorm = _norm(spec, device, dtype)
+        self.self_attn = PlainAttention(spec, device, dtype)
+        self.post_attention_layernorm = _norm(spec, device, dtype)
+        self.mlp = PlainMLP(spec, device, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        rope: RopeTables | None = None,
+    ) -> Tensor:
+        if rope is None:
+            rope = rope_tables(self.spec, x, positions, cu_seqlens)
+        x = x + self.self_attn(self.input_layernorm(x), rope, cu_seqlens)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class PlainAttention(nn.Module):
+    """Multi-head attention with grouped key/value heads on `scaled_dot_product_attention`."""
+
+    def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.spec = spec
+        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(spec.d_model, spec.d_q, **options)
+        self.k_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
+        self.v_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
+        self.o_proj = nn.Linear(spec.d_q, spec.d_model, **options)
+        if spec.qk_norm:
+            self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
+            self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, rope: RopeTables | None, cu_seqlens: Tensor | None) -> Tensor:
+        # (..., T, H * D) -> (..., H, T, D)
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.spec.head_dim)).transpose(-3, -2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = _rotate(q, rope), _rotate(k, rope)
+        if cu_seqlens is None:
+            o = _attention(self.spec, q, k, v)
+        else:
+            lengths = cu_seqlens.diff().tolist()
+            parts = zip(q.split(lengths, -2), k.split(lengths, -2), v.split(lengths, -2), strict=True)
+            o = torch.cat(
+                [_attention(self.spec, *(t.unsqueeze(0) for t in part))[0] for part in parts], dim=-2
+            )
+        return self.o_proj(o.transpose(-3, -2).flatten(-2))
+
+
+class PlainMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` for the kinds without a gate."""
+
+    def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        self.kind = spec.mlp
+        self.gate_proj = nn.Linear(spec.d_model, spec.d_ff, **options) if spec.gated else None
+        self.up_proj = nn.Linear(spec.d_model, spec.d_ff, **options)
+        self.down_proj = nn.Linear(spec.d_ff, spec.d_model, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(_activation(self.kind, self.up_proj(x)))
+        return self.down_proj(_activation(self.kind, self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainStack(nn.ModuleList):
+    """Blocks one after the other, each in a non-reentrant `torch.utils.checkpoint` if ``checkpointed``."""
+
+    def __init__(self, blocks: list[PlainBlock], checkpointed: bool = False) -> None:
+        super().__init__(blocks)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        block: Any = self[0]
+        rope = rope_tables(block.spec, x, positions, cu_seqlens)
+        for block in self:
+            if self.checkpointed:
+                x = checkpoint(block, x, positions, cu_seqlens, rope, use_reentrant=False)
+            else:
+                x = block(x, positions, cu_seqlens, rope)
+        return x
+
+
+class _Decoder(nn.Module):
+    def __init__(self, embedding: nn.Embedding, blocks: list[PlainBlock], checkpointed: bool) -> None:
+        super().__init__()
+        weight = embedding.weight
+        self.embed_tokens = embedding
+        self.layers = PlainStack(blocks, checkpointed)
+        self.norm = _norm(blocks[0].spec, weight.device, weight.dtype)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        return self.norm(self.layers(self.embed_tokens(tokens), positions, cu_seqlens))
+
+
+class PlainCausalLM(nn.Module):
+    """Embedding, a `PlainStack`, the last norm and the head, with ``LlamaForCausalLM``'s parameter names."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layers: int,
+        d_model: int,
+        n_heads: int,
+        *,
+        tie_embeddings: bool = False,
+        checkpointed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        blocks = [PlainBlock(d_model, n_heads, **kind, **options) for _ in range(n_layers)]
+        self.model = _Decoder(nn.Embedding(vocab_size, d_model, **kind), blocks, checkpointed)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False, **kind)
+        if tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, S, V) of ``tokens`` (B, S), or (T, V) of packed (T,)."""
+        return self.lm_head(self.model(tokens, positions, cu_seqlens))
+
+    def loss(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Mean cross entropy of ``tokens`` (B, S) against the token that follows; label -100 is ignored."""
+        logits = self(tokens, positions)[:, :-1].flatten(0, 1)
+        target = (tokens if labels is None else labels)[:, 1:].flatten()
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return F.cross_entropy(logits, target)
+
+
+def rope_tables(
+    spec: BlockSpec, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> RopeTables | None:
+    """cos and sin (..., T, head_dim) of the rotary angles in the dtype of ``x``; None without RoPE."""
+    if spec.rope_theta is None:
+        return None
+    if positions is None:
+        positions = _positions(x, cu_seqlens)
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, spec.head_dim, 2, device=x.device, dtype=precise) / spec.head_dim
+    frequencies = _scaled(spec, spec.rope_theta**-exponents)
+    angles = positions.to(precise).unsqueeze(-1) * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    if positions.dim() == 2:
+        angles = angles.unsqueeze(1)  # (B, 1, S, D), for every head
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    count = torch.arange(x.shape[-2], device=x.device)
+    if cu_seqlens is None:
+        return count
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+    return count - starts
+
+
+def _scaled(spec: BlockSpec, frequencies: Tensor) -> Tensor:
+    scaling = dict(spec.rope_scaling or ())
+    if not scaling:
+        return frequencies
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor
+    # llama3: by wavelength, between those much shorter and those longer than the original context.
+    context = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / frequencies
+    smooth = (context / wavelength - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = torch.where(wavelength > context / low, frequencies / factor, between)
+    return torch.where(wavelength < context / high, frequencies, scaled)
+
+
+def _rotate(x: Tensor, rope: RopeTables) -> Tensor:
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, S, D), k and v (B, Hkv, S, D) -> (B, H, S, D)."""
+    if spec.softcap:
+        return _softcapped_attention(spec, q, k, v)
+    grouped = spec.n_kv_heads != spec.n_heads
+    mask = _window_mask(spec, q.shape[-2], q.device)
+    causal = spec.causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def _softcapped_attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    group = spec.n_heads // spec.n_kv_heads
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(-1, -2) * spec.head_dim**-0.5
+    scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    visible = _visible(spec, q.shape[-2], q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return scores.softmax(dim=-1) @ v
+
+
+def _window_mask(spec: BlockSpec, length: int, device: torch.device) -> Tensor | None:
+    """The mask that SDPA needs; None where its own causal flag, or nothing, says the same."""
+    left, right = spec.window
+    limited = left >= 0 if spec.causal else (left >= 0 or right >= 0)
+    return _visible(spec, length, device) if limited else None
+
+
+def _visible(spec: BlockSpec, length: int, device: torch.device) -> Tensor | None:
+    """(S, S), True where query i may see key j: i - left <= j <= i + right. None: everywhere."""
+    left, right = spec.window
+    if spec.causal:
+        right = 0
+    if left < 0 and right < 0:
+        return None
+    visible = torch.ones(length, length, dtype=torch.bool, device=device)
+    if left >= 0:
+        visible = visible.triu(-left)
+    if right >= 0:
+        visible = visible.tril(right)
+    return visible
+
+
+def _activation(kind: str, x: Tensor) -> Tensor:
+    if kind == "swiglu":
+        return F.silu(x)
+    if kind == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if kind.endswith("_tanh") else "none")
+
+
+def _norm(spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
+    return kind(spec.d_model, eps=spec.norm_eps, device=device, dtype=dtype)

@@ -1,0 +1,250 @@
+"""``run``: measure every variant at every length."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyckpt import measure
+from pyckpt.compare.results import PLAIN, Results, Row
+from pyckpt.compare.variants import VARIANTS, Batch, Config, Workload
+from pyckpt.measure.flops import block_flops, causal_lm_flops
+from pyckpt.spec import BlockSpec
+
+DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
+# The gradient error of a correct variant against plain, both rounding in this dtype, is well below these.
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def run(
+    lengths: Sequence[int] = DEFAULT_LENGTHS,
+    d_model: int = 256,
+    n_heads: int = 4,
+    n_kv_heads: int | None = None,
+    d_ff: int | None = None,
+    n_layers: int = 1,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    variants: Sequence[str] | None = None,
+    repeats: int = 3,
+    budget_seconds: float | None = None,
+    *,
+    vocab_size: int | None = None,
+    tile: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Results:
+    """Train (forward and backward) the same weights on the same data in every variant at every length.
+
+    Variants are "plain" (PyTorch's own functions, everything stored), "checkpoint" (`torch.utils.checkpoint`,
+    non-reentrant, around each plain block) and the save sets of `CkptTransformerBlock`; None is all of them.
+
+    At the shortest length each variant's gradients are compared with those of "plain" first. Then, at each
+    length, the memory of every variant is measured in a run of its own, and their times in turn in the same process.
+    Gradients, weights and inputs are allocated before, and are not part of any figure.
+
+    Args:
+        lengths: tokens per sequence.
+        vocab_size: None trains a stack of ``n_layers`` blocks on random hidden states; a number trains a
+            causal LM of this vocabulary on random tokens, with its loss.
+        tile: tokens in a tile of the save sets; None lets each choose.
+        repeats: timed runs of each variant, after one that is not counted.
+        budget_seconds: fewer repeats, and in the end fewer lengths, so that the whole ends in about this
+            time.
+        progress: called with a short line before each piece of work.
+        options: further options of the block (``norm``, ``mlp``, ``window``, ``softcap``, ...).
+
+    Returns:
+        Results, lengths ascending. A variant that runs out of memory has a row that says so. ``notes`` says
+        what the budget left out.
+
+    Raises:
+        ValueError: for a bad length, variant or option. RuntimeError: when gradients differ from those of
+            "plain".
+    """
+    lengths, chosen = _checked(lengths, variants)
+    options = {"n_kv_heads": n_kv_heads, "d_ff": d_ff, **options}
+    spec = BlockSpec.make(d_model, n_heads, **options)
+    config = Config(
+        spec,
+        options,
+        n_layers,
+        batch,
+        dtype,
+        torch.device(device),
+        vocab_size=vocab_size,
+        tile=tile,
+        seed=seed,
+    )
+    return _Run(config, chosen, repeats, budget_seconds, progress or (lambda _: None)).all(lengths)
+
+
+class _Run:
+    def __init__(
+        self,
+        config: Config,
+        variants: tuple[str, ...],
+        repeats: int,
+        budget: float | None,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.variants = variants
+        self.repeats = repeats
+        self.deadline = None if budget is None else time.monotonic() + budget
+        self.progress = progress
+        self.work = Workload(config, variants)
+        self.results = Results(config.to_dict(), device_name(config.device), versions(), [])
+
+    def all(self, lengths: list[int]) -> Results:
+        self.progress(f"checking the gradients of {len(self.variants)} variants at S = {lengths[0]}")
+        errors = self._gradient_errors(lengths[0])
+        rate = None  # seconds per model FLOP of one run of every variant
+        for i, length in enumerate(lengths):
+            flops = self._flops(length)
+            # The least that a length needs: the memory measurement, a warm-up and one timed run of each variant.
+            if (
+                rate is not None
+                and self.deadline is not None
+                and time.monotonic() + 3 * rate * flops > self.deadline
+            ):
+                left_out = ", ".join(map(str, lengths[i:]))
+                self.results.notes.append(f"S = {left_out} left out: the time budget is spent")
+                break
+            rows, seconds = self._measure(length, sum(map(self._flops, lengths[i:])))
+            self.results.rows += [self._with_error(row, errors, lengths[0]) for row in rows]
+            rate = seconds / flops
+        return self.results
+
+    def _measure(self, length: int, flops_to_come: float) -> tuple[list[Row], float]:
+        """The rows of one length, and the seconds of one run of every variant."""
+        batch = self.work.batch(length)
+        memory: dict[str, tuple[int, int] | str] = {}
+        start = time.monotonic()
+        for variant in self.variants:
+            self.progress(f"S = {length}: memory of {variant}")
+            memory[variant] = self._memory(variant, batch)
+        seconds = time.monotonic() - start
+        steps = {v: self.work.step(v, batch) for v in self.variants if not isinstance(memory[v], str)}
+        repeats = self._affordable(seconds, self._flops(length) / flops_to_come)
+        self.progress(f"S = {length}: time of {len(steps)} variants in turn, {repeats} times")
+        times = measure.interleaved(steps, repeats, device=self.config.device) if steps else {}
+        return [self._row(length, v, memory[v], times.get(v)) for v in self.variants], seconds
+
+    def _memory(self, variant: str, batch: Batch) -> tuple[int, int] | str:
+        try:
+            with measure.memory(self.work.model(variant), device=self.config.device) as m:
+                self.work.step(variant, batch)()
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            return "out of memory"
+        return m.peak_bytes, m.saved_bytes
+
+    def _affordable(self, round_seconds: float, share: float) -> int:
+        """How many timed rounds fit into this length's share of the time left, after one to warm up."""
+        if self.deadline is None:
+            return self.repeats
+        allowance = share * max(0.0, self.deadline - time.monotonic())
+        return max(1, min(self.repeats, int(allowance / max(round_seconds, 1e-9)) - 1))
+
+    def _row(
+        self, length: int, variant: str, memory: tuple[int, int] | str, time_: measure.Stats | None
+    ) -> Row:
+        if isinstance(memory, str) or time_ is None:
+            return Row(length, variant, error=str(memory))
+        return Row(
+            length,
+            variant,
+            peak_bytes=memory[0],
+            saved_bytes=memory[1],
+            seconds=time_.median,
+            iqr_seconds=time_.iqr,
+            all_seconds=time_.all,
+            model_flops=self._flops(length),
+        )
+
+    def _flops(self, length: int) -> float:
+        c = self.config
+        if c.vocab_size is not None:
+            return causal_lm_flops(c.spec, c.n_layers, c.vocab_size, length, c.batch)
+        return c.n_layers * block_flops(c.spec, length, c.batch)
+
+    def _gradient_errors(self, length: int) -> dict[str, float]:
+        """Each variant's relative gradient error against plain; a wrong variant is not worth timing."""
+        batch = self.work.batch(length)
+        want = self.work.gradients(PLAIN, batch)
+        errors = {}
+        for variant in self.variants:
+            got = self.work.gradients(variant, batch)
+            errors[variant] = _relative_error(got, want)
+            limit = GRADIENT_TOLERANCE.get(self.config.dtype, 1e-1)
+            if not errors[variant] <= limit:
+                raise RuntimeError(
+                    f"variant {variant!r} is wrong at S = {length}: its gradients differ from those of plain "
+                    f"PyTorch by {errors[variant]:.2e} (relative), more than {limit:.0e}; nothing was timed"
+                )
+        return errors
+
+    @staticmethod
+    def _with_error(row: Row, errors: dict[str, float], length: int) -> Row:
+        if row.length != length or row.error is not None:
+            return row
+        return Row(**{**vars(row), "gradient_error": errors[row.variant]})
+
+
+def device_name(device: torch.device) -> str:
+    """What the figures were measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        from pyckpt._version import __version__
+
+        found["pyckpt"] = __version__
+    except ImportError:  # pragma: no cover
+        pass
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine() or "CPU"
+
+
+def _checked(lengths: Sequence[int], variants: Sequence[str] | None) -> tuple[list[int], tuple[str, ...]]:
+    if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 2 for n in lengths):
+        raise ValueError(f"lengths must be one or more ints of at least 2, got {lengths!r}")
+    chosen = VARIANTS if variants is None else tuple(dict.fromkeys(variants))
+    unknown = [v for v in chosen if v not in VARIANTS]
+    if unknown or not chosen:
+        raise ValueError(
+            f"variants {unknown or list(chosen)!r} don't exist; "
+            f"expected one or more of {', '.join(map(repr, VARIANTS))}"
+        )
+    return sorted(set(lengths)), chosen
+
+
+def _relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    # Over all gradients together: some are zero by nature (a key's bias) and have no relative error of their own.
+    difference = sum((a.double() - b.double()).square().sum().item() for a, b in zip(got, want, strict=True))
+    return (difference / sum(b.double().square().sum().item() for b in want)) ** 0.5
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,134 @@
+"""The autograd node of a run of blocks (one block, or a segment of a stack).
+
+Weights are explicit inputs and their gradients are returned once, so the hooks of DDP, FSDP2 and ZeRO fire once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyckpt.attend.dense import Layout
+from pyckpt.exec.resident import BlockPlan, Inputs, Kept, run_backward, run_forward
+
+_HOW_TO = "Use the block without {what}, or a plain PyTorch block for that part of the model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Consecutive blocks that run as one node: their plans, and each one's weight names."""
+
+    plans: list[BlockPlan]
+    names: list[tuple[str, ...]]
+    dtype: torch.dtype
+
+    def split(self, weights: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
+        """Flat weights, in order, to one dict a block, in the dtype that the products take."""
+        out, i = [], 0
+        for plan, names in zip(self.plans, self.names, strict=True):
+            part = dict(zip(names, weights[i : i + len(names)], strict=True))
+            out.append(plan.tokenwise.cast(part, self.dtype))
+            i += len(names)
+        return out
+
+
+def execute(
+    run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, weights: tuple[Tensor, ...]
+) -> Tensor:
+    """y of the run; one autograd node where a gradient can be asked for, nothing kept where none can."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "pyckpt blocks do not support torch.func transforms (vmap, grad, jvp, jacrev, ...). "
+            + _HOW_TO.format(what="the transform")
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+        return _RunFunction.apply(run, x, positions, cu_seqlens, *weights)
+    return forward(run, x, positions, cu_seqlens, weights, keeping=False)[0]
+
+
+def inputs(run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
+    batch, seq = (1, x.shape[0]) if x.dim() == 2 else (x.shape[0], x.shape[1])
+    flat = x.reshape(-1, x.shape[-1])
+    return Inputs(flat, positions, Layout(batch, seq, cu_seqlens), run.dtype)
+
+
+def forward(
+    run: Run,
+    x: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weights: tuple[Tensor, ...],
+    keeping: bool,
+) -> tuple[Tensor, Kept]:
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        y, kept = run_forward(run.plans, run.split(weights), inputs(run, x, positions, cu_seqlens), keeping)
+    return y.view(x.shape), kept
+
+
+def backward(
+    run: Run,
+    x: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weights: tuple[Tensor, ...],
+    kept: Kept,
+    dy: Tensor,
+    need_dx: bool,
+    need_weights: tuple[bool, ...],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx and one gradient (or None) for each of the flat weights, in the weights' own dtypes."""
+    wanted, i = [], 0
+    for names in run.names:
+        wanted.append([n for n, need in zip(names, need_weights[i : i + len(names)], strict=True) if need])
+        i += len(names)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        dx, grads = run_backward(
+            run.plans,
+            run.split(weights),
+            inputs(run, x, positions, cu_seqlens),
+            kept,
+            dy.reshape(-1, dy.shape[-1]),
+            wanted,
+            need_dx,
+        )
+    flat = [g.get(n) for g, names in zip(grads, run.names, strict=True) for n in names]
+    flat = [None if g is None else g.to(w.dtype) for g, w in zip(flat, weights, strict=True)]
+    return None if dx is None else dx.view(x.shape), flat
+
+
+class _RunFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Run, x: Tensor, positions: Any, cu_seqlens: Any, *weights: Tensor) -> Tensor:
+        y, kept = forward(run, x, positions, cu_seqlens, weights, keeping=True)
+        ctx.run, ctx.kept_names, ctx.n_weights = run, tuple(kept), len(weights)
+        ctx.save_for_backward(x, positions, cu_seqlens, *weights, *kept.values())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "double backward through a pyckpt block is not supported: backward() or grad() was called with "
+                "create_graph=True, and the block's backward is made of kernels that have no derivative of their own. "
+                + _HOW_TO.format(what="create_graph")
+            )
+        x, positions, cu_seqlens, *rest = ctx.saved_tensors
+        weights, values = tuple(rest[: ctx.n_weights]), rest[ctx.n_weights :]
+        del rest
+        kept = dict(zip(ctx.kept_names, values, strict=True))
+        del values
+        need = ctx.needs_input_grad
+        dx, grads = backward(
+            ctx.run, x, positions, cu_seqlens, weights, kept, grad_outputs[0], need[1], tuple(need[4:])
+        )
+        return None, dx, None, None, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            "forward-mode differentiation through a pyckpt block is not supported. "
+            + _HOW_TO.format(what="forward-mode")
+        )

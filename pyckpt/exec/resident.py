@@ -1,0 +1,209 @@
+"""The resident executor: one block's forward and backward, everything on the device.
+
+Tokenwise parts run tile by tile; q, k, v and their gradients exist whole, for one block at a time. What lives from
+forward to backward is x and the save set. Memory of a backward at its peak, for each token, above x, dy, dx and the
+save set: do, q, k, v, dq, dk, dv, that is 3 d_q + 4 d_kv values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from pyckpt.attend.dense import DenseAttend, Layout
+from pyckpt.exec.tiling import count, tiles
+from pyckpt.save import SaveSet
+from pyckpt.tokenwise.gradients import WeightGradients
+from pyckpt.tokenwise.interface import Tile, Tokenwise, Weights
+from pyckpt.tokenwise.workspace import Workspace
+
+Kept = dict[str, Tensor]
+NOTHING = SaveSet("nothing")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """How to run one block. `pre_names` are the weights whose gradient comes through q, k, v."""
+
+    tokenwise: Tokenwise
+    attend: DenseAttend
+    save: SaveSet
+    tile: int
+    pre_names: frozenset[str]
+    d_ff: int = 0
+    gated: bool = False
+    keeps_raw_qk: bool = False
+
+    @property
+    def d_q(self) -> int:
+        return self.attend.n_heads * self.attend.head_dim
+
+    @property
+    def d_kv(self) -> int:
+        return self.attend.n_kv_heads * self.attend.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A block's inputs, flat: x (T, d_model), positions (T,), and the dtype of products and attention.
+
+    positions None counts tokens from the start of each sequence, tile by tile, so that nothing is kept for it.
+    """
+
+    x: Tensor
+    positions: Tensor | None
+    layout: Layout
+    dtype: torch.dtype
+
+    def empty(self, width: int) -> Tensor:
+        return torch.empty(self.x.shape[0], width, dtype=self.dtype, device=self.x.device)
+
+    def tile(self, sl: slice, kept: Kept, names: Collection[str]) -> Tile:
+        return Tile(self.x[sl], self._positions(sl), {n: kept[n][sl] for n in names if n in kept})
+
+    def _positions(self, sl: slice) -> Tensor:
+        if self.positions is not None:
+            return self.positions[sl]
+        tokens = torch.arange(sl.start, sl.stop, device=self.x.device)
+        cu = self.layout.cu_seqlens
+        if cu is None:
+            return tokens % self.layout.seq
+        return tokens - cu[torch.searchsorted(cu, tokens, right=True) - 1]
+
+    def with_x(self, x: Tensor) -> Inputs:
+        return dataclasses.replace(self, x=x)
+
+
+def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keep: SaveSet) -> tuple[Tensor, Kept]:
+    """y (T, d_model) and the tensors of `keep` (without x)."""
+    ws = Workspace(inp.x.device)
+    kept: Kept = {}
+    if keep.qkv and plan.keeps_raw_qk:
+        kept["q"], kept["k"] = inp.empty(plan.d_q), inp.empty(plan.d_kv)
+    q, k, v = _project(plan, w, inp, kept, ws)
+    o, lse = plan.attend.forward(inp.layout, q, k, v)
+    if keep.qkv:
+        kept = {"q": q, "k": k, "v": v} | kept
+    del q, k, v
+    if keep.attention:
+        kept["o"], kept["lse"] = o, lse
+    if keep.mid:
+        kept["mid"] = torch.empty_like(inp.x, memory_format=torch.contiguous_format)
+    if keep.mlp:
+        kept.update({n: inp.empty(plan.d_ff) for n in (("gate", "up") if plan.gated else ("up",))})
+    y = torch.empty_like(inp.x, memory_format=torch.contiguous_format)
+    for sl in tiles(inp.layout.tokens, plan.tile):
+        plan.tokenwise.post(w, inp.tile(sl, kept, ("mid", "gate", "up")), o[sl], y[sl], ws)
+    return y, kept
+
+
+def block_backward(
+    plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, dy: Tensor, wanted: Collection[str], need_dx: bool
+) -> tuple[Tensor | None, dict[str, Tensor | None]]:
+    """dx (T, d_model), None unless `need_dx`, and the gradients of the weights in `wanted`."""
+    ws = Workspace(inp.x.device)
+    grads = WeightGradients(wanted, count(inp.layout.tokens, plan.tile))
+    need_pre = need_dx or any(n in plan.pre_names for n in wanted)
+    o, lse, qkv = _attention_outputs(plan, w, inp, kept, ws)
+    dx = torch.empty_like(inp.x, memory_format=torch.contiguous_format) if need_dx else None
+    do = inp.empty(plan.d_q) if need_pre else None
+    for sl in tiles(inp.layout.tokens, plan.tile):
+        tile = inp.tile(sl, kept, ("mid", "gate", "up"))
+        plan.tokenwise.post_bwd(w, tile, o[sl], dy[sl].contiguous(), _rows(dx, sl), _rows(do, sl), grads, ws)
+    if do is not None:
+        q, k, v = qkv or _attention_inputs(plan, w, inp, kept, ws)
+        del qkv
+        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse)
+        del do, q, k, v, o
+        for sl in tiles(inp.layout.tokens, plan.tile):
+            tile = inp.tile(sl, kept, ("q", "k") if plan.keeps_raw_qk else ())
+            plan.tokenwise.pre_bwd(w, tile, dq[sl], dk[sl], dv[sl], _rows(dx, sl), grads, ws)
+    return dx, {n: grads.result(n, w[n]) for n in wanted}
+
+
+def _rows(t: Tensor | None, sl: slice) -> Tensor | None:
+    return None if t is None else t[sl]
+
+
+def _project(plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, ws: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = inp.empty(plan.d_q), inp.empty(plan.d_kv), inp.empty(plan.d_kv)
+    for sl in tiles(inp.layout.tokens, plan.tile):
+        plan.tokenwise.pre(w, inp.tile(sl, kept, ("q", "k")), q[sl], k[sl], v[sl], ws)
+    return q, k, v
+
+
+def _attention_outputs(
+    plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, ws: Workspace
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """o and lse, kept or made again; with the q, k, v they were made from in the second case."""
+    if "o" in kept:
+        return kept["o"], kept["lse"], None
+    qkv = _project(plan, w, inp, {}, ws)
+    return *plan.attend.forward(inp.layout, *qkv), qkv
+
+
+def _attention_inputs(
+    plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, ws: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as attention reads them, kept or made again."""
+    if "v" not in kept:
+        return _project(plan, w, inp, {}, ws)
+    if not plan.keeps_raw_qk:
+        return kept["q"], kept["k"], kept["v"]
+    q, k = inp.empty(plan.d_q), inp.empty(plan.d_kv)
+    for sl in tiles(inp.layout.tokens, plan.tile):
+        plan.tokenwise.finish_kept(w, inp.tile(sl, kept, ("q", "k")), q[sl], k[sl])
+    return q, k, kept["v"]
+
+
+# --- runs of blocks ----------------------------------------------------------------------------------------------
+
+
+def run_forward(
+    plans: list[BlockPlan], weights: list[Weights], inp: Inputs, keeping: bool
+) -> tuple[Tensor, Kept]:
+    """The output of consecutive blocks. A single block keeps its save set; a run of several keeps its input alone."""
+    if len(plans) == 1:
+        return block_forward(plans[0], weights[0], inp, plans[0].save if keeping else NOTHING)
+    for plan, w in zip(plans, weights, strict=True):
+        inp = inp.with_x(block_forward(plan, w, inp, NOTHING)[0])
+    return inp.x, {}
+
+
+def run_backward(
+    plans: list[BlockPlan],
+    weights: list[Weights],
+    inp: Inputs,
+    kept: Kept,
+    dy: Tensor,
+    wanted: list[Collection[str]],
+    need_dx: bool,
+) -> tuple[Tensor | None, list[dict[str, Tensor | None]]]:
+    """Gradients of `run_forward`: makes the inner inputs again, then walks back through the blocks."""
+    stages = list(_replay(plans, weights, inp, kept))
+    results: list[dict[str, Tensor | None]] = []
+    first = next((i for i, names in enumerate(wanted) if names), len(plans) - 1)
+    dx: Tensor | None = dy
+    for i in reversed(range(len(plans))):
+        if dx is None:
+            results.append({})
+            continue
+        stage_inp, stage_kept = stages.pop()
+        dx, grads = block_backward(
+            plans[i], weights[i], stage_inp, stage_kept, dx, wanted[i], need_dx or i > first
+        )
+        results.append(grads)
+    return dx if need_dx else None, results[::-1]
+
+
+def _replay(
+    plans: list[BlockPlan], weights: list[Weights], inp: Inputs, kept: Kept
+) -> Iterator[tuple[Inputs, Kept]]:
+    for plan, w in zip(plans[:-1], weights[:-1], strict=True):
+        y, stage_kept = block_forward(plan, w, inp, plan.save)
+        yield inp, stage_kept
+        inp = inp.with_x(y)
+    yield inp, kept

@@ -1,0 +1,233 @@
+"""The functional interface: each function checks its inputs and calls one op of the namespace `pyckpt`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyckpt import errors
+from pyckpt.ops.rope import rope_tables
+from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, BlockSpec, Window, canonical_window
+
+ops = torch.ops.pyckpt
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | Window | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention, without an Sq x Sk matrix in memory, forward or backward.
+
+    Args:
+        q: (B, Sq, H, D); k: (B, Sk, Hkv, D); v: (B, Sk, Hkv, Dv), with H a multiple of Hkv. With `cu_seqlens`, packed
+            (T, H, D), (T, Hkv, D), (T, Hkv, Dv). float32, float64, bfloat16 or float16, all alike.
+        causal: query i sees keys up to its own position; aligned bottom-right where Sq != Sk.
+        window: (left, right) keys visible beside the query's own, -1 for no limit; an int is (window, 0).
+        softcap: scores become softcap * tanh(scores / softcap).
+        scale: of the scores; default D ** -0.5.
+        cu_seqlens: (N + 1,) int32, the starts of the packed sequences and, last, T.
+        return_lse: also return lse, the log-sum-exp of each query's scores: (B, H, Sq), packed (H, T); float32.
+
+    A query that sees no key has o = 0 and lse = -inf. Differentiable in q, k, v through o and through lse.
+    Raises ValueError on shapes, dtypes and options that do not fit.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_attention(q, k, v, cu_seqlens)
+    left, right = canonical_window(causal, window)
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    o, lse = ops.attention_fwd(q, k, v, cu_seqlens, cu_seqlens, left, right, float(softcap or 0.0), scale)
+    return (o, lse) if return_lse else o
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    rank = 4 if cu_seqlens is None else 3
+    shape = "(B, S, H, D)" if cu_seqlens is None else "(T, H, D), packed, since cu_seqlens is given"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        errors.check_tensor(name, t)
+        if t.dim() != rank:
+            raise ValueError(f"{name} must be {shape}, got shape {tuple(t.shape)}")
+        if t.dtype not in errors.FLOAT_DTYPES or t.dtype != q.dtype:
+            raise ValueError(
+                f"{name} has dtype {t.dtype}, expected q's, {q.dtype}, and one of {errors.names(errors.FLOAT_DTYPES)}"
+            )
+        if t.device != q.device:
+            raise ValueError(f"{name} is on {t.device}, q is on {q.device}; move one with .to(...)")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v differ in more than their last dim: {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q has head dim {q.shape[-1]} and k has {k.shape[-1]}; they must be equal")
+    if q.shape[-2] % max(1, k.shape[-2]) or k.shape[-2] == 0:
+        raise ValueError(f"q has {q.shape[-2]} heads, which is no multiple of the {k.shape[-2]} key/value heads")
+    if rank == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has batch size {q.shape[0]} and k has {k.shape[0]}; they must be equal")
+    if cu_seqlens is not None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"packed q has {q.shape[0]} tokens and k has {k.shape[0]}; they must be equal")
+        errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """cross_entropy(softcap(x Wᵀ + bias), target) without ever holding the logits of all tokens.
+
+    Args:
+        x: (..., D). weight: (V, D), in x's dtype. bias: (V,). target: (...) int64, in [0, V) or `ignore_index`.
+        reduction: "mean" over the targets that are not ignored, "sum", or "none" (a loss for each token).
+        softcap: logits become softcap * tanh(logits / softcap).
+        z_loss: coefficient of logsumexp(logits)² (PaLM, section 5), added to each token's loss.
+        label_smoothing: as in torch.nn.functional.cross_entropy.
+
+    Returns a float32 scalar (float64 for float64 inputs), or the shape of `target` for "none". With "mean" and "sum"
+    the gradients are computed in the forward. Raises ValueError on shapes, dtypes and labels that do not fit.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
+    flat = x.reshape(-1, x.shape[-1])
+    grad = torch.is_grad_enabled() and reduction != "none"
+    need = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
+    loss = ops.linear_cross_entropy_fwd(
+        flat,
+        weight,
+        bias,
+        target.reshape(-1),
+        ignore_index,
+        float(softcap or 0.0),
+        float(z_loss),
+        float(label_smoothing),
+        reduction,
+        *need,
+    )[0]
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _check_loss(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    for name, t in (("x", x), ("weight", weight), ("target", target)):
+        errors.check_tensor(name, t)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be (..., D) and weight (V, D), got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    errors.check_matches(x, weight, "weight", x.dtype)
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} does not exist; expected one of {', '.join(_REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token")
+    errors.check_labels(target, weight.shape[0], ignore_index, x.device)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """x * (mean(x²) + eps)^-½ * weight over the last dim. x (..., D), weight (D,); computed in float32 or better."""
+    _check_norm(x, weight)
+    return ops.rms_norm_fwd(x, weight, float(eps))[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim. x (..., D), weight and bias (D,)."""
+    _check_norm(x, weight)
+    _check_norm(x, bias)
+    return ops.layer_norm_fwd(x, weight, bias, float(eps))[0]
+
+
+def _check_norm(x: Tensor, weight: Tensor | None) -> None:
+    errors.check_tensor("x", x)
+    if x.dim() == 0 or x.dtype not in errors.FLOAT_DTYPES:
+        raise ValueError(f"x must be (..., D) and floating point, got shape {tuple(x.shape)} and {x.dtype}")
+    if weight is not None and tuple(weight.shape) != (x.shape[-1],):
+        raise ValueError(f"weight or bias has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
+
+
+def rope(
+    x: Tensor,
+    positions: Tensor | None = None,
+    *,
+    theta: float = 10000.0,
+    scaling: dict[str, Any] | None = None,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Rotary position embedding of the first `rotary_dim` dims (default: all) of each head.
+
+    x (B, S, H, D), or packed (T, H, D); positions (S,), (B, S) or (T,) int, default 0, 1, ... . Pairs are (i, i + r/2),
+    as in Hugging Face's Llama, or (2i, 2i + 1) if `interleaved`, as in GPT-J. Angles are computed in float64.
+    """
+    errors.check_tensor("x", x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must be (B, S, H, D) or (T, H, D), got shape {tuple(x.shape)}")
+    dim = x.shape[-1] if rotary_dim is None else rotary_dim
+    if dim <= 0 or dim % 2 or dim > x.shape[-1]:
+        raise ValueError(f"the rotary dim must be even and at most the head dim {x.shape[-1]}, got {dim}")
+    if positions is None:
+        positions = torch.arange(x.shape[-3], device=x.device)
+    lead = tuple(x.shape[:-2])
+    if tuple(positions.shape) not in (lead, (lead[-1],)) or positions.is_floating_point():
+        raise ValueError(
+            f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} {positions.dtype}"
+        )
+    spec = BlockSpec.make(dim, 1, rope_theta=theta, rope_scaling=scaling)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = rope_tables(positions, dim, theta, spec.rope_scaling, dtype)
+    return ops.rope(x, cos, sin, False, interleaved)
+
+
+def glu(gate: Tensor, up: Tensor, kind: str = "swiglu") -> Tensor:
+    """φ(gate) * up with φ = SiLU ("swiglu"), GELU ("geglu"), or its tanh form ("geglu_tanh"); gate, up (..., F)."""
+    if kind not in GATED_MLPS:
+        raise ValueError(f"kind={kind!r} is no gated activation; expected one of {', '.join(GATED_MLPS)}")
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate and up differ: {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}")
+    return ops.glu_fwd(gate, up, kind)
+
+
+def activation(x: Tensor, kind: str = "gelu") -> Tensor:
+    """GELU ("gelu"), its tanh form ("gelu_tanh"), or squared ReLU ("relu2")."""
+    if kind not in PLAIN_MLPS:
+        raise ValueError(f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)} (of {MLPS})")
+    return ops.act_fwd(x, kind)
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where autocast is on, as a matrix product would take them."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )

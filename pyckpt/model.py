@@ -1,0 +1,282 @@
+"""`CkptTransformer`, a stack of blocks, and `CkptCausalLM`, a causal language model over one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyckpt import errors
+from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
+from pyckpt.functional import layer_norm, linear_cross_entropy, rms_norm
+from pyckpt.save import SaveSet
+from pyckpt.spec import Window
+
+Segments = int | str | None
+
+
+class CkptTransformer(nn.ModuleList):
+    """A stack of blocks, applied one after another.
+
+    `segments` = k keeps only every k-th block's input from forward to backward, and the backward makes the inputs in
+    between again, one segment at a time: memory for L blocks falls from L save sets to L / k inputs and k save sets.
+    "sqrt" takes k = ceil(sqrt(L)), the least of that sum (Chen et al. 2016, section 4.1). None keeps every block's
+    save set and repeats no block.
+
+    Iterating, indexing and len() give the blocks.
+    """
+
+    def __init__(self, blocks: Iterable[CheckpointedBlock], segments: Segments = None) -> None:
+        blocks = list(blocks)
+        for i, block in enumerate(blocks):
+            if not isinstance(block, CheckpointedBlock):
+                raise TypeError(f"block {i} is a {type(block).__name__}, expected a CkptTransformerBlock")
+            if block.d_model != blocks[0].d_model:
+                raise ValueError(f"block {i} has d_model={block.d_model}, the first one has {blocks[0].d_model}")
+        if not blocks:
+            raise ValueError("a CkptTransformer needs at least one block, got none")
+        super().__init__(blocks)
+        self.segments = segments
+
+    @property
+    def segments(self) -> Segments:
+        return self._segments
+
+    @segments.setter
+    def segments(self, value: Segments) -> None:
+        good = value is None or value == "sqrt" or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+        if not good:
+            raise ValueError(f"segments must be None, 'sqrt' or a positive int (blocks in a segment), got {value!r}")
+        self._segments = value
+
+    @property
+    def segment_length(self) -> int:
+        """Blocks in a segment."""
+        if self._segments is None:
+            return 1
+        return math.ceil(math.sqrt(len(self))) if self._segments == "sqrt" else int(self._segments)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """y, with the shape and dtype of x; arguments as for `CkptTransformerBlock`."""
+        length = self.segment_length
+        if length == 1:
+            for block in self:
+                x = block(x, positions, cu_seqlens)
+            return x
+        blocks = cast("list[CheckpointedBlock]", list(self))
+        for start in range(0, len(blocks), length):
+            x = run_blocks(blocks[start : start + length], x, positions, cu_seqlens)
+        return x
+
+
+class _Decoder(nn.Module):
+    """Embedding, blocks and final norm, under the names of a Hugging Face Llama."""
+
+    def __init__(self, embed_tokens: nn.Embedding, layers: CkptTransformer, norm: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.layers = layers
+        self.norm = norm
+
+
+class CkptCausalLM(nn.Module):
+    """A causal language model: embedding, a `CkptTransformer`, a final norm, and a linear head without bias.
+
+    Args:
+        vocab_size, n_layers: V and the number of blocks.
+        d_model, n_heads and the further keywords: as for `CkptTransformerBlock`; all blocks are causal.
+        tie_embeddings: the head shares the embedding's weight.
+        segments: as for `CkptTransformer`.
+
+    Parameter names are those of Hugging Face's LlamaForCausalLM. `config` holds the arguments, ready for JSON.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layers: int,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        d_ff: int | None = None,
+        norm: str = "rmsnorm",
+        norm_eps: float = 1e-5,
+        mlp: str = "swiglu",
+        bias: bool = False,
+        qk_norm: bool = False,
+        rope_theta: float | None = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        window: int | Window | None = None,
+        softcap: float | None = None,
+        tie_embeddings: bool = False,
+        save: str | SaveSet = "attention",
+        segments: Segments = None,
+        tile: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("vocab_size", vocab_size), ("n_layers", n_layers)):
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        options: dict[str, Any] = dict(
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            d_ff=d_ff,
+            norm=norm,
+            norm_eps=norm_eps,
+            mlp=mlp,
+            bias=bias,
+            qk_norm=qk_norm,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            window=window,
+            softcap=softcap,
+        )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        blocks = [
+            CkptTransformerBlock(d_model, n_heads, **options, save=save, tile=tile, **factory) for _ in range(n_layers)
+        ]
+        norm_class = nn.RMSNorm if norm == "rmsnorm" else nn.LayerNorm
+        self.model = _Decoder(
+            nn.Embedding(vocab_size, d_model, **factory),
+            CkptTransformer(blocks, segments),
+            norm_class(d_model, eps=norm_eps, **factory),
+        )
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False, **factory)
+        self.vocab_size, self.tie_embeddings, self.spec = vocab_size, bool(tie_embeddings), blocks[0].spec
+        s = self.spec
+        options |= {"n_kv_heads": s.n_kv_heads, "head_dim": s.head_dim, "d_ff": s.d_ff}
+        self.config: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "n_layers": n_layers,
+            "d_model": d_model,
+            "n_heads": n_heads,
+            **options,
+            "tie_embeddings": self.tie_embeddings,
+        }
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02; the projections that end in the residual stream by 1/sqrt(2 L) less.
+
+        (Radford et al. 2019, section 2.3.)
+        """
+        nn.init.normal_(self.model.embed_tokens.weight, std=INIT_STD)
+        for block in self.blocks:
+            block.reset_parameters()
+            for linear in (block.self_attn.o_proj, block.mlp.down_proj):  # type: ignore[union-attr]
+                nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * len(self.model.layers)))  # type: ignore
+        if self.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        else:
+            nn.init.normal_(self.lm_head.weight, std=INIT_STD)
+
+    @property
+    def blocks(self) -> Iterator[CkptTransformerBlock]:
+        return (cast(CkptTransformerBlock, block) for block in self.model.layers)
+
+    def set_save(self, save: str | SaveSet) -> None:
+        """Set every block's save set."""
+        for block in self.blocks:
+            block.save = save
+
+    def set_segments(self, segments: Segments) -> None:
+        self.model.layers.segments = segments
+
+    def set_tile(self, tile: int | None) -> None:
+        for block in self.blocks:
+            block.tile = tile
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The final norm's output, (*tokens.shape, d_model): what the head reads."""
+        errors.check_tokens(tokens, self.vocab_size, self.model.embed_tokens.weight.device, cu_seqlens is not None)
+        x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens)
+        norm = self.model.norm
+        if isinstance(norm, nn.LayerNorm):
+            return layer_norm(x, norm.weight, norm.bias, self.spec.norm_eps)
+        return rms_norm(x, cast(Tensor, norm.weight), self.spec.norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits (*tokens.shape, vocab_size). Tokens (B, S) int64, or packed (T,) with cu_seqlens.
+
+        This holds the logits of all tokens; `loss` does not.
+        """
+        return self.lm_head(self.hidden(tokens, positions, cu_seqlens))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Mean next-token cross-entropy in nats, a float32 scalar, without the logits of all tokens.
+
+        labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
+        i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
+        included. options: `softcap`, `z_loss`, `label_smoothing`, `reduction` of `linear_cross_entropy`.
+
+        Raises ValueError for tokens or labels out of range, and for sequences too short to predict anything.
+        """
+        targets = self._targets(tokens, labels, cu_seqlens)
+        hidden = self.hidden(tokens, positions, cu_seqlens)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, **options)
+
+    def _targets(self, tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        device = self.model.embed_tokens.weight.device
+        errors.check_tokens(tokens, self.vocab_size, device, cu_seqlens is not None)
+        if labels is None:
+            labels = tokens.long()
+        elif labels.shape != tokens.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected the tokens', {tuple(tokens.shape)}")
+        errors.check_labels(labels, self.vocab_size, -100, device)
+        if tokens.shape[-1] < 2:
+            raise ValueError("a sequence of one token predicts nothing; give at least 2 tokens")
+        targets = torch.full_like(labels, -100)
+        targets[..., :-1] = labels[..., 1:]
+        if cu_seqlens is not None:
+            errors.check_cu_seqlens(cu_seqlens, tokens.shape[0], device)
+            ends = cu_seqlens[1:].long() - 1
+            targets[ends[ends >= 0]] = -100
+        return targets
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`tokens` (B, S) followed by sampled ones: (B, S + max_new_tokens). temperature 0 takes the likeliest.
+
+        Runs the whole context for every new token (there is no key/value cache): made for short samples.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1) or max_new_tokens < 0:
+            raise ValueError(
+                f"expected temperature >= 0, top_k >= 1 and max_new_tokens >= 0, got {temperature}, {top_k}, "
+                f"{max_new_tokens}"
+            )
+        for _ in range(max_new_tokens):
+            logits = self.lm_head(self.hidden(tokens)[:, -1]).float()
+            tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
+        return tokens
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        lowest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -1,0 +1,23 @@
+"""Small helpers that the PyTorch implementations of the ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# A chunk of rows this large stays in a core's L2 cache between the few passes that a pointwise op makes over it.
+_CPU_CHUNK_ELEMENTS = 1 << 17
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute and accumulate in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices over rows, each small enough for the cache on a CPU; a single slice elsewhere."""
+    step = rows if device.type != "cpu" else max(1, _CPU_CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, rows, max(1, step)):
+        yield slice(start, min(start + step, rows))

@@ -1,0 +1,275 @@
+"""Cross-entropy of a linear head, chunked over tokens: the logits exist one chunk at a time, never T x V.
+
+For token i with logits z = softcap(x W^T + b), lse = logsumexp(z), label t and smoothing e:
+
+    loss_i = lse - (1 - e) z_t - e mean(z) + z_loss * lse²
+
+("mean" divides by the number of labels that are not `ignore_index`.) With "mean" and "sum" the gradients are computed
+in the forward, while a chunk's logits exist: three products of T x D x V, as storing the logits would take. With
+"none" the upstream gradient differs by token, so the backward makes the logits again from lse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.registry import autograd, define
+
+ops = torch.ops.pyckpt
+
+_CHUNK_ELEMENTS = 1 << 24
+_MIN_CHUNK_TOKENS = 256
+
+_ARGS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float softcap, float z_loss, "
+    "float label_smoothing"
+)
+
+
+def _grad_buffers(
+    x: Tensor, weight: Tensor, bias: Tensor | None, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = acc_dtype(x.dtype)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    dw = weight.new_zeros(weight.shape if need_dw else 0, dtype=acc)
+    db = weight.new_zeros(weight.shape[0] if need_db and bias is not None else 0, dtype=acc)
+    return dx, dw, db
+
+
+def _fwd_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    reduction: str,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    acc = acc_dtype(x.dtype)
+    loss = x.new_empty(target.shape if reduction == "none" else (), dtype=acc)
+    return loss, x.new_empty(target.shape, dtype=acc), *_grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
+
+
+@define(
+    f"linear_cross_entropy_fwd({_ARGS}, str reduction, bool need_dx, bool need_dw, bool need_db) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fwd_fake,
+)
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    reduction: str,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, dx, dw, db): x (T, D), weight (V, D), bias (V,), target (T,) int64.
+
+    Gradients are of the loss itself (upstream gradient 1); dw and db in the accumulation dtype; those not needed are
+    empty. None may be needed with reduction "none".
+    """
+    head = _Head(weight, bias, softcap, z_loss, label_smoothing)
+    keep = target != ignore_index
+    count = keep.sum()
+    losses, lse = (x.new_empty(target.shape, dtype=head.acc) for _ in range(2))
+    dx, dw, db = _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
+    grads = _Gradients(head, dx, dw, db)
+    upstream = keep.to(head.acc)
+    if reduction == "mean":
+        upstream /= count.clamp_min(1)
+    for sl in _chunks(x.shape[0], weight.shape[0]):
+        z, slope = head.logits(x[sl], want_slope=grads.wanted)
+        label = target[sl].masked_fill(~keep[sl], 0)
+        lse[sl] = torch.logsumexp(z, dim=-1)
+        losses[sl] = head.losses(z, lse[sl], label) * keep[sl]
+        if grads.wanted:
+            grads.add(sl, x[sl], head.dlogits_(z, slope, lse[sl], label, upstream[sl]))
+    loss = losses if reduction == "none" else losses.sum()
+    return loss / count if reduction == "mean" else loss, lse, dx, dw, db
+
+
+def _bwd_fake(
+    dloss: Tensor,
+    lse: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
+
+
+@define(
+    f"linear_cross_entropy_bwd(Tensor dloss, Tensor lse, {_ARGS}, bool need_dx, bool need_dw, bool need_db) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+)
+def linear_cross_entropy_bwd(
+    dloss: Tensor,
+    lse: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dw, db) from a gradient for each token, dloss (T,): makes the logits again, chunk by chunk."""
+    head = _Head(weight, bias, softcap, z_loss, label_smoothing)
+    keep = target != ignore_index
+    dx, dw, db = _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
+    grads = _Gradients(head, dx, dw, db)
+    upstream = dloss.to(head.acc) * keep
+    for sl in _chunks(x.shape[0], weight.shape[0]):
+        z, slope = head.logits(x[sl], want_slope=True)
+        label = target[sl].masked_fill(~keep[sl], 0)
+        grads.add(sl, x[sl], head.dlogits_(z, slope, lse[sl], label, upstream[sl]))
+    return dx, dw, db
+
+
+def _chunks(tokens: int, vocab: int) -> Iterator[slice]:
+    step = max(_MIN_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocab)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+class _Head:
+    """The head's weights and the loss's options, and what they make of one chunk of tokens."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, softcap: float, z_loss: float, label_smoothing: float
+    ) -> None:
+        self.weight, self.bias = weight, bias
+        self.softcap, self.z_loss, self.smoothing = softcap, z_loss, label_smoothing
+        self.acc = acc_dtype(weight.dtype)
+        self.vocab = weight.shape[0]
+
+    def logits(self, x: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+        """Capped logits (t, V) in the accumulation dtype, and the cap's derivative where there is one."""
+        z = torch.mm(x, self.weight.t()).to(self.acc)
+        if self.bias is not None:
+            z += self.bias
+        if not self.softcap:
+            return z, None
+        z.div_(self.softcap).tanh_()
+        slope = 1.0 - z * z if want_slope else None
+        return z.mul_(self.softcap), slope
+
+    def losses(self, z: Tensor, lse: Tensor, label: Tensor) -> Tensor:
+        picked = z.gather(1, label.unsqueeze(1)).squeeze(1)
+        out = lse - (1.0 - self.smoothing) * picked
+        if self.smoothing:
+            out -= self.smoothing * z.mean(dim=-1)
+        if self.z_loss:
+            out += self.z_loss * lse.square()
+        return out
+
+    def dlogits_(self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor) -> Tensor:
+        """The gradient of the raw logits, written over z."""
+        p = z.sub_(lse.unsqueeze(1)).exp_()
+        if self.z_loss:
+            p *= (1.0 + 2.0 * self.z_loss * lse).unsqueeze(1)
+        if self.smoothing:
+            p -= self.smoothing / self.vocab
+        p.scatter_add_(1, label.unsqueeze(1), p.new_full((p.shape[0], 1), self.smoothing - 1.0))
+        p *= upstream.unsqueeze(1)
+        return p if slope is None else p.mul_(slope)
+
+
+class _Gradients:
+    """Gradient buffers of the whole loss (empty ones are not wanted), filled chunk by chunk."""
+
+    def __init__(self, head: _Head, dx: Tensor, dw: Tensor, db: Tensor) -> None:
+        self.head, self.dx, self.dw, self.db = head, dx, dw, db
+        self.wanted = any(g.numel() for g in (dx, dw, db))
+
+    def add(self, sl: slice, x: Tensor, dz: Tensor) -> None:
+        if self.db.numel():
+            self.db += dz.sum(0)
+        dz = dz.to(x.dtype)
+        if self.dx.numel():
+            torch.mm(dz, self.head.weight, out=self.dx[sl])
+        if self.dw.numel():
+            if self.dw.dtype == x.dtype:
+                self.dw.addmm_(dz.t(), x)
+            else:
+                self.dw += torch.mm(dz.t(), x)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, target, *ctx.options = inputs[:8]
+    ctx.reduction = inputs[8]
+    _, lse, dx, dw, db = output
+    ctx.mark_non_differentiable(lse, dx, dw, db)
+    ctx.set_materialize_grads(False)
+    ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, weight.dtype)
+    if ctx.reduction == "none":
+        ctx.save_for_backward(lse, x, weight, bias, target)
+    else:
+        ctx.save_for_backward(dx, dw, db)
+
+
+def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 9
+    need = ctx.needs_input_grad[:3]
+    if dloss is None:
+        return None, None, None, *nothing
+    if ctx.reduction == "none":
+        grads = ops.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, *need)
+    else:
+        grads = tuple(g * dloss.to(g.dtype) for g in ctx.saved_tensors)
+    dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
+    out = tuple(
+        g.to(dtype) if n else None for g, n, dtype in zip(grads, (*need[:2], need[2] and ctx.has_bias), dtypes, strict=True)
+    )
+    return *out, *nothing
+
+
+autograd("linear_cross_entropy_fwd", _backward, _setup)
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    def product(x_shape, weight_shape) -> int:  # type: ignore[no-untyped-def]
+        return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
+
+    @register_flop_formula(ops.linear_cross_entropy_fwd)
+    def forward_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        need_dx, need_dw = args[-3], args[-2]
+        return product(x_shape, weight_shape) * (1 + bool(need_dx) + bool(need_dw))
+
+    @register_flop_formula(ops.linear_cross_entropy_bwd)
+    def backward_flops(dloss, lse, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        need_dx, need_dw = args[-3], args[-2]
+        return product(x_shape, weight_shape) * (1 + bool(need_dx) + bool(need_dw))
+
+
+_register_flops()

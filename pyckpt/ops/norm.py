@@ -1,0 +1,238 @@
+"""RMSNorm (Zhang & Sennrich 2019, eq. 4) and LayerNorm (Ba et al. 2016), forward and backward, over the last dim.
+
+Statistics and sums are in float32 (float64 for float64 inputs) and an output is rounded once. Only the rows'
+statistics are kept for the backward; weight gradients come back in the accumulation dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops.chunks import acc_dtype, row_chunks
+from pyckpt.ops.registry import autograd, define
+
+ops = torch.ops.pyckpt
+
+
+def _stat_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=acc_dtype(x.dtype))
+
+
+def _weight_grad(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_zeros(x.shape[-1] if wanted else 0, dtype=acc_dtype(x.dtype))
+
+
+# --- RMSNorm -----------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_fwd_fake(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _stat_like(x)
+
+
+@define("rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)", fake=_rms_norm_fwd_fake)
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x * rstd * weight with rstd = (mean(x²) + eps)^-½. x (..., D); returns y (..., D) and rstd (...)."""
+    d, acc = x.shape[-1], acc_dtype(x.dtype)
+    rows = x.reshape(-1, d)
+    y, rstd = rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], dtype=acc)
+    w = None if weight is None else weight.to(acc)
+    for sl in row_chunks(*rows.shape, x.device):
+        xf = rows[sl].to(acc)
+        norm = torch.linalg.vector_norm(xf, dim=-1, keepdim=True)
+        r = norm.square_().div_(d).add_(eps).rsqrt_()
+        rstd[sl] = r[:, 0]
+        out = y[sl] if y.dtype == acc else torch.empty_like(xf)
+        torch.mul(xf, r, out=out)
+        if w is not None:
+            out.mul_(w)
+        if y.dtype != acc:
+            y[sl] = out
+    return y.view(x.shape), rstd.view(x.shape[:-1])
+
+
+def _rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, add: bool, need_dw: bool
+) -> Tensor:
+    d, acc = x.shape[-1], acc_dtype(x.dtype)
+    dy, x, dx, rstd = dy.reshape(-1, d), x.reshape(-1, d), dx.view(-1, d), rstd.reshape(-1, 1)
+    dw = _weight_grad(x, need_dw)
+    w = None if weight is None else weight.to(acc)
+    for sl in row_chunks(*x.shape, x.device):
+        dyf, r = dy[sl].to(acc), rstd[sl]
+        xhat = x[sl].to(acc) * r
+        p = dyf * xhat
+        if need_dw:
+            dw += p.sum(0)
+        dot = (p.sum(-1, keepdim=True) if w is None else torch.mv(p, w).unsqueeze(-1)).div_(d)
+        t = dyf.clone() if w is None else dyf * w
+        t.addcmul_(xhat, dot, value=-1.0).mul_(r)
+        if add:
+            dx[sl] += t
+        else:
+            dx[sl] = t
+    return dw
+
+
+def _rms_norm_bwd_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _weight_grad(x, need_dw)
+
+
+@define(
+    "rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool need_dw) -> (Tensor, Tensor)",
+    fake=_rms_norm_bwd_fake,
+)
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    """dx (..., D) in x's dtype and dw (D,) in the accumulation dtype (empty unless `need_dw`)."""
+    dx = x.new_empty(x.shape)
+    return dx, _rms_norm_bwd(dy, x, weight, rstd, dx, False, need_dw)
+
+
+def _rms_norm_bwd_add_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, need_dw: bool
+) -> Tensor:
+    return _weight_grad(x, need_dw)
+
+
+@define(
+    "rms_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor(a!) dx, bool need_dw) -> Tensor",
+    fake=_rms_norm_bwd_add_fake,
+)
+def rms_norm_bwd_add_(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, need_dw: bool
+) -> Tensor:
+    """Adds the norm's dx to `dx`, which already holds the residual's gradient. Returns dw."""
+    return _rms_norm_bwd(dy, x, weight, rstd, dx, True, need_dw)
+
+
+# --- LayerNorm ---------------------------------------------------------------------------------------------------
+
+
+def _layer_norm_fwd_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _stat_like(x), _stat_like(x)
+
+
+@define(
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=_layer_norm_fwd_fake,
+)
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = (x - mean) * rstd * weight + bias; returns y (..., D), mean (...), rstd (...)."""
+    d, acc = x.shape[-1], acc_dtype(x.dtype)
+    rows = x.reshape(-1, d)
+    y = rows.new_empty(rows.shape)
+    mean, rstd = rows.new_empty(rows.shape[0], dtype=acc), rows.new_empty(rows.shape[0], dtype=acc)
+    w = None if weight is None else weight.to(acc)
+    b = None if bias is None else bias.to(acc)
+    for sl in row_chunks(*rows.shape, x.device):
+        out, m, r = torch.native_layer_norm(rows[sl].to(acc), [d], w, b, eps)
+        y[sl], mean[sl], rstd[sl] = out, m[:, 0], r[:, 0]
+    return y.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+
+
+def _layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, add: bool, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    d, acc = x.shape[-1], acc_dtype(x.dtype)
+    dy, x, dx = dy.reshape(-1, d), x.reshape(-1, d), dx.view(-1, d)
+    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    dw, db = _weight_grad(x, need_dw), _weight_grad(x, need_dw)
+    w = None if weight is None else weight.to(acc)
+    for sl in row_chunks(*x.shape, x.device):
+        dyf, r = dy[sl].to(acc), rstd[sl]
+        xhat = (x[sl].to(acc) - mean[sl]) * r
+        if need_dw:
+            dw += (dyf * xhat).sum(0)
+            db += dyf.sum(0)
+        t = dyf.clone() if w is None else dyf * w
+        dot = (t * xhat).mean(-1, keepdim=True)
+        t.sub_(t.mean(-1, keepdim=True)).addcmul_(xhat, dot, value=-1.0).mul_(r)
+        if add:
+            dx[sl] += t
+        else:
+            dx[sl] = t
+    return dw, db
+
+
+def _layer_norm_bwd_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _weight_grad(x, need_dw), _weight_grad(x, need_dw)
+
+
+@define(
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool need_dw) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_layer_norm_bwd_fake,
+)
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (..., D) in x's dtype; dw and db (D,) in the accumulation dtype (empty unless `need_dw`)."""
+    dx = x.new_empty(x.shape)
+    return dx, *_layer_norm_bwd(dy, x, weight, mean, rstd, dx, False, need_dw)
+
+
+def _layer_norm_bwd_add_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    return _weight_grad(x, need_dw), _weight_grad(x, need_dw)
+
+
+@define(
+    "layer_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!) dx, bool need_dw) "
+    "-> (Tensor, Tensor)",
+    fake=_layer_norm_bwd_add_fake,
+)
+def layer_norm_bwd_add_(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    """Adds the norm's dx to `dx`, which already holds the residual's gradient. Returns dw and db."""
+    return _layer_norm_bwd(dy, x, weight, mean, rstd, dx, True, need_dw)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _rms_norm_backward(ctx, dy, _drstd):  # type: ignore[no-untyped-def]
+    x, weight, rstd = ctx.saved_tensors
+    need_dw = weight is not None and ctx.needs_input_grad[1]
+    dx, dw = ops.rms_norm_bwd(dy, x, weight, rstd, need_dw)
+    return dx, dw.to(weight.dtype) if need_dw else None, None
+
+
+def _layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, *output[1:])
+
+
+def _layer_norm_backward(ctx, dy, _dmean, _drstd):  # type: ignore[no-untyped-def]
+    x, weight, mean, rstd = ctx.saved_tensors
+    need = any(ctx.needs_input_grad[1:3])
+    dx, dw, db = ops.layer_norm_bwd(dy, x, weight, mean, rstd, need)
+    return (
+        dx,
+        dw.to(x.dtype) if need and weight is not None else None,
+        db.to(x.dtype) if need and ctx.has_bias else None,
+        None,
+    )
+
+
+autograd("rms_norm_fwd", _rms_norm_backward, _rms_norm_setup)
+autograd("layer_norm_fwd", _layer_norm_backward, _layer_norm_setup)

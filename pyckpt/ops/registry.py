@@ -1,0 +1,116 @@
+"""The ops of the namespace `pyckpt`: their schemas, and which backend serves each on which device.
+
+Every kernel is reached through `torch.ops.pyckpt.<name>`. An op has one schema, one fake implementation, and one
+real implementation per backend:
+
+- ``torch``: PyTorch's own kernels; runs on every device.
+- ``triton``: the kernels of `pyckpt.triton_kernels`, on CUDA, or on the CPU under ``TRITON_INTERPRET=1``.
+- ``cuda``: the compiled extension.
+
+``PYCKPT_BACKEND=torch|triton|cuda`` forces one for every op that has it; see `choose`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = ("torch", "triton", "cuda")
+DEVICE_TYPES = ("cpu", "cuda")
+_PREFERENCE = {"cpu": ("torch",), "cuda": ("cuda", "triton", "torch")}
+
+LIBRARY = torch.library.Library("pyckpt", "DEF")
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def forced_backend() -> str | None:
+    """The value of PYCKPT_BACKEND, or None. Raises ValueError when it names no backend."""
+    value = os.environ.get("PYCKPT_BACKEND", "").strip().lower()
+    if not value:
+        return None
+    if value not in BACKENDS:
+        raise ValueError(f"PYCKPT_BACKEND={value!r} names no backend; expected one of {', '.join(BACKENDS)}, or unset")
+    return value
+
+
+def _runs_on(backend: str, device_type: str) -> bool:
+    if device_type == "cpu":
+        return backend == "torch" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+    return True
+
+
+def choose(op: str, device_type: str) -> tuple[str, str]:
+    """Which backend serves an op on a device type, and the reason in words.
+
+    A forced backend that an op lacks, or that cannot run on the device, leaves the op to the default choice: the
+    reason says so.
+    """
+    have = IMPLEMENTATIONS[op]
+    forced = forced_backend()
+    note = ""
+    if forced is not None:
+        if forced in have and _runs_on(forced, device_type):
+            return forced, f"PYCKPT_BACKEND={forced}"
+        why = f"has no {forced} implementation" if forced not in have else f"{forced} cannot run on {device_type}"
+        note = f"; PYCKPT_BACKEND={forced} ignored: {why}"
+    for backend in _PREFERENCE.get(device_type, ("torch",)):
+        if backend in have:
+            only = " (the only one)" if len(have) == 1 else ""
+            return backend, f"default on {device_type}{only}{note}"
+    raise RuntimeError(f"op {op} has no implementation for {device_type}")
+
+
+def define(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the ``torch`` implementation of a new op: declares the schema, the fake and the dispatch."""
+    name = schema.split("(", 1)[0].strip()
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+        IMPLEMENTATIONS[name] = {"torch": fn}
+        for device_type in DEVICE_TYPES:
+            LIBRARY.impl(name, functools.partial(_call, name, device_type), device_type.upper())
+        torch.library.register_fake(f"pyckpt::{name}", fake, lib=LIBRARY)
+        return fn
+
+    return decorate
+
+
+def implement(name: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a further backend's implementation of an op that `define` declared."""
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        IMPLEMENTATIONS[name][backend] = fn
+        return fn
+
+    return decorate
+
+
+def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Attach a backward formula to an op."""
+    torch.library.register_autograd(f"pyckpt::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _call(name: str, device_type: str, *args: Any, **kwargs: Any) -> Any:
+    backend, _ = choose(name, device_type)
+    return IMPLEMENTATIONS[name][backend](*args, **kwargs)
+
+
+def run_visible(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the implementation of a pyckpt op directly, below no dispatch key.
+
+    A TorchDispatchMode does not see the ATen calls inside an op. One that wants to (a memory tracker) calls this
+    from its handler with itself enabled again.
+    """
+    name = func._schema.name.split("::", 1)[1]
+    tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    device_type = tensors[0].device.type if tensors else "cpu"
+    with torch.no_grad():
+        return _call(name, device_type, *args, **kwargs)
+
+
+def is_pyckpt(func: Any) -> bool:
+    return getattr(func, "namespace", None) == "pyckpt"

@@ -1,0 +1,114 @@
+"""Rotary position embedding (Su et al. 2021, eq. 34), applied to the leading `2 * cos.shape[-1]` dims of each head.
+
+A rotation's inverse is its transpose, so the backward is the same op with ``inverse=True``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops.chunks import acc_dtype, row_chunks
+from pyckpt.ops.registry import autograd, define
+from pyckpt.spec import RopeScaling
+
+ops = torch.ops.pyckpt
+
+
+def _frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    inv_freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    options = dict(scaling or ())
+    if options.get("rope_type") == "linear":
+        inv_freq = inv_freq / options["factor"]
+    elif options.get("rope_type") == "llama3":
+        inv_freq = _llama3(inv_freq, options)
+    return inv_freq
+
+
+def _llama3(inv_freq: Tensor, options: dict[str, float]) -> Tensor:
+    # Llama 3.1: wavelengths above the old context divided by `factor` are slowed down, short ones are kept, and
+    # those between are blended linearly in the number of turns they make over the old context.
+    low, high = options["low_freq_factor"], options["high_freq_factor"]
+    turns = options["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return inv_freq * (keep + (1.0 - keep) / options["factor"])
+
+
+def rope_tables(
+    positions: Tensor,
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (*positions.shape, dim / 2) in `dtype`.
+
+    Angles are products in float64: in float32 an angle at position 10⁶ is off by up to 0.06 rad.
+    """
+    inv_freq = _frequencies(dim, theta, scaling, positions.device)
+    angles = positions.to(torch.float64).unsqueeze(-1) * inv_freq
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool, out: Tensor) -> None:
+    acc = acc_dtype(x.dtype)
+    half = cos.shape[-1]
+    heads, dim = x.shape[-2:]
+    rows, rows_out = x.reshape(-1, heads, dim), out.view(-1, heads, dim)
+    cos = cos.expand(*x.shape[:-2], half).reshape(-1, 1, half)
+    sin = sin.expand(*x.shape[:-2], half).reshape(-1, 1, half)
+    for sl in row_chunks(rows.shape[0], heads * dim, x.device):
+        a, b = _halves(rows[sl], half, interleaved)
+        a, b = a.to(acc), b.to(acc)
+        c, s = cos[sl].to(acc), sin[sl].to(acc)
+        first, second = a * c, b * c
+        first.addcmul_(b, s, value=1.0 if inverse else -1.0)
+        second.addcmul_(a, s, value=-1.0 if inverse else 1.0)
+        out_a, out_b = _halves(rows_out[sl], half, interleaved)
+        out_a.copy_(first)
+        out_b.copy_(second)
+        if rows.data_ptr() != rows_out.data_ptr() and 2 * half < dim:
+            rows_out[sl][..., 2 * half :] = rows[sl][..., 2 * half :]
+
+
+def _halves(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    return x[..., :half], x[..., half : 2 * half]
+
+
+def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@define("rope(Tensor x, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> Tensor", fake=_rope_fake)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> Tensor:
+    """x (..., H, D) rotated by cos, sin (..., r/2), r <= D: pairs (i, i + r/2), or (2i, 2i + 1) if interleaved."""
+    out = x.new_empty(x.shape)
+    _rotate(x, cos, sin, inverse, interleaved, out)
+    return out
+
+
+def _rope_inplace_fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
+    return None
+
+
+@define("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> ()", fake=_rope_inplace_fake)
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
+    """`rope` in place; x must be viewable as (rows, H, D)."""
+    _rotate(x, cos, sin, inverse, interleaved, x)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, cos, sin, ctx.inverse, ctx.interleaved = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    cos, sin = ctx.saved_tensors
+    return ops.rope(dy, cos, sin, not ctx.inverse, ctx.interleaved), None, None, None, None
+
+
+autograd("rope", _backward, _setup)

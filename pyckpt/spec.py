@@ -1,0 +1,205 @@
+"""What a transformer block computes: the frozen description that every executor and kernel reads.
+
+A `BlockSpec` holds shapes and options and no tensors. It can be hashed, compared, and written as a string and
+read back (`to_string`, `from_string`), which is how it travels through a `torch.library` schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+NORMS = ("rmsnorm", "layernorm")
+GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
+PLAIN_MLPS = ("gelu", "gelu_tanh", "relu2")
+MLPS = GATED_MLPS + PLAIN_MLPS
+ROPE_TYPES = ("linear", "llama3")
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
+}
+Window = tuple[int, int]
+RopeScaling = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """Shapes and options of one block. Build it with `BlockSpec.make`, which checks and fills in defaults.
+
+    `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
+    Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
+    """
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    mlp: str = "swiglu"
+    bias: bool = False
+    qk_norm: bool = False
+    rope_theta: float | None = 10000.0
+    rope_scaling: RopeScaling | None = None
+    causal: bool = True
+    window: Window = (-1, -1)
+    softcap: float = 0.0
+
+    @property
+    def d_q(self) -> int:
+        """Width of q and of the attention output: n_heads * head_dim."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def d_kv(self) -> int:
+        """Width of k and of v: n_kv_heads * head_dim."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        return self.mlp in GATED_MLPS
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def to_string(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def from_string(text: str) -> BlockSpec:
+        fields = json.loads(text)
+        fields["window"] = tuple(fields["window"])
+        if fields["rope_scaling"] is not None:
+            fields["rope_scaling"] = tuple((k, v) for k, v in fields["rope_scaling"])
+        return BlockSpec(**fields)
+
+    @staticmethod
+    def make(
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        d_ff: int | None = None,
+        norm: str = "rmsnorm",
+        norm_eps: float = 1e-5,
+        mlp: str = "swiglu",
+        bias: bool = False,
+        qk_norm: bool = False,
+        rope_theta: float | None = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        causal: bool = True,
+        window: int | Window | None = None,
+        softcap: float | None = None,
+    ) -> BlockSpec:
+        """Check the options of `CkptTransformerBlock` and fill in the defaults. Raises ValueError."""
+        _positive_int("d_model", d_model)
+        _positive_int("n_heads", n_heads)
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        _positive_int("n_kv_heads", n_kv_heads)
+        if n_heads % n_kv_heads:
+            raise ValueError(
+                f"n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}; grouped-query attention needs "
+                "the same number of query heads for every key/value head"
+            )
+        if head_dim is None:
+            if d_model % n_heads:
+                raise ValueError(
+                    f"d_model={d_model} is not a multiple of n_heads={n_heads}; choose another n_heads or give "
+                    "head_dim explicitly"
+                )
+            head_dim = d_model // n_heads
+        _positive_int("head_dim", head_dim)
+        _one_of("norm", norm, NORMS)
+        _one_of("mlp", mlp, MLPS)
+        _positive_float("norm_eps", norm_eps)
+        if d_ff is None:
+            d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
+        _positive_int("d_ff", d_ff)
+        if rope_theta is not None:
+            _positive_float("rope_theta", rope_theta)
+            if head_dim % 2:
+                raise ValueError(
+                    f"head_dim={head_dim} is odd, and RoPE rotates pairs of dimensions; use an even head_dim or "
+                    "rope_theta=None"
+                )
+        if softcap is not None and not (math.isfinite(softcap) and softcap >= 0):
+            raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+        return BlockSpec(
+            d_model=int(d_model),
+            n_heads=int(n_heads),
+            n_kv_heads=int(n_kv_heads),
+            head_dim=int(head_dim),
+            d_ff=int(d_ff),
+            norm=norm,
+            norm_eps=float(norm_eps),
+            mlp=mlp,
+            bias=bool(bias),
+            qk_norm=bool(qk_norm),
+            rope_theta=None if rope_theta is None else float(rope_theta),
+            rope_scaling=_rope_scaling(rope_scaling, rope_theta),
+            causal=bool(causal),
+            window=canonical_window(causal, window),
+            softcap=float(softcap or 0.0),
+        )
+
+
+def canonical_window(causal: bool, window: int | Window | None) -> Window:
+    """Turn `causal` and the user's `window` (None, int, or (left, right)) into one (left, right), -1 = no limit.
+
+    An int is (window, 0), as in flash-attn's sliding window. Causal attention has right = 0.
+    """
+    if window is None:
+        left, right = -1, -1
+    elif isinstance(window, int) and not isinstance(window, bool):
+        if window < 0:
+            raise ValueError(f"window={window} is negative; give the number of earlier keys a query may see")
+        left, right = window, 0
+    elif (
+        isinstance(window, (tuple, list))
+        and len(window) == 2
+        and all(isinstance(w, int) and not isinstance(w, bool) and w >= -1 for w in window)
+    ):
+        left, right = window
+    else:
+        raise ValueError(
+            f"window must be None, an int >= 0, or a pair (left, right) of ints >= -1 (-1: no limit), got {window!r}"
+        )
+    return (left, 0) if causal else (left, right)
+
+
+def _rope_scaling(scaling: dict[str, Any] | None, theta: float | None) -> RopeScaling | None:
+    if scaling is None:
+        return None
+    if theta is None:
+        raise ValueError("rope_scaling was given with rope_theta=None: there is no rotary embedding to scale")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in (None, "default"):
+        return None
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_scaling type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
+    missing = [key for key in _ROPE_KEYS[kind] if key not in scaling]
+    if missing:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}; got {scaling!r}")
+    return (("rope_type", kind), *((key, scaling[key]) for key in _ROPE_KEYS[kind]))
+
+
+def _positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def _positive_float(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} does not exist; expected one of {', '.join(choices)}")

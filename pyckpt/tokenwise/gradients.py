@@ -1,0 +1,62 @@
+"""Weight gradients of one backward, summed over tiles and handed to autograd once.
+
+Summing tiles in bf16 would lose bits with every addition (a step at 500K tokens makes over a hundred), so partial
+sums are float32. A single tile needs no sum, and its product goes out as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops.chunks import acc_dtype
+
+
+class WeightGradients:
+    """Accumulators of the weights whose gradient is wanted; asks for any other are ignored."""
+
+    def __init__(self, wanted: Collection[str], n_tiles: int) -> None:
+        self._wanted = frozenset(wanted)
+        self._single = n_tiles == 1
+        self._sums: dict[str, Tensor] = {}
+
+    def wants(self, *names: str) -> bool:
+        return any(name in self._wanted for name in names)
+
+    def add_product(self, name: str, dy: Tensor, x: Tensor) -> None:
+        """Add dyᵀ x: the gradient of a weight (out, in) from dy (t, out) and x (t, in)."""
+        if name not in self._wanted:
+            return
+        total = self._sums.get(name)
+        if total is None:
+            first = torch.mm(dy.t(), x)
+            self._sums[name] = first if self._single else first.to(acc_dtype(first.dtype))
+        elif total.dtype == x.dtype:
+            total.addmm_(dy.t(), x)
+        else:
+            total += torch.mm(dy.t(), x)
+
+    def add_rows(self, name: str, dy: Tensor) -> None:
+        """Add the sum of dy (t, n) over tokens: the gradient of a bias."""
+        if name in self._wanted:
+            self.add(name, dy.sum(0, dtype=acc_dtype(dy.dtype)))
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Add a gradient that is already summed over the tile."""
+        if name not in self._wanted:
+            return
+        grad = grad.to(acc_dtype(grad.dtype))
+        total = self._sums.get(name)
+        if total is None:
+            self._sums[name] = grad
+        else:
+            total += grad
+
+    def result(self, name: str, like: Tensor) -> Tensor | None:
+        """The gradient of `like`, in its dtype; None where it is not wanted. Gives the accumulator away."""
+        if name not in self._wanted:
+            return None
+        total = self._sums.pop(name, None)
+        return torch.zeros_like(like) if total is None else total.to(like.dtype)

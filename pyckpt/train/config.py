@@ -1,0 +1,188 @@
+"""What a training run is told: one dataclass, from which the command line is made too."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _option(default: Any, panel: str, text: str, *, free: bool = False, cli: type | None = None) -> Any:
+    """A field of TrainConfig: its help text and whether it may change when a run is resumed (`free`)."""
+    return field(default=default, metadata={"panel": panel, "help": text, "free": free, "cli": cli})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one training run.
+
+    Every field is a flag of `pyckpt train` of the same name. Fields marked free may differ when a run is
+    resumed (the text may have moved; that it is the same is checked by its tokens); all others decide the
+    loss curve and must stay as they were.
+    """
+
+    data: str | None = _option(
+        None, "Data", "Text file or folder; without it, Python's own standard library sources.", free=True
+    )
+    tokenizer: str | None = _option(
+        None, "Data", "A tokenizer.json to tokenise the text with (default: bytes).", free=True
+    )
+    vocab_size: int | None = _option(None, "Data", "Rows of the embedding (default: the tokens there are).")
+
+    d_model: int = _option(192, "Model", "Width of the residual stream.")
+    layers: int = _option(4, "Model", "Number of transformer blocks.")
+    heads: int = _option(6, "Model", "Query heads.")
+    kv_heads: int | None = _option(None, "Model", "Key/value heads (default: as many as query heads).")
+    d_ff: int | None = _option(None, "Model", "Width of the MLP (default: 8/3 of d_model, a multiple of 64).")
+    tie_embeddings: bool = _option(False, "Model", "Share the embedding with the output head.")
+
+    save: str = _option(
+        "attention", "Memory", "What each block keeps for the backward (save set).", free=True
+    )
+    segments: int | str | None = _option(
+        None, "Memory", "Keep only some blocks' inputs: sqrt, or a number of segments.", free=True, cli=str
+    )
+    tile: int | None = _option(None, "Memory", "Tokens worked on at once (default: picked from the shapes).")
+
+    steps: int = _option(600, "Training", "Optimiser steps.")
+    seq_len: int = _option(256, "Training", "Tokens in a sequence.")
+    batch_size: int = _option(8, "Training", "Sequences in a batch.")
+    grad_accum: int = _option(1, "Training", "Batches summed into one step.")
+    lr: float = _option(2e-3, "Training", "Highest learning rate.")
+    warmup: int = _option(40, "Training", "Steps of linear warm-up, before the cosine.")
+    min_lr: float = _option(0.1, "Training", "Learning rate at the end, as a fraction of --lr.")
+    weight_decay: float = _option(0.1, "Training", "AdamW weight decay, on matrices only.")
+    clip: float = _option(1.0, "Training", "Clip the gradient's norm to this (0: never).")
+    dtype: str = _option("auto", "Training", "float32 or bfloat16 (auto: bfloat16 on a GPU).")
+    device: str = _option(
+        "auto", "Training", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one).", free=True
+    )
+    seed: int = _option(0, "Training", "Seed of the weights, the batches and the sample.")
+
+    out: str = _option("runs/train", "Run", "Folder for everything that the run writes.", free=True)
+    resume: bool = _option(False, "Run", "Go on from the last checkpoint in --out.", free=True)
+    overwrite: bool = _option(False, "Run", "Replace the run that --out holds.", free=True)
+    checkpoint_every: int = _option(100, "Run", "Steps between checkpoints.", free=True)
+    keep_checkpoints: int = _option(2, "Run", "Newest checkpoints kept.", free=True)
+    eval_every: int = _option(100, "Run", "Steps between validations.")
+    eval_batches: int = _option(8, "Run", "Batches of a validation.")
+    log_every: int = _option(25, "Run", "Steps between lines when the output is not a terminal.", free=True)
+
+    prompt: str | None = _option(None, "Sample", "Text that the sample at the end starts from.", free=True)
+    sample_tokens: int = _option(400, "Sample", "Tokens of the sample (0: none).", free=True)
+    temperature: float = _option(0.7, "Sample", "Temperature of the sample.", free=True)
+
+    def resolved(self) -> TrainConfig:
+        """This configuration checked, with "auto" and the defaults that depend on other fields filled in.
+
+        Raises ValueError naming the field, what was given and what is expected.
+        """
+        _check_numbers(self)
+        _check_heads(self)
+        _check_memory(self)
+        device = _device(self.device)
+        dtype = (
+            self.dtype if self.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
+        )
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)} or auto.")
+        return dataclasses.replace(
+            self,
+            data=self.data and os.path.abspath(self.data),
+            tokenizer=self.tokenizer and os.path.abspath(self.tokenizer),
+            device=device,
+            dtype=dtype,
+            kv_heads=self.kv_heads or self.heads,
+            d_ff=self.d_ff or -(-self.d_model * 8 // 3 // 64) * 64,
+        )
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that decide the loss curve, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["free"]}
+
+
+_AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(("d_model", "layers", "heads", "kv_heads", "d_ff", "tile", "vocab_size"), 1),
+    **dict.fromkeys(("steps", "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints"), 1),
+    **dict.fromkeys(("eval_every", "eval_batches", "log_every"), 1),
+    **dict.fromkeys(("warmup", "min_lr", "weight_decay", "clip", "seed", "sample_tokens"), 0),
+    "seq_len": 2,
+}
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name, least in _AT_LEAST.items():
+        value, default = getattr(config, name), TrainConfig.__dataclass_fields__[name].default
+        if value is None and default is None:
+            continue
+        whole = not isinstance(default, float)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise ValueError(f"{name}={value!r}: expected {'a whole number' if whole else 'a number'}.")
+        if not math.isfinite(value) or value < least:
+            raise ValueError(f"{name}={value}: expected a number that is at least {least}.")
+    for name in ("lr", "temperature"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name}={value!r}: expected a number above 0.")
+    if config.min_lr > 1:
+        raise ValueError(f"min_lr={config.min_lr}: expected a fraction of lr, between 0 and 1.")
+    if config.warmup > config.steps:
+        raise ValueError(f"warmup={config.warmup} is longer than steps={config.steps}: lower warmup.")
+    if config.resume and config.overwrite:
+        raise ValueError("resume and overwrite were both given: expected one of them.")
+
+
+def _check_heads(config: TrainConfig) -> None:
+    if config.d_model % config.heads:
+        raise ValueError(
+            f"d_model={config.d_model} does not divide by heads={config.heads}: choose a multiple of heads."
+        )
+    head_dim = config.d_model // config.heads
+    if head_dim % 2:
+        raise ValueError(
+            f"d_model={config.d_model} over heads={config.heads} gives a head dim of {head_dim}, and RoPE "
+            f"needs an even one: choose another d_model or number of heads."
+        )
+    if config.kv_heads is not None and config.heads % config.kv_heads:
+        raise ValueError(
+            f"heads={config.heads} does not divide by kv_heads={config.kv_heads}: choose a divisor of heads."
+        )
+
+
+def _check_memory(config: TrainConfig) -> None:
+    from pyckpt.save import save_set
+
+    save_set(config.save)
+    segments = config.segments
+    if segments is None or segments == "sqrt":
+        return
+    if isinstance(segments, bool) or not isinstance(segments, int) or not 1 <= segments <= config.layers:
+        raise ValueError(
+            f"segments={segments!r}: expected sqrt, or a whole number from 1 to the number of layers "
+            f"({config.layers})."
+        )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"device={name!r}, but this PyTorch ({torch.__version__}) sees no CUDA device: use cpu."
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device={name!r}, but there are only {torch.cuda.device_count()} CUDA devices.")
+    return name

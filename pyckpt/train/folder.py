@@ -1,0 +1,152 @@
+"""The folder of a run: what is where in it, and that nothing a user has in it is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyckpt.train.config import TrainConfig
+from pyckpt.train.files import write_json
+
+FORMAT = "pyckpt-train-run-1"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside the folder of a run."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def sample(self) -> Path:
+        return self.path / "sample.txt"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def _all(self) -> tuple[Path, ...]:
+        return (self.run, self.checkpoints, self.metrics, self.plot, self.sample, self.model)
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise ValueError unless a run with this configuration may start, or resume, in this folder."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out={self.path} is a file: give the name of a folder.")
+        if config.resume:
+            self._check_resume(config)
+            return
+        if self.run.exists():
+            if not config.overwrite:
+                raise ValueError(
+                    f"{self.path} holds a run already. Go on with it: --resume. Replace it: --overwrite. "
+                    f"Keep it: give another folder with --out."
+                )
+            _read_run(self.run)
+            return
+        taken = [p.name for p in self._all if p.exists()]
+        if taken:
+            raise ValueError(
+                f"{self.path} holds {', '.join(taken)}, but no run that pyckpt wrote: give another folder "
+                f"with --out."
+            )
+
+    def _check_resume(self, config: TrainConfig) -> None:
+        if not self.run.exists():
+            raise ValueError(
+                f"{self.path} holds no run to resume: leave --resume out, or give the run's folder as --out."
+            )
+        theirs, ours = read_config(self.path).fixed(), config.fixed()
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        if differing:
+            listed = "; ".join(f"{n} is {theirs[n]!r} there, {ours[n]!r} was given" for n in differing)
+            raise ValueError(
+                f"the run in {self.path} has other settings ({listed}). Leave them as they were, or start a "
+                f"new run in another folder."
+            )
+
+    def begin(self, config: TrainConfig) -> None:
+        """Remove the run that is replaced, and note the configuration."""
+        for path in self._all:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        write_json(self.run, {"format": FORMAT, "config": dataclasses.asdict(config)})
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and keep other processes from training in it; RuntimeError where one does."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(
+                f"out={self.path} can't be written: {error.strerror}. Give another folder."
+            ) from error
+        with lock:
+            _lock(lock, self.path)
+            yield
+
+
+def _lock(file: Any, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"another process is training in {path} now: wait for it, or give another folder."
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of the run in a folder.
+
+    Raises ValueError when there is none, RuntimeError when it can't be read.
+    """
+    file = RunFolder(path).run
+    if not file.exists():
+        raise ValueError(f"{path} holds no run: give the folder of one.")
+    try:
+        return TrainConfig(**_read_run(file)["config"])
+    except (TypeError, KeyError) as error:
+        raise RuntimeError(
+            f"{file} was written by another version of pyckpt ({error}): start a new run."
+        ) from error
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            return content
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{file} can't be read: {error}. Give another folder with --out.") from error
+    raise RuntimeError(f"{file} is not a run of this version of pyckpt: give another folder with --out.")

@@ -1,0 +1,294 @@
+"""A training run from the text to the trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyckpt.measure import format_bytes
+from pyckpt.train import checkpoint as checkpoints
+from pyckpt.train.config import TrainConfig
+from pyckpt.train.data import Corpus, load_corpus
+from pyckpt.train.extras import require
+from pyckpt.train.files import replacing
+from pyckpt.train.folder import RunFolder
+from pyckpt.train.history import History, MetricsLog
+from pyckpt.train.memory import StepMemory, peak_so_far, probe
+from pyckpt.train.plot import loss_curve
+from pyckpt.train.progress import Progress, progress_for
+from pyckpt.train.sample import printable, sample
+from pyckpt.train.signals import StopRequest
+from pyckpt.train.trainer import Trainer
+
+_STOPPING = "\nStopping after this step, with a checkpoint (Ctrl-C once more: at once, without one).\n"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run has come to.
+
+    steps: done, less than config.steps if `stopped_by` is a signal's number. validation_loss: nats per token,
+    the last measured. step_memory: of one forward and backward. sample: with its prompt; "" if stopped.
+    """
+
+    out: Path
+    config: TrainConfig
+    steps: int
+    history: History
+    validation_loss: float
+    bits_per_byte: float
+    step_memory: StepMemory
+    model: Any
+    sample: str = ""
+    stopped_by: int | None = None
+
+
+def run(
+    config: TrainConfig, console: Any = None, on_step: Callable[[dict[str, Any]], None] | None = None
+) -> TrainResult:
+    """Train a causal language model as `config` says and write everything into config.out.
+
+    console: a rich.console.Console to report to; None reports nothing. on_step: called after each step with
+    its line of the log (and after its checkpoint, if one was due).
+
+    SIGINT and SIGTERM end the run after the step under way, with a checkpoint. PyTorch's global random state
+    is as before when this returns.
+
+    Raises ValueError for settings, data or a folder that can't be used, and RuntimeError for a damaged
+    checkpoint, a missing extra, a loss that is not finite, a GPU out of memory; the first three before
+    anything is changed.
+    """
+    require("training", "safetensors", "matplotlib", *(["tokenizers"] if config.tokenizer else []))
+    config = config.resolved()
+    folder = RunFolder(Path(config.out))
+    folder.check(config)
+    corpus = load_corpus(config.data, config.seq_len, config.tokenizer, config.vocab_size)
+    progress = progress_for(console, corpus.unit, config.log_every)
+    device = torch.device(config.device)
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        StopRequest(_STOPPING if console is not None else "") as stop,
+    ):
+        trainer = Trainer(config, corpus)
+        progress.table(_description(trainer))
+        with folder.locked():
+            folder.check(config)  # again: another process may have begun a run since
+            notes = _begin(trainer, folder)
+            memory = _probe(trainer)
+            progress.table(_memory_rows(trainer, memory))
+            for note in notes:
+                progress.note(note)
+            _train(trainer, folder, progress, stop, on_step)
+            return _finish(trainer, folder, progress, memory, stop)
+
+
+def _begin(trainer: Trainer, folder: RunFolder) -> list[str]:
+    """Start from nothing, or from the last checkpoint; gives what there is to tell."""
+    config = trainer.config
+    if not config.resume:
+        folder.begin(config)
+        return []
+    found = checkpoints.steps(folder.checkpoints)
+    if not found:
+        return ["No checkpoint was written yet: starting from the first step."]
+    last = trainer.restore(found[-1])
+    notes = [f"Resuming after step {last.step} of {config.steps}."]
+    then, now = (last.torch_version, last.threads), (torch.__version__, torch.get_num_threads())
+    if then != now:
+        notes.append(
+            f"Begun with PyTorch {then[0]} on {then[1]} threads, now {now[0]} on {now[1]}: the last bits of "
+            f"the losses may differ."
+        )
+    return notes
+
+
+def _probe(trainer: Trainer) -> StepMemory:
+    """Measure the first batch's forward and backward, and drop its gradients."""
+    config = trainer.config
+    try:
+        memory = probe(trainer.model, lambda: trainer.accumulate(0))
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"one step with batch_size={config.batch_size}, seq_len={config.seq_len} and "
+            f"save={config.save!r} does not fit in the GPU's memory. Lower --batch-size (and raise "
+            f"--grad-accum), or keep less: --save input, --segments sqrt. ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        trainer.optimizer.zero_grad()
+    return memory
+
+
+def _train(
+    trainer: Trainer,
+    folder: RunFolder,
+    progress: Progress,
+    stop: StopRequest,
+    on_step: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    config = trainer.config
+    log = MetricsLog(folder.metrics, trainer.history)
+
+    def validate() -> None:
+        loss = trainer.validate()
+        log.write(
+            {"step": trainer.done, "validation_loss": loss, "bits_per_byte": trainer.bits_per_byte(loss)}
+        )
+        progress.validated(loss)
+
+    try:
+        progress.start(trainer.done, config.steps)
+        if not trainer.history.validation:
+            validate()
+        while trainer.done < config.steps and not stop:
+            record = trainer.step()
+            log.write(record)
+            progress.step(record, peak_so_far(trainer.device))
+            last = trainer.done == config.steps
+            if last or trainer.done % config.eval_every == 0:
+                validate()
+            if last or stop or trainer.done % config.checkpoint_every == 0:
+                checkpoints.write(folder.checkpoints, trainer.checkpoint(), config.keep_checkpoints)
+            if on_step is not None:
+                on_step(record)
+    finally:
+        progress.stop()
+        log.close()
+
+
+def _finish(
+    trainer: Trainer, folder: RunFolder, progress: Progress, memory: StepMemory, stop: StopRequest
+) -> TrainResult:
+    config = trainer.config
+    loss = trainer.history.validation[-1][1]
+    result = TrainResult(
+        out=folder.path,
+        config=config,
+        steps=trainer.done,
+        history=trainer.history,
+        validation_loss=loss,
+        bits_per_byte=trainer.bits_per_byte(loss),
+        step_memory=memory,
+        model=trainer.model,
+    )
+    if trainer.done < config.steps:
+        _report_stop(trainer, folder, progress)
+        return dataclasses.replace(result, stopped_by=stop.signal)
+    text = _artifacts(trainer, folder)
+    result = dataclasses.replace(result, sample=text)
+    _report(result, trainer, folder, progress)
+    return result
+
+
+def _artifacts(trainer: Trainer, folder: RunFolder) -> str:
+    """Write the picture, the sample and the model; gives the sample."""
+    from pyckpt.hf import save_pretrained
+
+    config, corpus = trainer.config, trainer.corpus
+    title = f"pyckpt train: {corpus.name}"
+    loss_curve(folder.plot, trainer.history.train, trainer.history.validation, unit=corpus.unit, title=title)
+    save_pretrained(trainer.model, str(folder.model), tokenizer=corpus.tokenizer)
+    prompt = corpus.prompt if config.prompt is None else config.prompt
+    text = ""
+    if config.sample_tokens:
+        text = sample(trainer.model, corpus, prompt, config.sample_tokens, config.temperature, config.seed)
+    with replacing(folder.sample) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _description(trainer: Trainer) -> list[tuple[str, str]]:
+    config, corpus = trainer.config, trainer.corpus
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    held = len(corpus.validation) / (len(corpus.train) + len(corpus.validation))
+    tokens = (
+        "" if corpus.tokenizer is None else f", {_count(len(corpus.train) + len(corpus.validation))} tokens"
+    )
+    batch = config.batch_size * config.grad_accum
+    seen = config.steps * batch * config.seq_len
+    heads = f"{config.heads} heads" + (
+        f" ({config.kv_heads} key/value)" if config.kv_heads != config.heads else ""
+    )
+    rows = [
+        (
+            "Data",
+            f"{corpus.name}: {_files(corpus)}, {_count(corpus.total_bytes)} bytes{tokens}; {held:.0%} for "
+            f"validation",
+        ),
+        (
+            "Model",
+            f"{config.layers} blocks of d_model {config.d_model}, {heads}, d_ff {config.d_ff}; "
+            f"{_count(parameters)} parameters, {config.dtype} on {config.device}",
+        ),
+        (
+            "Training",
+            f"{config.steps} steps of {batch} × {config.seq_len} {corpus.unit}s: {_count(seen)} "
+            f"{corpus.unit}s",
+        ),
+    ]
+    return rows + [("", note) for note in corpus.notes]
+
+
+def _files(corpus: Corpus) -> str:
+    return f"{corpus.files} file" + ("s" if corpus.files != 1 else "")
+
+
+def _memory_rows(trainer: Trainer, memory: StepMemory) -> list[tuple[str, str]]:
+    config = trainer.config
+    segments = "" if config.segments is None else f", segments={config.segments!r}"
+    text = (
+        f"a step needs {format_bytes(memory.peak_bytes)} above weights and optimiser, "
+        f"{format_bytes(memory.saved_bytes)} of them kept from forward to backward "
+        f"(save={config.save!r}{segments})"
+    )
+    return [("Memory  ", text)]
+
+
+def _report_stop(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
+    progress.note(f"Stopped after step {trainer.done} of {trainer.config.steps}. Nothing is lost. To go on:")
+    progress.note(f"  pyckpt train --resume --out {folder.path}")
+
+
+def _report(result: TrainResult, trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
+    unit = trainer.corpus.unit
+    first = result.history.validation[0][1]
+    what, peak = peak_so_far(trainer.device)
+    owner = "allocated on the GPU" if what == "GPU" else "of the whole process in RAM"
+    progress.note()
+    if result.sample:
+        prompt = trainer.corpus.prompt if result.config.prompt is None else result.config.prompt
+        progress.quote(f"What the model writes after {prompt!r}", printable(result.sample))
+        progress.note()
+    progress.table(
+        [
+            (
+                "Validation loss",
+                f"{result.validation_loss:.3f} nats per {unit} (before training {first:.3f}, "
+                f"guessing {math.log(trainer.corpus.vocab_size):.3f}); {result.bits_per_byte:.3f} bits per "
+                f"byte",
+            ),
+            ("Peak memory", f"{format_bytes(peak)} {owner}"),
+            ("Loss curve", str(folder.plot)),
+            ("Loss of each step", str(folder.metrics)),
+            ("Trained model", f"{folder.model} (Hugging Face Llama format)"),
+        ]
+    )
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return str(number)
+
+
+def exit_code(result: TrainResult) -> int:
+    """What a shell expects of a process that ended so: 0, or 128 + the signal's number."""
+    return 0 if result.stopped_by is None else 128 + signal.Signals(result.stopped_by).value

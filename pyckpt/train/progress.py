@@ -1,0 +1,137 @@
+"""What a run shows while it works: a bar on a terminal, lines elsewhere, nothing without a console."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from pyckpt.measure import format_bytes
+
+
+class Progress:
+    """Shows nothing; the base of the others. Losses are in nats per token."""
+
+    def __init__(self, unit: str = "byte") -> None:
+        self.unit = unit
+        self.validation: float | None = None
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)
+
+    def start(self, done: int, total: int) -> None:
+        """`done` of `total` steps lie behind."""
+
+    def step(self, record: dict[str, Any], memory: tuple[str, int]) -> None:
+        self._recent.append((record["tokens"], record["seconds"]))
+
+    def validated(self, loss: float) -> None:
+        self.validation = loss
+
+    def note(self, text: str = "") -> None:
+        """A line of text."""
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        """Rows of (what, text), aligned."""
+
+    def quote(self, title: str, text: str) -> None:
+        """Text that is not ours, between two rules."""
+
+    def stop(self) -> None:
+        """Take the bar away or leave it as it is; safe to call twice."""
+
+    @property
+    def rate(self) -> str:
+        tokens, seconds = (sum(column) for column in zip(*self._recent, strict=True))
+        rate = tokens / max(seconds, 1e-9)
+        short = f"{rate / 1000:.1f}k" if rate < 1e6 else f"{rate / 1e6:.2f}M"
+        return f"{short} {self.unit}s/s"
+
+
+class _Console(Progress):
+    def __init__(self, console: Any, unit: str) -> None:
+        super().__init__(unit)
+        self.console = console
+
+    def note(self, text: str = "") -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        for what, text in rows:
+            grid.add_row(Text(what, style="bold"), Text(text, overflow="fold"))
+        self.console.print(grid)
+
+    def quote(self, title: str, text: str) -> None:
+        from rich.text import Text
+
+        self.console.rule(Text(title), align="left", style="dim")
+        self.console.print(Text(text))
+        self.console.rule(style="dim")
+
+
+class Lines(_Console):
+    """A line every `every` steps, for logs."""
+
+    def __init__(self, console: Any, unit: str, every: int) -> None:
+        super().__init__(console, unit)
+        self.every = every
+        self.last = self.total = 0
+
+    def start(self, done: int, total: int) -> None:
+        self.last, self.total = done, total
+
+    def step(self, record: dict[str, Any], memory: tuple[str, int]) -> None:
+        super().step(record, memory)
+        number = self.last = record["step"]
+        if number % self.every == 0 or number in (1, self.total):
+            width = len(str(self.total))
+            self.note(
+                f"step {number:{width}}/{self.total}  loss {record['loss']:.3f}  {self.rate}  "
+                f"peak {memory[0]} {format_bytes(memory[1])}"
+            )
+
+    def validated(self, loss: float) -> None:
+        super().validated(loss)
+        self.note(f"step {self.last:{len(str(self.total))}}/{self.total}  validation loss {loss:.3f}")
+
+
+class Bar(_Console):
+    """One line that renews itself, of at most 80 columns."""
+
+    def __init__(self, console: Any, unit: str) -> None:
+        super().__init__(console, unit)
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            refresh_per_second=4,
+            expand=False,
+        )
+        self._task: Any = None
+        self._text = ""
+
+    def start(self, done: int, total: int) -> None:
+        self._task = self._bar.add_task("starting", total=total, completed=done)
+        self._bar.start()
+
+    def step(self, record: dict[str, Any], memory: tuple[str, int]) -> None:
+        super().step(record, memory)
+        validation = "" if self.validation is None else f" val {self.validation:.3f}"
+        text = f"loss {record['loss']:.3f}{validation} {self.rate} {memory[0]} {format_bytes(memory[1])}"
+        self._bar.update(self._task, completed=record["step"], description=text)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+def progress_for(console: Any, unit: str, every: int) -> Progress:
+    """console: a rich.console.Console, or None to show nothing."""
+    if console is None:
+        return Progress(unit)
+    return Bar(console, unit) if console.is_terminal else Lines(console, unit, every)

@@ -1,0 +1,44 @@
+"""Ctrl-C at a safe moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """Inside the `with` block, the first SIGINT or SIGTERM only sets `signal`; a second SIGINT interrupts as
+    usual.
+
+    A step that is under way is thus finished and a checkpoint written. Outside the main thread, where Python
+    allows no handlers, signals work as they did.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        """message: what to write to stderr at the first signal."""
+        self._message = message.encode()
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        os.write(2, self._message)  # not print: the signal may have come in the middle of one

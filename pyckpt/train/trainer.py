@@ -1,0 +1,152 @@
+"""One run's moving parts: model, optimiser, place in the data; a step, a validation, a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyckpt.train import checkpoint as checkpoints
+from pyckpt.train.checkpoint import Checkpoint
+from pyckpt.train.config import TrainConfig
+from pyckpt.train.data import Corpus, training_batch, validation_batches
+from pyckpt.train.history import History
+from pyckpt.train.optim import Optimizer
+
+
+class Trainer:
+    """Everything that a step changes. The next batch is a function of `done`, the steps behind, alone."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
+        """config: a resolved one. Sets the seed of PyTorch's global generators."""
+        self.config, self.corpus = config, corpus
+        self.device = torch.device(config.device)
+        torch.manual_seed(config.seed)
+        self.model = _build(config, corpus.vocab_size)
+        self.optimizer = Optimizer(self.model, config)
+        self.history = History()
+        self._validation = validation_batches(
+            corpus.validation, config.eval_batches, config.batch_size, config.seq_len
+        )
+
+    @property
+    def done(self) -> int:
+        return len(self.history.train)
+
+    def step(self) -> dict[str, Any]:
+        """Take one step; gives its line of the log.
+
+        Raises RuntimeError when the loss or the gradient is not finite.
+        """
+        started = time.perf_counter()
+        number = self.done + 1
+        loss = self.accumulate(self.done)
+        if not math.isfinite(loss):
+            raise _diverged("loss", loss, number)
+        rate, norm = self.optimizer.step(number)
+        if not math.isfinite(norm):
+            raise _diverged("gradient norm", norm, number)
+        self.history.train.append(loss)
+        seconds = time.perf_counter() - started
+        tokens = self.config.grad_accum * self.config.batch_size * self.config.seq_len
+        return {
+            "step": number,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "seconds": round(seconds, 6),
+        }
+
+    def accumulate(self, done: int) -> float:
+        """Forward and backward of the step after `done` steps; gives its loss and leaves the gradients."""
+        count = self.config.grad_accum
+        losses = []
+        for part in range(count):
+            loss = self.model.loss(self._batch(done * count + part))
+            (loss / count).backward()
+            self.optimizer.collect()
+            losses.append(loss.item())
+        return math.fsum(losses) / count
+
+    def _batch(self, index: int) -> Tensor:
+        config = self.config
+        batch = training_batch(self.corpus.train, config.seed, index, config.batch_size, config.seq_len)
+        return batch.to(self.device)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over the validation sequences, nats per token; noted in the history."""
+        self.model.eval()
+        total, rows = 0.0, 0
+        for batch in self._validation:
+            total += self.model.loss(batch.to(self.device)).item() * len(batch)
+            rows += len(batch)
+        self.model.train()
+        loss = total / rows
+        self.history.validation.append((self.done, loss))
+        return loss
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A loss in nats per token as bits per byte of the text, which no tokenizer changes."""
+        tokens_per_byte = len(self.corpus.validation) / self.corpus.validation_bytes
+        return loss * tokens_per_byte / math.log(2)
+
+    def checkpoint(self) -> Checkpoint:
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return Checkpoint(
+            step=self.done,
+            settings=self.config.fixed(),
+            data=self.corpus.fingerprint,
+            weights=dict(self.optimizer.weights),
+            state={"optimizer": self.optimizer.state(), "rng": rng, "history": self.history.state()},
+        )
+
+    def restore(self, path: Path) -> Checkpoint:
+        """Take over a checkpoint; nothing is changed unless all of it can be read and fits."""
+        found = checkpoints.read(path)
+        shapes = {name: tuple(weight.shape) for name, weight in self.optimizer.weights.items()}
+        checkpoints.check(found, path, self.config.fixed(), self.corpus.fingerprint, shapes)
+        history = History.from_state(found.state["history"])
+        if len(history.train) != found.step:
+            raise RuntimeError(
+                f"checkpoint {path} is of step {found.step} but has {len(history.train)} losses."
+            )
+        self.optimizer.load(found.weights, found.state["optimizer"])
+        torch.set_rng_state(found.state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in found.state["rng"]:
+            torch.cuda.set_rng_state(found.state["rng"]["cuda"], self.device)
+        self.history = history
+        return found
+
+
+def _build(config: TrainConfig, vocab_size: int) -> Any:
+    from pyckpt.model import CkptCausalLM
+
+    return CkptCausalLM(
+        vocab_size,
+        config.layers,
+        config.d_model,
+        config.heads,
+        n_kv_heads=config.kv_heads,
+        d_ff=config.d_ff,
+        tie_embeddings=config.tie_embeddings,
+        segments=config.segments,
+        save=config.save,
+        tile=config.tile,
+        device=config.device,
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def _diverged(what: str, value: float, step: int) -> RuntimeError:
+    return RuntimeError(
+        f"the {what} is {value} at step {step}: training has diverged. Lower --lr or lengthen --warmup; "
+        f"checkpoints from before are intact."
+    )
