@@ -270,7 +270,7 @@ def _compute_dtype(x: Any) -> torch.dtype:
     """The dtype of products and attention: x's own, or autocast's where it is on."""
     errors.check_tensor("x", x)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

@@ -1,4 +1,7 @@
-"""The command `pyckpt`. Each command reads its flags and calls a function of another module, nothing more."""
+"""The command `pyckpt`. Each command reads its flags and calls a function of another module, nothing more.
+
+typer and rich are imported late, so that their absence gives a clear line instead of a traceback.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     import typer
 
-_EXTRA = "pip install 'pyckpt[train]'"
+_HELP = "Train transformers at any sequence length on a fixed amount of memory."
+_TRAIN_HELP = (
+    "Train a causal language model on text, or on Python's own library if none is given; then plot its loss, "
+    "write a sample and save it in Hugging Face's format. Ctrl-C saves a checkpoint; --resume goes on from "
+    "there."
+)
+_COMPARE_HELP = (
+    "Train the same blocks plainly, with torch.utils.checkpoint, and with each save set, over several "
+    "lengths: a table and a picture of memory and time."
+)
+_DOCTOR_HELP = "Show versions, devices, and which backend serves each op and why."
 
 
 def main() -> None:
@@ -22,11 +36,11 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich", "click"):
             raise
-        sys.exit(f"pyckpt: the commands need {error.name}, which is not installed: {_EXTRA}")
+        sys.exit(f"pyckpt: error: the command line needs {error.name}: pip install 'pyckpt[train]'")
     debug = sys.argv[1:2] == ["--debug"]
     try:
         app()
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         if debug:
             raise
         sys.exit(f"pyckpt: error: {error}")
@@ -35,12 +49,13 @@ def main() -> None:
 
 
 def build_app() -> typer.Typer:
-    """The typer application. Raises ModuleNotFoundError when typer is not installed."""
+    """The typer application. Raises ModuleNotFoundError when typer or rich is not installed."""
+    import rich  # noqa: F401 (every command needs it: better missing here than later)
     import typer
 
     app = typer.Typer(
         name="pyckpt",
-        help="Train transformers at any sequence length on a fixed amount of memory.",
+        help=_HELP,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -50,19 +65,24 @@ def build_app() -> typer.Typer:
     @app.callback()
     def common(
         debug: bool = typer.Option(False, "--debug", help="On an error, show the whole traceback."),
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=_version, help="Show the version."
+        ),
     ) -> None:
         pass
 
     app.command("train", help=_TRAIN_HELP)(_train_command())
-    app.command("doctor", help="Show versions, devices, and which backend serves each op and why.")(doctor)
+    app.command("compare", help=_COMPARE_HELP)(_compare_command())
+    app.command("doctor", help=_DOCTOR_HELP)(doctor)
     return app
 
 
-_TRAIN_HELP = (
-    "Train a causal language model on text, on Python's own library if none is given; then plot its loss, "
-    "write a sample and save it in Hugging Face's format. Ctrl-C saves a checkpoint; --resume goes on from "
-    "there."
-)
+def _version(asked: bool) -> None:
+    if asked:
+        from pyckpt._version import __version__
+
+        print(f"pyckpt {__version__}")
+        raise SystemExit
 
 
 def doctor() -> None:
@@ -78,26 +98,126 @@ def train(**given: Any) -> None:
 
     from pyckpt import train as training
 
-    chosen = {name: _parsed(name, value) for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "segments" in chosen:
+        chosen["segments"] = _segments(chosen["segments"])
     config = training.TrainConfig(**chosen)
-    if config.resume:  # a run goes on with the settings that it was started with
+    if config.resume and not config.overwrite:  # a run goes on with the settings that it was started with
         config = dataclasses.replace(training.read_config(Path(config.out)), overwrite=False, **chosen)
     code = training.exit_code(training.run(config, Console()))
     if code:
         raise SystemExit(code)
 
 
-def _parsed(name: str, value: Any) -> Any:
-    if name != "segments" or value == "sqrt":
-        return value
+def compare(lengths: str, out: str, dtype: str, device: str, variants: str | None, **sizes: Any) -> None:
+    """`pyckpt compare`; lengths, variants: separated by commas; sizes: more arguments of compare.run."""
+    from rich.console import Console
+
+    from pyckpt import compare as comparing
+    from pyckpt.train.config import resolve_device
+    from pyckpt.train.extras import require
+
+    require("the picture of compare", "matplotlib")
+    console = Console()
+    arguments: dict[str, Any] = {
+        "lengths": _numbers("lengths", lengths),
+        "dtype": _dtype(dtype),
+        "device": resolve_device(device),
+        "variants": None if variants is None else [v.strip() for v in variants.split(",")],
+        **sizes,
+    }
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with console.status("starting") as status:
+        results = comparing.run(**arguments, progress=lambda text: status.update(text))
+    comparing.show(results, console)
+    console.print()
+    for what, path in (
+        ("Picture", comparing.plot(results, folder / "compare.png")),
+        ("Figures", results.save_json(folder / "compare.json")),
+    ):
+        console.print(f"{what}  {path}", markup=False, highlight=False)
+
+
+def _segments(value: str) -> str | int:
+    return value if value == "sqrt" else _number("segments", value, "sqrt or a whole number")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    return [_number(name, part, "whole numbers separated by commas") for part in text.split(",")]
+
+
+def _number(name: str, text: str, expected: str) -> int:
     try:
-        return int(value)
+        return int(text)
     except ValueError:
-        raise ValueError(f"segments={value!r}: expected sqrt or a whole number.") from None
+        raise ValueError(f"{name}: {text!r} was given, expected {expected}.") from None
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    names = ("float32", "float64", "bfloat16", "float16")
+    if name not in names:
+        raise ValueError(f"dtype={name!r}: expected one of {', '.join(names)}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _compare_command() -> Any:
+    import typer
+
+    from pyckpt.compare import DEFAULT_LENGTHS, VARIANTS
+
+    def option(default: Any, text: str) -> Any:
+        return typer.Option(default, help=text)
+
+    def command(
+        lengths: str = option(",".join(map(str, DEFAULT_LENGTHS)), "Tokens in a sequence: a list."),
+        d_model: int = option(256, "Width of the residual stream."),
+        heads: int = option(4, "Query heads."),
+        kv_heads: int = typer.Option(None, help="Key/value heads.", show_default="as many as query heads"),
+        d_ff: int = typer.Option(None, help="Width of the MLP.", show_default="from d_model"),
+        layers: int = option(1, "Blocks in the stack."),
+        batch_size: int = option(1, "Sequences in a batch."),
+        vocab_size: int = typer.Option(
+            None, help="Compare whole causal LMs with this vocabulary, not blocks alone."
+        ),
+        dtype: str = option("float32", "float32, float64, bfloat16 or float16."),
+        device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)."),
+        tile: int = typer.Option(
+            None, help="Tokens worked on at once.", show_default="picked from the shapes"
+        ),
+        variants: str = typer.Option(None, help=f"A list out of {', '.join(VARIANTS)}.", show_default="all"),
+        repeats: int = option(3, "Timed runs of each variant."),
+        budget: float = typer.Option(None, help="Seconds to end in, with fewer runs or lengths if need be."),
+        seed: int = option(0, "Seed of the weights and the inputs."),
+        out: str = option("runs/compare", "Folder for compare.png and compare.json; replaces those in it."),
+    ) -> None:
+        compare(
+            lengths,
+            out,
+            dtype,
+            device,
+            variants,
+            d_model=d_model,
+            n_heads=heads,
+            n_kv_heads=kv_heads,
+            d_ff=d_ff,
+            n_layers=layers,
+            batch=batch_size,
+            vocab_size=vocab_size,
+            tile=tile,
+            repeats=repeats,
+            budget_seconds=budget,
+            seed=seed,
+        )
+
+    return command
 
 
 def _train_command() -> Any:
-    """`train` with a signature that has a flag for every field of TrainConfig, so that typer can read it."""
+    """`train` with a flag for every field of TrainConfig, as a signature that typer can read."""
     from pyckpt.train.config import TrainConfig
 
     def command(**given: Any) -> None:
@@ -114,15 +234,16 @@ def _parameter(field: Any, hint: Any) -> inspect.Parameter:
     """A flag for one field; None stands for "not given", so that a resumed run keeps its own value."""
     import typer
 
-    options: dict[str, Any] = {"rich_help_panel": field.metadata["panel"], "show_default": False}
     text = field.metadata["help"]
     if field.default is not None and not isinstance(field.default, bool):
         text += f" (default: {field.default})"
+    shown: dict[str, Any] = {"help": text, "show_default": False}
     if field.name == "data":
-        option = typer.Argument(None, help=text, show_default=False)
+        default = typer.Argument(None, metavar="PATH", **shown)
     else:
-        option = typer.Option(None, "--" + field.name.replace("_", "-"), help=text, **options)
-    kind = field.metadata["cli"] or hint
+        flag = "--" + field.name.replace("_", "-")
+        default = typer.Option(None, flag, rich_help_panel=field.metadata["panel"], **shown)
+    annotation = (field.metadata["cli"] or hint) | None
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )

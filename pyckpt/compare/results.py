@@ -57,7 +57,7 @@ class Results:
         return next((r for r in self.rows if r.length == length and r.variant == variant), None)
 
     def ratio(self, row: Row, figure: str, to: str) -> float | None:
-        """``figure`` (the name of a field) over that of variant ``to`` at the same length; None without both."""
+        """``figure`` (the name of a field) over variant ``to``'s at the same length; None without both."""
         base = self.find(row.length, to)
         mine, theirs = getattr(row, figure), None if base is None else getattr(base, figure)
         return mine / theirs if mine is not None and theirs else None

@@ -16,7 +16,7 @@ from pyckpt.compare.variants import VARIANTS, Batch, Config, Workload
 from pyckpt.measure.flops import block_flops, causal_lm_flops
 from pyckpt.spec import BlockSpec
 
-DEFAULT_LENGTHS = (512, 1024, 2048, 4096, 8192)
+DEFAULT_LENGTHS = (512, 1024, 2048, 4096)
 # The gradient error of a correct variant against plain, both rounding in this dtype, is well below these.
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -47,7 +47,8 @@ def run(
     non-reentrant, around each plain block) and the save sets of `CkptTransformerBlock`; None is all of them.
 
     At the shortest length each variant's gradients are compared with those of "plain" first. Then, at each
-    length, the memory of every variant is measured in a run of its own, and their times in turn in the same process.
+    length, the memory of every variant is measured in a run of its own, and their times in turn in the same
+    process.
     Gradients, weights and inputs are allocated before, and are not part of any figure.
 
     Args:
@@ -55,7 +56,7 @@ def run(
         vocab_size: None trains a stack of ``n_layers`` blocks on random hidden states; a number trains a
             causal LM of this vocabulary on random tokens, with its loss.
         tile: tokens in a tile of the save sets; None lets each choose.
-        repeats: timed runs of each variant, after one that is not counted.
+        repeats: timed runs of each variant.
         budget_seconds: fewer repeats, and in the end fewer lengths, so that the whole ends in about this
             time.
         progress: called with a short line before each piece of work.
@@ -98,6 +99,7 @@ class _Run:
         self.config = config
         self.variants = variants
         self.repeats = repeats
+        self.budget = budget
         self.deadline = None if budget is None else time.monotonic() + budget
         self.progress = progress
         self.work = Workload(config, variants)
@@ -106,22 +108,24 @@ class _Run:
     def all(self, lengths: list[int]) -> Results:
         self.progress(f"checking the gradients of {len(self.variants)} variants at S = {lengths[0]}")
         errors = self._gradient_errors(lengths[0])
-        rate = None  # seconds per model FLOP of one run of every variant
+        rate = 0.0  # seconds per model FLOP of one run of every variant
         for i, length in enumerate(lengths):
             flops = self._flops(length)
-            # The least that a length needs: the memory measurement, a warm-up and one timed run of each variant.
-            if (
-                rate is not None
-                and self.deadline is not None
-                and time.monotonic() + 3 * rate * flops > self.deadline
-            ):
+            if i and not self._worth_starting(rate * flops):
                 left_out = ", ".join(map(str, lengths[i:]))
-                self.results.notes.append(f"S = {left_out} left out: the time budget is spent")
+                self.results.notes.append(f"S = {left_out} left out: the time budget is spent.")
                 break
             rows, seconds = self._measure(length, sum(map(self._flops, lengths[i:])))
             self.results.rows += [self._with_error(row, errors, lengths[0]) for row in rows]
             rate = seconds / flops
         return self.results
+
+    def _worth_starting(self, round_seconds: float) -> bool:
+        """Whether a length fits: it takes at least one measurement of memory and one timed run a variant."""
+        if self.deadline is None or self.budget is None:
+            return True
+        # A longer length has larger, more efficient products than the one its time is guessed from.
+        return time.monotonic() + 2 * round_seconds < self.deadline + 0.25 * self.budget
 
     def _measure(self, length: int, flops_to_come: float) -> tuple[list[Row], float]:
         """The rows of one length, and the seconds of one run of every variant."""
@@ -131,12 +135,14 @@ class _Run:
         for variant in self.variants:
             self.progress(f"S = {length}: memory of {variant}")
             memory[variant] = self._memory(variant, batch)
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - start  # measuring memory takes a little longer than running
         steps = {v: self.work.step(v, batch) for v in self.variants if not isinstance(memory[v], str)}
         repeats = self._affordable(seconds, self._flops(length) / flops_to_come)
         self.progress(f"S = {length}: time of {len(steps)} variants in turn, {repeats} times")
-        times = measure.interleaved(steps, repeats, device=self.config.device) if steps else {}
-        return [self._row(length, v, memory[v], times.get(v)) for v in self.variants], seconds
+        # The measurement of memory has warmed each variant up.
+        times = measure.interleaved(steps, repeats, warmup=0, device=self.config.device) if steps else {}
+        rows = [self._row(length, v, memory[v], times.get(v)) for v in self.variants]
+        return rows, sum(stats.median for stats in times.values()) or seconds
 
     def _memory(self, variant: str, batch: Batch) -> tuple[int, int] | str:
         try:
@@ -149,11 +155,12 @@ class _Run:
         return m.peak_bytes, m.saved_bytes
 
     def _affordable(self, round_seconds: float, share: float) -> int:
-        """How many timed rounds fit into this length's share of the time left, after one to warm up."""
-        if self.deadline is None:
+        """How many timed rounds fit into this length's share of the time left."""
+        if self.deadline is None or self.budget is None:
             return self.repeats
-        allowance = share * max(0.0, self.deadline - time.monotonic())
-        return max(1, min(self.repeats, int(allowance / max(round_seconds, 1e-9)) - 1))
+        # Short lengths cost more than their FLOPs say, and little anyway: a twentieth is theirs in any case.
+        allowance = max(share * (self.deadline - time.monotonic()), 0.05 * self.budget)
+        return max(1, min(self.repeats, int(allowance / max(round_seconds, 1e-9))))
 
     def _row(
         self, length: int, variant: str, memory: tuple[int, int] | str, time_: measure.Stats | None
@@ -241,7 +248,7 @@ def _checked(lengths: Sequence[int], variants: Sequence[str] | None) -> tuple[li
 
 
 def _relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    # Over all gradients together: some are zero by nature (a key's bias) and have no relative error of their own.
+    # Over all gradients together: some are zero by nature (a key's bias) and have no relative error.
     difference = sum((a.double() - b.double()).square().sum().item() for a, b in zip(got, want, strict=True))
     return (difference / sum(b.double().square().sum().item() for b in want)) ** 0.5
 

@@ -53,7 +53,7 @@ def memory(
       autograd's saving; a tensor that a custom ``autograd.Function`` hides as an attribute of ``ctx`` is seen
       in ``live_bytes`` only. Graphs that are built during a backward (recomputation) do not count.
     - ``m.per_module``: the same for each measured module, by name. What two modules save counts for the
-      first.
+      first. Blocks that run together as one segment of a stack have none of their own.
     - ``m.mark(name)`` notes all three; ``m.marks[name]`` gives them back as a `Mark`.
 
     On CUDA the first two are the caching allocator's (``memory_allocated`` and its maximum, which is reset at
@@ -67,8 +67,8 @@ def memory(
     autograd's check that a saved tensor was not changed in place is off meanwhile.
 
     Args:
-        model: its parameters and buffers are known from the start, and its `CkptTransformerBlock` children
-            are the modules measured one by one.
+        model: its parameters and buffers are known from the start, and the pyckpt blocks in it are the
+            modules measured one by one.
         device: "cpu" or "cuda"; by default that of ``model``, else CUDA if this process uses it already.
         modules: the modules measured one by one instead: a mapping by name, or modules (named as in
             ``model``).
@@ -225,4 +225,4 @@ def _measured_modules(
 
 def _is_block(module: nn.Module) -> bool:
     # By name: measuring must work on its own, without importing what it measures.
-    return any(cls.__name__ == "CkptTransformerBlock" for cls in type(module).__mro__)
+    return any(cls.__name__ == "CheckpointedBlock" for cls in type(module).__mro__)

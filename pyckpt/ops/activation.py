@@ -66,7 +66,7 @@ def glu_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 def _glu_into(gate: Tensor, up: Tensor, kind: str, act: Tensor) -> None:
     acc = acc_dtype(gate.dtype)
     g, u, a = _rows(gate), _rows(up), act.view(-1, act.shape[-1])
-    for sl in row_chunks(*g.shape, gate.device):
+    for sl in row_chunks(g):
         a[sl] = _phi(g[sl].to(acc), kind).mul_(u[sl])
 
 
@@ -101,7 +101,7 @@ def glu_bwd_(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> None:
     """`glu_bwd` in place: dact becomes act, gate becomes dgate, up becomes dup."""
     acc = acc_dtype(gate.dtype)
     da, g, u = (t.view(-1, t.shape[-1]) for t in (dact, gate, up))
-    for sl in row_chunks(*g.shape, gate.device):
+    for sl in row_chunks(g):
         daf, gf, uf = da[sl].to(acc), g[sl].to(acc), u[sl].to(acc)
         phi = _phi(gf, kind)
         dgate = _dphi(daf * uf, gf, kind)
@@ -129,7 +129,7 @@ def act_fwd(x: Tensor, kind: str) -> Tensor:
 def _act_into(x: Tensor, kind: str, act: Tensor) -> None:
     acc = acc_dtype(x.dtype)
     rows, out = _rows(x), act.view(-1, act.shape[-1])
-    for sl in row_chunks(*rows.shape, x.device):
+    for sl in row_chunks(rows):
         out[sl] = _phi(rows[sl].to(acc), kind)
 
 
@@ -164,7 +164,7 @@ def act_bwd_(dact: Tensor, x: Tensor, kind: str) -> None:
     """`act_bwd` in place: dact becomes act, x becomes dx."""
     acc = acc_dtype(x.dtype)
     da, rows = dact.view(-1, dact.shape[-1]), x.view(-1, x.shape[-1])
-    for sl in row_chunks(*rows.shape, x.device):
+    for sl in row_chunks(rows):
         xf = rows[sl].to(acc)
         dx = _dphi(da[sl].to(acc), xf, kind)
         da[sl] = _phi(xf, kind)

@@ -16,8 +16,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices over rows, each small enough for the cache on a CPU; a single slice elsewhere."""
-    step = rows if device.type != "cpu" else max(1, _CPU_CHUNK_ELEMENTS // max(1, width))
+def row_chunks(t: Tensor) -> Iterator[slice]:
+    """Slices over the first dim of t, each small enough for the cache on a CPU; a single slice elsewhere."""
+    rows = t.shape[0]
+    step = rows
+    if t.device.type == "cpu":
+        step = max(1, _CPU_CHUNK_ELEMENTS // max(1, t.numel() // max(1, rows)))
     for start in range(0, rows, max(1, step)):
         yield slice(start, min(start + step, rows))

@@ -37,7 +37,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
     rows = x.reshape(-1, d)
     y, rstd = rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], dtype=acc)
     w = None if weight is None else weight.to(acc)
-    for sl in row_chunks(*rows.shape, x.device):
+    for sl in row_chunks(rows):
         xf = rows[sl].to(acc)
         norm = torch.linalg.vector_norm(xf, dim=-1, keepdim=True)
         r = norm.square_().div_(d).add_(eps).rsqrt_()
@@ -58,7 +58,7 @@ def _rms_norm_bwd(
     dy, x, dx, rstd = dy.reshape(-1, d), x.reshape(-1, d), dx.view(-1, d), rstd.reshape(-1, 1)
     dw = _weight_grad(x, need_dw)
     w = None if weight is None else weight.to(acc)
-    for sl in row_chunks(*x.shape, x.device):
+    for sl in row_chunks(x):
         dyf, r = dy[sl].to(acc), rstd[sl]
         xhat = x[sl].to(acc) * r
         p = dyf * xhat
@@ -132,7 +132,7 @@ def layer_norm_fwd(
     mean, rstd = rows.new_empty(rows.shape[0], dtype=acc), rows.new_empty(rows.shape[0], dtype=acc)
     w = None if weight is None else weight.to(acc)
     b = None if bias is None else bias.to(acc)
-    for sl in row_chunks(*rows.shape, x.device):
+    for sl in row_chunks(rows):
         out, m, r = torch.native_layer_norm(rows[sl].to(acc), [d], w, b, eps)
         y[sl], mean[sl], rstd[sl] = out, m[:, 0], r[:, 0]
     return y.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
@@ -146,7 +146,7 @@ def _layer_norm_bwd(
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     dw, db = _weight_grad(x, need_dw), _weight_grad(x, need_dw)
     w = None if weight is None else weight.to(acc)
-    for sl in row_chunks(*x.shape, x.device):
+    for sl in row_chunks(x):
         dyf, r = dy[sl].to(acc), rstd[sl]
         xhat = (x[sl].to(acc) - mean[sl]) * r
         if need_dw:

@@ -59,7 +59,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: boo
     rows, rows_out = x.reshape(-1, heads, dim), out.view(-1, heads, dim)
     cos = cos.expand(*x.shape[:-2], half).reshape(-1, 1, half)
     sin = sin.expand(*x.shape[:-2], half).reshape(-1, 1, half)
-    for sl in row_chunks(rows.shape[0], heads * dim, x.device):
+    for sl in row_chunks(rows):
         a, b = _halves(rows[sl], half, interleaved)
         a, b = a.to(acc), b.to(acc)
         c, s = cos[sl].to(acc), sin[sl].to(acc)

@@ -34,7 +34,8 @@ class WeightGradients:
             first = torch.mm(dy.t(), x)
             self._sums[name] = first if self._single else first.to(acc_dtype(first.dtype))
         elif total.dtype == x.dtype:
-            total.addmm_(dy.t(), x)
+            # As an out= overload: FLOP counters know addmm and do not know addmm_.
+            torch.addmm(total, dy.t(), x, out=total)
         else:
             total += torch.mm(dy.t(), x)
 

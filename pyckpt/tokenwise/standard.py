@@ -280,7 +280,8 @@ def _linear(w: Weights, name: str, x: Tensor, out: Tensor, residual: Tensor | No
 def _sum_of_products(lefts: list[Tensor], rights: list[Tensor], out: Tensor) -> None:
     torch.mm(lefts[0], rights[0], out=out)
     for left, right in zip(lefts[1:], rights[1:], strict=True):
-        out.addmm_(left, right)
+        # As an out= overload: FLOP counters know addmm and do not know addmm_.
+        torch.addmm(out, left, right, out=out)
 
 
 def _norm(spec: BlockSpec, w: Weights, name: str, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

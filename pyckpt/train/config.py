@@ -44,7 +44,11 @@ class TrainConfig:
         "attention", "Memory", "What each block keeps for the backward (save set).", free=True
     )
     segments: int | str | None = _option(
-        None, "Memory", "Keep only some blocks' inputs: sqrt, or a number of segments.", free=True, cli=str
+        None,
+        "Memory",
+        "Keep only the inputs of segments of so many blocks (a number, or sqrt).",
+        free=True,
+        cli=str,
     )
     tile: int | None = _option(None, "Memory", "Tokens worked on at once (default: picked from the shapes).")
 
@@ -74,7 +78,9 @@ class TrainConfig:
 
     prompt: str | None = _option(None, "Sample", "Text that the sample at the end starts from.", free=True)
     sample_tokens: int = _option(400, "Sample", "Tokens of the sample (0: none).", free=True)
-    temperature: float = _option(0.7, "Sample", "Temperature of the sample.", free=True)
+    temperature: float = _option(
+        0.7, "Sample", "Temperature of the sample (0: always the likeliest token).", free=True
+    )
 
     def resolved(self) -> TrainConfig:
         """This configuration checked, with "auto" and the defaults that depend on other fields filled in.
@@ -84,7 +90,7 @@ class TrainConfig:
         _check_numbers(self)
         _check_heads(self)
         _check_memory(self)
-        device = _device(self.device)
+        device = resolve_device(self.device)
         dtype = (
             self.dtype if self.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
         )
@@ -109,7 +115,7 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("d_model", "layers", "heads", "kv_heads", "d_ff", "tile", "vocab_size"), 1),
     **dict.fromkeys(("steps", "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "log_every"), 1),
-    **dict.fromkeys(("warmup", "min_lr", "weight_decay", "clip", "seed", "sample_tokens"), 0),
+    **dict.fromkeys(("warmup", "min_lr", "weight_decay", "clip", "seed", "sample_tokens", "temperature"), 0),
     "seq_len": 2,
 }
 
@@ -124,10 +130,8 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ValueError(f"{name}={value!r}: expected {'a whole number' if whole else 'a number'}.")
         if not math.isfinite(value) or value < least:
             raise ValueError(f"{name}={value}: expected a number that is at least {least}.")
-    for name in ("lr", "temperature"):
-        value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name}={value!r}: expected a number above 0.")
+    if not isinstance(config.lr, (int, float)) or not math.isfinite(config.lr) or config.lr <= 0:
+        raise ValueError(f"lr={config.lr!r}: expected a number above 0.")
     if config.min_lr > 1:
         raise ValueError(f"min_lr={config.min_lr}: expected a fraction of lr, between 0 and 1.")
     if config.warmup > config.steps:
@@ -160,14 +164,12 @@ def _check_memory(config: TrainConfig) -> None:
     segments = config.segments
     if segments is None or segments == "sqrt":
         return
-    if isinstance(segments, bool) or not isinstance(segments, int) or not 1 <= segments <= config.layers:
-        raise ValueError(
-            f"segments={segments!r}: expected sqrt, or a whole number from 1 to the number of layers "
-            f"({config.layers})."
-        )
+    if isinstance(segments, bool) or not isinstance(segments, int) or segments < 1:
+        raise ValueError(f"segments={segments!r}: expected sqrt, or a whole number of blocks in a segment.")
 
 
-def _device(name: str) -> str:
+def resolve_device(name: str) -> str:
+    """`name`, or for "auto" the GPU if there is one; ValueError for a device that this machine hasn't."""
     import torch
 
     if name == "auto":

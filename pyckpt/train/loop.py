@@ -143,6 +143,13 @@ def _train(
         )
         progress.validated(loss)
 
+    saved = trainer.done
+
+    def checkpoint() -> None:
+        nonlocal saved
+        checkpoints.write(folder.checkpoints, trainer.checkpoint(), config.keep_checkpoints)
+        saved = trainer.done
+
     try:
         progress.start(trainer.done, config.steps)
         if not trainer.history.validation:
@@ -154,10 +161,12 @@ def _train(
             last = trainer.done == config.steps
             if last or trainer.done % config.eval_every == 0:
                 validate()
-            if last or stop or trainer.done % config.checkpoint_every == 0:
-                checkpoints.write(folder.checkpoints, trainer.checkpoint(), config.keep_checkpoints)
+            if last or trainer.done % config.checkpoint_every == 0:
+                checkpoint()
             if on_step is not None:
                 on_step(record)
+        if stop and 0 < trainer.done != saved:
+            checkpoint()
     finally:
         progress.stop()
         log.close()

@@ -1,0 +1,70 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+#
+#   PYTHON    the Python (3.10 or newer) that makes the environment
+#   PIP_ARGS  more options for pip, e.g. an index that has PyTorch's CPU build
+#   WORKERS   test processes; 0 runs the tests in one process, as a debugger wants it
+#   THREADS   threads of each test process
+#   ARGS      more options for the command: make test ARGS='-k rope', make demo ARGS='--help'
+
+PYTHON ?= python3
+PIP_ARGS ?=
+WORKERS ?= 2
+THREADS ?= 1
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# Changes when what is installed changes; the sources themselves are installed editable.
+READY := $(VENV)/ready
+SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench doctor clean
+
+help:
+	@echo "make demo     train a small model on text, then compare memory and time (3 minutes)"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff and mypy"
+	@echo "make bench    the block's times against PyTorch's"
+	@echo "make doctor   versions, devices, and which backend serves each op"
+	@echo "make setup    only the environment in $(VENV); the others do it themselves"
+	@echo "make clean    remove $(VENV), build/, caches and runs/demo"
+
+setup: $(READY)
+	@echo "$(VENV) is ready."
+
+$(READY): $(SETUP_FILES)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+		sys.exit(0 if v >= (3, 10) else f"Python {v[0]}.{v[1]} is too old: make PYTHON=/path/to/python3.10 or newer")'
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version); the first time takes a minute or more."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools
+	@echo "Installing pyckpt (editable), PyTorch, and the tools for training and testing."
+	@$(PIP) --no-build-isolation -e '.[dev,train,hf,bench]'
+	@touch $@
+
+demo: $(READY)
+	@echo "1/2  Training a small model on the sources of Python's standard library."
+	@$(BIN)/pyckpt train --out runs/demo/train --overwrite $(ARGS)
+	@echo "2/2  Comparing memory and time with and without checkpointing."
+	@$(BIN)/pyckpt compare --out runs/demo/compare
+
+test: $(READY)
+	@echo "Running the tests: $(WORKERS) processes with $(THREADS) threads each."
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+lint: $(READY)
+	@echo "ruff check";  $(BIN)/ruff check .
+	@echo "ruff format --check";  $(BIN)/ruff format --check .
+	@echo "mypy pyckpt";  $(BIN)/mypy pyckpt
+
+bench: $(READY)
+	@$(BIN)/python bench/block.py $(ARGS)
+
+doctor: $(READY)
+	@$(BIN)/pyckpt doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis pyckpt/_build.json
+	find pyckpt triton_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,106 @@
+"""What the tests of the block share: a small block, its plain twin, and one step of either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pyckpt
+from pyckpt.compare.baseline import PlainBlock
+
+D_MODEL, N_HEADS = 48, 4
+SMALL: dict[str, Any] = {"n_kv_heads": 2, "d_ff": 72}
+
+# Every option of the block alone, and combinations that share code.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mha": {"n_kv_heads": 4},
+    "mqa": {"n_kv_heads": 1},
+    "wide-heads": {"head_dim": 20},
+    "layernorm": {"norm": "layernorm", "norm_eps": 1e-3},
+    "bias": {"bias": True},
+    "gpt2-like": {"norm": "layernorm", "mlp": "gelu_tanh", "bias": True, "rope_theta": None},
+    "gelu": {"mlp": "gelu"},
+    "relu2": {"mlp": "relu2"},
+    "geglu": {"mlp": "geglu"},
+    "geglu_tanh": {"mlp": "geglu_tanh"},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm-bias-norope": {"qk_norm": True, "bias": True, "rope_theta": None},
+    "rope-llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "bidirectional": {"causal": False},
+    "window": {"window": 7},
+    "window-both": {"causal": False, "window": (5, 3)},
+    "softcap": {"softcap": 3.0},
+    "softcap-window": {"softcap": 3.0, "window": 7},
+}
+CU_SEQLENS = [0, 5, 5, 23, 50]
+
+
+def make_block(dtype: torch.dtype = torch.float64, **options: Any) -> pyckpt.CkptTransformerBlock:
+    """A block with all parameters random: weights at their fresh values would hide a wrong gradient of a norm."""
+    block = pyckpt.CkptTransformerBlock(D_MODEL, N_HEADS, **{**SMALL, **options}, dtype=torch.float64)
+    randomise(block)
+    return block.to(dtype)
+
+
+def randomise(module: nn.Module) -> None:
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) / p.shape[-1] ** 0.5 if p.dim() == 2 else 1.0 + 0.3 * torch.randn_like(p))
+
+
+def plain_twin(block: pyckpt.CkptTransformerBlock, dtype: torch.dtype, **options: Any) -> PlainBlock:
+    plain = PlainBlock(D_MODEL, N_HEADS, **{**SMALL, **options}, dtype=dtype)
+    plain.load_state_dict({n: t.to(dtype) for n, t in block.state_dict().items()})
+    return plain
+
+
+def make_input(packed: bool, dtype: torch.dtype = torch.float64, seq: int = 25) -> tuple[Tensor, Tensor | None]:
+    """(x, cu_seqlens): (2, seq, d_model), or 50 packed tokens with an empty sequence among them."""
+    if packed:
+        return torch.randn(CU_SEQLENS[-1], D_MODEL, dtype=dtype), torch.tensor(CU_SEQLENS, dtype=torch.int32)
+    return torch.randn(2, seq, D_MODEL, dtype=dtype), None
+
+
+def step(
+    block: nn.Module, x: Tensor, dy: Tensor, cu_seqlens: Tensor | None = None, positions: Tensor | None = None
+) -> dict[str, Tensor]:
+    """y, dx and every parameter's gradient, by name."""
+    x = x.detach().clone().requires_grad_()
+    y = block(x, positions=positions, cu_seqlens=cu_seqlens)
+    params = dict(block.named_parameters())
+    grads = torch.autograd.grad(y, [x, *params.values()], dy)
+    return {"y": y.detach(), "dx": grads[0], **dict(zip(params, grads[1:], strict=True))}
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of every result of a `step`.
+
+    Without RoPE softmax does not see a key's bias, whose gradient is 0 up to rounding: a norm far below those of its
+    fellows is measured against theirs.
+    """
+    assert got.keys() == truth.keys()
+    smallest = 0.1 * float(torch.stack([t.norm() for t in truth.values()]).median())
+    return {
+        n: float((got[n].double() - truth[n]).norm() / truth[n].norm().clamp_min(smallest)) for n in truth
+    }

@@ -1,0 +1,156 @@
+"""Bad input: each mistake has an error of its own that says what was given and what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import make_block, make_input
+from torch import nn
+
+import pyckpt
+
+BAD_OPTIONS = {
+    "heads that do not divide": ((48, 5), {}, r"d_model=48 is not a multiple of n_heads=5.*head_dim"),
+    "groups that do not divide": ((48, 4), {"n_kv_heads": 3}, r"n_heads=4 is not a multiple of n_kv_heads=3"),
+    "odd head dim with RoPE": ((9, 3), {}, r"head_dim=3 is odd.*rope_theta=None"),
+    "zero width": ((0, 4), {}, r"d_model must be a positive int, got 0"),
+    "width no int": ((48.0, 4), {}, r"d_model must be a positive int, got 48\.0"),
+    "negative d_ff": ((48, 4), {"d_ff": -1}, r"d_ff must be a positive int, got -1"),
+    "unknown norm": ((48, 4), {"norm": "batchnorm"}, r"norm='batchnorm' does not exist; expected one of rmsnorm"),
+    "unknown mlp": ((48, 4), {"mlp": "moe"}, r"mlp='moe' does not exist; expected one of swiglu"),
+    "unknown save set": ((48, 4), {"save": "everything"}, r"save='everything' does not exist; expected one of 'all'"),
+    "save set no string": ((48, 4), {"save": 3}, r"save=3 does not exist"),
+    "negative eps": ((48, 4), {"norm_eps": -1.0}, r"norm_eps must be a positive finite number"),
+    "zero theta": ((48, 4), {"rope_theta": 0.0}, r"rope_theta must be a positive finite number"),
+    "unknown rope type": ((48, 4), {"rope_scaling": {"rope_type": "yarn"}}, r"'yarn' is not supported; expected one"),
+    "rope scaling lacks": ((48, 4), {"rope_scaling": {"rope_type": "linear"}}, r"lacks factor"),
+    "scaling without rope": (
+        (48, 4),
+        {"rope_theta": None, "rope_scaling": {"rope_type": "linear", "factor": 2}},
+        r"rope_theta=None",
+    ),
+    "negative window": ((48, 4), {"window": -3}, r"window=-3 is negative"),
+    "window of three": ((48, 4), {"window": (1, 2, 3)}, r"window must be None, an int >= 0, or a pair"),
+    "negative softcap": ((48, 4), {"softcap": -2.0}, r"softcap must be None or a positive number"),
+    "tile zero": ((48, 4), {"tile": 0}, r"tile must be None or a positive int"),
+    "tile no int": ((48, 4), {"tile": 2.5}, r"tile must be None or a positive int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_options(case):
+    args, options, message = case
+    with pytest.raises(ValueError, match=message):
+        pyckpt.CkptTransformerBlock(*args, **options)
+
+
+def test_attributes_are_checked_and_left_as_they_were():
+    block = make_block()
+    with pytest.raises(ValueError, match="does not exist"):
+        block.save = "nothing"
+    with pytest.raises(ValueError, match="tile must be"):
+        block.tile = -4
+    assert (block.save, block.tile) == ("attention", None)
+
+
+BAD_INPUTS = {
+    "rank 2 without cu_seqlens": (lambda x: (x[0],), ValueError, r"must be \(B, S, d_model\), got shape \(25, 48\)"),
+    "rank 4": (lambda x: (x[None],), ValueError, r"must be \(B, S, d_model\)"),
+    "width": (lambda x: (x[..., :32],), ValueError, r"width 32 in its last dim, expected d_model=48"),
+    "dtype": (lambda x: (x.float(),), ValueError, r"x has dtype torch\.float32 and .* has torch\.float64; convert"),
+    "integers": (lambda x: (x.long(),), ValueError, r"dtype torch\.int64, expected one of float32"),
+    "device": (lambda x: (x.to("meta"),), ValueError, r"x is on meta and .* is on cpu; move one"),
+    "empty": (lambda x: (x[:, :0],), ValueError, r"x is empty: shape \(2, 0, 48\)"),
+    "no tensor": (lambda x: ([1.0],), TypeError, r"x must be a torch\.Tensor, got list"),
+    "positions' shape": (lambda x: (x, torch.arange(7)), ValueError, r"positions have shape \(7,\), expected"),
+    "positions' dtype": (lambda x: (x, torch.rand(25)), ValueError, r"positions have dtype torch\.float32"),
+    "cu_seqlens with rank 3": (
+        lambda x: (x, None, torch.tensor([0, 25], dtype=torch.int32)),
+        ValueError,
+        r"must be packed as \(T, d_model\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+def test_bad_inputs(case):
+    make, error, message = case
+    x, _ = make_input(packed=False)
+    with pytest.raises(error, match=message):
+        make_block()(*make(x))
+
+
+BAD_CU_SEQLENS = {
+    "int64": (torch.tensor([0, 50]), r"dtype torch\.int64, expected int32"),
+    "descending": (torch.tensor([0, 30, 20, 50], dtype=torch.int32), r"must not descend: entry 2 is 20, after 30"),
+    "short": (torch.tensor([0, 20, 49], dtype=torch.int32), r"end at the number of tokens, 50; it goes from 0 to 49"),
+    "long": (torch.tensor([0, 20, 51], dtype=torch.int32), r"end at the number of tokens, 50; it goes from 0 to 51"),
+    "late start": (torch.tensor([1, 50], dtype=torch.int32), r"begin with 0 .* goes from 1 to 50"),
+    "one entry": (torch.tensor([0], dtype=torch.int32), r"at least 2 entries"),
+    "matrix": (torch.zeros(2, 2, dtype=torch.int32), r"one-dimensional"),
+    "list": ([0, 50], r"must be a torch\.Tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CU_SEQLENS.values(), ids=BAD_CU_SEQLENS.keys())
+def test_bad_cu_seqlens(case):
+    cu, message = case
+    x, _ = make_input(packed=True)
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_block()(x, cu_seqlens=cu)
+
+
+def test_inner_layers_that_were_replaced_are_noticed():
+    """An adapter put inside would be ignored by the block's kernels: an error, not a silently wrong result."""
+    block = make_block()
+    x, _ = make_input(packed=False)
+    block.self_attn.q_proj.lora_A = nn.Parameter(torch.zeros(2, 48, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"q_proj\.lora_A added or missing"):
+        block(x)
+
+
+def test_unlike_blocks_do_not_stack():
+    with pytest.raises(ValueError, match="block 1 has d_model=32, the first one has 48"):
+        pyckpt.CkptTransformer([make_block(), pyckpt.CkptTransformerBlock(32, 4)])
+    with pytest.raises(TypeError, match="block 0 is a Linear"):
+        pyckpt.CkptTransformer([nn.Linear(3, 3)])
+    with pytest.raises(ValueError, match="at least one block"):
+        pyckpt.CkptTransformer([])
+
+
+@pytest.mark.parametrize("segments", [0, -1, "half", 2.0, True])
+def test_bad_segments(segments):
+    with pytest.raises(ValueError, match="segments must be None, 'sqrt' or a positive int"):
+        pyckpt.CkptTransformer([make_block()], segments)
+
+
+def lm() -> pyckpt.CkptCausalLM:
+    return pyckpt.CkptCausalLM(20, 1, 16, 2, d_ff=16)
+
+
+BAD_TOKENS = {
+    "too large": (torch.tensor([[1, 20]]), None, r"token 20 is out of range: expected 0 to 19"),
+    "negative": (torch.tensor([[1, -1]]), None, r"token -1 is out of range"),
+    "rank": (torch.tensor([1, 2]), None, r"tokens must be \(B, S\), got shape \(2,\)"),
+    "floats": (torch.rand(1, 4), None, r"tokens have dtype torch\.float32"),
+    "empty": (torch.zeros(1, 0, dtype=torch.long), None, r"tokens are empty"),
+    "one token": (torch.tensor([[1]]), None, r"a sequence of one token predicts nothing"),
+    "label too large": (torch.tensor([[1, 2]]), torch.tensor([[1, 20]]), r"label 20 is out of range: .* or -100"),
+    "label negative": (torch.tensor([[1, 2]]), torch.tensor([[1, -1]]), r"label -1 is out of range"),
+    "labels' shape": (torch.tensor([[1, 2]]), torch.tensor([[1]]), r"labels have shape \(1, 1\), expected"),
+    "labels' dtype": (torch.tensor([[1, 2]]), torch.rand(1, 2), r"labels have dtype torch\.float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
+def test_bad_tokens(case):
+    tokens, labels, message = case
+    with pytest.raises(ValueError, match=message):
+        lm().loss(tokens, labels)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "n_layers"])
+def test_bad_sizes_of_the_model(name):
+    sizes = {"vocab_size": 20, "n_layers": 1, name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be a positive int, got 0"):
+        pyckpt.CkptCausalLM(**sizes, d_model=16, n_heads=2)

@@ -1,0 +1,139 @@
+"""Saved bytes by arithmetic, and how the peak grows with the length and with the depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyckpt
+from pyckpt.save import bytes_per_token, save_set
+from pyckpt.spec import BlockSpec
+
+# Sizes at which a tile's scratch is small beside the sequence, and float32 lse is 1% of the smallest save set.
+SHAPE = dict(d_model=256, n_heads=4, n_kv_heads=2, d_ff=512)
+TILE = 64
+
+
+def block(**options) -> pyckpt.CkptTransformerBlock:
+    return pyckpt.CkptTransformerBlock(256, 4, **{"n_kv_heads": 2, "d_ff": 512, "tile": TILE, **options})
+
+
+def spec(**options) -> BlockSpec:
+    return BlockSpec.make(256, 4, **{"n_kv_heads": 2, "d_ff": 512, **options})
+
+
+@pytest.mark.parametrize("save", pyckpt.SAVE_SETS)
+@pytest.mark.parametrize(
+    "options", [{}, {"mlp": "gelu", "norm": "layernorm", "bias": True}, {"qk_norm": True}], ids=["llama", "gpt", "qk"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_bytes_equal_arithmetic(save, options, dtype):
+    tokens = 640
+    model = block(save=save, dtype=dtype, **options)
+    x = torch.randn(1, tokens, 256, dtype=dtype)
+    with pyckpt.measure.memory(model) as m:
+        y = model(x)
+    expected = tokens * bytes_per_token(spec(**options), save, dtype)
+    assert m.saved_bytes == pytest.approx(expected, rel=0.01)
+    # And by what is really alive: the output, and all that is kept but x, which was there before.
+    kept_here = expected - x.numel() * dtype.itemsize
+    assert m.live_bytes == pytest.approx(kept_here + y.numel() * dtype.itemsize, rel=0.01)
+
+
+def test_bytes_per_token_of_llama_3_8b():
+    """The table of the design page, in bf16."""
+    llama = BlockSpec.make(4096, 32, n_kv_heads=8, d_ff=14336)
+    table = {s: bytes_per_token(llama, s, torch.bfloat16) for s in pyckpt.SAVE_SETS}
+    assert table == {
+        "all": 94_336,
+        "attention+qkv": 36_992,
+        "attention+mid": 24_704,
+        "attention": 16_512,
+        "input": 8_192,
+    }
+
+
+def step_peak(model, tokens: int, dtype: torch.dtype = torch.float32) -> int:
+    """Peak of forward and backward in bytes above weights, their gradients, x, dy, y and dx."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    x = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
+    with pyckpt.measure.memory(model) as m:
+        model(x).backward(dy)
+    return m.peak_bytes - 2 * x.numel() * dtype.itemsize
+
+
+@pytest.mark.parametrize("save", pyckpt.SAVE_SETS)
+def test_slope_of_the_peak_over_the_length(save):
+    """Above x, y, dy, dx: the save set, and do, q, k, v, dq, dk, dv of the one block, less those that are kept."""
+    s = spec()
+    keeps = save_set(save)
+    kept = bytes_per_token(s, save, torch.float32) - 4 * s.d_model
+    transient = 4 * (3 * s.d_q + 4 * s.d_kv) - (4 * (s.d_q + 2 * s.d_kv) if keeps.qkv else 0)
+    if not keeps.attention:
+        transient += 4 * s.d_q + 4 * s.n_heads  # o and lse, made again
+    model = block(save=save)
+    short, long = 1024, 3072
+    slope = (step_peak(model, long) - step_peak(model, short)) / (long - short)
+    assert slope == pytest.approx(kept + transient, rel=0.10)
+
+
+def test_slope_over_the_length_does_not_depend_on_the_mlp():
+    """Nothing as wide as d_ff lives for the whole sequence."""
+    slopes = []
+    for d_ff in (512, 2048):
+        model = block(d_ff=d_ff)
+        slopes.append((step_peak(model, 2048) - step_peak(model, 1024)) / 1024)
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.01)
+
+
+def test_slope_of_the_peak_over_the_depth():
+    """A deeper stack costs one save set a block, and with segments one input a segment."""
+    tokens = 512
+    per_block = {None: bytes_per_token(spec(), "attention", torch.float32), 4: 4 * 256 / 4}
+    for segments, expected in per_block.items():
+        peaks = [
+            step_peak(pyckpt.CkptTransformer([block() for _ in range(depth)], segments), tokens) for depth in (4, 12)
+        ]
+        assert (peaks[1] - peaks[0]) / 8 / tokens == pytest.approx(expected, rel=0.02)
+
+
+def test_segments_save_only_inputs():
+    tokens = 256
+    for segments, inputs in ((None, None), (1, None), (2, 3), (3, 2), ("sqrt", 2), (6, 1), (99, 1)):
+        stack = pyckpt.CkptTransformer([block() for _ in range(6)], segments)
+        x = torch.randn(1, tokens, 256)
+        with pyckpt.measure.memory(stack) as m:
+            y = stack(x)
+        assert y.requires_grad
+        expected = 6 * bytes_per_token(spec(), "attention", torch.float32) if inputs is None else inputs * 4 * 256
+        assert m.saved_bytes == pytest.approx(tokens * expected, rel=0.01), segments
+
+
+def test_inputs_without_grad_hold_no_input_gradient():
+    model = block()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    tokens, peaks = 2048, {}
+    for wanted in (True, False):
+        x = torch.randn(1, tokens, 256, requires_grad=wanted)
+        dy = torch.randn_like(x)
+        with pyckpt.measure.memory(model) as m:
+            model(x).backward(dy)
+        peaks[wanted] = m.peak_bytes
+    assert peaks[True] - peaks[False] == pytest.approx(tokens * 256 * 4, rel=0.2)
+
+
+def test_the_loss_does_not_hold_the_logits():
+    """Peak of CkptCausalLM.loss over the length: nothing as wide as the vocabulary."""
+    vocab, peaks = 8192, []
+    model = pyckpt.CkptCausalLM(vocab, 1, 64, 2, d_ff=128, tile=64)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for tokens in (4096, 8192):
+        ids = torch.randint(0, vocab, (1, tokens))
+        with pyckpt.measure.memory(model) as m:
+            model.loss(ids).backward()
+        peaks.append(m.peak_bytes)
+    assert (peaks[1] - peaks[0]) / 4096 < vocab * 4 / 4, "a quarter of one row of logits for each token is too much"

@@ -1,0 +1,160 @@
+"""The command line: what it passes on, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyckpt import cli, train
+
+for _extra in ("typer", "rich", "matplotlib"):
+    pytest.importorskip(_extra, reason="needs pip install 'pyckpt[train]'")
+
+
+def pyckpt(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-c", "from pyckpt.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
+    """Run the command in this process; gives the exit code, or the message it ends with."""
+    monkeypatch.setattr(sys, "argv", ["pyckpt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> list[train.TrainConfig]:
+    """Instead of training, note the configurations."""
+    seen: list[train.TrainConfig] = []
+    monkeypatch.setattr(train, "run", lambda config, console=None: seen.append(config))
+    monkeypatch.setattr(train, "exit_code", lambda result: 0)
+    return seen
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "doctor"])
+def test_each_command_has_help_in_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert called(monkeypatch, command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Usage" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_every_setting_of_a_run_is_a_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called(monkeypatch, "train", "--help")
+    shown = capsys.readouterr().out
+    for name in train.TrainConfig.__dataclass_fields__:
+        assert name == "data" or f"--{name.replace('_', '-')} " in shown
+
+
+def test_flags_become_the_configuration(
+    run: list[train.TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "train text.txt --d-model 64 --lr 1e-3 --segments 2 --save input --tie-embeddings --out there"
+    assert called(monkeypatch, *flags.split()) == 0
+    assert called(monkeypatch, "train", "--segments", "sqrt", "--overwrite") == 0
+    assert run == [
+        train.TrainConfig(
+            data="text.txt", d_model=64, lr=1e-3, segments=2, save="input", tie_embeddings=True, out="there"
+        ),
+        train.TrainConfig(segments="sqrt", overwrite=True),
+    ]
+
+
+def test_a_resumed_run_keeps_its_own_settings(
+    run: list[train.TrainConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pyckpt.train.folder import RunFolder
+
+    begun = train.TrainConfig(d_model=64, steps=50, overwrite=True, out=str(tmp_path))
+    RunFolder(tmp_path).begin(begun)
+    assert called(monkeypatch, "train", "--resume", "--out", tmp_path, "--save", "input") == 0
+    assert run == [train.TrainConfig(d_model=64, steps=50, out=str(tmp_path), resume=True, save="input")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "/no/such/file"], "/no/such/file does not exist"),
+        (["train", "--heads", "5"], "does not divide by heads=5"),
+        (["train", "--segments", "cbrt"], "expected sqrt or a whole number"),
+        (["train", "--resume", "--overwrite"], "one of them"),
+        (["train", "--resume", "--out", "/no/such/run"], "/no/such/run holds no run"),
+        (["compare", "--lengths", "512,many"], "'many' was given, expected whole numbers"),
+        (["compare", "--dtype", "int8"], "dtype='int8'"),
+        (["compare", "--device", "abacus"], "device='abacus'"),
+        (["compare", "--variants", "best"], "'best'"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = called(monkeypatch, *arguments)
+    assert isinstance(said, str) and said.startswith("pyckpt: error: ")
+    assert message in said and "\n" not in said
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pyckpt", "--debug", "train", "/no/such/file"])
+    with pytest.raises(ValueError, match="does not exist"):
+        cli.main()
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_a_missing_extra_is_one_line_that_says_what_to_install(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n == missing or n.startswith(missing + ".")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert called(monkeypatch, "--help") == (
+        f"pyckpt: error: the command line needs {missing}: pip install 'pyckpt[train]'"
+    )
+
+
+def test_the_version_and_the_doctor_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyckpt as package
+
+    assert pyckpt("--version").stdout == f"pyckpt {package.__version__}\n"
+    found = pyckpt("doctor")
+    assert found.returncode == 0 and "torch" in found.stdout and "attention_fwd" in found.stdout
+
+
+def test_training_on_the_command_line(tmp_path: Path) -> None:
+    text = tmp_path / "text.py"
+    text.write_text("def f(x):\n    return x + 1\n\n" * 300, encoding="utf-8")
+    size = ["--d-model", 16, "--layers", 1, "--heads", 2, "--seq-len", 16, "--batch-size", 2, "--warmup", 1]
+    arguments = ["train", text, *size, "--steps", 3, "--sample-tokens", 5, "--out", tmp_path / "run"]
+    first = pyckpt(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "step 3/3  loss" in first.stdout and "Validation loss" in first.stdout
+    assert (tmp_path / "run" / "loss.png").exists() and (tmp_path / "run" / "model").is_dir()
+    refused = pyckpt(*arguments)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "holds a run already" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_comparing_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    flags = (
+        f"compare --lengths 16,32 --d-model 32 --heads 2 --repeats 1 --device cpu --out {tmp_path / 'out'}"
+    )
+    assert called(monkeypatch, *flags.split(), "--variants", "plain,checkpoint,attention") == 0
+    shown = capsys.readouterr().out
+    assert "compare.png" in shown and max(map(len, shown.splitlines())) <= 80
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert {(row["length"], row["variant"]) for row in found["rows"]} == {
+        (length, variant) for length in (16, 32) for variant in ("plain", "checkpoint", "attention")
+    }
+    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")

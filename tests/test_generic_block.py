@@ -1,0 +1,182 @@
+"""The generic tokenwise parts: autograd per tile as the oracle of the hand-written backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import assert_same_bits, make_block, make_input, randomise, relative_errors, step
+from torch import Tensor, nn
+
+import pyckpt
+
+SAVES = ("attention+qkv", "attention", "input")
+
+
+class Pre(nn.Module):
+    """The standard pre, as a module of tokens: norm, projections, QK-norm, RoPE."""
+
+    def __init__(self, block: pyckpt.CkptTransformerBlock) -> None:
+        super().__init__()
+        self.spec = block.spec
+        self.norm = block.input_layernorm
+        self.attn = nn.ModuleDict({n: m for n, m in block.self_attn.named_children() if n != "o_proj"})
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = F.rms_norm(x, x.shape[-1:], self.norm.weight, self.spec.norm_eps)
+        q, k = self.attn["q_proj"](h), self.attn["k_proj"](h)
+        return self._finish("q_norm", q, positions), self._finish("k_norm", k, positions), self.attn["v_proj"](h)
+
+    def _finish(self, norm: str, x: Tensor, positions: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (-1, self.spec.head_dim))
+        if norm in self.attn:
+            heads = F.rms_norm(heads, heads.shape[-1:], self.attn[norm].weight, self.spec.norm_eps)
+        return pyckpt.rope(heads, positions, theta=self.spec.rope_theta).flatten(-2)
+
+
+class Post(nn.Module):
+    def __init__(self, block: pyckpt.CkptTransformerBlock) -> None:
+        super().__init__()
+        self.eps = block.spec.norm_eps
+        self.o_proj, self.norm, self.mlp = block.self_attn.o_proj, block.post_attention_layernorm, block.mlp
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        mid = x + self.o_proj(o)
+        h = F.rms_norm(mid, mid.shape[-1:], self.norm.weight, self.eps)
+        return mid + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
+
+
+def generic_twin(block: pyckpt.CkptTransformerBlock, **options: Any) -> pyckpt.CkptGenericBlock:
+    s = block.spec
+    return pyckpt.CkptGenericBlock(
+        Pre(block), Post(block), s.d_model, s.n_heads, n_kv_heads=s.n_kv_heads, head_dim=s.head_dim, **options
+    )
+
+
+def by_parameter(block: nn.Module, results: dict[str, Tensor]) -> dict[Any, Tensor]:
+    params = dict(block.named_parameters())
+    return {str(id(params[n])) if n in params else n: t for n, t in results.items()}
+
+
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"window": 7}], ids=["llama", "qk_norm", "window"])
+def test_is_the_oracle_of_the_standard_block(options, packed, save):
+    block = make_block(tile=7, **options)
+    window = {"window": options["window"]} if "window" in options else {}
+    generic = generic_twin(block, save=save, tile=7, **window)
+    x, cu = make_input(packed)
+    dy = torch.randn_like(x)
+    truth, got = step(block, x, dy, cu), step(generic, x, dy, cu)
+    errors = relative_errors(by_parameter(generic, got), by_parameter(block, truth))
+    assert max(errors.values()) < 1e-12
+
+
+def test_every_save_set_gives_the_same_bits():
+    block = make_block(torch.float32)
+    x, _ = make_input(packed=False, dtype=torch.float32)
+    dy = torch.randn_like(x)
+    for tile in (None, 7):
+        results = [step(generic_twin(block, save=save, tile=tile), x, dy) for save in SAVES]
+        assert_same_bits(results[0], results[1])
+        assert_same_bits(results[0], results[2])
+
+
+class ParallelPost(nn.Module):
+    """What no standard block has: a parallel MLP with a gate from x, an unused weight, and layer scale."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.out, self.mlp = nn.Linear(d, d), nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
+        self.scale, self.unused = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        return x + self.scale * self.out(o) * torch.sigmoid(x) + self.mlp(x)
+
+
+class LinearPre(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(d, 3 * d)
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x + 0.01 * positions.unsqueeze(-1)).chunk(3, dim=-1)
+
+
+def test_an_architecture_of_its_own():
+    d, heads = 24, 3
+    pre, post = LinearPre(d).double(), ParallelPost(d).double()
+    randomise(pre), randomise(post)
+    block = pyckpt.CkptGenericBlock(pre, post, d, heads, tile=5, causal=False)
+    x = torch.randn(2, 13, d, dtype=torch.float64, requires_grad=True)
+
+    positions = torch.arange(13).repeat(2)
+    q, k, v = (t.view(2, 13, heads, -1).transpose(1, 2) for t in pre(x.view(26, d), positions))
+    o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(26, d)
+    expected = post(x.view(26, d), o).view_as(x)
+    dy = torch.randn_like(x)
+    names, params = zip(*block.named_parameters(), strict=True)
+    truth = torch.autograd.grad(expected, [x, *params], dy, allow_unused=True)
+    got = torch.autograd.grad(block(x), [x, *params], dy)
+    for name, a, b in zip(("x", *names), got, truth, strict=True):
+        b = torch.zeros_like(a) if b is None else b
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12), name
+
+
+@pytest.mark.parametrize("frozen", ["pre", "post", "both"])
+def test_frozen_halves(frozen):
+    block = make_block(torch.float32, tile=7)
+    generic = generic_twin(block, tile=7)
+    x, _ = make_input(packed=False, dtype=torch.float32)
+    dy = torch.randn_like(x)
+    whole = step(generic, x, dy)
+    for half in ("pre", "post"):
+        getattr(generic, half).requires_grad_(frozen not in (half, "both"))
+    leaf = x.clone().requires_grad_()
+    generic(leaf).backward(dy)
+    assert torch.equal(leaf.grad, whole["dx"])
+    for name, p in generic.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p.grad, whole[name])
+        else:
+            assert p.grad is None
+
+
+def test_parameter_hooks_fire_once():
+    generic = generic_twin(make_block(torch.float32), tile=3)
+    fired = []
+    for p in generic.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: fired.append(id(p)))
+    x, _ = make_input(packed=False, dtype=torch.float32)
+    generic(x).sum().backward()
+    assert sorted(fired) == sorted(id(p) for p in generic.parameters())
+
+
+def test_mixes_with_standard_blocks_in_a_stack():
+    blocks = [make_block(tile=7) for _ in range(4)]
+    mixed = [blocks[0], generic_twin(blocks[1], tile=7), blocks[2], generic_twin(blocks[3], tile=7)]
+    x, _ = make_input(packed=False)
+    dy = torch.randn_like(x)
+    truth = step(pyckpt.CkptTransformer(blocks), x, dy)
+    for segments in (None, 3):
+        got = step(pyckpt.CkptTransformer(mixed, segments), x, dy)
+        assert relative_errors({"dx": got["dx"], "y": got["y"]}, {"dx": truth["dx"], "y": truth["y"]})["dx"] < 1e-12
+
+
+@pytest.mark.parametrize("save", ["all", "attention+mid"])
+def test_save_sets_inside_post_are_refused(save):
+    with pytest.raises(ValueError, match=f"save='{save.replace('+', '.')}' names tensors inside `post`"):
+        generic_twin(make_block(), save=save)
+
+
+def test_wrong_shapes_are_named():
+    class Wide(LinearPre):
+        def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = super().forward(x, positions)
+            return torch.cat([q, q], dim=-1), k, v
+
+    block = pyckpt.CkptGenericBlock(Wide(24), ParallelPost(24), 24, 3, tile=4)
+    with pytest.raises(ValueError, match=r"pre's q has shape \(4, 48\), expected \(4, 24\) for a tile of 4 tokens"):
+        block(torch.randn(1, 8, 24))

@@ -1,0 +1,196 @@
+"""The stack and the causal language model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import assert_same_bits, make_block, make_input, randomise, relative_errors, step
+
+import pyckpt
+from pyckpt.compare.baseline import PlainCausalLM
+
+SIZES = dict(vocab_size=50, n_layers=5, d_model=32, n_heads=4)
+OPTIONS = dict(n_kv_heads=2, d_ff=48)
+
+
+def make_lm(dtype: torch.dtype = torch.float64, **options) -> pyckpt.CkptCausalLM:
+    model = pyckpt.CkptCausalLM(**SIZES, **{**OPTIONS, **options}, dtype=torch.float64)
+    randomise(model)
+    return model.to(dtype)
+
+
+def loss_and_grads(model, *args, **kwargs) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = model.loss(*args, **kwargs)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("segments", [None, 1, 2, 3, "sqrt", 5, 7])
+@pytest.mark.parametrize("save", pyckpt.SAVE_SETS)
+def test_segments_and_save_sets_give_the_same_bits(segments, save):
+    torch.manual_seed(3)
+    stack = pyckpt.CkptTransformer([make_block(torch.float32, tile=10) for _ in range(5)])
+    x, cu = make_input(packed=True, dtype=torch.float32)
+    dy = torch.randn_like(x)
+    plain = step(stack, x, dy, cu)
+    stack.segments = segments
+    for block in stack:
+        block.save = save
+    assert_same_bits(plain, step(stack, x, dy, cu))
+
+
+@pytest.mark.parametrize("frozen", [[], [0], [0, 1], [1, 3], [4], [0, 1, 2, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_segments_with_frozen_blocks(frozen, input_grad):
+    stack = pyckpt.CkptTransformer([make_block(torch.float32, tile=10) for _ in range(5)])
+    x, _ = make_input(packed=False, dtype=torch.float32)
+    dy = torch.randn_like(x)
+    whole = step(stack, x, dy)
+    for i in frozen:
+        stack[i].requires_grad_(False)
+    if not input_grad and len(frozen) == 5:
+        assert not stack(x).requires_grad
+        return
+    stack.segments = 3
+    leaf = x.clone().requires_grad_(input_grad)
+    stack(leaf).backward(dy)
+    if input_grad:
+        assert torch.equal(leaf.grad, whole["dx"])
+    for name, p in stack.named_parameters():
+        assert torch.equal(p.grad, whole[name]) if p.requires_grad else p.grad is None
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("options", [{}, {"norm": "layernorm", "mlp": "gelu"}], ids=["llama", "layernorm"])
+def test_loss_and_gradients_equal_plain_pytorch(tie, options):
+    model = make_lm(tie_embeddings=tie, **options)
+    plain = PlainCausalLM(**SIZES, **OPTIONS, **options, tie_embeddings=tie, dtype=torch.float64)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 50, (2, 19))
+    labels = tokens.clone()
+    labels[0, 3:7] = -100
+    for args in ((tokens,), (tokens, labels)):
+        errors = relative_errors(loss_and_grads(model, *args), loss_and_grads(plain, *args))
+        assert max(errors.values()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loss_error_is_at_most_twice_pytorchs_own(dtype):
+    model = make_lm(dtype)
+    plains = [PlainCausalLM(**SIZES, **OPTIONS, dtype=d) for d in (dtype, torch.float64)]
+    for plain in plains:
+        plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 50, (4, 64))
+    theirs, truth = (loss_and_grads(plain, tokens) for plain in plains)
+    ours = loss_and_grads(model, tokens)
+    assert ours["loss"].dtype == torch.float32
+    mine, their = relative_errors(ours, truth), relative_errors(theirs, truth)
+    floor = torch.finfo(dtype).eps / 4  # the rounding of the result itself
+    for name in truth:
+        assert mine[name] <= 2 * their[name] + floor, name
+
+
+def test_packed_sequences_do_not_predict_each_other():
+    model = make_lm()
+    lengths = [7, 1, 12, 5]
+    parts = [torch.randint(0, 50, (n,)) for n in lengths]
+    cu = torch.tensor([0, 7, 8, 20, 25], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model.loss(torch.cat(parts), cu_seqlens=cu)
+        separate = [model.loss(p[None], reduction="sum") for p in parts if len(p) > 1]
+    assert float(packed) == pytest.approx(float(sum(separate)) / (7 + 12 + 5 - 3), rel=1e-12)
+
+
+def test_logits_and_loss_agree():
+    model = make_lm()
+    tokens = torch.randint(0, 50, (2, 19))
+    logits = model(tokens)
+    assert logits.shape == (2, 19, 50)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(model.loss(tokens)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_loss_options_reach_the_head():
+    model = make_lm()
+    tokens = torch.randint(0, 50, (2, 19))
+    logits = 5.0 * torch.tanh(model(tokens)[:, :-1].flatten(0, 1) / 5.0)
+    expected = F.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.1)
+    expected = expected + 1e-3 * logits.logsumexp(-1).square().mean()
+    got = model.loss(tokens, softcap=5.0, label_smoothing=0.1, z_loss=1e-3)
+    assert float(got) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_names_are_those_of_a_llama():
+    names = set(make_lm().state_dict())
+    layer = {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        *(f"self_attn.{n}_proj.weight" for n in "qkvo"),
+        *(f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
+    }
+    assert names == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        *(f"model.layers.{i}.{n}" for i in range(5) for n in layer),
+    }
+
+
+def test_config_rebuilds_the_model():
+    model = make_lm(window=9, tie_embeddings=True)
+    again = pyckpt.CkptCausalLM(**json.loads(json.dumps(model.config)), dtype=torch.float64)
+    again.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 50, (2, 19))
+    assert torch.equal(model.loss(tokens), again.loss(tokens))
+
+
+def test_tied_embeddings_are_one_parameter():
+    model = make_lm(tie_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len([n for n, _ in model.named_parameters() if "lm_head" in n]) == 0
+
+
+def test_settings_reach_every_block():
+    model = make_lm()
+    model.set_save("input")
+    model.set_tile(16)
+    model.set_segments("sqrt")
+    assert {(b.save, b.tile) for b in model.model.layers} == {("input", 16)}
+    assert model.model.layers.segment_length == 3
+
+
+def test_generate_is_greedy_at_temperature_zero_and_repeats_with_a_seed():
+    model = make_lm()
+    prompt = torch.randint(0, 50, (2, 4))
+    greedy = model.generate(prompt, 5, temperature=0)
+    assert greedy.shape == (2, 9) and torch.equal(greedy[:, :4], prompt)
+    for i in range(4, 9):
+        assert torch.equal(greedy[:, i], model(greedy[:, :i])[:, -1].argmax(-1))
+    assert torch.equal(model.generate(prompt, 5, top_k=1), greedy)
+    samples = [model.generate(prompt, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+def test_generate_refuses_nonsense():
+    with pytest.raises(ValueError, match="temperature >= 0"):
+        make_lm().generate(torch.zeros(1, 1, dtype=torch.long), 5, temperature=-1)
+
+
+def test_trains():
+    """A few steps of AdamW learn a repeating sequence: gradients point the right way through the whole model."""
+    torch.manual_seed(0)
+    model = pyckpt.CkptCausalLM(**SIZES, **OPTIONS, segments=2)
+    tokens = torch.arange(40).remainder(8).repeat(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model.loss(tokens)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 3.5 and losses[-1] < 0.1

@@ -1,0 +1,201 @@
+"""The wheel holds what it must, versions agree, and the doctor's report can be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+import pyckpt
+from pyckpt import doctor
+from pyckpt._version import __version__
+from pyckpt.ops import registry
+
+# The tests of one wheel go to one test process, so that it is built once.
+pytestmark = pytest.mark.xdist_group("packaging")
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_INPUTS = (
+    "LICENSE",
+    "README.md",
+    "csrc",
+    "pyckpt",
+    "pyproject.toml",
+    "setup.py",
+    "triton_kernels",
+)
+
+
+def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with the variables in `env` added, "" meaning unset."""
+    merged = {name: value for name, value in {**os.environ, **env}.items() if value}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=merged, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that a build reads, without what earlier builds and runs left among them."""
+    copy = tmp_path_factory.mktemp("source")
+    left_behind = shutil.ignore_patterns("__pycache__", "_build.json", "*.so")
+    for name in BUILD_INPUTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=left_behind)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    built = run_python(
+        *("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)),
+        str(source_copy),
+        cwd=source_copy,
+        PYCKPT_BUILD_CUDA="",
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_module_and_nothing_else_of_the_repository(wheel: Path) -> None:
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pyckpt").rglob("*.py")}
+    expected |= {
+        f"pyckpt/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("triton_kernels/**/*.py")
+    }
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "pyckpt/triton_kernels/__init__.py" in names
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pyckpt"}
+    assert "pyckpt/py.typed" in names
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = archive.read(name).decode()
+    assert f"\nVersion: {__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert "\nRequires-Python: >=3.10\n" in metadata
+    unconditional = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert [re.split(r"[: <>=;]+", line)[1] for line in unconditional] == ["torch", "triton"]
+    assert {"train", "hf", "bench", "dev"} == set(
+        re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE)
+    )
+
+
+def test_wheel_records_why_there_is_no_cuda_extension(wheel: Path) -> None:
+    record = json.loads(zipfile.ZipFile(wheel).read("pyckpt/_build.json"))
+    assert record["cuda_extensions"] == []
+    assert record["reason"]
+
+
+def test_unpacked_wheel_imports_its_kernels_package(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    # The Triton project's package of that name, as it would lie beside pyckpt in site-packages.
+    (tmp_path / "triton_kernels").mkdir()
+    (tmp_path / "triton_kernels" / "__init__.py").write_text(
+        "raise ImportError('the other triton_kernels')\n"
+    )
+    done = run_python(
+        *("-c", "import pyckpt, pyckpt.triton_kernels as t; print(pyckpt.__file__); print(t.__file__)"),
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).relative_to(tmp_path).as_posix() for line in done.stdout.split()] == [
+        "pyckpt/__init__.py",
+        "pyckpt/triton_kernels/__init__.py",
+    ]
+
+
+def test_bare_source_tree_imports_its_kernels_package(source_copy: Path, tmp_path: Path) -> None:
+    done = run_python(
+        "-c",
+        "import pyckpt.triton_kernels as t; print(t.__file__)",
+        cwd=tmp_path,
+        PYTHONPATH=str(source_copy),
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == source_copy.resolve() / "triton_kernels" / "__init__.py"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", 0), ("yes", 1)])
+def test_build_variable_is_checked(source_copy: Path, value: str, expected: int) -> None:
+    done = run_python("setup.py", "--version", cwd=source_copy, PYCKPT_BUILD_CUDA=value)
+    assert (done.returncode != 0) == expected, done.stderr
+    if expected:
+        assert "PYCKPT_BUILD_CUDA is 'yes'; expected 0, 1 or unset" in done.stderr
+
+
+def test_kernels_package_imports_nothing_of_pyckpt() -> None:
+    for path in ROOT.glob("triton_kernels/**/*.py"):
+        assert not re.search(r"^\s*(from|import) pyckpt\b", path.read_text(), re.MULTILINE), path
+
+
+def test_versions_agree() -> None:
+    assert pyckpt.__version__ == __version__
+    try:
+        installed = version("pyckpt")
+    except PackageNotFoundError:
+        pytest.skip("pyckpt is not installed here, only on the path")
+    assert installed == __version__
+
+
+def test_doctor_text_fits_and_names_every_op() -> None:
+    text = doctor.main_text()
+    assert text.endswith("\n")
+    assert all(len(line) <= doctor.WIDTH for line in text.splitlines())
+    words = set(re.findall(r"\w+", text))
+    assert registry.IMPLEMENTATIONS
+    assert words >= set(registry.IMPLEMENTATIONS)
+    assert {__version__, "CUDA extension", "PYCKPT_BACKEND"} <= {
+        part for _, rows in doctor.report() for name, value in rows for part in (name, value.split(",")[0])
+    }
+
+
+def test_doctor_agrees_with_the_registry() -> None:
+    sections = dict(doctor.report())
+    for device_type in ("cpu", "cuda"):
+        expected = {name: ": ".join(registry.choose(name, device_type)) for name in registry.IMPLEMENTATIONS}
+        assert dict(sections[f"Ops on {device_type}"]) == expected
+
+
+def test_doctor_says_what_is_wrong_with_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYCKPT_BACKEND", "no_such_backend")
+    text = doctor.main_text()
+    assert "none: PYCKPT_BACKEND='no_such_backend'" in text
+    assert all(len(line) <= doctor.WIDTH for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "not built: pyckpt was not installed"),
+        ('{"cuda_extensions": [], "reason": "no compiler"}', "not built: no compiler"),
+        ('{"cuda_extensions": ["pyckpt_no_such"], "reason": "sm_90a"}', "is not found; install pyckpt again"),
+        ('{"cuda_extensions": ["json"], "reason": "sm_90a"}', "built: sm_90a"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+    ],
+)
+def test_doctor_reads_the_build_record(
+    record: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    if record is not None:
+        (tmp_path / "_build.json").write_text(record)
+    assert said in dict(dict(doctor.report())["Settings"])["CUDA extension"]
