@@ -167,16 +167,18 @@ class CkptTransformerBlock(CheckpointedBlock):
     def extra_repr(self) -> str:
         s = self.spec
         return (
-            f"d_model={s.d_model}, n_heads={s.n_heads}, n_kv_heads={s.n_kv_heads}, head_dim={s.head_dim}, d_ff={s.d_ff}, "
-            f"norm={s.norm!r}, mlp={s.mlp!r}, save={self.save!r}, tile={self.tile}"
+            f"d_model={s.d_model}, n_heads={s.n_heads}, n_kv_heads={s.n_kv_heads}, head_dim={s.head_dim}, "
+            f"d_ff={s.d_ff}, norm={s.norm!r}, mlp={s.mlp!r}, save={self.save!r}, tile={self.tile}"
         )
 
 
 class CkptGenericBlock(CheckpointedBlock):
     """A block of any tokenwise `pre` and `post` modules around our attention.
 
-        q, k, v = pre(x, positions)    x (t, d_model), positions (t,); q (t, n_heads * head_dim), k, v (t, n_kv_heads * head_dim)
-        y = post(x, o)                 o (t, n_heads * head_dim); y (t, d_model)
+        q, k, v = pre(x, positions)
+        y = post(x, o)
+
+    with x and y (t, d_model), positions (t,), q and o (t, n_heads * head_dim), k and v (t, n_kv_heads * head_dim).
 
     Both must treat every token by itself (they get any contiguous range of tokens) and be deterministic: they run
     again in the backward, under autograd, one tile at a time. Save sets: "attention+qkv", "attention", "input".
@@ -236,7 +238,14 @@ class CkptGenericBlock(CheckpointedBlock):
         from pyckpt.exec.plan import generic_plan
 
         return generic_plan(
-            GenericTokenwise(self.pre, self.post), self._attend, self._save, self._tile, self.d_model, tokens, dtype, device
+            GenericTokenwise(self.pre, self.post),
+            self._attend,
+            self._save,
+            self._tile,
+            self.d_model,
+            tokens,
+            dtype,
+            device,
         )
 
 
@@ -261,7 +270,9 @@ def run_blocks(
     if torch.compiler.is_compiling() and len(blocks) == 1 and isinstance(first, CkptTransformerBlock):
         return compiled.block(first._spec_text, first.save, first.tile, compute, x, positions, cu_seqlens, flat)
     run = node.Run(
-        [block.plan(tokens, compute, x.device) for block in blocks], [tuple(part) for part in weights], compute
+        [block.plan(tokens, compute, x.device) for block in blocks],
+        [tuple(part) for part in weights],
+        compute,
     )
     return node.execute(run, x, positions, cu_seqlens, flat)
 

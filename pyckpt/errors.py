@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INT_DTYPES = (torch.int32, torch.int64)
@@ -16,6 +19,22 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+
+
+def check_transforms(what: str, *tensors: object) -> None:
+    """No torch.func transform is active, and no tensor has a forward-mode tangent: kernels know neither."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{what} does not support torch.func transforms (vmap, grad, jvp, jacrev, ...). Call it without "
+            "the transform, or use plain PyTorch for that part of the model"
+        )
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{what} does not support forward-mode differentiation. Use backward(), or plain PyTorch for "
+            "that part of the model"
+        )
 
 
 def check_activations(x: Tensor, d_model: int, packed: bool) -> None:
@@ -47,20 +66,25 @@ def check_matches(x: Tensor, weight: Tensor, what: str, compute: torch.dtype) ->
 
 
 def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = "cu_seqlens") -> None:
-    """int32, (N + 1,), from 0, not descending, ending at the number of tokens. Reads the values (a sync on CUDA)."""
+    """int32, (N + 1,), from 0, not descending, up to the token count. Reads the values (a sync on CUDA)."""
     check_tensor(name, cu)
     if cu.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {cu.dtype}, expected int32; convert it with .to(torch.int32)")
     if cu.dim() != 1 or cu.numel() < 2:
-        raise ValueError(f"{name} must be one-dimensional with at least 2 entries, got shape {tuple(cu.shape)}")
+        raise ValueError(
+            f"{name} must be one-dimensional with at least 2 entries, got shape {tuple(cu.shape)}"
+        )
     if cu.device != device:
         raise ValueError(f"{name} is on {cu.device}, the tokens are on {device}; move it with .to(...)")
+    if torch.compiler.is_compiling():  # values are not known while tracing
+        return
     values = cu.tolist()
     if values[0] != 0 or values[-1] != tokens:
         raise ValueError(
-            f"{name} must begin with 0 and end at the number of tokens, {tokens}; it goes from {values[0]} to {values[-1]}"
+            f"{name} must begin with 0 and end at the number of tokens, {tokens}; it goes from {values[0]} "
+            f"to {values[-1]}"
         )
-    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(values)):
         if b < a:
             raise ValueError(f"{name} must not descend: entry {i + 1} is {b}, after {a}")
 
@@ -97,8 +121,8 @@ def check_labels(target: Tensor, vocab: int, ignore_index: int, device: torch.de
         torch._assert_async(good.all())
     elif not bool(good.all()):
         raise ValueError(
-            f"label {int(target[~good][0])} is out of range: expected 0 to {vocab - 1}, or {ignore_index} to ignore "
-            "a token"
+            f"label {int(target[~good][0])} is out of range: expected 0 to {vocab - 1}, or {ignore_index} to "
+            "ignore a token"
         )
 
 
@@ -109,7 +133,9 @@ def check_tokens(tokens: Tensor, vocab: int, device: torch.device, packed: bool)
         raise ValueError(f"tokens have dtype {tokens.dtype}, expected {names(_INT_DTYPES)}")
     rank, shape = (1, "(T,)") if packed else (2, "(B, S)")
     if tokens.dim() != rank:
-        raise ValueError(f"tokens must be {shape}{' with cu_seqlens' if packed else ''}, got shape {tuple(tokens.shape)}")
+        raise ValueError(
+            f"tokens must be {shape}{' with cu_seqlens' if packed else ''}, got shape {tuple(tokens.shape)}"
+        )
     if tokens.numel() == 0:
         raise ValueError(f"tokens are empty: shape {tuple(tokens.shape)}; give at least one token")
     if tokens.device != device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,26 +31,27 @@ def attention(
     """Exact softmax attention, without an Sq x Sk matrix in memory, forward or backward.
 
     Args:
-        q: (B, Sq, H, D); k: (B, Sk, Hkv, D); v: (B, Sk, Hkv, Dv), with H a multiple of Hkv. With `cu_seqlens`, packed
-            (T, H, D), (T, Hkv, D), (T, Hkv, Dv). float32, float64, bfloat16 or float16, all alike.
+        q: (B, Sq, H, D); k: (B, Sk, Hkv, D); v: (B, Sk, Hkv, Dv), with H a multiple of Hkv; packed, with
+            `cu_seqlens`, (T, H, D), (T, Hkv, D), (T, Hkv, Dv). All float32, float64, bfloat16 or float16.
         causal: query i sees keys up to its own position; aligned bottom-right where Sq != Sk.
         window: (left, right) keys visible beside the query's own, -1 for no limit; an int is (window, 0).
         softcap: scores become softcap * tanh(scores / softcap).
         scale: of the scores; default D ** -0.5.
         cu_seqlens: (N + 1,) int32, the starts of the packed sequences and, last, T.
-        return_lse: also return lse, the log-sum-exp of each query's scores: (B, H, Sq), packed (H, T); float32.
+        return_lse: also return lse, the log-sum-exp of each query's scores: (B, H, Sq), packed (H, T);
+            float32 (float64 for float64 inputs).
 
     A query that sees no key has o = 0 and lse = -inf. Differentiable in q, k, v through o and through lse.
     Raises ValueError on shapes, dtypes and options that do not fit.
     """
+    errors.check_transforms("pyckpt.attention", q, k, v)
     q, k, v = _autocast(q, k, v)
     _check_attention(q, k, v, cu_seqlens)
     left, right = canonical_window(causal, window)
-    if softcap is not None and not softcap >= 0:
-        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    cap = _softcap(softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    o, lse = ops.attention_fwd(q, k, v, cu_seqlens, cu_seqlens, left, right, float(softcap or 0.0), scale)
+    o, lse = ops.attention_fwd(q, k, v, cu_seqlens, cu_seqlens, left, right, cap, scale)
     return (o, lse) if return_lse else o
 
 
@@ -62,7 +64,8 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
             raise ValueError(f"{name} must be {shape}, got shape {tuple(t.shape)}")
         if t.dtype not in errors.FLOAT_DTYPES or t.dtype != q.dtype:
             raise ValueError(
-                f"{name} has dtype {t.dtype}, expected q's, {q.dtype}, and one of {errors.names(errors.FLOAT_DTYPES)}"
+                f"{name} has dtype {t.dtype}, expected q's, {q.dtype}, and one of "
+                f"{errors.names(errors.FLOAT_DTYPES)}"
             )
         if t.device != q.device:
             raise ValueError(f"{name} is on {t.device}, q is on {q.device}; move one with .to(...)")
@@ -71,7 +74,9 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head dim {q.shape[-1]} and k has {k.shape[-1]}; they must be equal")
     if q.shape[-2] % max(1, k.shape[-2]) or k.shape[-2] == 0:
-        raise ValueError(f"q has {q.shape[-2]} heads, which is no multiple of the {k.shape[-2]} key/value heads")
+        raise ValueError(
+            f"q has {q.shape[-2]} heads, which is no multiple of the {k.shape[-2]} key/value heads"
+        )
     if rank == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(f"q has batch size {q.shape[0]} and k has {k.shape[0]}; they must be equal")
     if cu_seqlens is not None:
@@ -95,17 +100,21 @@ def linear_cross_entropy(
     """cross_entropy(softcap(x Wᵀ + bias), target) without ever holding the logits of all tokens.
 
     Args:
-        x: (..., D). weight: (V, D), in x's dtype. bias: (V,). target: (...) int64, in [0, V) or `ignore_index`.
+        x: (..., D). weight: (V, D), in x's dtype. bias: (V,).
+        target: (...) int64, in [0, V) or `ignore_index`.
         reduction: "mean" over the targets that are not ignored, "sum", or "none" (a loss for each token).
         softcap: logits become softcap * tanh(logits / softcap).
         z_loss: coefficient of logsumexp(logits)² (PaLM, section 5), added to each token's loss.
         label_smoothing: as in torch.nn.functional.cross_entropy.
 
-    Returns a float32 scalar (float64 for float64 inputs), or the shape of `target` for "none". With "mean" and "sum"
-    the gradients are computed in the forward. Raises ValueError on shapes, dtypes and labels that do not fit.
+    Returns a float32 scalar (float64 for float64 inputs), or the shape of `target` for "none". With "mean"
+    and "sum" the gradients are computed in the forward. Raises ValueError on shapes, dtypes and labels that
+    do not fit.
     """
+    errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
     x, weight, bias = _autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
+    cap = _softcap(softcap)
     flat = x.reshape(-1, x.shape[-1])
     grad = torch.is_grad_enabled() and reduction != "none"
     need = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
@@ -115,7 +124,7 @@ def linear_cross_entropy(
         bias,
         target.reshape(-1),
         ignore_index,
-        float(softcap or 0.0),
+        cap,
         float(z_loss),
         float(label_smoothing),
         reduction,
@@ -139,37 +148,45 @@ def _check_loss(
         raise ValueError(
             f"x must be (..., D) and weight (V, D), got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    _check_floating("x", x)
     errors.check_matches(x, weight, "weight", x.dtype)
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    if bias is not None:
+        _check_vector("bias", bias, weight.shape[0], x)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} does not exist; expected one of {', '.join(_REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     if target.shape != x.shape[:-1]:
-        raise ValueError(f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token")
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token"
+        )
     errors.check_labels(target, weight.shape[0], ignore_index, x.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """x * (mean(x²) + eps)^-½ * weight over the last dim. x (..., D), weight (D,); computed in float32 or better."""
+    """x * (mean(x²) + eps)^-½ * weight over the last dim, in float32 or better. x (..., D), weight (D,)."""
     _check_norm(x, weight)
+    errors.check_transforms("pyckpt.rms_norm", x, weight)
     return ops.rms_norm_fwd(x, weight, float(eps))[0]
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim. x (..., D), weight and bias (D,)."""
-    _check_norm(x, weight)
-    _check_norm(x, bias)
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim. x (..., D); weight, bias (D,)."""
+    _check_norm(x, weight, bias)
+    errors.check_transforms("pyckpt.layer_norm", x, weight, bias)
     return ops.layer_norm_fwd(x, weight, bias, float(eps))[0]
 
 
-def _check_norm(x: Tensor, weight: Tensor | None) -> None:
+def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
     errors.check_tensor("x", x)
-    if x.dim() == 0 or x.dtype not in errors.FLOAT_DTYPES:
-        raise ValueError(f"x must be (..., D) and floating point, got shape {tuple(x.shape)} and {x.dtype}")
-    if weight is not None and tuple(weight.shape) != (x.shape[-1],):
-        raise ValueError(f"weight or bias has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
+    _check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must be (..., D), got a scalar")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _check_vector(name, t, x.shape[-1], x)
 
 
 def rope(
@@ -183,10 +200,13 @@ def rope(
 ) -> Tensor:
     """Rotary position embedding of the first `rotary_dim` dims (default: all) of each head.
 
-    x (B, S, H, D), or packed (T, H, D); positions (S,), (B, S) or (T,) int, default 0, 1, ... . Pairs are (i, i + r/2),
-    as in Hugging Face's Llama, or (2i, 2i + 1) if `interleaved`, as in GPT-J. Angles are computed in float64.
+    x (B, S, H, D), or packed (T, H, D); positions (S,), (B, S) or (T,) int, default 0, 1, ... . Pairs are
+    (i, i + r/2), as in Hugging Face's Llama, or (2i, 2i + 1) if `interleaved`, as in GPT-J. Angles are
+    computed in float64.
     """
     errors.check_tensor("x", x)
+    errors.check_transforms("pyckpt.rope", x)
+    _check_floating("x", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be (B, S, H, D) or (T, H, D), got shape {tuple(x.shape)}")
     dim = x.shape[-1] if rotary_dim is None else rotary_dim
@@ -194,10 +214,14 @@ def rope(
         raise ValueError(f"the rotary dim must be even and at most the head dim {x.shape[-1]}, got {dim}")
     if positions is None:
         positions = torch.arange(x.shape[-3], device=x.device)
+    errors.check_tensor("positions", positions)
+    if positions.device != x.device:
+        raise ValueError(f"positions are on {positions.device}, x is on {x.device}; move one with .to(...)")
     lead = tuple(x.shape[:-2])
     if tuple(positions.shape) not in (lead, (lead[-1],)) or positions.is_floating_point():
         raise ValueError(
-            f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} {positions.dtype}"
+            f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} "
+            f"{positions.dtype}"
         )
     spec = BlockSpec.make(dim, 1, rope_theta=theta, rope_scaling=scaling)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -206,19 +230,55 @@ def rope(
 
 
 def glu(gate: Tensor, up: Tensor, kind: str = "swiglu") -> Tensor:
-    """φ(gate) * up with φ = SiLU ("swiglu"), GELU ("geglu"), or its tanh form ("geglu_tanh"); gate, up (..., F)."""
+    """φ(gate) * up; gate, up (..., F). φ: SiLU ("swiglu"), GELU ("geglu"), its tanh form ("geglu_tanh")."""
     if kind not in GATED_MLPS:
         raise ValueError(f"kind={kind!r} is no gated activation; expected one of {', '.join(GATED_MLPS)}")
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate and up differ: {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}")
+    _check_pre_activation("gate", gate)
+    _check_pre_activation("up", up)
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(
+            f"gate and up differ: {tuple(gate.shape)} {gate.dtype} on {gate.device} and {tuple(up.shape)} "
+            f"{up.dtype} on {up.device}"
+        )
+    errors.check_transforms("pyckpt.glu", gate, up)
     return ops.glu_fwd(gate, up, kind)
 
 
 def activation(x: Tensor, kind: str = "gelu") -> Tensor:
     """GELU ("gelu"), its tanh form ("gelu_tanh"), or squared ReLU ("relu2")."""
     if kind not in PLAIN_MLPS:
-        raise ValueError(f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)} (of {MLPS})")
+        raise ValueError(
+            f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)} (of {MLPS})"
+        )
+    _check_pre_activation("x", x)
+    errors.check_transforms("pyckpt.activation", x)
     return ops.act_fwd(x, kind)
+
+
+def _check_pre_activation(name: str, t: Tensor) -> None:
+    errors.check_tensor(name, t)
+    _check_floating(name, t)
+    if t.dim() == 0:
+        raise ValueError(f"{name} must be (..., F), got a scalar")
+
+
+def _check_floating(name: str, t: Tensor) -> None:
+    if t.dtype not in errors.FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {t.dtype}, expected one of {errors.names(errors.FLOAT_DTYPES)}")
+
+
+def _check_vector(name: str, t: Tensor, width: int, x: Tensor) -> None:
+    errors.check_tensor(name, t)
+    if tuple(t.shape) != (width,):
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({width},)")
+    if t.device != x.device:
+        raise ValueError(f"{name} is on {t.device}, x is on {x.device}; move one with .to(...)")
+
+
+def _softcap(value: float | None) -> float:
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"softcap must be None or a positive number, got {value!r}")
+    return float(value or 0.0)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

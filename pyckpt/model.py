@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -270,6 +271,22 @@ class CkptCausalLM(nn.Module):
             logits = self.lm_head(self.hidden(tokens)[:, -1]).float()
             tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
         return tokens
+
+    extra_config: dict[str, Any] | None = None
+    """Token ids and max_position_embeddings for `save_pretrained` to write; `from_pretrained` fills it."""
+
+    def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write a folder that transformers reads: see `pyckpt.hf.save_pretrained`."""
+        from pyckpt.hf import save_pretrained
+
+        save_pretrained(self, path, **options)
+
+    @staticmethod
+    def from_pretrained(path: str | os.PathLike[str], **options: Any) -> CkptCausalLM:
+        """Read a folder that `save_pretrained` or transformers wrote: see `pyckpt.hf.load_pretrained`."""
+        from pyckpt.hf import load_pretrained
+
+        return load_pretrained(path, **options)
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -101,6 +101,4 @@ def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[st
     """
     assert got.keys() == truth.keys()
     smallest = 0.1 * float(torch.stack([t.norm() for t in truth.values()]).median())
-    return {
-        n: float((got[n].double() - truth[n]).norm() / truth[n].norm().clamp_min(smallest)) for n in truth
-    }
+    return {n: float((got[n].double() - truth[n]).norm() / truth[n].norm().clamp_min(smallest)) for n in truth}

@@ -77,7 +77,7 @@ def _products(block, x, dy) -> int:
 
 def test_frozen_parts_skip_their_work():
     """Backward FLOPs fall by each frozen weight's product, and by all that lies before the first trained weight."""
-    tokens, d, d_q, d_kv, f = 50, 48, 48, 24, 72
+    tokens, d, d_q, f = 50, 48, 48, 72
     block = make_block(torch.float32, tile=10)
     x, _ = make_input(packed=False, dtype=torch.float32)
     dy = torch.randn_like(x)

@@ -16,13 +16,25 @@ BAD_OPTIONS = {
     "zero width": ((0, 4), {}, r"d_model must be a positive int, got 0"),
     "width no int": ((48.0, 4), {}, r"d_model must be a positive int, got 48\.0"),
     "negative d_ff": ((48, 4), {"d_ff": -1}, r"d_ff must be a positive int, got -1"),
-    "unknown norm": ((48, 4), {"norm": "batchnorm"}, r"norm='batchnorm' does not exist; expected one of rmsnorm"),
+    "unknown norm": (
+        (48, 4),
+        {"norm": "batchnorm"},
+        r"norm='batchnorm' does not exist; expected one of rmsnorm",
+    ),
     "unknown mlp": ((48, 4), {"mlp": "moe"}, r"mlp='moe' does not exist; expected one of swiglu"),
-    "unknown save set": ((48, 4), {"save": "everything"}, r"save='everything' does not exist; expected one of 'all'"),
+    "unknown save set": (
+        (48, 4),
+        {"save": "everything"},
+        r"save='everything' does not exist; expected one of 'all'",
+    ),
     "save set no string": ((48, 4), {"save": 3}, r"save=3 does not exist"),
     "negative eps": ((48, 4), {"norm_eps": -1.0}, r"norm_eps must be a positive finite number"),
     "zero theta": ((48, 4), {"rope_theta": 0.0}, r"rope_theta must be a positive finite number"),
-    "unknown rope type": ((48, 4), {"rope_scaling": {"rope_type": "yarn"}}, r"'yarn' is not supported; expected one"),
+    "unknown rope type": (
+        (48, 4),
+        {"rope_scaling": {"rope_type": "yarn"}},
+        r"'yarn' is not supported; expected one",
+    ),
     "rope scaling lacks": ((48, 4), {"rope_scaling": {"rope_type": "linear"}}, r"lacks factor"),
     "scaling without rope": (
         (48, 4),
@@ -54,15 +66,27 @@ def test_attributes_are_checked_and_left_as_they_were():
 
 
 BAD_INPUTS = {
-    "rank 2 without cu_seqlens": (lambda x: (x[0],), ValueError, r"must be \(B, S, d_model\), got shape \(25, 48\)"),
+    "rank 2 without cu_seqlens": (
+        lambda x: (x[0],),
+        ValueError,
+        r"must be \(B, S, d_model\), got shape \(25, 48\)",
+    ),
     "rank 4": (lambda x: (x[None],), ValueError, r"must be \(B, S, d_model\)"),
     "width": (lambda x: (x[..., :32],), ValueError, r"width 32 in its last dim, expected d_model=48"),
-    "dtype": (lambda x: (x.float(),), ValueError, r"x has dtype torch\.float32 and .* has torch\.float64; convert"),
+    "dtype": (
+        lambda x: (x.float(),),
+        ValueError,
+        r"x has dtype torch\.float32 and .* has torch\.float64; convert",
+    ),
     "integers": (lambda x: (x.long(),), ValueError, r"dtype torch\.int64, expected one of float32"),
     "device": (lambda x: (x.to("meta"),), ValueError, r"x is on meta and .* is on cpu; move one"),
     "empty": (lambda x: (x[:, :0],), ValueError, r"x is empty: shape \(2, 0, 48\)"),
     "no tensor": (lambda x: ([1.0],), TypeError, r"x must be a torch\.Tensor, got list"),
-    "positions' shape": (lambda x: (x, torch.arange(7)), ValueError, r"positions have shape \(7,\), expected"),
+    "positions' shape": (
+        lambda x: (x, torch.arange(7)),
+        ValueError,
+        r"positions have shape \(7,\), expected",
+    ),
     "positions' dtype": (lambda x: (x, torch.rand(25)), ValueError, r"positions have dtype torch\.float32"),
     "cu_seqlens with rank 3": (
         lambda x: (x, None, torch.tensor([0, 25], dtype=torch.int32)),
@@ -82,9 +106,18 @@ def test_bad_inputs(case):
 
 BAD_CU_SEQLENS = {
     "int64": (torch.tensor([0, 50]), r"dtype torch\.int64, expected int32"),
-    "descending": (torch.tensor([0, 30, 20, 50], dtype=torch.int32), r"must not descend: entry 2 is 20, after 30"),
-    "short": (torch.tensor([0, 20, 49], dtype=torch.int32), r"end at the number of tokens, 50; it goes from 0 to 49"),
-    "long": (torch.tensor([0, 20, 51], dtype=torch.int32), r"end at the number of tokens, 50; it goes from 0 to 51"),
+    "descending": (
+        torch.tensor([0, 30, 20, 50], dtype=torch.int32),
+        r"must not descend: entry 2 is 20, after 30",
+    ),
+    "short": (
+        torch.tensor([0, 20, 49], dtype=torch.int32),
+        r"end at the number of tokens, 50; it goes from 0 to 49",
+    ),
+    "long": (
+        torch.tensor([0, 20, 51], dtype=torch.int32),
+        r"end at the number of tokens, 50; it goes from 0 to 51",
+    ),
     "late start": (torch.tensor([1, 50], dtype=torch.int32), r"begin with 0 .* goes from 1 to 50"),
     "one entry": (torch.tensor([0], dtype=torch.int32), r"at least 2 entries"),
     "matrix": (torch.zeros(2, 2, dtype=torch.int32), r"one-dimensional"),
@@ -135,7 +168,11 @@ BAD_TOKENS = {
     "floats": (torch.rand(1, 4), None, r"tokens have dtype torch\.float32"),
     "empty": (torch.zeros(1, 0, dtype=torch.long), None, r"tokens are empty"),
     "one token": (torch.tensor([[1]]), None, r"a sequence of one token predicts nothing"),
-    "label too large": (torch.tensor([[1, 2]]), torch.tensor([[1, 20]]), r"label 20 is out of range: .* or -100"),
+    "label too large": (
+        torch.tensor([[1, 2]]),
+        torch.tensor([[1, 20]]),
+        r"label 20 is out of range: .* or -100",
+    ),
     "label negative": (torch.tensor([[1, 2]]), torch.tensor([[1, -1]]), r"label -1 is out of range"),
     "labels' shape": (torch.tensor([[1, 2]]), torch.tensor([[1]]), r"labels have shape \(1, 1\), expected"),
     "labels' dtype": (torch.tensor([[1, 2]]), torch.rand(1, 2), r"labels have dtype torch\.float32"),

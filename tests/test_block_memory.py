@@ -10,7 +10,6 @@ from pyckpt.save import bytes_per_token, save_set
 from pyckpt.spec import BlockSpec
 
 # Sizes at which a tile's scratch is small beside the sequence, and float32 lse is 1% of the smallest save set.
-SHAPE = dict(d_model=256, n_heads=4, n_kv_heads=2, d_ff=512)
 TILE = 64
 
 
@@ -24,7 +23,9 @@ def spec(**options) -> BlockSpec:
 
 @pytest.mark.parametrize("save", pyckpt.SAVE_SETS)
 @pytest.mark.parametrize(
-    "options", [{}, {"mlp": "gelu", "norm": "layernorm", "bias": True}, {"qk_norm": True}], ids=["llama", "gpt", "qk"]
+    "options",
+    [{}, {"mlp": "gelu", "norm": "layernorm", "bias": True}, {"qk_norm": True}],
+    ids=["llama", "gpt", "qk"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_bytes_equal_arithmetic(save, options, dtype):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from blocks import (
@@ -41,7 +43,9 @@ def test_the_plain_block_passes_gradcheck():
 
 
 def test_the_block_passes_gradcheck():
-    block = pyckpt.CkptTransformerBlock(8, 2, n_kv_heads=1, d_ff=6, qk_norm=True, bias=True, tile=2, dtype=torch.float64)
+    block = pyckpt.CkptTransformerBlock(
+        8, 2, n_kv_heads=1, d_ff=6, qk_norm=True, bias=True, tile=2, dtype=torch.float64
+    )
     randomise(block)
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     names = list(dict(block.named_parameters()))
@@ -132,7 +136,11 @@ def test_positions_shift_and_permute():
     plain = plain_twin(block, torch.float64)
     x, _ = make_input(packed=False)
     dy = torch.randn_like(x)
-    for positions in (torch.arange(25) + 1000, torch.randint(0, 99, (2, 25)), torch.arange(25, dtype=torch.int32)):
+    for positions in (
+        torch.arange(25) + 1000,
+        torch.randint(0, 99, (2, 25)),
+        torch.arange(25, dtype=torch.int32),
+    ):
         truth, got = step(plain, x, dy, positions=positions), step(block, x, dy, positions=positions)
         assert max(relative_errors(got, truth).values()) < ROUNDING
 
@@ -142,7 +150,7 @@ def test_packed_equals_one_sequence_at_a_time():
     x, cu = make_input(packed=True)
     with torch.no_grad():
         whole = block(x, cu_seqlens=cu)
-        parts = [block(x[None, a:b])[0] for a, b in zip(CU_SEQLENS, CU_SEQLENS[1:], strict=False) if b > a]
+        parts = [block(x[None, a:b])[0] for a, b in itertools.pairwise(CU_SEQLENS) if b > a]
     assert relative_error(torch.cat(parts), whole) < ROUNDING
 
 

@@ -27,7 +27,11 @@ class Pre(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = F.rms_norm(x, x.shape[-1:], self.norm.weight, self.spec.norm_eps)
         q, k = self.attn["q_proj"](h), self.attn["k_proj"](h)
-        return self._finish("q_norm", q, positions), self._finish("k_norm", k, positions), self.attn["v_proj"](h)
+        return (
+            self._finish("q_norm", q, positions),
+            self._finish("k_norm", k, positions),
+            self.attn["v_proj"](h),
+        )
 
     def _finish(self, norm: str, x: Tensor, positions: Tensor) -> Tensor:
         heads = x.unflatten(-1, (-1, self.spec.head_dim))
@@ -89,7 +93,10 @@ class ParallelPost(nn.Module):
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.out, self.mlp = nn.Linear(d, d), nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
+        self.out, self.mlp = (
+            nn.Linear(d, d),
+            nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d)),
+        )
         self.scale, self.unused = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor, o: Tensor) -> Tensor:

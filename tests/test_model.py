@@ -12,8 +12,8 @@ from blocks import assert_same_bits, make_block, make_input, randomise, relative
 import pyckpt
 from pyckpt.compare.baseline import PlainCausalLM
 
-SIZES = dict(vocab_size=50, n_layers=5, d_model=32, n_heads=4)
-OPTIONS = dict(n_kv_heads=2, d_ff=48)
+SIZES = {"vocab_size": 50, "n_layers": 5, "d_model": 32, "n_heads": 4}
+OPTIONS = {"n_kv_heads": 2, "d_ff": 48}
 
 
 def make_lm(dtype: torch.dtype = torch.float64, **options) -> pyckpt.CkptCausalLM:

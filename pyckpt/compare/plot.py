@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pyckpt.compare.extras import require
 from pyckpt.compare.results import CHECKPOINT, PLAIN, Results, Row, label
 from pyckpt.compare.words import title
 from pyckpt.measure.units import format_seconds
@@ -26,12 +27,10 @@ def plot(results: Results, path: str | os.PathLike[str]) -> Path:
     """Draw peak memory over S and time, relative to plain PyTorch, over S into a PNG file; returns its path.
 
     Raises:
-        ImportError: without matplotlib. ValueError: when there is nothing to draw.
+        RuntimeError: without matplotlib. ValueError: when there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the picture of compare needs matplotlib: pip install 'pyckpt[train]'") from error
+    require("the picture of compare", "matplotlib")
+    from matplotlib.figure import Figure
 
     if not any(row.error is None for row in results.rows):
         raise ValueError("there is nothing to draw: every variant failed")
@@ -63,18 +62,18 @@ def _draw_time(axes: Any, results: Results) -> None:
             for r in _rows(results, variant)
         ]
         lines[variant] = [(x, y) for x, y in points if y is not None]
+    axes.set_yscale("linear" if relative else "log")
     _draw(axes, lines, results)
     if relative:
         axes.set_title("Time, relative to plain PyTorch", loc="left", fontsize=11)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         _plain_seconds(axes, results)
     else:
-        axes.set_yscale("log")
         axes.set_title("Time (s)", loc="left", fontsize=11)
 
 
 def _plain_seconds(axes: Any, results: Results) -> None:
-    """Under each length the seconds of plain, whose line is 1 everywhere: the absolute times behind the ratios."""
+    """Under each length the time of plain, whose line is 1 everywhere: what the ratios are ratios of."""
     seconds = {row.length: row.seconds or 0.0 for row in _rows(results, PLAIN)}
     texts = [f"{n}\n{format_seconds(seconds[n]) if n in seconds else ''}" for n in results.lengths]
     axes.set_xticks(results.lengths, texts)

@@ -12,6 +12,7 @@ from typing import Any
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
 BASELINES = (PLAIN, CHECKPOINT)
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)

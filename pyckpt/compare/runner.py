@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyckpt import measure
-from pyckpt.compare.results import PLAIN, Results, Row
+from pyckpt.compare.results import OUT_OF_MEMORY, PLAIN, Results, Row
 from pyckpt.compare.variants import VARIANTS, Batch, Config, Workload
 from pyckpt.measure.flops import block_flops, causal_lm_flops
 from pyckpt.spec import BlockSpec
@@ -71,6 +71,7 @@ def run(
             "plain".
     """
     lengths, chosen = _checked(lengths, variants)
+    _check_counts(n_layers=n_layers, batch=batch, repeats=repeats)
     options = {"n_kv_heads": n_kv_heads, "d_ff": d_ff, **options}
     spec = BlockSpec.make(d_model, n_heads, **options)
     config = Config(
@@ -151,7 +152,7 @@ class _Run:
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
-            return "out of memory"
+            return OUT_OF_MEMORY
         return m.peak_bytes, m.saved_bytes
 
     def _affordable(self, round_seconds: float, share: float) -> int:
@@ -245,6 +246,12 @@ def _checked(lengths: Sequence[int], variants: Sequence[str] | None) -> tuple[li
             f"expected one or more of {', '.join(map(repr, VARIANTS))}"
         )
     return sorted(set(lengths)), chosen
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
 def _relative_error(got: list[Tensor], want: list[Tensor]) -> float:

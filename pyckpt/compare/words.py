@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from pyckpt.compare.results import CHECKPOINT, PLAIN, Results, Row, label
+from pyckpt.compare.extras import require
+from pyckpt.compare.results import BASELINES, CHECKPOINT, OUT_OF_MEMORY, PLAIN, Results, Row, label
 from pyckpt.measure.units import format_bytes
+from pyckpt.spec import BlockSpec, canonical_window
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 
+_NAMED_OPTIONS = ("norm", "mlp", "bias", "qk_norm", "rope_theta", "causal", "window", "softcap")
 UNSTEADY = 0.25  # interquartile range over median
 Scale = tuple[str, float]  # a unit's name and size
 
@@ -26,7 +30,15 @@ def title(results: Results) -> str:
     heads = f"{c['n_heads']} heads"
     if c["n_kv_heads"] != c["n_heads"]:
         heads += f" ({c['n_kv_heads']} KV)"
-    return f"{what}: d_model {c['d_model']}, {heads}, d_ff {c['d_ff']}, batch {c['batch']}, {c['dtype']}"
+    usual = {f.name: f.default for f in dataclasses.fields(BlockSpec)}
+    usual["window"] = canonical_window(c["causal"], None)
+    odd = [f", {name} {_shown(c[name])}" for name in _NAMED_OPTIONS if _shown(c[name]) != _shown(usual[name])]
+    shape = f"d_model {c['d_model']}, {heads}, d_ff {c['d_ff']}, batch {c['batch']}, {c['dtype']}"
+    return f"{what}: {shape}{''.join(odd)}"
+
+
+def _shown(value: Any) -> str:
+    return f"({', '.join(map(str, value))})" if isinstance(value, (tuple, list)) else str(value)
 
 
 def caption(results: Results) -> str:
@@ -35,14 +47,15 @@ def caption(results: Results) -> str:
     return (
         "One forward and backward over S tokens. peak: the most memory alive at once, above weights, "
         "gradients and the input, which exist before. saved: what the forward keeps for the backward, the "
-        f"input included. time: median of {_runs(results)}. x plain, x ckpt: relative to plain PyTorch, which stores "
-        "everything, and to torch.utils.checkpoint around each block. "
+        f"input included. time: median of {_runs(results)}. x plain, x ckpt: relative to plain PyTorch, "
+        "which stores everything, and to torch.utils.checkpoint around each block. OOM: out of memory. "
         f"Measured on {results.device}; {versions}."
     )
 
 
 def table(results: Results) -> Table:
-    """A rich table that fits in 80 columns, one section a length."""
+    """A rich table that fits in 80 columns, one section a length. RuntimeError without rich."""
+    require("the table of compare", "rich")
     from rich import box
     from rich.table import Table
 
@@ -64,18 +77,13 @@ def table(results: Results) -> Table:
 
 
 def sentences(results: Results) -> list[str]:
-    """What the figures of the longest length say, in plain words."""
+    """What the figures say, in plain words: at the longest length, of the growth, and what to beware of."""
     said = []
-    for length in reversed(results.lengths):
-        rows = {v: results.find(length, v) for v in results.variants}
-        mine = _best_of(rows)
-        if mine is None or mine.error:
-            continue
-        said += _against(results, mine, rows.get(PLAIN), "plain PyTorch")
-        said += _against(results, mine, rows.get(CHECKPOINT), "torch.utils.checkpoint")
-        said += _per_token(results)
-        break
-    return said + results.notes + [warning for warning in [unsteady(results)] if warning]
+    mine = _subject(results)
+    if mine is not None:
+        said += _against(results, mine, PLAIN) + _against(results, mine, CHECKPOINT)
+    warning = unsteady(results)
+    return [*said, *_growth(results), *results.notes, *([warning] if warning else [])]
 
 
 def unsteady(results: Results) -> str | None:
@@ -92,7 +100,8 @@ def unsteady(results: Results) -> str | None:
 
 
 def show(results: Results, console: Console | None = None) -> None:
-    """Print the table, the sentences and the caption."""
+    """Print the table, the sentences and the caption. RuntimeError without rich."""
+    require("the table of compare", "rich")
     from rich.console import Console
 
     console = console or Console()
@@ -106,15 +115,15 @@ def show(results: Results, console: Console | None = None) -> None:
 def _scales(results: Results) -> tuple[Scale, Scale, Scale]:
     """One unit for each column, so that its figures can be compared at a glance."""
     memory: Scale = ("MiB", 2.0**20)
-    if max((row.peak_bytes or 0 for row in results.rows), default=0) >= 100 * 2**30:
+    if max((row.peak_bytes or 0 for row in results.rows), default=0) >= 10000 * 2**20:
         memory = ("GiB", 2.0**30)
-    slow = max((row.seconds or 0.0 for row in results.rows), default=0.0) >= 100
+    slow = max((row.seconds or 0.0 for row in results.rows), default=0.0) >= 10
     return memory, memory, ("s", 1.0) if slow else ("ms", 1e-3)
 
 
 def _cells(results: Results, row: Row, scales: tuple[Scale, Scale, Scale]) -> list[str]:
     if row.error is not None:
-        return [label(row.variant), row.error, *[""] * 6]
+        return [label(row.variant), "OOM" if row.error == OUT_OF_MEMORY else "failed", *[""] * 6]
     cells = [label(row.variant)]
     for figure, (_, unit) in zip(("peak_bytes", "saved_bytes", "seconds"), scales, strict=True):
         cells += [_figure((getattr(row, figure) or 0) / unit), _ratio(results.ratio(row, figure, PLAIN))]
@@ -136,42 +145,50 @@ def _runs(results: Results) -> str:
     )
 
 
-def _best_of(rows: dict[str, Any]) -> Row | None:
-    """The save set that the sentences are about: the default one, else the first there is."""
-    ours = [v for v in rows if v not in (PLAIN, CHECKPOINT)]
-    name = "attention" if "attention" in ours else ours[0] if ours else CHECKPOINT
-    return rows.get(name)
+def _subject(results: Results) -> Row | None:
+    """Whom the sentences are about: the default save set, else the first one, at the longest length it reached."""
+    ours = [v for v in results.variants if v not in BASELINES] or [
+        v for v in results.variants if v == CHECKPOINT
+    ]
+    name = "attention" if "attention" in ours else ours[0] if ours else None
+    reached = [row for row in results.rows if row.variant == name and row.error is None]
+    return max(reached, key=lambda row: row.length, default=None)
 
 
-def _against(results: Results, mine: Row, base: Row | None, name: str) -> list[str]:
-    if base is None or base.variant == mine.variant:
+def _against(results: Results, mine: Row, other: str) -> list[str]:
+    base = results.find(mine.length, other)
+    if base is None or other == mine.variant:
         return []
-    subject = f"At S = {mine.length}, {_name(mine.variant)}"
+    subject, name = f"At S = {mine.length}, {_name(mine.variant)}", _name(other)
     if base.error is not None:
         return [f"{subject} runs in {format_bytes(mine.peak_bytes or 0)}; {name} fails: {base.error}."]
     peak, saved, seconds = (
-        (results.ratio(mine, figure, base.variant) or 1.0)
-        for figure in ("peak_bytes", "saved_bytes", "seconds")
+        results.ratio(mine, figure, other) or 1.0 for figure in ("peak_bytes", "saved_bytes", "seconds")
     )
+    needs = (
+        f"{_times(peak)} memory at its peak than"
+        if _differs(peak)
+        else "about the same memory at its peak as"
+    )
+    keeps = _times(saved) if _differs(saved) else "about as much"
     return [
-        f"{subject} needs {_times(peak)} memory at its peak than {name} and keeps {_times(saved)} from "
-        f"forward to backward, in {seconds:.2f}x its time."
+        f"{subject} needs {needs} {name} and keeps {keeps} from forward to backward, in {seconds:.2f}x its time."
     ]
 
 
-def _per_token(results: Results) -> list[str]:
-    """The slope of the peak between the two longest lengths that every variant reached."""
+def _growth(results: Results) -> list[str]:
+    """The slope of the peak between the two longest lengths that every variant named here reached."""
     names = [v for v in (PLAIN, CHECKPOINT, "attention", "input") if v in results.variants]
-    done = [n for n in results.lengths if all((r := results.find(n, v)) and not r.error for v in names)]
+    figures = {
+        v: {r.length: r.peak_bytes or 0 for r in results.rows if r.variant == v and not r.error}
+        for v in names
+    }
+    done = [n for n in results.lengths if all(n in figures[v] for v in names)]
     if len(done) < 2 or not names:
         return []
     short, long = done[-2:]
-    parts = []
-    for name in names:
-        first, last = results.find(short, name), results.find(long, name)
-        assert first is not None and last is not None
-        slope = ((last.peak_bytes or 0) - (first.peak_bytes or 0)) * 1000 / (long - short)
-        parts.append(f"{format_bytes(slope)} with {_name(name)}")
+    slopes = {v: (figures[v][long] - figures[v][short]) * 1000 / (long - short) for v in names}
+    parts = [f"{format_bytes(slope)} with {_name(v)}" for v, slope in slopes.items()]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return [f"Every 1000 tokens more raise the peak by {listed}."]
 
@@ -180,7 +197,9 @@ def _name(variant: str) -> str:
     return {PLAIN: "plain PyTorch", CHECKPOINT: "torch.utils.checkpoint"}.get(variant, label(variant))
 
 
+def _differs(ratio: float) -> bool:
+    return not 0.95 < ratio < 1.05
+
+
 def _times(ratio: float) -> str:
-    if 0.95 < ratio < 1.05:
-        return "about the same"
     return f"{1 / ratio:.1f}x less" if ratio < 1 else f"{ratio:.1f}x more"

@@ -17,7 +17,9 @@ from pyckpt.save import SaveSet, save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.standard import parameter_shapes
 
-_ARGS = "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor[] weights, str spec, str save, int tile, ScalarType dtype"
+_ARGS = (
+    "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor[] weights, str spec, str save, int tile, ScalarType dtype"
+)
 LIBRARY.define(f"block_fwd({_ARGS}) -> (Tensor, Tensor[])")
 LIBRARY.define(f"block_bwd(Tensor dy, Tensor[] kept, {_ARGS}, bool need_dx, bool[] need_weights) -> Tensor[]")
 
@@ -108,9 +110,7 @@ def _bwd(
 ) -> list[Tensor]:
     run = _run(x, spec, save, tile, dtype)
     named = dict(zip(kept_names(BlockSpec.from_string(spec), save_set(save)), kept, strict=True))
-    dx, grads = node.backward(
-        run, x, positions, cu_seqlens, tuple(weights), named, dy, need_dx, tuple(need_weights)
-    )
+    dx, grads = node.backward(run, x, positions, cu_seqlens, tuple(weights), named, dy, need_dx, tuple(need_weights))
     return [g for g in (dx, *grads) if g is not None]
 
 
@@ -145,9 +145,7 @@ def _backward(ctx, dy, _dkept):  # type: ignore[no-untyped-def]
     weights, kept = rest[:n_weights], rest[n_weights:]
     need_dx = ctx.needs_input_grad[0]
     need_weights = [w.requires_grad for w in weights]
-    grads = torch.ops.pyckpt.block_bwd(
-        dy, kept, x, positions, cu_seqlens, weights, *ctx.options, need_dx, need_weights
-    )
+    grads = torch.ops.pyckpt.block_bwd(dy, kept, x, positions, cu_seqlens, weights, *ctx.options, need_dx, need_weights)
     found = iter(grads)
     dx = next(found) if need_dx else None
     dweights = [next(found) if need else None for need in need_weights]

@@ -8,7 +8,7 @@ save set: do, q, k, v, dq, dk, dv, that is 3 d_q + 4 d_kv values.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -162,9 +162,7 @@ def _attention_inputs(
 # --- runs of blocks ----------------------------------------------------------------------------------------------
 
 
-def run_forward(
-    plans: list[BlockPlan], weights: list[Weights], inp: Inputs, keeping: bool
-) -> tuple[Tensor, Kept]:
+def run_forward(plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, keeping: bool) -> tuple[Tensor, Kept]:
     """The output of consecutive blocks. A single block keeps its save set; a run of several keeps its input alone."""
     if len(plans) == 1:
         return block_forward(plans[0], weights[0], inp, plans[0].save if keeping else NOTHING)
@@ -175,11 +173,11 @@ def run_forward(
 
 def run_backward(
     plans: list[BlockPlan],
-    weights: list[Weights],
+    weights: Sequence[Weights],
     inp: Inputs,
     kept: Kept,
     dy: Tensor,
-    wanted: list[Collection[str]],
+    wanted: Sequence[Collection[str]],
     need_dx: bool,
 ) -> tuple[Tensor | None, list[dict[str, Tensor | None]]]:
     """Gradients of `run_forward`: makes the inner inputs again, then walks back through the blocks."""
@@ -192,15 +190,13 @@ def run_backward(
             results.append({})
             continue
         stage_inp, stage_kept = stages.pop()
-        dx, grads = block_backward(
-            plans[i], weights[i], stage_inp, stage_kept, dx, wanted[i], need_dx or i > first
-        )
+        dx, grads = block_backward(plans[i], weights[i], stage_inp, stage_kept, dx, wanted[i], need_dx or i > first)
         results.append(grads)
     return dx if need_dx else None, results[::-1]
 
 
 def _replay(
-    plans: list[BlockPlan], weights: list[Weights], inp: Inputs, kept: Kept
+    plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, kept: Kept
 ) -> Iterator[tuple[Inputs, Kept]]:
     for plan, w in zip(plans[:-1], weights[:-1], strict=True):
         y, stage_kept = block_forward(plan, w, inp, plan.save)

@@ -1,7 +1,7 @@
 """The MLP's activations: gated (SwiGLU, GeGLU; Shazeer 2020) and plain (GELU, ReLU²; So et al. 2021).
 
-`*_bwd` recomputes the activation beside the gradients, since the down projection's weight gradient needs it and no
-save set keeps it. The in-place form overwrites the pre-activations, so a backward needs no further buffer.
+`*_bwd` recomputes the activation beside the gradients, since the down projection's weight gradient needs it
+and no save set keeps it. The in-place form overwrites the pre-activations, and needs no further buffer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-# --- gated -------------------------------------------------------------------------------------------------------
+# --- gated --------------------------------------------------------------------------------------------------
 
 
 def _glu_fwd_fake(gate: Tensor, up: Tensor, kind: str) -> Tensor:
@@ -84,7 +84,9 @@ def _glu_bwd_fake(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Te
     return dact.new_empty(dact.shape), gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-@define("glu_bwd(Tensor dact, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor, Tensor)", fake=_glu_bwd_fake)
+@define(
+    "glu_bwd(Tensor dact, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor, Tensor)", fake=_glu_bwd_fake
+)
 def glu_bwd(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """(act, dgate, dup) from the gradient of act and the pre-activations."""
     act, dgate, dup = (t.clone(memory_format=torch.contiguous_format) for t in (dact, gate, up))
@@ -96,7 +98,9 @@ def _glu_bwd_inplace_fake(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> 
     return None
 
 
-@define("glu_bwd_(Tensor(a!) dact, Tensor(b!) gate, Tensor(c!) up, str kind) -> ()", fake=_glu_bwd_inplace_fake)
+@define(
+    "glu_bwd_(Tensor(a!) dact, Tensor(b!) gate, Tensor(c!) up, str kind) -> ()", fake=_glu_bwd_inplace_fake
+)
 def glu_bwd_(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> None:
     """`glu_bwd` in place: dact becomes act, gate becomes dgate, up becomes dup."""
     acc = acc_dtype(gate.dtype)
@@ -111,7 +115,7 @@ def glu_bwd_(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> None:
         da[sl] = act
 
 
-# --- plain -------------------------------------------------------------------------------------------------------
+# --- plain --------------------------------------------------------------------------------------------------
 
 
 def _act_fwd_fake(x: Tensor, kind: str) -> Tensor:
@@ -171,7 +175,7 @@ def act_bwd_(dact: Tensor, x: Tensor, kind: str) -> None:
         rows[sl] = dx
 
 
-# --- autograd ----------------------------------------------------------------------------------------------------
+# --- autograd -----------------------------------------------------------------------------------------------
 
 
 def _glu_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

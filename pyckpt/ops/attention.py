@@ -1,14 +1,15 @@
 """Attention with log-sum-exp, forward and backward: the ops and their PyTorch implementation.
 
-Layouts: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), o (B, Sq, H, Dv), lse (B, H, Sq); packed, with
-`cu_seqlens` int32 of length N + 1: (T, H, D) and lse (H, T). lse is float32 (float64 for float64 inputs) and -inf
-for a query that sees no key, whose o and gradients are 0.
+Layouts: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), o (B, Sq, H, Dv), lse (B, H, Sq); packed,
+with `cu_seqlens` int32 of length N + 1: (T, H, D) and lse (H, T). lse is float32 (float64 for float64 inputs)
+and -inf for a query that sees no key, whose o and gradients are 0.
 
 Two ways to compute, both without an Sq x Sk matrix:
 
-- PyTorch's CPU flash kernels, whole where the mask is none or square causal, else one query tile at a time against
-  the keys it sees, under an explicit mask of that tile;
-- an exact tiled form in plain matrix products, for all others (softcap, Dv != D, a gradient of lse, other devices).
+- PyTorch's CPU flash kernels, whole where the mask is none or square causal, else one query tile at a time
+  against the keys it sees, under an explicit mask of that tile;
+- an exact tiled form in plain matrix products, for all others (softcap, Dv != D, a gradient of lse, other
+  devices).
 
 The backward is that of Dao et al. 2022, algorithm 4: P from lse, delta = rowsum(do * o).
 """
@@ -34,9 +35,12 @@ _SCORE_ELEMENTS = 1 << 24
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-# --- the ops -----------------------------------------------------------------------------------------------------
+# --- the ops ------------------------------------------------------------------------------------------------
 
-_ARGS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int window_left, int window_right, float softcap, float scale"
+_ARGS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int window_left, int window_right, float softcap, "
+    "float scale"
+)
 
 
 def _lse_like(q: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ def attention_bwd(
     softcap: float,
     scale: float,
 ) -> Gradients:
-    """(dq, dk, dv). Any o and lse may be given: with a global lse the result is this tile of keys' exact share."""
+    """(dq, dk, dv). Any o and lse may be given: with a global lse the result is these keys' exact share."""
     if cu_seqlens_q is None and dlse is None:
         mask = Mask(q.shape[1], k.shape[1], window_left, window_right)
         if _flash_serves(q, v, softcap) and (mask.full or mask.square_causal):
@@ -144,7 +148,7 @@ def attention_bwd(
 
 
 class _Sequence:
-    """One sequence of a packed batch (or a whole dense batch): cuts it out of the tensors, as (B, S, H, D)."""
+    """One sequence of a packed batch, or a whole dense batch: cuts it out of the tensors, as (B, S, H, D)."""
 
     def __init__(self, q: slice, k: slice, packed: bool) -> None:
         self.q, self.k, self.packed = q, k, packed
@@ -167,14 +171,18 @@ def _sequences(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -
     starts_k = starts_q if cu_k is None else cu_k.tolist()
     for i in range(len(starts_q) - 1):
         if starts_q[i + 1] > starts_q[i] or starts_k[i + 1] > starts_k[i]:
-            yield _Sequence(slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), packed=True)
+            yield _Sequence(
+                slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), packed=True
+            )
 
 
 def _flash_serves(q: Tensor, v: Tensor, softcap: float) -> bool:
-    return q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and softcap == 0.0 and q.shape[-1] == v.shape[-1]
+    return (
+        q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and softcap == 0.0 and q.shape[-1] == v.shape[-1]
+    )
 
 
-# --- one dense batch ---------------------------------------------------------------------------------------------
+# --- one dense batch ----------------------------------------------------------------------------------------
 
 
 def _forward(
@@ -215,7 +223,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2) for t in tensors]
 
 
-# --- PyTorch's flash kernels -------------------------------------------------------------------------------------
+# --- PyTorch's flash kernels --------------------------------------------------------------------------------
 
 
 def _flash_tiles(mask: Mask, q: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
@@ -244,7 +252,9 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, o:
     o.zero_()
     lse.fill_(float("-inf"))
     for rows, keys, bias in _flash_tiles(mask, q):
-        oh, stats = flash(qh[:, :, rows], kh[:, :, keys], vh[:, :, keys], 0.0, False, attn_mask=bias, scale=scale)
+        oh, stats = flash(
+            qh[:, :, rows], kh[:, :, keys], vh[:, :, keys], 0.0, False, attn_mask=bias, scale=scale
+        )
         o[:, rows] = oh.transpose(1, 2)
         lse[:, :, rows] = stats
     blind = mask.blind_rows(q.device)
@@ -285,15 +295,17 @@ def _flash_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# --- exact, tiled, in plain matrix products ----------------------------------------------------------------------
+# --- exact, tiled, in plain matrix products -----------------------------------------------------------------
 
 
 def _tiles(mask: Mask, q: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """(queries, keys, hidden) of each query tile that sees some key; a tile's scores stay under a fixed size."""
+    """(queries, keys, hidden) of each query tile that sees some key; its scores stay under a fixed size."""
     batch, _, heads, _ = q.shape
     start = 0
     while start < mask.sq:
-        widest = max(1, min(mask.sk, mask.keys(start, min(start + 512, mask.sq))[1] - mask.keys(start, start + 1)[0]))
+        widest = max(
+            1, min(mask.sk, mask.keys(start, min(start + 512, mask.sq))[1] - mask.keys(start, start + 1)[0])
+        )
         stop = min(mask.sq, start + max(1, min(512, _SCORE_ELEMENTS // (batch * heads * widest))))
         lo, hi = mask.keys(start, stop)
         if lo < hi:
@@ -305,13 +317,17 @@ def _tiles(mask: Mask, q: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]
 def _grouped(t: Tensor, groups: int, acc: torch.dtype) -> Tensor:
     """(B, s, H, D) -> (B, Hkv, G * s, D): the query heads that share a key/value head side by side."""
     b, s, h, d = t.shape
-    return t.to(acc).reshape(b, s, h // groups, groups, d).permute(0, 2, 3, 1, 4).reshape(b, h // groups, -1, d)
+    return (
+        t.to(acc).reshape(b, s, h // groups, groups, d).permute(0, 2, 3, 1, 4).reshape(b, h // groups, -1, d)
+    )
 
 
 def _ungrouped(t: Tensor, groups: int) -> Tensor:
     """The inverse of `_grouped`, as a view."""
     b, h, gs, d = t.shape
-    return t.view(b, h, groups, gs // groups, d).permute(0, 3, 1, 2, 4).reshape(b, gs // groups, h * groups, d)
+    return (
+        t.view(b, h, groups, gs // groups, d).permute(0, 3, 1, 2, 4).reshape(b, gs // groups, h * groups, d)
+    )
 
 
 def _scores(
@@ -377,7 +393,7 @@ def _tiled_backward(
     return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
 
 
-# --- autograd ----------------------------------------------------------------------------------------------------
+# --- autograd -----------------------------------------------------------------------------------------------
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -400,7 +416,7 @@ autograd("attention_fwd", _autograd_backward, _setup)
 
 
 def _flops(q_shape, k_shape, v_shape, matmuls_qk: int, matmuls_v: int) -> int:  # type: ignore[no-untyped-def]
-    # Counts as PyTorch counts SDPA: the whole Sq x Sk rectangle. Packed lengths are not known from shapes alone.
+    # Counts as PyTorch counts SDPA: the whole Sq x Sk rectangle. Shapes alone do not tell packed lengths.
     *lead, heads, d = q_shape
     pairs = lead[0] * lead[1] * k_shape[1] if len(lead) == 2 else lead[0] * k_shape[0]
     return 2 * pairs * heads * (matmuls_qk * d + matmuls_v * v_shape[-1])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# A chunk of rows this large stays in a core's L2 cache between the few passes that a pointwise op makes over it.
+# Rows of this many elements stay in a core's L2 cache between the few passes that a pointwise op makes.
 _CPU_CHUNK_ELEMENTS = 1 << 17
 
 

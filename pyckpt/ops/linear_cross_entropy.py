@@ -4,9 +4,9 @@ For token i with logits z = softcap(x W^T + b), lse = logsumexp(z), label t and 
 
     loss_i = lse - (1 - e) z_t - e mean(z) + z_loss * lse²
 
-("mean" divides by the number of labels that are not `ignore_index`.) With "mean" and "sum" the gradients are computed
-in the forward, while a chunk's logits exist: three products of T x D x V, as storing the logits would take. With
-"none" the upstream gradient differs by token, so the backward makes the logits again from lse.
+("mean" divides by the number of labels that are not `ignore_index`.) With "mean" and "sum" the gradients are
+computed in the forward, while a chunk's logits exist: three products of T x D x V, as storing the logits
+would take. With "none" the upstream gradient differs by token: the backward makes the logits again from lse.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def _fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     acc = acc_dtype(x.dtype)
     loss = x.new_empty(target.shape if reduction == "none" else (), dtype=acc)
-    return loss, x.new_empty(target.shape, dtype=acc), *_grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
+    return (
+        loss,
+        x.new_empty(target.shape, dtype=acc),
+        *_grad_buffers(x, weight, bias, need_dx, need_dw, need_db),
+    )
 
 
 @define(
@@ -80,8 +84,8 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, lse, dx, dw, db): x (T, D), weight (V, D), bias (V,), target (T,) int64.
 
-    Gradients are of the loss itself (upstream gradient 1); dw and db in the accumulation dtype; those not needed are
-    empty. None may be needed with reduction "none".
+    Gradients are of the loss itself (upstream gradient 1); dw and db in the accumulation dtype; those not
+    needed are empty. None may be needed with reduction "none".
     """
     head = _Head(weight, bias, softcap, z_loss, label_smoothing)
     keep = target != ignore_index
@@ -191,7 +195,9 @@ class _Head:
             out += self.z_loss * lse.square()
         return out
 
-    def dlogits_(self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor) -> Tensor:
+    def dlogits_(
+        self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor
+    ) -> Tensor:
         """The gradient of the raw logits, written over z."""
         p = z.sub_(lse.unsqueeze(1)).exp_()
         if self.z_loss:
@@ -247,7 +253,8 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
         grads = tuple(g * dloss.to(g.dtype) for g in ctx.saved_tensors)
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
     out = tuple(
-        g.to(dtype) if n else None for g, n, dtype in zip(grads, (*need[:2], need[2] and ctx.has_bias), dtypes, strict=True)
+        g.to(dtype) if n else None
+        for g, n, dtype in zip(grads, (*need[:2], need[2] and ctx.has_bias), dtypes, strict=True)
     )
     return *out, *nothing
 

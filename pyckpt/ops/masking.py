@@ -1,4 +1,4 @@
-"""Which keys a query sees: causal, windowed, bottom-right aligned. Geometry only, shared by every implementation.
+"""Which keys a query sees: causal, windowed, bottom-right aligned. Geometry only, for every implementation.
 
 Query i of Sq and key j of Sk: with p = i + Sk - Sq (bottom-right alignment), j is visible where
 p - left <= j <= p + right; a side of -1 has no limit. Causal attention has right = 0.

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019, eq. 4) and LayerNorm (Ba et al. 2016), forward and backward, over the last dim.
+"""RMSNorm (Zhang & Sennrich 2019, eq. 4) and LayerNorm (Ba et al. 2016) over the last dim, with backwards.
 
 Statistics and sums are in float32 (float64 for float64 inputs) and an output is rounded once. Only the rows'
 statistics are kept for the backward; weight gradients come back in the accumulation dtype.
@@ -23,7 +23,7 @@ def _weight_grad(x: Tensor, wanted: bool) -> Tensor:
     return x.new_zeros(x.shape[-1] if wanted else 0, dtype=acc_dtype(x.dtype))
 
 
-# --- RMSNorm -----------------------------------------------------------------------------------------------------
+# --- RMSNorm ------------------------------------------------------------------------------------------------
 
 
 def _rms_norm_fwd_fake(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _rms_norm_fwd_fake(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Te
 
 @define("rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)", fake=_rms_norm_fwd_fake)
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x * rstd * weight with rstd = (mean(x²) + eps)^-½. x (..., D); returns y (..., D) and rstd (...)."""
+    """y = x * rstd * weight with rstd = (mean(x²) + eps)^-½. x (..., D); gives y (..., D) and rstd (...)."""
     d, acc = x.shape[-1], acc_dtype(x.dtype)
     rows = x.reshape(-1, d)
     y, rstd = rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], dtype=acc)
@@ -99,7 +99,8 @@ def _rms_norm_bwd_add_fake(
 
 
 @define(
-    "rms_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor(a!) dx, bool need_dw) -> Tensor",
+    "rms_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor(a!) dx, bool need_dw) "
+    "-> Tensor",
     fake=_rms_norm_bwd_add_fake,
 )
 def rms_norm_bwd_add_(
@@ -109,7 +110,7 @@ def rms_norm_bwd_add_(
     return _rms_norm_bwd(dy, x, weight, rstd, dx, True, need_dw)
 
 
-# --- LayerNorm ---------------------------------------------------------------------------------------------------
+# --- LayerNorm ----------------------------------------------------------------------------------------------
 
 
 def _layer_norm_fwd_fake(
@@ -139,7 +140,14 @@ def layer_norm_fwd(
 
 
 def _layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, add: bool, need_dw: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+    add: bool,
+    need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     d, acc = x.shape[-1], acc_dtype(x.dtype)
     dy, x, dx = dy.reshape(-1, d), x.reshape(-1, d), dx.view(-1, d)
@@ -188,8 +196,8 @@ def _layer_norm_bwd_add_fake(
 
 
 @define(
-    "layer_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!) dx, bool need_dw) "
-    "-> (Tensor, Tensor)",
+    "layer_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!) dx, "
+    "bool need_dw) -> (Tensor, Tensor)",
     fake=_layer_norm_bwd_add_fake,
 )
 def layer_norm_bwd_add_(
@@ -199,7 +207,7 @@ def layer_norm_bwd_add_(
     return _layer_norm_bwd(dy, x, weight, mean, rstd, dx, True, need_dw)
 
 
-# --- autograd ----------------------------------------------------------------------------------------------------
+# --- autograd -----------------------------------------------------------------------------------------------
 
 
 def _rms_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -218,7 +226,7 @@ def _rms_norm_backward(ctx, dy, _drstd):  # type: ignore[no-untyped-def]
 def _layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, *output[1:])
 
 
@@ -228,8 +236,8 @@ def _layer_norm_backward(ctx, dy, _dmean, _drstd):  # type: ignore[no-untyped-de
     dx, dw, db = ops.layer_norm_bwd(dy, x, weight, mean, rstd, need)
     return (
         dx,
-        dw.to(x.dtype) if need and weight is not None else None,
-        db.to(x.dtype) if need and ctx.has_bias else None,
+        dw.to(weight.dtype) if need and weight is not None else None,
+        db.to(ctx.bias_dtype) if need and ctx.bias_dtype is not None else None,
         None,
     )
 

@@ -1,7 +1,7 @@
 """The ops of the namespace `pyckpt`: their schemas, and which backend serves each on which device.
 
-Every kernel is reached through `torch.ops.pyckpt.<name>`. An op has one schema, one fake implementation, and one
-real implementation per backend:
+Every kernel is reached through `torch.ops.pyckpt.<name>`. An op has one schema, one fake implementation, and
+one real implementation per backend:
 
 - ``torch``: PyTorch's own kernels; runs on every device.
 - ``triton``: the kernels of `pyckpt.triton_kernels`, on CUDA, or on the CPU under ``TRITON_INTERPRET=1``.
@@ -33,7 +33,9 @@ def forced_backend() -> str | None:
     if not value:
         return None
     if value not in BACKENDS:
-        raise ValueError(f"PYCKPT_BACKEND={value!r} names no backend; expected one of {', '.join(BACKENDS)}, or unset")
+        raise ValueError(
+            f"PYCKPT_BACKEND={value!r} names no backend; expected one of {', '.join(BACKENDS)}, or unset"
+        )
     return value
 
 
@@ -46,8 +48,8 @@ def _runs_on(backend: str, device_type: str) -> bool:
 def choose(op: str, device_type: str) -> tuple[str, str]:
     """Which backend serves an op on a device type, and the reason in words.
 
-    A forced backend that an op lacks, or that cannot run on the device, leaves the op to the default choice: the
-    reason says so.
+    A forced backend that an op lacks, or that cannot run on the device, leaves the op to the default choice:
+    the reason says so.
     """
     have = IMPLEMENTATIONS[op]
     forced = forced_backend()
@@ -55,7 +57,11 @@ def choose(op: str, device_type: str) -> tuple[str, str]:
     if forced is not None:
         if forced in have and _runs_on(forced, device_type):
             return forced, f"PYCKPT_BACKEND={forced}"
-        why = f"has no {forced} implementation" if forced not in have else f"{forced} cannot run on {device_type}"
+        why = (
+            f"has no {forced} implementation"
+            if forced not in have
+            else f"{forced} cannot run on {device_type}"
+        )
         note = f"; PYCKPT_BACKEND={forced} ignored: {why}"
     for backend in _PREFERENCE.get(device_type, ("torch",)):
         if backend in have:
@@ -90,20 +96,36 @@ def implement(name: str, backend: str) -> Callable[[Callable[..., Any]], Callabl
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Attach a backward formula to an op."""
-    torch.library.register_autograd(f"pyckpt::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    """Attach a backward formula to an op. It has no derivative of its own: asked for one, it raises."""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"double backward through the op pyckpt::{name} is not supported: backward() or grad() was "
+                "called with create_graph=True, and its backward is made of kernels that have no derivative "
+                "of their own. Use it without create_graph, or plain PyTorch for that part of the model."
+            )
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"pyckpt::{name}", once, setup_context=setup_context, lib=LIBRARY)
 
 
 def _call(name: str, device_type: str, *args: Any, **kwargs: Any) -> Any:
     backend, _ = choose(name, device_type)
-    return IMPLEMENTATIONS[name][backend](*args, **kwargs)
+    fn = IMPLEMENTATIONS[name][backend]
+    if torch.is_autocast_enabled(device_type):
+        # An implementation chooses its precisions itself; autocast would round its float32 products.
+        with torch.autocast(device_type, enabled=False):
+            return fn(*args, **kwargs)
+    return fn(*args, **kwargs)
 
 
 def run_visible(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the implementation of a pyckpt op directly, below no dispatch key.
 
-    A TorchDispatchMode does not see the ATen calls inside an op. One that wants to (a memory tracker) calls this
-    from its handler with itself enabled again.
+    A TorchDispatchMode does not see the ATen calls inside an op. One that wants to (a memory tracker) calls
+    this from its handler with itself enabled again.
     """
     name = func._schema.name.split("::", 1)[1]
     tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, eq. 34), applied to the leading `2 * cos.shape[-1]` dims of each head.
+"""Rotary position embedding (Su et al. 2021, eq. 34) of the leading `2 * cos.shape[-1]` dims of each head.
 
 A rotation's inverse is its transpose, so the backward is the same op with ``inverse=True``.
 """
@@ -28,8 +28,8 @@ def _frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: to
 
 
 def _llama3(inv_freq: Tensor, options: dict[str, float]) -> Tensor:
-    # Llama 3.1: wavelengths above the old context divided by `factor` are slowed down, short ones are kept, and
-    # those between are blended linearly in the number of turns they make over the old context.
+    # Llama 3.1: frequencies that make few turns over the old context are divided by `factor`, those that make
+    # many are kept, and those between are blended, linearly in the number of turns.
     low, high = options["low_freq_factor"], options["high_freq_factor"]
     turns = options["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -85,7 +85,10 @@ def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: 
 
 @define("rope(Tensor x, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> Tensor", fake=_rope_fake)
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> Tensor:
-    """x (..., H, D) rotated by cos, sin (..., r/2), r <= D: pairs (i, i + r/2), or (2i, 2i + 1) if interleaved."""
+    """x (..., H, D) rotated by cos, sin (..., r/2), r <= D.
+
+    Pairs are (i, i + r/2), or (2i, 2i + 1) if `interleaved`. `inverse` turns the other way.
+    """
     out = x.new_empty(x.shape)
     _rotate(x, cos, sin, inverse, interleaved, out)
     return out
@@ -95,7 +98,10 @@ def _rope_inplace_fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, inter
     return None
 
 
-@define("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> ()", fake=_rope_inplace_fake)
+@define(
+    "rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> ()",
+    fake=_rope_inplace_fake,
+)
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
     """`rope` in place; x must be viewable as (rows, H, D)."""
     _rotate(x, cos, sin, inverse, interleaved, x)

@@ -78,9 +78,7 @@ class StandardTokenwise:
         """Fill the q and k that attention reads from the raw ones in `tile.kept`."""
         self._finish_qk(w, tile.positions, (tile.kept["q"], tile.kept["k"]), (q, k))
 
-    def _finish_qk(
-        self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]
-    ) -> None:
+    def _finish_qk(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
         tables = self._rope_tables(positions, out[0].dtype)
         for name, source, target in zip(("q_norm", "k_norm"), raw, out, strict=True):
             heads = _by_head(target, self.spec.head_dim)
@@ -123,9 +121,7 @@ class StandardTokenwise:
         _linear(w, f"{ATTENTION}.o_proj", o, mid, residual=tile.x)
         return mid
 
-    def _pre_activations(
-        self, w: Weights, tile: Tile, h: Tensor, ws: Workspace
-    ) -> tuple[Tensor | None, Tensor]:
+    def _pre_activations(self, w: Weights, tile: Tile, h: Tensor, ws: Workspace) -> tuple[Tensor | None, Tensor]:
         shape = (h.shape[0], self.spec.d_ff)
         gate = None
         if self.spec.gated:

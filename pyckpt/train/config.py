@@ -33,9 +33,9 @@ class TrainConfig:
     )
     vocab_size: int | None = _option(None, "Data", "Rows of the embedding (default: the tokens there are).")
 
-    d_model: int = _option(192, "Model", "Width of the residual stream.")
+    d_model: int = _option(128, "Model", "Width of the residual stream.")
     layers: int = _option(4, "Model", "Number of transformer blocks.")
-    heads: int = _option(6, "Model", "Query heads.")
+    heads: int = _option(4, "Model", "Query heads.")
     kv_heads: int | None = _option(None, "Model", "Key/value heads (default: as many as query heads).")
     d_ff: int | None = _option(None, "Model", "Width of the MLP (default: 8/3 of d_model, a multiple of 64).")
     tie_embeddings: bool = _option(False, "Model", "Share the embedding with the output head.")
@@ -54,9 +54,9 @@ class TrainConfig:
 
     steps: int = _option(600, "Training", "Optimiser steps.")
     seq_len: int = _option(256, "Training", "Tokens in a sequence.")
-    batch_size: int = _option(8, "Training", "Sequences in a batch.")
+    batch_size: int = _option(4, "Training", "Sequences in a batch.")
     grad_accum: int = _option(1, "Training", "Batches summed into one step.")
-    lr: float = _option(2e-3, "Training", "Highest learning rate.")
+    lr: float = _option(4e-3, "Training", "Highest learning rate.")
     warmup: int = _option(40, "Training", "Steps of linear warm-up, before the cosine.")
     min_lr: float = _option(0.1, "Training", "Learning rate at the end, as a fraction of --lr.")
     weight_decay: float = _option(0.1, "Training", "AdamW weight decay, on matrices only.")

@@ -1,0 +1,56 @@
+"""What the benchmarks share: where results go, and what is noted beside every figure."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyckpt.compare.runner import device_name, versions
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def stamp(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Commit (with "+" when the tree has changes besides results), device, threads, versions and day of a run."""
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _changed() else ""),
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def write(name: str, figures: dict[str, Any]) -> Path:
+    """Write bench/results/<name>.json, aside first, so that a reader never finds half of it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(figures, indent=1) + "\n")
+    os.replace(aside, path)
+    return path
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _changed() -> bool:
+    lines = _git("status", "--porcelain", "--untracked-files=no").splitlines()
+    return any("bench/results/" not in line for line in lines)
+
+
+def _git(*args: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

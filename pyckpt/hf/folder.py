@@ -1,0 +1,182 @@
+"""The folder of a checkpoint: replacing one by another so that, whenever it stops, a whole one can be loaded.
+
+A save writes every file into a folder of its own inside the checkpoint's, renames that folder when it is
+complete, and then moves its files up, config.json last. The old config.json is removed before the first of
+them moves. So at any moment either config.json is there, with the weights it belongs to, or the new checkpoint
+is whole: in its folder, as far as its files have not moved up yet. transformers, which knows nothing of this,
+finds no config.json in between and refuses; it never reads a mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+UNFINISHED = "pyckpt-unfinished-save"
+FINISHED = "pyckpt-finished-save"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def shard_name(i: int, n: int) -> str:
+    return f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+
+
+@contextlib.contextmanager
+def saving(root: Path) -> Iterator[Path]:
+    """An empty folder to write a checkpoint to. It replaces the one in `root` when the block ends.
+
+    Raises ValueError if root is a file, RuntimeError if something can't be written or moved.
+    """
+    staging, ready = root / UNFINISHED, root / FINISHED
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file; give the name of a folder")
+    counts = False
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        recover(root)
+        staging.mkdir()
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            _sync(path)
+        os.replace(staging, ready)
+        (root / CONFIG).unlink(missing_ok=True)
+        counts = True
+        _sync(root)
+        _install(root)
+    except OSError as error:
+        raise RuntimeError(_failure(root, counts, error)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not _pending(root):
+            shutil.rmtree(ready, ignore_errors=True)
+
+
+def recover(root: Path) -> None:
+    """Complete a save that was stopped while its files moved up; remove what others left behind."""
+    if _pending(root):
+        _install(root)
+    for name in (UNFINISHED, FINISHED):
+        if (root / name).exists():
+            shutil.rmtree(root / name)
+
+
+def locate(root: Path, name: str) -> Path | None:
+    """The checkpoint's file of this name; None if there is none."""
+    for folder in [root / FINISHED, root] if _pending(root) else [root]:
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def locate_weights(root: Path) -> Path | None:
+    """The single file, or else the index of shards, in transformers' order; None if there are none."""
+    for folder in [root / FINISHED, root] if _pending(root) else [root]:
+        for name in (SINGLE, INDEX):
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises RuntimeError if it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"{path} can't be read as JSON: {error}. Fetch or save the checkpoint again"
+        ) from error
+    if not isinstance(value, dict):
+        raise RuntimeError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from an index of shards. Raises RuntimeError if it is not one."""
+    given = read_json(index).get("weight_map")
+    if not (isinstance(given, dict) and given and all(isinstance(value, str) for value in given.values())):
+        raise RuntimeError(
+            f"{index} has no weight_map from tensor names to file names; fetch or save it again"
+        )
+    for name in set(given.values()):
+        # An index from elsewhere must not make us read, or remove, files outside its folder.
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise RuntimeError(
+                f"{index} names the shard {name!r}, expected a .safetensors file in the same folder"
+            )
+    return dict(given)
+
+
+def _pending(root: Path) -> bool:
+    """Whether a finished save counts as the checkpoint of this folder."""
+    return not (root / CONFIG).exists() and (root / FINISHED / CONFIG).is_file()
+
+
+def _install(root: Path) -> None:
+    """Move a finished save's files up. Can be stopped anywhere and run again."""
+    new = root / FINISHED
+    if (new / INDEX).exists():
+        shards = set(read_weight_map(new / INDEX).values())
+        _move_up(new, root, [name for name in shards if (new / name).exists()])
+        _remove_weights(root, keep={*shards, INDEX})  # a single file would be preferred to the index
+        _move_up(new, root, [INDEX])
+    elif (new / SINGLE).exists():
+        _move_up(new, root, [SINGLE])
+    if (root / SINGLE).exists():
+        _remove_weights(root, keep={SINGLE})
+    others = [str(path.relative_to(new)) for path in new.rglob("*") if path.is_file()]
+    _move_up(new, root, [name for name in others if name != CONFIG])
+    _move_up(new, root, [CONFIG])
+    shutil.rmtree(new, ignore_errors=True)
+    _sync(root)
+
+
+def _move_up(new: Path, root: Path, names: list[str]) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, root / name)
+
+
+def _remove_weights(root: Path, keep: set[str]) -> None:
+    """Remove the weights of an earlier save, under the names that transformers and we give them."""
+    for path in list(root.iterdir()):
+        if path.name not in keep and (path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)):
+            path.unlink()
+
+
+def _failure(root: Path, counts: bool, error: OSError) -> str:
+    if counts:
+        return (
+            f"the checkpoint is complete in {root / FINISHED}, but could not be moved up into {root}: "
+            f"{error}. "
+            "pyckpt loads it as it is; saving to the same folder again completes the move"
+        )
+    return (
+        f"the checkpoint could not be written to {root}: {error}. What was there before is untouched: make "
+        "room or "
+        "choose another folder"
+    )
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk itself."""
+    folder = path.is_dir()
+    # Windows can't open folders, and some network file systems can't sync them.
+    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,37 @@
+"""What holds for every test: fresh random numbers, and memory that shows when nobody wrote to it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+_SEED = "PYCKPT_TEST_SEED"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """A new seed for every test, so that no test leans on lucky numbers; a failing test's report shows it."""
+    value = int(os.environ.get(_SEED) or random.SystemRandom().randrange(2**31))
+    print(f"seed {value}: repeat with {_SEED}={value}")
+    torch.manual_seed(value)
+    random.seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """New memory is filled with NaN, by a mode of PyTorch, inside its kernels too: a forgotten write shows."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+@pytest.fixture
+def unpoisoned(poison: None) -> None:
+    """As users run it: PyTorch chooses any algorithm, and new memory holds what was there before."""
+    torch.use_deterministic_algorithms(False)

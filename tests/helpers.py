@@ -1,0 +1,97 @@
+"""How near is near enough: the rules by which the tests compare floating-point results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# float64 sums of some hundred terms, in another order.
+EXACT = 1e-12
+
+Function = Callable[..., Any]
+Inputs = dict[str, Tensor]
+
+
+def assert_close_to_truth(
+    ours: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0, what: str = "result", terms: float = 0.0
+) -> None:
+    """`ours` is about as near to the float64 `truth` as `plain` is, PyTorch's own result from the same inputs.
+
+    By the largest error and by the error's norm: at most `factor` times plain's, plus the rounding of the
+    truth to the dtype of `ours`. `terms` is the size of the terms that sum to the result: where they cancel,
+    it is them that are rounded. Where the truth is not finite, ours must equal it.
+    """
+    got, ref, want = _finite(what, ours, truth, ours, plain, truth)
+    eps = torch.finfo(ours.dtype).eps
+    for name, size, floor in (
+        ("largest error", _largest, terms),
+        ("norm of the error", torch.linalg.vector_norm, terms * want.numel() ** 0.5),
+    ):
+        error, reference = size(got - want), size(ref - want)
+        allowed = factor * reference + eps * size(want).clamp_min(floor)
+        assert error <= allowed, (
+            f"{what} in {ours.dtype}: {name} {error:.3e}, more than the {allowed:.3e} allowed; "
+            f"plain PyTorch's is {reference:.3e}, the truth's size {size(want):.3e}"
+        )
+
+
+def assert_exact(ours: Tensor, truth: Tensor, what: str = "result", terms: float = 1.0) -> None:
+    """In float64: equal but for the order of sums."""
+    assert ours.dtype == truth.dtype == torch.float64, f"{what}: dtypes {ours.dtype} and {truth.dtype}"
+    got, want = _finite(what, ours, truth, ours, truth)
+    error, size = float(_largest(got - want)), float(_largest(want))
+    assert error <= EXACT * max(terms, size), f"{what}: off by {error:.3e}, largest value {size:.3e}"
+
+
+def check_truth(
+    ours: Function, plain: Function, truth: Function, inputs: Inputs, factor: float = 2.0, terms: float = 0.0
+) -> None:
+    """`assert_close_to_truth` for the outputs and every input's gradient, from random upstream gradients."""
+    exact = {name: t.double() for name, t in inputs.items()}
+    wanted, douts = step(truth, exact)
+    got, reference = step(ours, inputs, douts)[0], step(plain, inputs, douts)[0]
+    assert got.keys() == reference.keys() == wanted.keys()
+    for name, t in got.items():
+        assert_close_to_truth(t, reference[name], wanted[name], factor, name, terms)
+
+
+def check_exact(ours: Function, truth: Function, inputs: Inputs, terms: float = 1.0) -> None:
+    """`assert_exact` for the outputs and every input's gradient, from random upstream gradients."""
+    wanted, douts = step(truth, inputs)
+    got = step(ours, inputs, douts)[0]
+    assert got.keys() == wanted.keys()
+    for name, t in got.items():
+        assert_exact(t, wanted[name], name, terms)
+
+
+def step(fn: Function, inputs: Inputs, douts: list[Tensor] | None = None) -> tuple[Inputs, list[Tensor]]:
+    """Outputs ("out 0", ...) and gradients ("d" + the input's name) of a function of the inputs, in order.
+
+    Returns them with the upstream gradients: `douts` in the outputs' dtypes, or random ones.
+    """
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    found = fn(*leaves.values())
+    outs = list(found) if isinstance(found, tuple) else [found]
+    if douts is None:
+        douts = [torch.randn_like(t) for t in outs]
+    upstream = [d.to(t.dtype) for d, t in zip(douts, outs, strict=True)]
+    grads = torch.autograd.grad(outs, list(leaves.values()), upstream)
+    named = {f"out {i}": t.detach() for i, t in enumerate(outs)}
+    return named | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}, douts
+
+
+def _finite(what: str, ours: Tensor, truth: Tensor, *tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors as float64 lists of the values where the truth is finite; elsewhere ours must equal it."""
+    assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    assert truth.dtype == torch.float64
+    finite = truth.isfinite()
+    assert torch.equal(ours[~finite].double(), truth[~finite]), f"{what}: differs where the truth is infinite"
+    return (t.detach()[finite].double() for t in tensors)
+
+
+def _largest(t: Tensor) -> Tensor:
+    return t.abs().max() if t.numel() else t.new_zeros(())
