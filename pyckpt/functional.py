@@ -276,7 +276,7 @@ def _check_vector(name: str, t: Tensor, width: int, x: Tensor) -> None:
 
 
 def _softcap(value: float | None) -> float:
-    if value is not None and not (math.isfinite(value) and value >= 0):
+    if value is not None and not 0 <= value < math.inf:
         raise ValueError(f"softcap must be None or a positive number, got {value!r}")
     return float(value or 0.0)
 

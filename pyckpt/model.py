@@ -48,8 +48,8 @@ class CkptTransformer(nn.ModuleList):
 
     @segments.setter
     def segments(self, value: Segments) -> None:
-        good = value is None or value == "sqrt" or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
-        if not good:
+        count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not (count or value is None or value == "sqrt"):
             raise ValueError(f"segments must be None, 'sqrt' or a positive int (blocks in a segment), got {value!r}")
         self._segments = value
 
@@ -125,20 +125,20 @@ class CkptCausalLM(nn.Module):
         for name, value in (("vocab_size", vocab_size), ("n_layers", n_layers)):
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        options: dict[str, Any] = dict(
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
-            d_ff=d_ff,
-            norm=norm,
-            norm_eps=norm_eps,
-            mlp=mlp,
-            bias=bias,
-            qk_norm=qk_norm,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            window=window,
-            softcap=softcap,
-        )
+        options: dict[str, Any] = {
+            "n_kv_heads": n_kv_heads,
+            "head_dim": head_dim,
+            "d_ff": d_ff,
+            "norm": norm,
+            "norm_eps": norm_eps,
+            "mlp": mlp,
+            "bias": bias,
+            "qk_norm": qk_norm,
+            "rope_theta": rope_theta,
+            "rope_scaling": rope_scaling,
+            "window": window,
+            "softcap": softcap,
+        }
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         blocks = [
             CkptTransformerBlock(d_model, n_heads, **options, save=save, tile=tile, **factory) for _ in range(n_layers)

@@ -24,7 +24,7 @@ def seed() -> int:
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """New memory is filled with NaN, by a mode of PyTorch, inside its kernels too: a forgotten write shows."""
+    """New memory is filled with NaN, by a mode of PyTorch, in its kernels too: a forgotten write shows."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

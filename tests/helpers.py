@@ -19,7 +19,7 @@ Inputs = dict[str, Tensor]
 def assert_close_to_truth(
     ours: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0, what: str = "result", terms: float = 0.0
 ) -> None:
-    """`ours` is about as near to the float64 `truth` as `plain` is, PyTorch's own result from the same inputs.
+    """`ours` is about as near the float64 `truth` as `plain` is, PyTorch's own result from the same inputs.
 
     By the largest error and by the error's norm: at most `factor` times plain's, plus the rounding of the
     truth to the dtype of `ours`. `terms` is the size of the terms that sum to the result: where they cancel,

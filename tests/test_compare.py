@@ -241,9 +241,7 @@ class TestRun:
             return run
 
         monkeypatch.setattr(variants.Workload, "step", failing)
-        found = compare.run(
-            [16, 32], d_model=16, n_heads=2, repeats=1, variants=["plain", "checkpoint", "attention"]
-        )
+        found = compare.run([16, 32], d_model=16, n_heads=2, repeats=1, variants=["plain", "checkpoint", "attention"])
         assert found.find(32, "plain").error == "out of memory"
         assert found.find(32, "attention").seconds > 0
         assert any("plain PyTorch fails: out of memory" in s for s in compare.sentences(found))
@@ -257,9 +255,7 @@ class TestRun:
             compare.run([16], d_model=16, n_heads=2, variants=["plain"])
 
     def test_budget(self):
-        found = compare.run(
-            [16, 32, 64], d_model=16, n_heads=2, repeats=3, budget_seconds=0.0, variants=["plain"]
-        )
+        found = compare.run([16, 32, 64], d_model=16, n_heads=2, repeats=3, budget_seconds=0.0, variants=["plain"])
         assert found.lengths == [16]
         assert len(found.rows[0].all_seconds) == 1
         assert found.notes == ["S = 32, 64 left out: the time budget is spent."]
@@ -320,9 +316,7 @@ class TestWords:
 
     def test_equal_figures_read_well(self):
         found = synthetic()
-        found.rows = [
-            dataclasses.replace(r, peak_bytes=1000, saved_bytes=1000) for r in found.rows if r.length == 1000
-        ]
+        found.rows = [dataclasses.replace(r, peak_bytes=1000, saved_bytes=1000) for r in found.rows if r.length == 1000]
         assert "needs about the same memory at its peak as plain" in compare.sentences(found)[0]
         assert "and keeps about as much from forward" in compare.sentences(found)[0]
 
@@ -359,18 +353,12 @@ class TestFiles:
     def test_json_and_back(self, results, tmp_path):
         path = results.save_json(tmp_path / "compare.json")
         assert [p.name for p in tmp_path.iterdir()] == ["compare.json"]
-        assert Results.load_json(path) == dataclasses.replace(
-            results, config=json.loads(json.dumps(results.config))
-        )
+        assert Results.load_json(path) == dataclasses.replace(results, config=json.loads(json.dumps(results.config)))
         row = json.loads(path.read_text())["rows"][-1]
-        assert row["peak_over_plain"] == pytest.approx(
-            row["peak_bytes"] / results.find(64, "plain").peak_bytes
-        )
+        assert row["peak_over_plain"] == pytest.approx(row["peak_bytes"] / results.find(64, "plain").peak_bytes)
         assert {"device", "versions", "config", "notes", "rows"} == json.loads(path.read_text()).keys()
 
-    @pytest.mark.parametrize(
-        "text", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": [{"length": 3}], "config": 1}']
-    )
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{}]}', '{"rows": [{"length": 3}], "config": 1}'])
     def test_other_files(self, tmp_path, text):
         path = tmp_path / "x.json"
         path.write_text(text)
@@ -385,9 +373,7 @@ class TestFiles:
 
     def test_picture_of_parts(self, results, tmp_path):
         pytest.importorskip("matplotlib")
-        few = dataclasses.replace(
-            results, rows=[r for r in results.rows if r.variant != "plain" and r.length == 32]
-        )
+        few = dataclasses.replace(results, rows=[r for r in results.rows if r.variant != "plain" and r.length == 32])
         failed = Row(64, "attention", error="out of memory")
         compare.plot(dataclasses.replace(few, rows=[*few.rows, failed]), tmp_path / "few.png")
         with pytest.raises(ValueError, match="nothing to draw"):

@@ -355,8 +355,8 @@ def test_peak_of_a_block_sees_inside_our_ops(save, options):
         step()
     alloc = measure.allocator_peak(step)
     assert m.live_bytes == alloc.live_bytes == 0
-    # What may be missing is scratch inside one ATen kernel: flash attention's, per thread, and a matrix product's.
-    assert m.peak_bytes <= alloc.peak_bytes <= 1.15 * m.peak_bytes
+    # What is missing is flash attention's scratch inside its kernel: per thread, and the same for every length.
+    assert m.peak_bytes <= alloc.peak_bytes <= m.peak_bytes + 2**19
 
 
 def test_our_ops_are_opened_and_others_left_alone():

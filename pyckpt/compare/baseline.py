@@ -87,9 +87,7 @@ class PlainAttention(nn.Module):
         else:
             lengths = cu_seqlens.diff().tolist()
             parts = zip(q.split(lengths, -2), k.split(lengths, -2), v.split(lengths, -2), strict=True)
-            o = torch.cat(
-                [_attention(self.spec, *(t.unsqueeze(0) for t in part))[0] for part in parts], dim=-2
-            )
+            o = torch.cat([_attention(self.spec, *(t.unsqueeze(0) for t in part))[0] for part in parts], dim=-2)
         return self.o_proj(o.transpose(-3, -2).flatten(-2))
 
 
@@ -164,9 +162,7 @@ class PlainCausalLM(nn.Module):
         if tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (B, S, V) of ``tokens`` (B, S), or (T, V) of packed (T,)."""
         return self.lm_head(self.model(tokens, positions, cu_seqlens))
 

@@ -44,9 +44,7 @@ def plot(results: Results, path: str | os.PathLike[str]) -> Path:
 
 
 def _draw_memory(axes: Any, results: Results) -> None:
-    lines = {
-        v: [(r.length, (r.peak_bytes or 0) / 2**20) for r in _rows(results, v)] for v in results.variants
-    }
+    lines = {v: [(r.length, (r.peak_bytes or 0) / 2**20) for r in _rows(results, v)] for v in results.variants}
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _draw(axes, lines, results)
@@ -58,11 +56,14 @@ def _draw_time(axes: Any, results: Results) -> None:
     lines = {}
     for variant in results.variants:
         points = [
-            (r.length, results.ratio(r, "seconds", PLAIN) if relative else r.seconds)
-            for r in _rows(results, variant)
+            (r.length, results.ratio(r, "seconds", PLAIN) if relative else r.seconds) for r in _rows(results, variant)
         ]
         lines[variant] = [(x, y) for x, y in points if y is not None]
     axes.set_yscale("linear" if relative else "log")
+    if relative:
+        # Never closer than this: a few percent of noise must not fill the picture.
+        heights = [y for points in lines.values() for _, y in points]
+        axes.set_ylim(min(0.5, 0.95 * min(heights, default=1.0)), max(1.5, 1.05 * max(heights, default=1.0)))
     _draw(axes, lines, results)
     if relative:
         axes.set_title("Time, relative to plain PyTorch", loc="left", fontsize=11)
@@ -136,9 +137,7 @@ def _start(group: list[float]) -> float:
 
 
 def _rows(results: Results, variant: str) -> list[Row]:
-    return sorted(
-        (r for r in results.rows if r.variant == variant and r.error is None), key=lambda r: r.length
-    )
+    return sorted((r for r in results.rows if r.variant == variant and r.error is None), key=lambda r: r.length)
 
 
 def _footnote(results: Results) -> str:

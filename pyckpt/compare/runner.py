@@ -163,9 +163,7 @@ class _Run:
         allowance = max(share * (self.deadline - time.monotonic()), 0.05 * self.budget)
         return max(1, min(self.repeats, int(allowance / max(round_seconds, 1e-9))))
 
-    def _row(
-        self, length: int, variant: str, memory: tuple[int, int] | str, time_: measure.Stats | None
-    ) -> Row:
+    def _row(self, length: int, variant: str, memory: tuple[int, int] | str, time_: measure.Stats | None) -> Row:
         if isinstance(memory, str) or time_ is None:
             return Row(length, variant, error=str(memory))
         return Row(
@@ -212,7 +210,8 @@ def device_name(device: torch.device) -> str:
     """What the figures were measured on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions() -> dict[str, str]:

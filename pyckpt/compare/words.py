@@ -88,9 +88,7 @@ def sentences(results: Results) -> list[str]:
 
 def unsteady(results: Results) -> str | None:
     """A warning when timed runs of the same thing differed too much to be trusted; None when they did not."""
-    spreads = [
-        row.iqr_seconds / row.seconds for row in results.rows if row.seconds and row.iqr_seconds is not None
-    ]
+    spreads = [row.iqr_seconds / row.seconds for row in results.rows if row.seconds and row.iqr_seconds is not None]
     if not spreads or statistics.median(spreads) < UNSTEADY:
         return None
     return (
@@ -140,16 +138,12 @@ def _ratio(value: float | None) -> str:
 
 def _runs(results: Results) -> str:
     counts = sorted({len(row.all_seconds) for row in results.rows if row.all_seconds}) or [0]
-    return (
-        f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else f"{counts[0]} run{'s' * (counts[0] != 1)}"
-    )
+    return f"{counts[0]} to {counts[-1]} runs" if len(counts) > 1 else f"{counts[0]} run{'s' * (counts[0] != 1)}"
 
 
 def _subject(results: Results) -> Row | None:
     """Whom the sentences are about: the default save set, else the first one, at the longest length it reached."""
-    ours = [v for v in results.variants if v not in BASELINES] or [
-        v for v in results.variants if v == CHECKPOINT
-    ]
+    ours = [v for v in results.variants if v not in BASELINES] or [v for v in results.variants if v == CHECKPOINT]
     name = "attention" if "attention" in ours else ours[0] if ours else None
     reached = [row for row in results.rows if row.variant == name and row.error is None]
     return max(reached, key=lambda row: row.length, default=None)
@@ -165,24 +159,15 @@ def _against(results: Results, mine: Row, other: str) -> list[str]:
     peak, saved, seconds = (
         results.ratio(mine, figure, other) or 1.0 for figure in ("peak_bytes", "saved_bytes", "seconds")
     )
-    needs = (
-        f"{_times(peak)} memory at its peak than"
-        if _differs(peak)
-        else "about the same memory at its peak as"
-    )
+    needs = f"{_times(peak)} memory at its peak than" if _differs(peak) else "about the same memory at its peak as"
     keeps = _times(saved) if _differs(saved) else "about as much"
-    return [
-        f"{subject} needs {needs} {name} and keeps {keeps} from forward to backward, in {seconds:.2f}x its time."
-    ]
+    return [f"{subject} needs {needs} {name} and keeps {keeps} from forward to backward, in {seconds:.2f}x its time."]
 
 
 def _growth(results: Results) -> list[str]:
     """The slope of the peak between the two longest lengths that every variant named here reached."""
     names = [v for v in (PLAIN, CHECKPOINT, "attention", "input") if v in results.variants]
-    figures = {
-        v: {r.length: r.peak_bytes or 0 for r in results.rows if r.variant == v and not r.error}
-        for v in names
-    }
+    figures = {v: {r.length: r.peak_bytes or 0 for r in results.rows if r.variant == v and not r.error} for v in names}
     done = [n for n in results.lengths if all(n in figures[v] for v in names)]
     if len(done) < 2 or not names:
         return []

@@ -117,8 +117,7 @@ def _carried(spec: BlockSpec, extra: Config | None) -> Config:
     odd = [key for key in extra if key not in CARRIED]
     if odd:
         raise ValueError(
-            f"extra_config has {', '.join(map(repr, odd))}; expected only {', '.join(CARRIED)}: everything "
-            "else in "
+            f"extra_config has {', '.join(map(repr, odd))}; expected only {', '.join(CARRIED)}: everything else in "
             "config.json follows from the model"
         )
     config = {**_CARRIED_DEFAULTS, **extra}
@@ -174,17 +173,16 @@ def from_config(config: Config, where: str) -> Arguments:
     kind = config.get("model_type")
     if kind == OWN_TYPE:
         return _own(config, where)
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise ValueError(
-            f"{where}: model_type is {kind!r}, expected one of {', '.join(_CLASSES)} or one that pyckpt "
-            "wrote. "
-            "Other architectures are not computed by its blocks"
+            f"{where}: model_type is {kind!r}, expected one of {', '.join(_CLASSES)} or one that pyckpt wrote. Other "
+            "architectures are not computed by its blocks"
         )
     fields = _Fields(where, {**_DEFAULTS[kind], **config})
     try:
         arguments = _standard(kind, fields)
         spec_of(arguments)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise error if str(error).startswith(where) else fields.error(str(error)) from error
     if OWN_KEY in config:
         _check_agreement(_own(config, where), arguments, where)
@@ -258,18 +256,14 @@ def _check_plain(kind: str, fields: _Fields) -> None:
     """Refuse what changes the computation beside the fields that `_standard` reads."""
     classes = fields.get("architectures")
     if classes and [str(name).lower() for name in classes] != [_CLASSES[kind].lower()]:
-        raise fields.error(
-            f"architectures is {classes!r}, expected [{_CLASSES[kind]!r}]: other heads are not read"
-        )
+        raise fields.error(f"architectures is {classes!r}, expected [{_CLASSES[kind]!r}]: other heads are not read")
     if fields.get("quantization_config") is not None:
         raise fields.error(
-            "there is a quantization_config: quantized weights are not read. Dequantize the model and save "
-            "it again"
+            "there is a quantization_config: quantized weights are not read. Dequantize the model and save it again"
         )
     if fields.get("pretraining_tp") not in (None, 1):
         raise fields.error(
-            f"pretraining_tp is {fields.get('pretraining_tp')!r}, expected 1. If the products need not be "
-            "summed in "
+            f"pretraining_tp is {fields.get('pretraining_tp')!r}, expected 1. If the products need not be summed in "
             "slices as in pretraining, set it to 1"
         )
     if fields.get("is_causal") is False:
@@ -279,8 +273,7 @@ def _check_plain(kind: str, fields: _Fields) -> None:
             raise fields.error(f"{key} is {fields.get(key)!r}, which is not read; expected none")
     if fields.get("attention_dropout"):
         warnings.warn(
-            f"{fields.where}: attention_dropout is {fields.get('attention_dropout')!r}; pyckpt's blocks have "
-            "no "
+            f"{fields.where}: attention_dropout is {fields.get('attention_dropout')!r}; pyckpt's blocks have no "
             "dropout, so training is without it",
             stacklevel=5,
         )
@@ -301,8 +294,7 @@ def _bias(kind: str, fields: _Fields) -> bool:
     attention, mlp = fields.flag("attention_bias"), kind == "llama" and fields.flag("mlp_bias")
     if attention != mlp:
         raise fields.error(
-            f"biases in {'attention' if attention else 'the MLP'} only: a CkptTransformerBlock has biases on "
-            "all "
+            f"biases in {'attention' if attention else 'the MLP'} only: a CkptTransformerBlock has biases on all "
             "linear layers or on none"
         )
     return attention
@@ -319,22 +311,21 @@ def _window(kind: str, fields: _Fields, n_layers: int) -> int | None:
 
 def _qwen_slides(fields: _Fields, n_layers: int) -> bool:
     types = fields.get("layer_types")
+    if types is not None and not isinstance(types, list):
+        raise fields.error(f"layer_types is {types!r}, expected a list of {n_layers} names")
     on = fields.flag("use_sliding_window") and fields.get("sliding_window") is not None
     if types is None:
-        first = fields.get("max_window_layers")
+        first = fields.get("max_window_layers") or 0
         types = ["sliding_attention" if on and i >= first else "full_attention" for i in range(n_layers)]
-    kinds = set(types)
+    kinds = set(map(str, types))
     if len(types) != n_layers or len(kinds) != 1 or not kinds <= {"sliding_attention", "full_attention"}:
         raise fields.error(
-            f"the {n_layers} layers are of types {sorted(map(str, kinds))}, expected all 'full_attention' or "
-            "all "
+            f"the {n_layers} layers are of types {sorted(kinds)}, expected all 'full_attention' or all "
             "'sliding_attention': a CkptCausalLM has one kind of block"
         )
     slides = kinds == {"sliding_attention"}
     if slides and not on:
-        raise fields.error(
-            "layer_types asks for sliding attention, but use_sliding_window or sliding_window is off"
-        )
+        raise fields.error("layer_types asks for sliding attention, but use_sliding_window or sliding_window is off")
     return slides
 
 
@@ -345,8 +336,8 @@ def _rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
     found = [_rope_form(fields, key, fields.get(key)) for key in keys]
     if len(found) == 2 and found[0] != found[1]:
         raise fields.error(
-            f"rope_parameters is {fields.get('rope_parameters')!r} and rope_scaling is "
-            f"{fields.get('rope_scaling')!r}: they disagree. Remove the wrong one"
+            f"rope_parameters is {fields.get('rope_parameters')!r} and rope_scaling is {fields.get('rope_scaling')!r}: "
+            "they disagree. Remove the wrong one"
         )
     return found[0] if found else (fields.number("rope_theta", 10000.0), None)
 
@@ -379,9 +370,7 @@ def _scaling(fields: _Fields, key: str, kind: str, given: dict[str, Any]) -> dic
     before = "original_max_position_embeddings"
     values = {before: fields.get("max_position_embeddings")} | given
     if fields.get(before) not in (None, values[before]):
-        raise fields.error(
-            f"{before} is {fields.get(before)!r} and {values[before]!r} in {key}. Remove the wrong one"
-        )
+        raise fields.error(f"{before} is {fields.get(before)!r} and {values[before]!r} in {key}. Remove the wrong one")
     for name in ("low_freq_factor", "high_freq_factor", before):
         scaling[name] = positive(fields, f"{key}: {name}", values.get(name))
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
@@ -395,19 +384,18 @@ def _scaling(fields: _Fields, key: str, kind: str, given: dict[str, Any]) -> dic
 def _own(config: Config, where: str) -> Arguments:
     given = config.get(OWN_KEY)
     if not isinstance(given, dict):
-        raise ValueError(
-            f"{where}: {OWN_KEY!r} is {given!r}, expected the arguments of CkptCausalLM as an object"
-        )
+        raise ValueError(f"{where}: {OWN_KEY!r} is {given!r}, expected the arguments of CkptCausalLM as an object")
     odd = sorted(set(given) - {*_STACK, *_OPTIONS})
     if odd:
         raise ValueError(
-            f"{where}: {OWN_KEY!r} has {', '.join(map(repr, odd))}, which this version of pyckpt does not "
-            "know. "
-            "Load it with the version that wrote it, or a newer one"
+            f"{where}: {OWN_KEY!r} has {', '.join(map(repr, odd))}, which this version of pyckpt does not know. Load "
+            "it with the version that wrote it, or a newer one"
         )
-    missing = [name for name in (*_STACK[:2], "d_model", "n_heads") if name not in given]
-    if missing:
-        raise ValueError(f"{where}: {OWN_KEY!r} lacks {', '.join(missing)}")
+    fields = _Fields(f"{where}: in {OWN_KEY!r}", given)
+    for name in ("vocab_size", "n_layers", "d_model", "n_heads"):
+        fields.count(name)
+    for name in ("bias", "qk_norm", "tie_embeddings"):
+        fields.flag(name)
     try:
         spec_of(given)
     except (ValueError, TypeError, AttributeError) as error:
@@ -421,7 +409,6 @@ def _check_agreement(own: Arguments, standard: Arguments, where: str) -> None:
     differing += [name for name in _OPTIONS if getattr(mine, name) != getattr(theirs, name)]
     if differing:
         raise ValueError(
-            f"{where}: the entry {OWN_KEY!r} and the others disagree on {', '.join(differing)}: something "
-            "changed one "
+            f"{where}: the entry {OWN_KEY!r} and the others disagree on {', '.join(differing)}: something changed one "
             f"of them. Remove {OWN_KEY!r} to go by the others, which are what transformers reads"
         )

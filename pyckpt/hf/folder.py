@@ -91,9 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RuntimeError(
-            f"{path} can't be read as JSON: {error}. Fetch or save the checkpoint again"
-        ) from error
+        raise RuntimeError(f"{path} can't be read as JSON: {error}. Fetch or save the checkpoint again") from error
     if not isinstance(value, dict):
         raise RuntimeError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
@@ -107,15 +105,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index of shards. Raises RuntimeError if it is not one."""
     given = read_json(index).get("weight_map")
     if not (isinstance(given, dict) and given and all(isinstance(value, str) for value in given.values())):
-        raise RuntimeError(
-            f"{index} has no weight_map from tensor names to file names; fetch or save it again"
-        )
+        raise RuntimeError(f"{index} has no weight_map from tensor names to file names; fetch or save it again")
     for name in set(given.values()):
         # An index from elsewhere must not make us read, or remove, files outside its folder.
         if name != Path(name).name or not name.endswith(".safetensors"):
-            raise RuntimeError(
-                f"{index} names the shard {name!r}, expected a .safetensors file in the same folder"
-            )
+            raise RuntimeError(f"{index} names the shard {name!r}, expected a .safetensors file in the same folder")
     return dict(given)
 
 
@@ -159,13 +153,11 @@ def _remove_weights(root: Path, keep: set[str]) -> None:
 def _failure(root: Path, counts: bool, error: OSError) -> str:
     if counts:
         return (
-            f"the checkpoint is complete in {root / FINISHED}, but could not be moved up into {root}: "
-            f"{error}. "
-            "pyckpt loads it as it is; saving to the same folder again completes the move"
+            f"the checkpoint is complete in {root / FINISHED}, but could not be moved up into {root}: {error}. pyckpt "
+            "loads it as it is; saving to the same folder again completes the move"
         )
     return (
-        f"the checkpoint could not be written to {root}: {error}. What was there before is untouched: make "
-        "room or "
+        f"the checkpoint could not be written to {root}: {error}. What was there before is untouched: make room or "
         "choose another folder"
     )
 

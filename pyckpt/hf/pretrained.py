@@ -70,31 +70,32 @@ def _tensors(model: CkptCausalLM) -> dict[str, Tensor]:
             "the model's blocks are not the ones it was built with; only a model of equal blocks is saved"
         )
     arguments = arguments_of(model)
-    found: dict[str, Tensor] = {
-        n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)
-    }
-    shapes = {
-        name: tuple(t.shape) for name, t in CkptCausalLM(**arguments, device="meta").state_dict().items()
-    }
-    differing = sorted(
-        {name for name, _ in shapes.items() ^ {n: tuple(t.shape) for n, t in found.items()}.items()}
-    )
+    found: dict[str, Tensor] = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    differing = sorted({name for name, _ in _shapes(found) ^ _shapes(_skeleton(arguments).state_dict())})
     if differing:
         raise RuntimeError(
-            f"the model's parameters are not the ones it was built with: {listed(differing)} added, missing "
-            "or of "
+            f"the model's parameters are not the ones it was built with: {listed(differing)} added, missing or of "
             "another shape. Merge adapters and remove parametrizations first"
         )
     for name, t in found.items():
         if t.is_meta or type(t) not in (nn.Parameter, Tensor) or t.dtype not in errors.FLOAT_DTYPES:
             raise RuntimeError(
-                f"{name} is a {type(t).__name__} of {t.dtype} on {t.device}, expected a plain tensor of one "
-                "of "
+                f"{name} is a {type(t).__name__} of {t.dtype} on {t.device}, expected a plain tensor of one of "
                 f"{errors.names(errors.FLOAT_DTYPES)} with data; gather sharded parameters first"
             )
     if arguments["tie_embeddings"]:
         del found[HEAD]
     return found
+
+
+def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _skeleton(arguments: Arguments, **options: Any) -> CkptCausalLM:
+    """A model without data."""
+    with torch.device("meta"):
+        return CkptCausalLM(**arguments, **options)
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -108,8 +109,7 @@ def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
 def _check_tokenizer(tokenizer: Any) -> None:
     if tokenizer is not None and not (hasattr(tokenizer, "save_pretrained") or hasattr(tokenizer, "to_str")):
         raise TypeError(
-            f"tokenizer is a {type(tokenizer).__name__}, expected a tokenizers.Tokenizer or a transformers "
-            "tokenizer"
+            f"tokenizer is a {type(tokenizer).__name__}, expected a tokenizers.Tokenizer or a transformers tokenizer"
         )
 
 
@@ -150,11 +150,10 @@ def load_pretrained(
     config_path, weights_path = _find(root)
     config = folder.read_json(config_path)
     arguments = from_config(config, str(config_path))
-    with torch.device("meta"):
-        model = CkptCausalLM(**arguments, save=save, segments=segments, tile=tile)
+    model = _skeleton(arguments, save=save, segments=segments, tile=tile)
     device = torch.get_default_device() if device is None else torch.device(device)
     with weights.open_weights(root, weights_path) as files:
-        names = _check_tensors(model, arguments, files, weights_path)
+        names = _check_tensors(model, files, weights_path)
         tensors = {name: _copy(files.read(name), device, dtype) for name in names}
         if HEAD in files.shapes and HEAD not in names:
             _check_tied(files.read(HEAD), files.read(EMBEDDING), config_path)
@@ -174,14 +173,11 @@ def _find(root: Path) -> tuple[Path, Path]:
     if config is None:
         raise RuntimeError(f"{root} has no {folder.CONFIG}; give a folder that save_pretrained wrote")
     if found is None:
-        other = sorted(
-            p.name for pattern in ("pytorch_model*", "*.pth", "*.gguf") for p in root.glob(pattern)
-        )
+        other = sorted(p.name for pattern in ("pytorch_model*", "*.pth", "*.gguf") for p in root.glob(pattern))
         raise RuntimeError(
             f"{root} has neither {folder.SINGLE} nor {folder.INDEX}; "
             + (
-                f"it has {listed(other)}, which is not read. Load it with transformers and save it as "
-                "safetensors: "
+                f"it has {listed(other)}, which is not read. Load it with transformers and save it as safetensors: "
                 "model.save_pretrained(folder, safe_serialization=True)"
                 if other
                 else "fetch or save the checkpoint again"
@@ -190,9 +186,7 @@ def _find(root: Path) -> tuple[Path, Path]:
     return config, found
 
 
-def _check_tensors(
-    model: CkptCausalLM, arguments: Arguments, files: weights.WeightFiles, path: Path
-) -> list[str]:
+def _check_tensors(model: CkptCausalLM, files: weights.WeightFiles, path: Path) -> list[str]:
     """The names of the tensors to read, after a look at the headers."""
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     optional = {HEAD} if model.tie_embeddings else set()
@@ -205,15 +199,13 @@ def _check_tensors(
         raise RuntimeError(
             f"{path} does not fit its config.json. "
             + "; ".join(f"{what}: {listed(names)}" for what, names in problems if names)
-            + ". The files are of different models or the config was changed; fetch or save the checkpoint "
-            "again"
+            + ". The files are of different models or the config was changed; fetch or save the checkpoint again"
         )
     odd = [f"{name} is {files.dtypes[name]}" for name in found if files.dtypes[name] not in weights.DTYPES]
     if odd:
         raise RuntimeError(
-            f"{path}: {listed(odd)}, expected {', '.join(weights.DTYPES)}. Quantized weights are not read: "
-            "dequantize the "
-            "model and save it again"
+            f"{path}: {listed(odd)}, expected {', '.join(weights.DTYPES)}. Quantized weights are not read: dequantize "
+            "the model and save it again"
         )
     return [name for name in expected if name not in optional]
 
@@ -224,10 +216,9 @@ def _copy(t: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
 
 
 def _check_tied(head: Tensor, embedding: Tensor, config: Path) -> None:
-    if not torch.equal(head, embedding):
+    if head.dtype != embedding.dtype or not torch.equal(head, embedding):
         raise RuntimeError(
-            f"{config} says tie_word_embeddings, but {HEAD} and {EMBEDDING} differ in the weights. Set it to "
-            "false to "
+            f"{config} says tie_word_embeddings, but {HEAD} and {EMBEDDING} differ in the weights. Set it to false to "
             f"keep both, or remove {HEAD}"
         )
 

@@ -62,13 +62,14 @@ def _shards(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     library = require_safetensors()
+    path.touch()
+    mode = path.stat().st_mode
     try:
         # The metadata is what transformers 4 tells PyTorch's files by.
-        library.torch.save_file(
-            {name: _plain(t) for name, t in tensors.items()}, path, metadata={"format": "pt"}
-        )
+        library.torch.save_file({name: _plain(t) for name, t in tensors.items()}, path, metadata={"format": "pt"})
     except library.SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from error
+    path.chmod(mode)  # safetensors makes its files readable by their owner only
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -116,10 +117,8 @@ def open_weights(root: Path, path: Path) -> Iterator[WeightFiles]:
             odd = sorted(weight_map.keys() ^ weights.shapes.keys())
             if odd:
                 raise RuntimeError(
-                    f"{path} and its shards do not hold the same tensors: {listed(odd)} in one of them only. "
-                    "The files "
-                    "are of different models or the download is incomplete; fetch or save the checkpoint "
-                    "again"
+                    f"{path} and its shards do not hold the same tensors: {listed(odd)} in one of them only. The files "
+                    "are of different models or the download is incomplete; fetch or save the checkpoint again"
                 )
         yield weights
 
@@ -130,9 +129,8 @@ def _shard_paths(root: Path, index: Path, weight_map: dict[str, str]) -> list[Pa
     missing = [name for name in names if paths[name] is None]
     if missing:
         raise RuntimeError(
-            f"{index} names {len(names)} shards, and {listed(missing)} of them is not there; fetch the "
-            "missing files or "
-            "save the checkpoint again"
+            f"{index} names {len(names)} shards, and {listed(missing)} of them is not there; fetch the missing files "
+            "or save the checkpoint again"
         )
     return [path for path in paths.values() if path is not None]
 
@@ -142,9 +140,8 @@ def _open(library: ModuleType, path: Path) -> Any:
         return library.safe_open(path, framework="pt", device="cpu")
     except (library.SafetensorError, OSError) as error:
         raise RuntimeError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}. It was cut "
-            "short, changed, "
-            "or is a Git LFS pointer; fetch or save the checkpoint again"
+            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}. It was cut short, "
+            "changed, or is a Git LFS pointer; fetch or save the checkpoint again"
         ) from error
 
 

@@ -90,9 +90,7 @@ class _Gauge(Protocol):
 class MemoryMeasurement:
     """What `memory` returns: a context manager that can be entered once, and its figures."""
 
-    def __init__(
-        self, model: nn.Module | None, device: torch.device, modules: Mapping[str, nn.Module]
-    ) -> None:
+    def __init__(self, model: nn.Module | None, device: torch.device, modules: Mapping[str, nn.Module]) -> None:
         weights = [] if model is None else [*model.parameters(), *model.buffers()]
         grads = [w.grad for w in weights if w.grad is not None]
         self.device = device
@@ -110,9 +108,7 @@ class MemoryMeasurement:
                 "outer measurement, or leave it first"
             )
         if self._state != "new":
-            raise RuntimeError(
-                "this measurement was used before; call pyckpt.measure.memory() again for a new one"
-            )
+            raise RuntimeError("this measurement was used before; call pyckpt.measure.memory() again for a new one")
         _active = self
         self._state = "active"
         self._ledger.start()
@@ -205,9 +201,7 @@ def _device(model: nn.Module | None, device: torch.device | str | None) -> torch
         device = first.device if first is not None else "cuda" if torch.cuda.is_initialized() else "cpu"
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"memory is measured on cpu and cuda, not on {device}; give device='cpu' or device='cuda'"
-        )
+        raise ValueError(f"memory is measured on cpu and cuda, not on {device}; give device='cpu' or device='cuda'")
     return device
 
 

@@ -102,9 +102,7 @@ class SavedLedger:
         return hook
 
     def _pack(self, tensor: torch.Tensor) -> _Held:
-        alias = (
-            tensor.detach()
-        )  # never the tensor itself: a node that holds its own output would never be freed
+        alias = tensor.detach()  # never the tensor itself: a node that holds its own output would never be freed
         if torch._C._current_graph_task_id() != -1 or _is_parameter(tensor):
             return _Held(alias)
         keys = []

@@ -95,9 +95,7 @@ class StorageTracker(TorchDispatchMode):
         run_visible = _visible_implementation(func)
         if run_visible is None:
             return func(*args, **kwargs)
-        with (
-            self
-        ):  # a mode is off inside its own handler; on again, it sees the ops the implementation is made of
+        with self:  # a mode is off inside its own handler; on again, it sees the ops the implementation is made of
             return run_visible(func, args, kwargs)
 
     def _adopt(self, storage: torch.UntypedStorage) -> None:

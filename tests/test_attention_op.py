@@ -1,0 +1,541 @@
+"""Attention against its reference: exact in float64, by the 2x rule below, over masks, layouts and tilings."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import LOW_DTYPES, assert_exact, check_exact, check_truth, step
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import pyckpt
+from pyckpt.ops import attention as op
+from pyckpt.ops import reference
+
+ops = torch.ops.pyckpt
+
+# What a user gives, and the (left, right) that it means.
+MASKS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "causal": ({}, (-1, 0)),
+    "full": ({"causal": False}, (-1, -1)),
+    "window": ({"window": 5}, (5, 0)),
+    "window-self": ({"window": 0}, (0, 0)),
+    "window-causal-pair": ({"window": (6, 9)}, (6, 0)),
+    "window-both": ({"causal": False, "window": (17, 3)}, (17, 3)),
+    "window-int-not-causal": ({"causal": False, "window": 4}, (4, 0)),
+    "window-right": ({"causal": False, "window": (-1, 4)}, (-1, 4)),
+    "window-left": ({"causal": False, "window": (4, -1)}, (4, -1)),
+    "window-wide": ({"causal": False, "window": (10**6, 10**6)}, (-1, -1)),
+}
+LENGTHS = [(1, 1), (239, 1), (1, 239), (799, 3), (3, 799), (113, 203), (203, 113), (64, 64), (127, 127)]
+ALL_MASKS = pytest.mark.parametrize("mask", MASKS)
+SOFTCAP = pytest.mark.parametrize("softcap", [None, 1.5])
+CU_SEQLENS = torch.tensor([0, 0, 19, 20, 20, 20, 83, 90, 90], dtype=torch.int32)
+
+
+def qkv(
+    sq: int, sk: int, heads: int = 4, kv_heads: int = 2, dim: int = 8, dim_v: int | None = None, batch: int = 2
+) -> dict[str, Tensor]:
+    shapes = {"q": (sq, heads, dim), "k": (sk, kv_heads, dim), "v": (sk, kv_heads, dim_v or dim)}
+    return {n: torch.randn(batch, *shape, dtype=torch.float64) for n, shape in shapes.items()}
+
+
+def packed(dim: int = 8, dim_v: int | None = None) -> dict[str, Tensor]:
+    return {n: t[0] for n, t in qkv(90, 90, dim=dim, dim_v=dim_v, batch=1).items()}
+
+
+def ours(mask: str = "causal", lse: bool = False, **options: Any) -> Any:
+    return lambda q, k, v: pyckpt.attention(q, k, v, **MASKS[mask][0], return_lse=lse, **options)
+
+
+def truth(mask: str = "causal", lse: bool = False, softcap: float | None = None, **options: Any) -> Any:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        both = reference.attention(q, k, v, window=MASKS[mask][1], softcap=softcap or 0.0, **options)
+        return both if lse else both[0]
+
+    return fn
+
+
+def check_attention(inputs: dict[str, Tensor], mask: str, **options: Any) -> None:
+    """Exact through o alone, and through o and lse (whose gradient takes another way)."""
+    for lse in (False, True):
+        check_exact(ours(mask, lse, **options), truth(mask, lse, **options), inputs)
+
+
+def raw(mask: str, softcap: float = 0.0, scale: float = 0.3) -> tuple[int, int, float, float]:
+    return *MASKS[mask][1], softcap, scale
+
+
+@pytest.fixture(params=["one-tile", "tiny-tiles"])
+def tiling(request, monkeypatch) -> None:
+    """As it ships (all of these tests' lengths fit in few tiles), and with tiles that divide nothing evenly."""
+    if request.param == "tiny-tiles":
+        monkeypatch.setattr(op, "_FLASH_TILE", 7)
+        monkeypatch.setattr(op, "_SCORE_ELEMENTS", 2000)
+
+
+class TestExact:
+    @ALL_MASKS
+    @SOFTCAP
+    @pytest.mark.parametrize(("sq", "sk"), LENGTHS)
+    def test_lengths(self, sq, sk, softcap, mask):
+        check_attention(qkv(sq, sk), mask, softcap=softcap)
+
+    @ALL_MASKS
+    @SOFTCAP
+    @pytest.mark.parametrize(("flash_tile", "score_elements"), [(1, 1), (7, 2000), (32, 10**5)])
+    def test_tiles(self, flash_tile, score_elements, softcap, mask, monkeypatch):
+        monkeypatch.setattr(op, "_FLASH_TILE", flash_tile)
+        monkeypatch.setattr(op, "_SCORE_ELEMENTS", score_elements)
+        for sq, sk in ((37, 50), (50, 37), (45, 45)):
+            check_attention(qkv(sq, sk), mask, softcap=softcap)
+
+    @pytest.mark.parametrize("mask", ["causal", "window", "full"])
+    def test_more_than_one_tile_as_it_ships(self, mask):
+        check_attention(qkv(1100, 1100, heads=1, kv_heads=1, batch=1), mask)
+        check_attention(qkv(600, 1100, heads=1, kv_heads=1, batch=1), mask, softcap=2.0)
+
+    @pytest.mark.parametrize("dims", [(1, 1), (5, 5), (80, 80), (8, 3), (3, 16)])
+    @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (5, 1)])
+    def test_heads(self, heads, dims, tiling):
+        check_attention(qkv(21, 30, *heads, *dims), "causal")
+        check_attention(qkv(21, 21, *heads, *dims), "full")
+
+    @SOFTCAP
+    def test_scale(self, softcap):
+        check_attention(qkv(20, 20), "causal", softcap=softcap, scale=1.7)
+
+    @ALL_MASKS
+    @SOFTCAP
+    def test_packed_with_empty_sequences(self, softcap, mask, tiling):
+        check_attention(packed(), mask, softcap=softcap, cu_seqlens=CU_SEQLENS)
+
+    def test_packed_with_another_width_of_v(self, tiling):
+        check_attention(packed(8, 5), "causal", cu_seqlens=CU_SEQLENS)
+
+    @SOFTCAP
+    @pytest.mark.parametrize("mask", ["causal", "full", "window-both"])
+    def test_packed_with_lengths_of_keys_of_their_own(self, mask, softcap, tiling):
+        cu_q = torch.tensor([0, 4, 4, 9, 30], dtype=torch.int32)
+        cu_k = torch.tensor([0, 7, 12, 12, 20], dtype=torch.int32)  # the third sequence has no key
+        whole = {n: t[0] for n, t in qkv(30, 20, batch=1).items()}
+        do = torch.randn(30, 4, 8, dtype=torch.float64)
+        options = raw(mask, softcap or 0.0)
+        o, lse = ops.attention_fwd(*whole.values(), cu_q, cu_k, *options)
+        grads = ops.attention_bwd(do, *whole.values(), o, lse, None, cu_q, cu_k, *options)
+        for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(cu.tolist()) for cu in (cu_q, cu_k)), strict=True):
+            cuts = {"q": slice(q0, q1), "k": slice(k0, k1), "v": slice(k0, k1)}
+            part = {n: t[cuts[n]].unsqueeze(0) for n, t in whole.items()}
+            want, _ = step(truth(mask, True, softcap, scale=0.3), part, [do[None, q0:q1], lse[None, :, q0:q1] * 0])
+            assert_exact(o[q0:q1], want["out 0"][0], "o")
+            assert_exact(lse[:, q0:q1], want["out 1"][0], "lse")
+            for n, g in zip("qkv", grads, strict=True):
+                assert_exact(g[cuts[n]], want[f"d{n}"][0], f"d{n}")
+
+    @SOFTCAP
+    def test_only_lse_is_differentiated(self, softcap, tiling):
+        inputs = qkv(20, 30)
+        check_exact(
+            lambda *t: pyckpt.attention(*t, softcap=softcap, return_lse=True)[1].sum(-1) + 0 * t[2].sum(),
+            lambda *t: truth("causal", True, softcap)(*t)[1].sum(-1) + 0 * t[2].sum(),
+            inputs,
+        )
+
+    @SOFTCAP
+    @pytest.mark.parametrize("mask", ["causal", "full", "window"])
+    def test_a_gradient_of_stride_zero(self, mask, softcap, tiling):
+        for inputs, options in ((qkv(30, 30), {}), (packed(), {"cu_seqlens": CU_SEQLENS})):
+            ones = torch.ones((), dtype=torch.float64).expand_as(inputs["q"])
+            want, _ = step(truth(mask, softcap=softcap, **options), inputs, [ones.contiguous()])
+            leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+            ours(mask, softcap=softcap, **options)(*leaves.values()).sum().backward()
+            for n, t in leaves.items():
+                assert_exact(t.grad, want[f"d{n}"], f"d{n}")
+
+    @SOFTCAP
+    @pytest.mark.parametrize("mask", ["causal", "full", "window"])
+    def test_inputs_that_are_not_contiguous(self, mask, softcap, tiling):
+        base = qkv(25, 25, heads=4, kv_heads=4)
+        fused = torch.randn(2, 25, 3, 4, 8, dtype=torch.float64)
+        layouts = {
+            "heads first": [t.transpose(1, 2).contiguous().transpose(1, 2) for t in base.values()],
+            "last dim strided": [t.transpose(1, 3).contiguous().transpose(1, 3) for t in base.values()],
+            "one projection": list(fused.unbind(2)),
+            "shared by the batch": [t[:1].expand_as(t) for t in base.values()],
+            "every second token": [t.repeat_interleave(2, 1)[:, ::2] for t in base.values()],
+        }
+        for name, tensors in layouts.items():
+            assert not tensors[0].is_contiguous(), name
+            check_attention(dict(zip("qkv", tensors, strict=True)), mask, softcap=softcap)
+        tensors = fused[0].unbind(1)
+        cu_seqlens = torch.tensor([0, 10, 25], dtype=torch.int32)
+        check_attention(dict(zip("qkv", tensors, strict=True)), mask, softcap=softcap, cu_seqlens=cu_seqlens)
+
+    @SOFTCAP
+    def test_an_upstream_gradient_that_is_not_contiguous(self, softcap, tiling):
+        inputs = qkv(30, 30, heads=4, kv_heads=2)
+        do = torch.randn(2, 8, 4, 30, dtype=torch.float64).permute(0, 3, 2, 1)
+        dlse = torch.randn(2, 30, 4, dtype=torch.float64).transpose(1, 2)
+        for lse, douts in ((False, [do]), (True, [do, dlse])):
+            want, _ = step(truth("causal", lse, softcap), inputs, douts)
+            got, _ = step(ours("causal", lse, softcap=softcap), inputs, douts)
+            for n in want:
+                assert_exact(got[n], want[n], n)
+
+    @SOFTCAP
+    @pytest.mark.parametrize("mask", ["full", "window-both"])
+    def test_shares_of_the_gradient_by_tiles_of_keys(self, softcap, mask):
+        """With the lse of all keys, the backward over some keys gives those keys' share: what a ring adds up."""
+        inputs = qkv(12, 12)
+        do, options = torch.randn_like(inputs["q"]), raw("full", softcap or 0.0)
+        o, lse = ops.attention_fwd(*inputs.values(), None, None, *options)
+        whole = ops.attention_bwd(do, *inputs.values(), o, lse, None, None, None, *options)
+        q, k, v = inputs.values()
+        parts = [
+            ops.attention_bwd(do, q, k[:, sl], v[:, sl], o, lse, None, None, None, *options)
+            for sl in (slice(0, 5), slice(5, 12))
+        ]
+        assert_exact(parts[0][0] + parts[1][0], whole[0], "dq")
+        for i, n in ((1, "dk"), (2, "dv")):
+            assert_exact(torch.cat([part[i] for part in parts], 1), whole[i], n)
+
+
+@st.composite
+def problems(draw):
+    heads = draw(st.sampled_from([(1, 1), (2, 1), (4, 2)]))
+    dim = draw(st.integers(1, 9))
+    causal = draw(st.booleans())
+    side = st.integers(-1, 12)
+    window = draw(st.none() | st.integers(0, 12) | st.tuples(side, side))
+    lengths = draw(st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(sum))
+    shape = {"heads": heads[0], "kv_heads": heads[1], "dim": dim, "dim_v": draw(st.sampled_from([dim, 4]))}
+    if lengths is None:
+        shape |= {"sq": draw(st.integers(1, 40)), "sk": draw(st.integers(0, 40)), "batch": draw(st.integers(1, 3))}
+    else:
+        shape |= {"sq": sum(lengths), "sk": sum(lengths), "batch": 1}
+    tiles = draw(st.sampled_from([(512, 1 << 24), (1, 1), (5, 300)]))
+    softcap = draw(st.none() | st.floats(0.5, 20.0))
+    return shape, causal, window, lengths, softcap, tiles, draw(st.integers(0, 2**31))
+
+
+def visible_side(causal: bool, window: Any) -> tuple[int, int]:
+    if window is None:
+        return (-1, 0) if causal else (-1, -1)
+    left, right = (window, 0) if isinstance(window, int) else window
+    return (left, 0) if causal else (left, right)
+
+
+@settings(max_examples=120, deadline=None)
+@given(problem=problems())
+def test_any_problem_equals_the_reference(problem):
+    shape, causal, window, lengths, softcap, tiles, number = problem
+    torch.manual_seed(number)
+    inputs, cu_seqlens = qkv(**shape), None
+    if lengths is not None:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        inputs = {n: t[0] for n, t in inputs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "_FLASH_TILE", tiles[0])
+        patch.setattr(op, "_SCORE_ELEMENTS", tiles[1])
+        for lse in (False, True):
+
+            def fn(q: Tensor, k: Tensor, v: Tensor, lse: bool = lse) -> Any:
+                options = {"causal": causal, "window": window, "softcap": softcap, "cu_seqlens": cu_seqlens}
+                return pyckpt.attention(q, k, v, return_lse=lse, **options)
+
+            def want(q: Tensor, k: Tensor, v: Tensor, lse: bool = lse) -> Any:
+                options = {"window": visible_side(causal, window), "softcap": softcap or 0.0}
+                both = reference.attention(q, k, v, cu_seqlens=cu_seqlens, **options)
+                return both if lse else both[0]
+
+            check_exact(fn, want, inputs)
+
+
+class TestPrecision:
+    """The 2x rule: our error against float64 is at most twice that of PyTorch in the same dtype."""
+
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    @pytest.mark.parametrize("mask", ["causal", "full", "window", "window-both"])
+    @pytest.mark.parametrize(("sq", "sk"), [(1, 1), (239, 1), (799, 3), (113, 203), (203, 113), (127, 127)])
+    def test_against_sdpa(self, sq, sk, mask, dtype):
+        visible = reference.visible_keys(sq, sk, MASKS[mask][1])
+        if not visible.any(-1).all():
+            visible = visible | ~visible.any(-1, keepdim=True)  # SDPA has no answer for a blind query
+
+        def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+
+        inputs = {n: t.to(dtype) for n, t in qkv(sq, sk, dim=16).items()}
+        if MASKS[mask][1][1] == 0 and sq > sk:
+            blind = sq - sk
+            inputs["q"] = inputs["q"][:, blind:]
+            visible = visible[blind:]
+        check_truth(ours(mask), plain, truth(mask), inputs, terms=1.0)
+
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    @pytest.mark.parametrize("mask", ["causal", "window-both"])
+    @pytest.mark.parametrize("lse", [False, True])
+    def test_softcap_against_the_formula(self, lse, mask, dtype):
+        inputs = {n: t.to(dtype) for n, t in qkv(113, 203, dim=16).items()}
+        formula = truth(mask, lse, softcap=4.0)  # in the low precision it is plain PyTorch's
+        check_truth(ours(mask, lse, softcap=4.0), formula, formula, inputs, terms=1.0)
+
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    def test_packed_against_the_formula(self, dtype):
+        inputs = {n: t.to(dtype) for n, t in packed(16).items()}
+        formula = truth(cu_seqlens=CU_SEQLENS)
+        check_truth(ours(cu_seqlens=CU_SEQLENS), formula, formula, inputs, terms=1.0)
+
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    def test_dtypes_of_the_results(self, dtype):
+        q, k, v = (t.to(dtype).requires_grad_() for t in qkv(9, 9).values())
+        for softcap in (None, 2.0):
+            o, lse = pyckpt.attention(q, k, v, softcap=softcap, return_lse=True)
+            assert (o.dtype, lse.dtype) == (dtype, torch.float32)
+            assert {g.dtype for g in torch.autograd.grad(o.sum() + lse.sum(), (q, k, v))} == {dtype}
+
+    def test_large_scores(self):
+        """Scores near the largest float16: softmax shifts them, and the largest wins."""
+        for dtype in LOW_DTYPES:
+            q = torch.full((1, 4, 1, 8), 60.0, dtype=dtype)
+            k = torch.randn(1, 4, 1, 8).sign().to(dtype) * 60
+            k[:, 0] = 60.0
+            v = torch.randn(1, 4, 1, 8).to(dtype)
+            o = pyckpt.attention(q, k, v, causal=False, scale=1.0)
+            best = reference.attention(*(t.double() for t in (q, k, v)), scale=1.0)[0]
+            assert_exact(o.double(), best.to(dtype).double(), terms=10 * torch.finfo(dtype).eps / 1e-12)
+
+
+class TestBlindQueries:
+    """Queries that see no key: o = 0, lse = -inf, no gradient, and never NaN."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, *LOW_DTYPES])
+    @SOFTCAP
+    @pytest.mark.parametrize("mask", ["causal", "window", "window-self", "window-right"])
+    def test_more_queries_than_keys(self, mask, softcap, dtype, tiling):
+        q, k, v = (t.to(dtype).requires_grad_() for t in qkv(40, 9).values())
+        blind = 40 - 9 - max(0, MASKS[mask][1][1])
+        for through_lse in (False, True):
+            o, lse = pyckpt.attention(q, k, v, **MASKS[mask][0], softcap=softcap, return_lse=True)
+            assert (o[:, :blind] == 0).all()
+            assert (lse[:, :, :blind] == float("-inf")).all()
+            assert lse[:, :, blind:].isfinite().all()
+            loss = (o * torch.randn_like(o)).sum()
+            loss = loss + (lse.exp() * torch.randn_like(lse)).sum() if through_lse else loss
+            grads = torch.autograd.grad(loss, (q, k, v))
+            assert all(g.isfinite().all() for g in grads)
+            assert (grads[0][:, :blind] == 0).all()
+            if mask != "window-self":  # where there is one key, its weight is 1 whatever q is
+                assert (grads[0][:, blind:] != 0).any()
+
+    @SOFTCAP
+    def test_no_keys_at_all(self, softcap):
+        for dtype in (torch.float64, *LOW_DTYPES):
+            q, k, v = (t.to(dtype).requires_grad_() for t in qkv(5, 0).values())
+            o, lse = pyckpt.attention(q, k, v, softcap=softcap, return_lse=True)
+            assert (o == 0).all()
+            assert (lse == float("-inf")).all()
+            dq, dk, _ = torch.autograd.grad(o.sum(), (q, k, v))
+            assert (dq == 0).all()
+            assert dk.shape == k.shape
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @SOFTCAP
+    def test_nothing_to_do(self, softcap, causal):
+        for sq, sk, batch in ((0, 4, 2), (0, 0, 2), (4, 4, 0)):
+            inputs = {n: t.requires_grad_() for n, t in qkv(sq, sk, batch=batch).items()}
+            o, lse = pyckpt.attention(*inputs.values(), causal=causal, softcap=softcap, return_lse=True)
+            assert o.shape == inputs["q"].shape
+            assert lse.shape == (batch, 4, sq)
+            for g in torch.autograd.grad(o.sum(), list(inputs.values())):
+                assert (g == 0).all()
+
+
+class TestAutograd:
+    @SOFTCAP
+    def test_frozen_inputs_get_no_gradient(self, softcap):
+        inputs = qkv(20, 20)
+        want, douts = step(ours(softcap=softcap), inputs)
+        for size in range(1, 4):
+            for live in itertools.combinations("qkv", size):
+                leaves = {n: t.clone().requires_grad_(n in live) for n, t in inputs.items()}
+                ours(softcap=softcap)(*leaves.values()).backward(douts[0])
+                for n, t in leaves.items():
+                    assert torch.equal(t.grad, want[f"d{n}"]) if n in live else t.grad is None
+
+    @SOFTCAP
+    def test_one_tensor_three_times(self, softcap):
+        x = torch.randn(2, 9, 2, 4, dtype=torch.float64)
+        check_exact(
+            lambda x: pyckpt.attention(x, x, x, softcap=softcap),
+            lambda x: reference.attention(x, x, x, window=(-1, 0), softcap=softcap or 0.0)[0],
+            {"x": x},
+        )
+
+    def test_autocast(self):
+        q, k, v = (t.float().requires_grad_() for t in qkv(60, 60, dim=16).values())
+        low = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+        for softcap in (None, 2.0):
+            with torch.autocast("cpu", torch.bfloat16):
+                o = pyckpt.attention(q, k, v, softcap=softcap)
+                grads = torch.autograd.grad(o.float().square().sum(), (q, k, v))
+            want = pyckpt.attention(*low, softcap=softcap)
+            # The same bits: inside the op autocast must not touch its float32 products.
+            assert torch.equal(o, want)
+            assert o.dtype == torch.bfloat16
+            wanted = torch.autograd.grad(want.float().square().sum(), low)
+            for g, w in zip(grads, wanted, strict=True):
+                assert g.dtype == torch.float32
+                assert torch.equal(g, w.float())
+
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_the_same_bits_every_time(self, softcap, unpoisoned):
+        inputs = {n: t.bfloat16() for n, t in qkv(150, 170).items()}
+        for mask, options in (("causal", {}), ("full", {}), ("window", {})):
+            first, douts = step(ours(mask, softcap=softcap, **options), inputs)
+            for _ in range(20):
+                again, _ = step(ours(mask, softcap=softcap, **options), inputs, douts)
+                assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+class TestCost:
+    @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"window": 64}, {"softcap": 2.0, "window": 64}], ids=str)
+    def test_memory_grows_with_the_length_alone(self, options, monkeypatch):
+        monkeypatch.setattr(op, "_SCORE_ELEMENTS", 1 << 16)
+        peaks = {}
+        for s in (2048, 4096):
+            q, k, v = (t.float().requires_grad_() for t in qkv(s, s, 2, 1, 8, batch=1).values())
+            with pyckpt.measure.memory() as m:
+                pyckpt.attention(q, k, v, **options).sum().backward()
+            peaks[s] = m.peak_bytes
+        row = 2 * 4 * 8  # bytes of a token in q's shape
+        # o, do, dq; k, v and their gradients in two heads at most; lse; and tiles.
+        assert peaks[4096] - peaks[2048] < 14 * row * 2048
+        assert peaks[4096] < 14 * row * 4096 + 10 * (4 << 16) + 3 * 512 * 600 * 4
+        assert peaks[4096] < 4096 * 4096 * 4 / 4  # a quarter of one head's S x S
+
+    def test_flops_are_those_of_sdpa(self):
+        q, k, v = (t.float().requires_grad_() for t in qkv(40, 60, heads=4, kv_heads=4, dim=16).values())
+        with FlopCounterMode(display=False) as m:
+            o = pyckpt.attention(q, k, v, causal=False)
+            forward = m.get_total_flops()
+            o.sum().backward()
+        shapes = [t.transpose(1, 2).shape for t in (q, k, v)]
+        assert forward == sdpa_flop_count(*shapes) == 2 * 2 * 2 * 4 * 40 * 60 * 16
+        assert m.get_total_flops() - forward == sdpa_backward_flop_count(shapes[0], *shapes)
+
+    def test_flops_of_another_width_of_v_and_of_packed(self):
+        with FlopCounterMode(display=False) as m:
+            pyckpt.attention(*qkv(40, 60, 4, 2, 16, 8).values())
+        assert m.get_total_flops() == 2 * 2 * 4 * 40 * 60 * (16 + 8)
+        with FlopCounterMode(display=False) as m:
+            pyckpt.attention(*packed().values(), cu_seqlens=CU_SEQLENS)
+        assert m.get_total_flops() == 2 * 4 * 90 * 90 * (8 + 8)
+
+    def test_no_grad_holds_nothing(self):
+        q, k, v = (t.float().requires_grad_() for t in qkv(64, 64).values())
+        with torch.no_grad(), pyckpt.measure.memory() as m:
+            o = pyckpt.attention(q, k, v, softcap=2.0)
+            assert o.grad_fn is None
+            assert (m.saved_bytes, m.live_bytes) == (0, o.nbytes)
+
+    def test_what_is_saved(self):
+        q, k, v = (t.float().requires_grad_() for t in qkv(64, 64).values())
+        with pyckpt.measure.memory() as m:
+            o = pyckpt.attention(q, k, v)
+            lse = 2 * 4 * 64 * 4
+            assert m.saved_bytes == sum(t.nbytes for t in (q, k, v, o)) + lse
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0}], ids=["causal", "window-softcap"])
+def test_compiled(options, dynamic):
+    fn = torch.compile(
+        lambda q, k, v: pyckpt.attention(q * 2, k, v, **options).sin(),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
+    )
+    for s in (16, 24) if dynamic else (16,):
+        inputs = qkv(s, s)
+        check_exact(fn, lambda q, k, v: truth_of(q * 2, k, v, options).sin(), inputs)
+
+
+def truth_of(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    window = (options.get("window", -1), 0)
+    return reference.attention(q, k, v, window=window, softcap=options.get("softcap", 0.0))[0]
+
+
+def test_compiled_packed():
+    fn = torch.compile(pyckpt.attention, fullgraph=True, backend="aot_eager")
+    check_exact(lambda q, k, v: fn(q, k, v, cu_seqlens=CU_SEQLENS), truth(cu_seqlens=CU_SEQLENS), packed())
+
+
+class TestBadInput:
+    def good(self) -> dict[str, Any]:
+        return {"q": torch.randn(2, 5, 4, 8), "k": torch.randn(2, 7, 2, 8), "v": torch.randn(2, 7, 2, 8)}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"q": torch.randn(5, 4, 8)}, r"q must be \(B, S, H, D\), got shape \(5, 4, 8\)"),
+            ({"k": torch.randn(7, 2, 8)}, r"k must be \(B, S, H, D\)"),
+            ({"q": torch.randn(2, 5, 4, 6)}, "q has head dim 6 and k has 8"),
+            ({"q": torch.randn(2, 5, 3, 8)}, "q has 3 heads, which is no multiple of the 2"),
+            ({"k": torch.randn(2, 7, 0, 8), "v": torch.randn(2, 7, 0, 8)}, "no multiple of the 0"),
+            ({"q": torch.randn(3, 5, 4, 8)}, "q has batch size 3 and k has 2"),
+            ({"v": torch.randn(2, 6, 2, 8)}, "k and v differ in more than their last dim"),
+            ({"k": torch.randn(2, 7, 2, 8).double()}, "k has dtype torch.float64, expected q's, torch.float32"),
+            ({"q": torch.ones(2, 5, 4, 8, dtype=torch.int64)}, "q has dtype torch.int64, expected"),
+            ({"v": torch.randn(2, 7, 2, 8, device="meta")}, "v is on meta, q is on cpu"),
+            ({"window": -1}, "window=-1 is negative"),
+            ({"window": (1, 2, 3)}, "window must be None, an int >= 0, or a pair "),
+            ({"window": (-2, 0)}, "window must be None, an int >= 0, or a pair "),
+            ({"window": True}, "window must be None"),
+            ({"softcap": -1.0}, "softcap must be None or a positive number, got -1.0"),
+            ({"softcap": float("nan")}, "softcap must be None or a positive number, got nan"),
+            ({"softcap": float("inf")}, "softcap must be None or a positive number, got inf"),
+        ],
+        ids=lambda value: None if isinstance(value, dict) else value[:30],
+    )
+    def test_values(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            pyckpt.attention(**self.good() | change)
+
+    def test_types(self):
+        for name in "qkv":
+            with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got list"):
+                pyckpt.attention(**self.good() | {name: [1.0]})
+
+    @pytest.mark.parametrize(
+        ("cu", "message"),
+        [
+            (torch.tensor([0, 5]), "cu_seqlens has dtype torch.int64, expected int32"),
+            (torch.tensor([[0, 5]], dtype=torch.int32), "one-dimensional with at least 2 entries"),
+            (torch.tensor([0], dtype=torch.int32), "one-dimensional with at least 2 entries"),
+            (torch.tensor([1, 5], dtype=torch.int32), "begin with 0 and end at the number of tokens, 5"),
+            (torch.tensor([0, 4], dtype=torch.int32), "begin with 0 and end at the number of tokens, 5"),
+            (torch.tensor([0, 4, 2, 5], dtype=torch.int32), "must not descend: entry 2 is 2, after 4"),
+            (torch.tensor([0, 5], dtype=torch.int32, device="meta"), "cu_seqlens is on meta"),
+        ],
+        ids=range(7),
+    )
+    def test_cu_seqlens(self, cu, message):
+        with pytest.raises(ValueError, match=message):
+            pyckpt.attention(*(torch.randn(5, 2, 4) for _ in range(3)), cu_seqlens=cu)
+
+    def test_packed_shapes(self):
+        cu, x = torch.tensor([0, 5], dtype=torch.int32), torch.randn(5, 2, 4)
+        with pytest.raises(TypeError, match="cu_seqlens must be a torch.Tensor, got list"):
+            pyckpt.attention(x, x, x, cu_seqlens=[0, 5])
+        with pytest.raises(ValueError, match=r"q must be \(T, H, D\), packed, since cu_seqlens is given"):
+            pyckpt.attention(x[None], x[None], x[None], cu_seqlens=cu)
+        with pytest.raises(ValueError, match="packed q has 5 tokens and k has 4"):
+            pyckpt.attention(x, x[:4], x[:4], cu_seqlens=cu)
