@@ -65,9 +65,7 @@ def build_app() -> typer.Typer:
     @app.callback()
     def common(
         debug: bool = typer.Option(False, "--debug", help="On an error, show the whole traceback."),
-        version: bool = typer.Option(
-            False, "--version", is_eager=True, callback=_version, help="Show the version."
-        ),
+        version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Show the version."),
     ) -> None:
         pass
 
@@ -180,14 +178,10 @@ def _compare_command() -> Any:
         d_ff: int = typer.Option(None, help="Width of the MLP.", show_default="from d_model"),
         layers: int = option(1, "Blocks in the stack."),
         batch_size: int = option(1, "Sequences in a batch."),
-        vocab_size: int = typer.Option(
-            None, help="Compare whole causal LMs with this vocabulary, not blocks alone."
-        ),
+        vocab_size: int = typer.Option(None, help="Compare whole causal LMs with this vocabulary, not blocks alone."),
         dtype: str = option("float32", "float32, float64, bfloat16 or float16."),
         device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one)."),
-        tile: int = typer.Option(
-            None, help="Tokens worked on at once.", show_default="picked from the shapes"
-        ),
+        tile: int = typer.Option(None, help="Tokens worked on at once.", show_default="picked from the shapes"),
         variants: str = typer.Option(None, help=f"A list out of {', '.join(VARIANTS)}.", show_default="all"),
         repeats: int = option(3, "Timed runs of each variant."),
         budget: float = typer.Option(None, help="Seconds to end in, with fewer runs or lengths if need be."),
@@ -244,6 +238,4 @@ def _parameter(field: Any, hint: Any) -> inspect.Parameter:
         flag = "--" + field.name.replace("_", "-")
         default = typer.Option(None, flag, rich_help_panel=field.metadata["panel"], **shown)
     annotation = (field.metadata["cli"] or hint) | None
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyckpt import errors
 from pyckpt.ops.rope import rope_tables
-from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, BlockSpec, Window, canonical_window
+from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, Window, _rope_scaling, canonical_window
 
 ops = torch.ops.pyckpt
 _REDUCTIONS = ("mean", "sum", "none")
@@ -64,8 +64,7 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
             raise ValueError(f"{name} must be {shape}, got shape {tuple(t.shape)}")
         if t.dtype not in errors.FLOAT_DTYPES or t.dtype != q.dtype:
             raise ValueError(
-                f"{name} has dtype {t.dtype}, expected q's, {q.dtype}, and one of "
-                f"{errors.names(errors.FLOAT_DTYPES)}"
+                f"{name} has dtype {t.dtype}, expected q's, {q.dtype}, and one of {errors.names(errors.FLOAT_DTYPES)}"
             )
         if t.device != q.device:
             raise ValueError(f"{name} is on {t.device}, q is on {q.device}; move one with .to(...)")
@@ -74,9 +73,7 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head dim {q.shape[-1]} and k has {k.shape[-1]}; they must be equal")
     if q.shape[-2] % max(1, k.shape[-2]) or k.shape[-2] == 0:
-        raise ValueError(
-            f"q has {q.shape[-2]} heads, which is no multiple of the {k.shape[-2]} key/value heads"
-        )
+        raise ValueError(f"q has {q.shape[-2]} heads, which is no multiple of the {k.shape[-2]} key/value heads")
     if rank == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(f"q has batch size {q.shape[0]} and k has {k.shape[0]}; they must be equal")
     if cu_seqlens is not None:
@@ -145,9 +142,7 @@ def _check_loss(
     for name, t in (("x", x), ("weight", weight), ("target", target)):
         errors.check_tensor(name, t)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must be (..., D) and weight (V, D), got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+        raise ValueError(f"x must be (..., D) and weight (V, D), got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     _check_floating("x", x)
     errors.check_matches(x, weight, "weight", x.dtype)
     if bias is not None:
@@ -157,9 +152,7 @@ def _check_loss(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     if target.shape != x.shape[:-1]:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token"
-        )
+        raise ValueError(f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token")
     errors.check_labels(target, weight.shape[0], ignore_index, x.device)
 
 
@@ -170,9 +163,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     return ops.rms_norm_fwd(x, weight, float(eps))[0]
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim. x (..., D); weight, bias (D,)."""
     _check_norm(x, weight, bias)
     errors.check_transforms("pyckpt.layer_norm", x, weight, bias)
@@ -220,12 +211,12 @@ def rope(
     lead = tuple(x.shape[:-2])
     if tuple(positions.shape) not in (lead, (lead[-1],)) or positions.is_floating_point():
         raise ValueError(
-            f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} "
-            f"{positions.dtype}"
+            f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} {positions.dtype}"
         )
-    spec = BlockSpec.make(dim, 1, rope_theta=theta, rope_scaling=scaling)
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta must be a positive finite number, got {theta!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = rope_tables(positions, dim, theta, spec.rope_scaling, dtype)
+    cos, sin = rope_tables(positions, dim, theta, _rope_scaling(scaling, theta), dtype)
     return ops.rope(x, cos, sin, False, interleaved)
 
 
@@ -247,9 +238,7 @@ def glu(gate: Tensor, up: Tensor, kind: str = "swiglu") -> Tensor:
 def activation(x: Tensor, kind: str = "gelu") -> Tensor:
     """GELU ("gelu"), its tanh form ("gelu_tanh"), or squared ReLU ("relu2")."""
     if kind not in PLAIN_MLPS:
-        raise ValueError(
-            f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)} (of {MLPS})"
-        )
+        raise ValueError(f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)} (of {MLPS})")
     _check_pre_activation("x", x)
     errors.check_transforms("pyckpt.activation", x)
     return ops.act_fwd(x, kind)

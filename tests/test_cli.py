@@ -49,18 +49,14 @@ def test_each_command_has_help_in_80_columns(
     assert "Usage" in shown and max(map(len, shown.splitlines())) <= 80
 
 
-def test_every_setting_of_a_run_is_a_flag(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_setting_of_a_run_is_a_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     called(monkeypatch, "train", "--help")
     shown = capsys.readouterr().out
     for name in train.TrainConfig.__dataclass_fields__:
         assert name == "data" or f"--{name.replace('_', '-')} " in shown
 
 
-def test_flags_become_the_configuration(
-    run: list[train.TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flags_become_the_configuration(run: list[train.TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "train text.txt --d-model 64 --lr 1e-3 --segments 2 --save input --tie-embeddings --out there"
     assert called(monkeypatch, *flags.split()) == 0
     assert called(monkeypatch, "train", "--segments", "sqrt", "--overwrite") == 0
@@ -113,9 +109,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_a_missing_extra_is_one_line_that_says_what_to_install(
-    missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_one_line_that_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n == missing or n.startswith(missing + ".")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
@@ -147,9 +141,7 @@ def test_training_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_comparing_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    flags = (
-        f"compare --lengths 16,32 --d-model 32 --heads 2 --repeats 1 --device cpu --out {tmp_path / 'out'}"
-    )
+    flags = f"compare --lengths 16,32 --d-model 32 --heads 2 --repeats 1 --device cpu --out {tmp_path / 'out'}"
     assert called(monkeypatch, *flags.split(), "--variants", "plain,checkpoint,attention") == 0
     shown = capsys.readouterr().out
     assert "compare.png" in shown and max(map(len, shown.splitlines())) <= 80

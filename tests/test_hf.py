@@ -168,16 +168,29 @@ def results(model: Model, ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-def error(got: Tensor, truth: Tensor) -> float:
-    return float(torch.linalg.vector_norm(got.double() - truth) / torch.linalg.vector_norm(truth))
+def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors by name; those of all gradients of vectors together.
+
+    Such a gradient is few numbers, each of them a sum over tokens that cancels, so that its own error is chance.
+    """
+    assert got.keys() == truth.keys()
+    single: dict[str, float] = {}
+    vectors: list[float] = []
+    for name, want in truth.items():
+        size = float(torch.linalg.vector_norm(got[name].double() - want) / torch.linalg.vector_norm(want))
+        if want.dim() == 1:
+            vectors.append(size)
+        else:
+            single[name] = size
+    return single | {"gradients of vectors": math.hypot(*vectors) / len(vectors) ** 0.5}
 
 
 def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     """Relative errors of at most twice those of transformers in the same dtype, plus the dtype's rounding."""
-    assert got.keys() == plain.keys() == truth.keys()
-    for name, want in truth.items():
-        allowed = 2 * error(plain[name], want) + torch.finfo(plain["logits"].dtype).eps
-        assert error(got[name], want) <= allowed, f"{name}: {error(got[name], want):.2e} > {allowed:.2e}"
+    reference = errors(plain, truth)
+    for name, size in errors(got, truth).items():
+        allowed = 2 * reference[name] + 2 * torch.finfo(got["logits"].dtype).eps
+        assert size <= allowed, f"{name}: {size:.2e}, more than the {allowed:.2e} allowed"
 
 
 def same_weights(a: Model, b: Model) -> bool:
@@ -729,7 +742,7 @@ def test_safetensors_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 # --- saves that are stopped ---
 
-SHARDED, WHOLE = 15_000, 10**9
+SHARDED, WHOLE = 40_000, 10**9
 KINDS = [(WHOLE, WHOLE), (WHOLE, SHARDED), (SHARDED, WHOLE), (SHARDED, SHARDED)]
 
 
@@ -753,6 +766,8 @@ class Disk:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             self.done += 1
             if self.done - 1 == at or (for_good and self.done > at):
+                if isinstance(what, OSError) and kwargs.get("ignore_errors"):
+                    return None
                 raise what
             return fn(*args, **kwargs)
 
@@ -769,13 +784,19 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
 def old_and_new() -> tuple[CkptCausalLM, CkptCausalLM]:
     """Two models of which no file can be mistaken for the other's: sizes, names and config differ."""
-    return ours(), CkptCausalLM(V, 3, 40, 4, bias=True, tie_embeddings=True, rope_theta=5e5)
+    return ours(), CkptCausalLM(V, 2, 40, 4, d_ff=48, bias=True, tie_embeddings=True, rope_theta=5e5)
 
 
 def whole(path: Path, old: CkptCausalLM, new: CkptCausalLM) -> CkptCausalLM:
-    """The one of the two that the folder holds; transformers reads the same one or nothing."""
+    """The one of the two that the folder holds."""
     found = load_pretrained(path)
     (model,) = (m for m in (old, new) if m.spec == found.spec and same_weights(m, found))
+    return model
+
+
+def whole_for_all(path: Path, old: CkptCausalLM, new: CkptCausalLM) -> CkptCausalLM:
+    """`whole`, and transformers reads the same one or nothing."""
+    model = whole(path, old, new)
     if (path / "config.json").exists():
         assert same_weights(auto(path), model)
     else:
@@ -803,7 +824,7 @@ def test_a_save_that_stops_anywhere(before: int, after: int, for_good: bool, dis
         else:
             stopped = disk.done > at  # a failure to clean up is none
         disk.mend()
-        seen.append(whole(path, old, new))
+        seen.append(whole_for_all(path, old, new))
         # The next save makes everything good, also one of the other model.
         last = old if at % 2 else new
         save_pretrained(last, path, max_shard_bytes=after)

@@ -21,7 +21,7 @@ from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train import data, optim
 from pyckpt.train.folder import RunFolder
 from pyckpt.train.history import History, MetricsLog
-from pyckpt.train.sample import printable
+from pyckpt.train.sample import printable, start_of
 from pyckpt.train.trainer import Trainer
 
 for _extra in ("rich", "matplotlib", "safetensors", "tokenizers"):
@@ -74,9 +74,7 @@ def assert_same(one: train.TrainResult, other: train.TrainResult) -> None:
 
 
 def files_under(path: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"
-    }
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 # Data
@@ -172,9 +170,7 @@ def test_text_is_tokenised_by_a_tokenizer_json(text: Path, tokenizer: Path) -> N
     assert corpus.train.dtype == torch.int32 and max(tokens) < corpus.vocab_size
     assert len(tokens) < len(TEXT) / 2
     assert corpus.decode(tokens).replace("</s>", "") == TEXT
-    assert corpus.validation_bytes == len(
-        corpus.decode(corpus.validation.tolist()).removesuffix("</s>").encode()
-    )
+    assert corpus.validation_bytes == len(corpus.decode(corpus.validation.tolist()).removesuffix("</s>").encode())
     assert corpus.decode(corpus.encode("def f1(x):")) == "def f1(x):"
 
 
@@ -186,12 +182,8 @@ def test_pieces_of_a_long_text_are_all_tokenised(tmp_path: Path, tokenizer: Path
     assert both.replace("</s>", "") == TEXT * 15
 
 
-def test_data_that_cant_be_used_is_refused(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    empty, short, binary, latin, broken = (
-        tmp_path / n for n in ("empty", "short", "binary", "latin", "broken")
-    )
+def test_data_that_cant_be_used_is_refused(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, short, binary, latin, broken = (tmp_path / n for n in ("empty", "short", "binary", "latin", "broken"))
     folder = tmp_path / "folder"
     folder.mkdir()
     empty.write_text("")
@@ -254,9 +246,7 @@ def _refuse(path: Path) -> bytes:
         ({"resume": True, "overwrite": True}, "one of them"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_made(
-    text: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_bad_settings_are_refused_before_anything_is_made(text: Path, changes: dict[str, Any], message: str) -> None:
     given = config(text, **changes)
     with pytest.raises(ValueError, match=message):
         train.run(given)
@@ -285,9 +275,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = optim.Optimizer(
-        model, train.TrainConfig(steps=2, warmup=0, lr=0.1, min_lr=1.0, weight_decay=0.5)
-    )
+    optimizer = optim.Optimizer(model, train.TrainConfig(steps=2, warmup=0, lr=0.1, min_lr=1.0, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(1)
@@ -347,9 +335,7 @@ def test_what_a_killed_run_left_is_swept_away_and_never_read(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
 
 
-def test_a_checkpoint_that_cant_be_written_leaves_the_last_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_cant_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = checkpoints.write(tmp_path, a_checkpoint(5), keep=1)
     before = files_under(tmp_path)
 
@@ -383,9 +369,7 @@ def test_a_damaged_checkpoint_is_told_from_a_good_one(tmp_path: Path, name: str,
         (path / name).write_text(json.dumps(head))
     else:
         harm(path / name)
-    with pytest.raises(
-        RuntimeError, match=r"step-00000010 is damaged: .*Remove .* and resume from step-00000005"
-    ):
+    with pytest.raises(RuntimeError, match=r"step-00000010 is damaged: .*Remove .* and resume from step-00000005"):
         checkpoints.read(path)
 
 
@@ -529,9 +513,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(
 ) -> None:
     given = config(text)
     arguments = [json.dumps(dataclasses.asdict(given)), str(torch.get_num_threads()), where]
-    killed = subprocess.run(
-        [sys.executable, "-c", _DOOMED, *arguments], capture_output=True, text=True, timeout=120
-    )
+    killed = subprocess.run([sys.executable, "-c", _DOOMED, *arguments], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = RunFolder(Path(given.out))
     assert checkpoints.steps(folder.checkpoints)[-1].name == last
@@ -539,9 +521,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(
     resumed = train.run(resume(given))
     assert_same(resumed, straight)
     assert resumed.sample == straight.sample
-    steps = [
-        line["step"] for line in map(json.loads, folder.metrics.read_text().splitlines()) if "loss" in line
-    ]
+    steps = [line["step"] for line in map(json.loads, folder.metrics.read_text().splitlines()) if "loss" in line]
     assert steps == list(range(1, 21))
     assert not list(folder.checkpoints.glob(".*"))
 
@@ -594,9 +574,7 @@ def test_a_finished_run_resumed_is_finished(text: Path) -> None:
     assert not calls and again.sample == first.sample and RunFolder(again.out).plot.exists()
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(
-    text: Path, straight: train.TrainResult
-) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_again(text: Path, straight: train.TrainResult) -> None:
     given = config(text)
 
     def fail(record: dict[str, Any]) -> None:
@@ -661,13 +639,21 @@ def test_a_run_that_diverges_says_so(text: Path) -> None:
 
 
 def test_a_missing_extra_is_named_before_any_work(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "pyckpt.train.extras.find_spec", lambda name: None if name == "matplotlib" else object()
-    )
+    monkeypatch.setattr("pyckpt.train.extras.find_spec", lambda name: None if name == "matplotlib" else object())
     given = config(text)
     with pytest.raises(RuntimeError, match=r"training needs matplotlib: pip install 'pyckpt\[train\]'"):
         train.run(given)
     assert not Path(given.out).exists()
+
+
+def test_a_prompt_without_tokens_is_refused_before_the_training(text: Path) -> None:
+    given = config(text, prompt="")
+    with pytest.raises(ValueError, match="prompt='' has no tokens"):
+        train.run(given)
+    assert not Path(given.out).exists()
+    corpus = dataclasses.replace(data.load_corpus(str(text), 32), prompt="")
+    shown, tokens = start_of(corpus, None)
+    assert len(tokens) == 1 and corpus.decode(tokens) == shown
 
 
 # What is shown
@@ -690,6 +676,4 @@ def test_the_report_fits_80_columns(text: Path, terminal: bool) -> None:
 
 
 def test_a_sample_can_not_steer_the_terminal() -> None:
-    assert (
-        printable("a\x1b[2Jb\tc\nd\x07é") == "a\N{REPLACEMENT CHARACTER}[2Jb\tc\nd\N{REPLACEMENT CHARACTER}é"
-    )
+    assert printable("a\x1b[2Jb\tc\nd\x07é") == "a\N{REPLACEMENT CHARACTER}[2Jb\tc\nd\N{REPLACEMENT CHARACTER}é"

@@ -129,7 +129,7 @@ def _carried(spec: BlockSpec, extra: Config | None) -> Config:
 
 
 def _standard_fields(kind: str, spec: BlockSpec, n_layers: int) -> Config:
-    scaling = dict(spec.rope_scaling) if spec.rope_scaling else None
+    scaling = {k: float(v) if k.endswith("factor") else v for k, v in spec.rope_scaling or ()} or None
     fields: Config = {
         "hidden_size": spec.d_model,
         "intermediate_size": spec.d_ff,

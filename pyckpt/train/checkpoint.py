@@ -110,14 +110,10 @@ def read(path: Path) -> Checkpoint:
         state = torch.load(path / _FILES[1], map_location="cpu", weights_only=True)
     except Exception as error:
         raise _damaged(path, f"it can't be read ({error})") from error
-    return Checkpoint(
-        head["step"], head["settings"], head["data"], weights, state, head["torch"], head["threads"]
-    )
+    return Checkpoint(head["step"], head["settings"], head["data"], weights, state, head["torch"], head["threads"])
 
 
-def check(
-    checkpoint: Checkpoint, path: Path, settings: dict[str, Any], data: str, shapes: dict[str, Any]
-) -> None:
+def check(checkpoint: Checkpoint, path: Path, settings: dict[str, Any], data: str, shapes: dict[str, Any]) -> None:
     """Raise ValueError unless a checkpoint is of these settings, data and weights (name -> shape)."""
     theirs = checkpoint.settings
     differing = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
@@ -176,9 +172,7 @@ def _check_seal(path: Path, expected: dict[str, Any]) -> None:
 
 def _damaged(path: Path, what: str) -> RuntimeError:
     older = [p for p in steps(path.parent) if p.name < path.name]
-    todo = (
-        f"Remove {path} and resume from {older[-1].name}" if older else "Start the run again with overwrite"
-    )
+    todo = f"Remove {path} and resume from {older[-1].name}" if older else "Start the run again with overwrite"
     return RuntimeError(f"checkpoint {path} is damaged: {what}. {todo}.")
 
 

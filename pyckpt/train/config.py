@@ -40,9 +40,7 @@ class TrainConfig:
     d_ff: int | None = _option(None, "Model", "Width of the MLP (default: 8/3 of d_model, a multiple of 64).")
     tie_embeddings: bool = _option(False, "Model", "Share the embedding with the output head.")
 
-    save: str = _option(
-        "attention", "Memory", "What each block keeps for the backward (save set).", free=True
-    )
+    save: str = _option("attention", "Memory", "What each block keeps for the backward (save set).", free=True)
     segments: int | str | None = _option(
         None,
         "Memory",
@@ -62,9 +60,7 @@ class TrainConfig:
     weight_decay: float = _option(0.1, "Training", "AdamW weight decay, on matrices only.")
     clip: float = _option(1.0, "Training", "Clip the gradient's norm to this (0: never).")
     dtype: str = _option("auto", "Training", "float32 or bfloat16 (auto: bfloat16 on a GPU).")
-    device: str = _option(
-        "auto", "Training", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one).", free=True
-    )
+    device: str = _option("auto", "Training", "cpu, cuda, cuda:1, ... (auto: a GPU if there is one).", free=True)
     seed: int = _option(0, "Training", "Seed of the weights, the batches and the sample.")
 
     out: str = _option("runs/train", "Run", "Folder for everything that the run writes.", free=True)
@@ -73,14 +69,12 @@ class TrainConfig:
     checkpoint_every: int = _option(100, "Run", "Steps between checkpoints.", free=True)
     keep_checkpoints: int = _option(2, "Run", "Newest checkpoints kept.", free=True)
     eval_every: int = _option(100, "Run", "Steps between validations.")
-    eval_batches: int = _option(8, "Run", "Batches of a validation.")
+    eval_batches: int = _option(16, "Run", "Batches of a validation.")
     log_every: int = _option(25, "Run", "Steps between lines when the output is not a terminal.", free=True)
 
     prompt: str | None = _option(None, "Sample", "Text that the sample at the end starts from.", free=True)
     sample_tokens: int = _option(400, "Sample", "Tokens of the sample (0: none).", free=True)
-    temperature: float = _option(
-        0.7, "Sample", "Temperature of the sample (0: always the likeliest token).", free=True
-    )
+    temperature: float = _option(0.7, "Sample", "Temperature of the sample (0: always the likeliest token).", free=True)
 
     def resolved(self) -> TrainConfig:
         """This configuration checked, with "auto" and the defaults that depend on other fields filled in.
@@ -91,9 +85,7 @@ class TrainConfig:
         _check_heads(self)
         _check_memory(self)
         device = resolve_device(self.device)
-        dtype = (
-            self.dtype if self.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
-        )
+        dtype = self.dtype if self.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)} or auto.")
         return dataclasses.replace(
@@ -182,9 +174,7 @@ def resolve_device(name: str) -> str:
         raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(
-                f"device={name!r}, but this PyTorch ({torch.__version__}) sees no CUDA device: use cpu."
-            )
+            raise ValueError(f"device={name!r}, but this PyTorch ({torch.__version__}) sees no CUDA device: use cpu.")
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device={name!r}, but there are only {torch.cuda.device_count()} CUDA devices.")
     return name

@@ -35,7 +35,8 @@ class Corpus:
     """Tokens to train on and to validate with.
 
     train, validation: (N,) uint8 or int32. validation_bytes: bytes of text that the validation tokens stand
-    for. fingerprint: a hash of all tokens, by which a resumed run knows its data again.
+    for. prompt: what a sample starts from unless
+    told otherwise. fingerprint: a hash of all tokens, by which a resumed run knows its data again.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Corpus:
     vocab_size: int
     prompt: str
     tokenizer: Any = None
+    end_of_text: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -73,9 +75,7 @@ class Corpus:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
-def load_corpus(
-    path: str | None, seq_len: int, tokenizer: str | None = None, vocab_size: int | None = None
-) -> Corpus:
+def load_corpus(path: str | None, seq_len: int, tokenizer: str | None = None, vocab_size: int | None = None) -> Corpus:
     """Read the text, split it and turn it into tokens; the same call gives the same tokens on the same files.
 
     Raises ValueError for text that is missing, empty, unreadable or too short, and for a tokenizer that can't
@@ -96,6 +96,7 @@ def load_corpus(
         vocab_size=encoder.vocab_size,
         prompt="def " if path is None else "\n",
         tokenizer=encoder.tokenizer,
+        end_of_text=encoder.end_of_text,
         notes=notes,
     )
     for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
@@ -107,9 +108,7 @@ def load_corpus(
     return corpus
 
 
-def split(
-    texts: list[tuple[str, bytes]], least: int = 0
-) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
+def split(texts: list[tuple[str, bytes]], least: int = 0) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
     """Hold out the end for validation: whole files where they come close to the share, else a part of the
     last.
 
@@ -140,15 +139,9 @@ def _cut(text: bytes, near: int) -> int:
 
 def _stdlib_texts() -> tuple[str, list[tuple[str, bytes]], list[str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [
-        p
-        for p in _walk(root, _STDLIB_SKIPPED)
-        if p.suffix == ".py" and not p.name.startswith("_sysconfigdata")
-    ]
+    paths = [p for p in _walk(root, _STDLIB_SKIPPED) if p.suffix == ".py" and not p.name.startswith("_sysconfigdata")]
     if not paths:
-        raise ValueError(
-            f"this Python has no library sources under {root}: give a text file or folder to train on."
-        )
+        raise ValueError(f"this Python has no library sources under {root}: give a text file or folder to train on.")
     texts, size = [], 0
     # In the order of a hash, so that the size cap and the validation part each get a fair mix of modules.
     for path in sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()):
@@ -164,9 +157,7 @@ def _texts_at(path: Path) -> tuple[str, list[tuple[str, bytes]], list[str]]:
     if path.is_file():
         text = _read(path)
         if _binary(text):
-            raise ValueError(
-                f"{path} is not text (it has zero bytes in it): give a text file or a folder of them."
-            )
+            raise ValueError(f"{path} is not text (it has zero bytes in it): give a text file or a folder of them.")
         return str(path), [(path.name, text)], []
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: give a text file or a folder of text files.")
@@ -187,16 +178,12 @@ def _walk(root: Path, skipped: set[str]) -> list[Path]:
     """The files under a folder, without hidden ones and without following links to folders."""
 
     def fail(error: OSError) -> None:
-        raise ValueError(
-            f"{error.filename} can't be read: {error.strerror}. Make it readable or leave it out."
-        )
+        raise ValueError(f"{error.filename} can't be read: {error.strerror}. Make it readable or leave it out.")
 
     found = []
     for folder, folders, files in os.walk(root, onerror=fail):
         folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
-        found += [
-            Path(folder, f) for f in sorted(files) if not f.startswith(".") and Path(folder, f).is_file()
-        ]
+        found += [Path(folder, f) for f in sorted(files) if not f.startswith(".") and Path(folder, f).is_file()]
     return found
 
 
@@ -204,9 +191,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"{path} can't be read: {error.strerror}. Make it readable or leave it out."
-        ) from error
+        raise ValueError(f"{path} can't be read: {error.strerror}. Make it readable or leave it out.") from error
 
 
 def _binary(text: bytes) -> bool:
@@ -218,13 +203,13 @@ class _Encoder:
 
     def __init__(self, path: str | None, vocab_size: int | None) -> None:
         self.tokenizer: Any = None
-        self.end: int | None = None
+        self.end_of_text: int | None = None
         least = 256
         if path is not None:
             self.tokenizer = _load_tokenizer(path)
             vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
             least = max(vocabulary.values()) + 1
-            self.end = next((vocabulary[t] for t in _END_OF_TEXT if t in vocabulary), None)
+            self.end_of_text = next((vocabulary[t] for t in _END_OF_TEXT if t in vocabulary), None)
         if vocab_size is not None and vocab_size < least:
             source = "bytes need" if path is None else f"{path} has"
             raise ValueError(
@@ -238,8 +223,8 @@ class _Encoder:
         parts = []
         for name, text in texts:
             parts += [torch.tensor(e.ids, dtype=torch.int32) for e in self._encodings(name, text)]
-            if self.end is not None:
-                parts.append(torch.tensor([self.end], dtype=torch.int32))
+            if self.end_of_text is not None:
+                parts.append(torch.tensor([self.end_of_text], dtype=torch.int32))
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
 
     def _encodings(self, name: str, text: bytes) -> list[Any]:

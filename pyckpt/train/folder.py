@@ -69,8 +69,7 @@ class RunFolder:
         taken = [p.name for p in self._all if p.exists()]
         if taken:
             raise ValueError(
-                f"{self.path} holds {', '.join(taken)}, but no run that pyckpt wrote: give another folder "
-                f"with --out."
+                f"{self.path} holds {', '.join(taken)}, but no run that pyckpt wrote: give another folder with --out."
             )
 
     def _check_resume(self, config: TrainConfig) -> None:
@@ -103,9 +102,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise ValueError(
-                f"out={self.path} can't be written: {error.strerror}. Give another folder."
-            ) from error
+            raise ValueError(f"out={self.path} can't be written: {error.strerror}. Give another folder.") from error
         with lock:
             _lock(lock, self.path)
             yield
@@ -119,9 +116,7 @@ def _lock(file: Any, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RuntimeError(
-            f"another process is training in {path} now: wait for it, or give another folder."
-        ) from None
+        raise RuntimeError(f"another process is training in {path} now: wait for it, or give another folder.") from None
     except OSError:  # a file system without locks
         return
 
@@ -137,9 +132,7 @@ def read_config(path: Path) -> TrainConfig:
     try:
         return TrainConfig(**_read_run(file)["config"])
     except (TypeError, KeyError) as error:
-        raise RuntimeError(
-            f"{file} was written by another version of pyckpt ({error}): start a new run."
-        ) from error
+        raise RuntimeError(f"{file} was written by another version of pyckpt ({error}): start a new run.") from error
 
 
 def _read_run(file: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pyckpt.train.history import History, MetricsLog
 from pyckpt.train.memory import StepMemory, peak_so_far, probe
 from pyckpt.train.plot import loss_curve
 from pyckpt.train.progress import Progress, progress_for
-from pyckpt.train.sample import printable, sample
+from pyckpt.train.sample import printable, sample, start_of
 from pyckpt.train.signals import StopRequest
 from pyckpt.train.trainer import Trainer
 
@@ -70,6 +70,7 @@ def run(
     folder = RunFolder(Path(config.out))
     folder.check(config)
     corpus = load_corpus(config.data, config.seq_len, config.tokenizer, config.vocab_size)
+    start_of(corpus, config.prompt)  # so that a bad prompt fails now, not after the training
     progress = progress_for(console, corpus.unit, config.log_every)
     device = torch.device(config.device)
     devices = [device] if device.type == "cuda" else []
@@ -138,9 +139,7 @@ def _train(
 
     def validate() -> None:
         loss = trainer.validate()
-        log.write(
-            {"step": trainer.done, "validation_loss": loss, "bits_per_byte": trainer.bits_per_byte(loss)}
-        )
+        log.write({"step": trainer.done, "validation_loss": loss, "bits_per_byte": trainer.bits_per_byte(loss)})
         progress.validated(loss)
 
     saved = trainer.done
@@ -202,12 +201,12 @@ def _artifacts(trainer: Trainer, folder: RunFolder) -> str:
 
     config, corpus = trainer.config, trainer.corpus
     title = f"pyckpt train: {corpus.name}"
-    loss_curve(folder.plot, trainer.history.train, trainer.history.validation, unit=corpus.unit, title=title)
     save_pretrained(trainer.model, str(folder.model), tokenizer=corpus.tokenizer)
-    prompt = corpus.prompt if config.prompt is None else config.prompt
+    loss_curve(folder.plot, trainer.history.train, trainer.history.validation, unit=corpus.unit, title=title)
     text = ""
     if config.sample_tokens:
-        text = sample(trainer.model, corpus, prompt, config.sample_tokens, config.temperature, config.seed)
+        _, start = start_of(corpus, config.prompt)
+        text = sample(trainer.model, corpus, start, config.sample_tokens, config.temperature, config.seed)
     with replacing(folder.sample) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return text
@@ -217,19 +216,14 @@ def _description(trainer: Trainer) -> list[tuple[str, str]]:
     config, corpus = trainer.config, trainer.corpus
     parameters = sum(p.numel() for p in trainer.model.parameters())
     held = len(corpus.validation) / (len(corpus.train) + len(corpus.validation))
-    tokens = (
-        "" if corpus.tokenizer is None else f", {_count(len(corpus.train) + len(corpus.validation))} tokens"
-    )
+    tokens = "" if corpus.tokenizer is None else f", {_count(len(corpus.train) + len(corpus.validation))} tokens"
     batch = config.batch_size * config.grad_accum
     seen = config.steps * batch * config.seq_len
-    heads = f"{config.heads} heads" + (
-        f" ({config.kv_heads} key/value)" if config.kv_heads != config.heads else ""
-    )
+    heads = f"{config.heads} heads" + (f" ({config.kv_heads} key/value)" if config.kv_heads != config.heads else "")
     rows = [
         (
             "Data",
-            f"{corpus.name}: {_files(corpus)}, {_count(corpus.total_bytes)} bytes{tokens}; {held:.0%} for "
-            f"validation",
+            f"{corpus.name}: {_files(corpus)}, {_count(corpus.total_bytes)} bytes{tokens}; {held:.0%} for validation",
         ),
         (
             "Model",
@@ -238,8 +232,7 @@ def _description(trainer: Trainer) -> list[tuple[str, str]]:
         ),
         (
             "Training",
-            f"{config.steps} steps of {batch} × {config.seq_len} {corpus.unit}s: {_count(seen)} "
-            f"{corpus.unit}s",
+            f"{config.steps} steps of {batch} × {config.seq_len} {corpus.unit}s: {_count(seen)} {corpus.unit}s",
         ),
     ]
     return rows + [("", note) for note in corpus.notes]
@@ -272,7 +265,7 @@ def _report(result: TrainResult, trainer: Trainer, folder: RunFolder, progress: 
     owner = "allocated on the GPU" if what == "GPU" else "of the whole process in RAM"
     progress.note()
     if result.sample:
-        prompt = trainer.corpus.prompt if result.config.prompt is None else result.config.prompt
+        prompt, _ = start_of(trainer.corpus, result.config.prompt)
         progress.quote(f"What the model writes after {prompt!r}", printable(result.sample))
         progress.note()
     progress.table(
@@ -283,6 +276,7 @@ def _report(result: TrainResult, trainer: Trainer, folder: RunFolder, progress: 
                 f"guessing {math.log(trainer.corpus.vocab_size):.3f}); {result.bits_per_byte:.3f} bits per "
                 f"byte",
             ),
+            ("Speed", progress.summary),
             ("Peak memory", f"{format_bytes(peak)} {owner}"),
             ("Loss curve", str(folder.plot)),
             ("Loss of each step", str(folder.metrics)),

@@ -39,9 +39,7 @@ class Optimizer:
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True
-        )
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
 
     def collect(self) -> None:
         """Take the gradients of a backward; several backwards add up in fp32."""

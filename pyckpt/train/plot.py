@@ -23,14 +23,10 @@ def loss_curve(
     numbers = range(1, len(losses) + 1)
     axes.plot(numbers, losses, color="#9db8d9", linewidth=0.8, label="training, each step")
     if len(losses) > 20:
-        axes.plot(
-            numbers, _running_mean(losses), color="#1f4e8c", linewidth=1.8, label="training, running mean"
-        )
+        axes.plot(numbers, _running_mean(losses), color="#1f4e8c", linewidth=1.8, label="training, running mean")
     if validation:
         final = f"validation (last {validation[-1][1]:.3f})"
-        axes.plot(
-            *zip(*validation, strict=True), "o-", color="#d1495b", linewidth=1.4, markersize=5, label=final
-        )
+        axes.plot(*zip(*validation, strict=True), "o--", color="#d1495b", linewidth=1.0, markersize=6, label=final)
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss (nats per {unit})")
     axes.set_title(title, fontsize=11, loc="left")
@@ -44,11 +40,13 @@ def loss_curve(
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """The mean over the last twentieth of the steps (fewer at the start)."""
-    width = max(len(values) // 20, 5)
-    sums, means = [0.0], []
+    """The mean over a twentieth of the steps around each one; over as many as there are on both sides near an end."""
+    half = max(len(values) // 40, 2)
+    sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-        first = max(0, len(sums) - 1 - width)
-        means.append((sums[-1] - sums[first]) / (len(sums) - 1 - first))
+    means = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
     return means

@@ -15,12 +15,15 @@ class Progress:
         self.unit = unit
         self.validation: float | None = None
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
+        self._tokens, self._seconds = 0, 0.0
 
     def start(self, done: int, total: int) -> None:
         """`done` of `total` steps lie behind."""
 
     def step(self, record: dict[str, Any], memory: tuple[str, int]) -> None:
         self._recent.append((record["tokens"], record["seconds"]))
+        self._tokens += record["tokens"]
+        self._seconds += record["seconds"]
 
     def validated(self, loss: float) -> None:
         self.validation = loss
@@ -39,7 +42,18 @@ class Progress:
 
     @property
     def rate(self) -> str:
+        """Of the last steps."""
         tokens, seconds = (sum(column) for column in zip(*self._recent, strict=True))
+        return self._per_second(tokens, seconds)
+
+    @property
+    def summary(self) -> str:
+        """Of all steps since the start."""
+        if not self._tokens:
+            return "no steps were left to do"
+        return f"{self._per_second(self._tokens, self._seconds)} over {self._seconds:.0f} s of steps"
+
+    def _per_second(self, tokens: int, seconds: float) -> str:
         rate = tokens / max(seconds, 1e-9)
         short = f"{rate / 1000:.1f}k" if rate < 1e6 else f"{rate / 1e6:.2f}M"
         return f"{short} {self.unit}s/s"

@@ -26,12 +26,10 @@ class Trainer:
         self.config, self.corpus = config, corpus
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
-        self.model = _build(config, corpus.vocab_size)
+        self.model = _build(config, corpus)
         self.optimizer = Optimizer(self.model, config)
         self.history = History()
-        self._validation = validation_batches(
-            corpus.validation, config.eval_batches, config.batch_size, config.seq_len
-        )
+        self._validation = validation_batches(corpus.validation, config.eval_batches, config.batch_size, config.seq_len)
 
     @property
     def done(self) -> int:
@@ -115,9 +113,7 @@ class Trainer:
         checkpoints.check(found, path, self.config.fixed(), self.corpus.fingerprint, shapes)
         history = History.from_state(found.state["history"])
         if len(history.train) != found.step:
-            raise RuntimeError(
-                f"checkpoint {path} is of step {found.step} but has {len(history.train)} losses."
-            )
+            raise RuntimeError(f"checkpoint {path} is of step {found.step} but has {len(history.train)} losses.")
         self.optimizer.load(found.weights, found.state["optimizer"])
         torch.set_rng_state(found.state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in found.state["rng"]:
@@ -126,11 +122,11 @@ class Trainer:
         return found
 
 
-def _build(config: TrainConfig, vocab_size: int) -> Any:
+def _build(config: TrainConfig, corpus: Corpus) -> Any:
     from pyckpt.model import CkptCausalLM
 
-    return CkptCausalLM(
-        vocab_size,
+    model = CkptCausalLM(
+        corpus.vocab_size,
         config.layers,
         config.d_model,
         config.heads,
@@ -143,6 +139,9 @@ def _build(config: TrainConfig, vocab_size: int) -> Any:
         device=config.device,
         dtype=getattr(torch, config.dtype),
     )
+    # For config.json: nothing of it changes what is computed.
+    model.extra_config = {"max_position_embeddings": config.seq_len, "eos_token_id": corpus.end_of_text}
+    return model
 
 
 def _diverged(what: str, value: float, step: int) -> RuntimeError:

@@ -1,0 +1,242 @@
+"""RMSNorm and LayerNorm against their references and PyTorch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import LOW_DTYPES, assert_exact, check_exact, check_truth, step
+from torch import Tensor
+
+import pyckpt
+from pyckpt.ops import chunks, reference
+
+ops = torch.ops.pyckpt
+EPS = 1e-3
+
+# Ours, the reference, PyTorch's, and which parameters they take.
+NORMS: dict[str, tuple[Any, Any, Any, tuple[str, ...]]] = {
+    "rms": (pyckpt.rms_norm, reference.rms_norm, F.rms_norm, ("weight",)),
+    "layer": (pyckpt.layer_norm, reference.layer_norm, F.layer_norm, ("weight", "bias")),
+}
+# Which of the parameters are given.
+CASES = [
+    ("rms", "weight"),
+    ("rms", ""),
+    ("layer", "weight bias"),
+    ("layer", "weight"),
+    ("layer", "bias"),
+    ("layer", ""),
+]
+ALL_CASES = pytest.mark.parametrize(("norm", "given"), CASES, ids=["-".join(c).strip("-") for c in CASES])
+SHAPES = [(1, 1), (1, 7), (5, 1), (239, 3), (113, 203), (2, 3, 5), (4, 3, 2, 8), (6,)]
+
+
+@pytest.fixture(params=["one-chunk", "many-chunks"])
+def chunking(request, monkeypatch) -> None:
+    if request.param == "many-chunks":
+        monkeypatch.setattr(chunks, "_CPU_CHUNK_ELEMENTS", 20)
+
+
+def functions(norm: str, given: str) -> tuple[Any, Any, Any]:
+    """Ours, the reference and PyTorch's as functions of x and the parameters that are given."""
+    mine, truth, plain, _ = NORMS[norm]
+    names = given.split()
+
+    def with_names(fn: Any) -> Any:
+        return lambda x, *params: fn(x, eps=EPS, **dict(zip(names, params, strict=True)))
+
+    def torch_fn(x: Tensor, *params: Tensor) -> Tensor:
+        return plain(x, x.shape[-1:], eps=EPS, **dict(zip(names, params, strict=True)))
+
+    return with_names(mine), with_names(truth), torch_fn
+
+
+def make(shape: tuple[int, ...], given: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    inputs = {"x": torch.randn(shape, dtype=dtype) * 2 + 0.5}
+    return inputs | {n: torch.randn(shape[-1], dtype=dtype) for n in given.split()}
+
+
+class TestExact:
+    @ALL_CASES
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_shapes(self, shape, norm, given, chunking):
+        mine, truth, _ = functions(norm, given)
+        check_exact(mine, truth, make(shape, given), terms=10.0)
+
+    @ALL_CASES
+    def test_layouts(self, norm, given, chunking):
+        mine, truth, _ = functions(norm, given)
+        params = {n: t for n, t in make((1, 6), given).items() if n != "x"}
+        base = torch.randn(5, 6, 4, dtype=torch.float64)
+        layouts = (
+            base.transpose(1, 2),
+            base.permute(2, 0, 1)[..., :6],
+            base[:, :, :1].mT.expand(5, 3, 6),
+            torch.randn(9, 24, dtype=torch.float64)[::2, 1:13:2],
+        )
+        for x in layouts:
+            assert x.shape[-1] in (5, 6)
+            here = {n: t[: x.shape[-1]].flip(0) for n, t in params.items()}
+            check_exact(mine, truth, {"x": x, **here}, terms=10.0)
+
+    @ALL_CASES
+    def test_upstream_gradients_that_are_not_contiguous(self, norm, given, chunking):
+        mine, truth, _ = functions(norm, given)
+        inputs = make((7, 5), given)
+        for dy in (torch.randn(5, 7, dtype=torch.float64).t(), torch.ones((), dtype=torch.float64).expand(7, 5)):
+            want, _ = step(truth, inputs, [dy])
+            got, _ = step(mine, inputs, [dy])
+            for name in want:
+                assert_exact(got[name], want[name], name, terms=10.0)
+
+    @pytest.mark.parametrize("need_dw", [False, True])
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_added_to_a_residual_gradient(self, weighted, need_dw, chunking):
+        """The in-place forms add dx to what is there, and the rest is as in the others."""
+        x, dy = (torch.randn(3, 4, 6, dtype=torch.float64) for _ in range(2))
+        residual = torch.randn_like(x)
+        weight = torch.randn(6, dtype=torch.float64) if weighted else None
+        _, rstd = ops.rms_norm_fwd(x, weight, EPS)
+        dx, dw = ops.rms_norm_bwd(dy, x, weight, rstd, need_dw)
+        total = residual.clone()
+        dw_too = ops.rms_norm_bwd_add_(dy, x, weight, rstd, total, need_dw)
+        assert_exact(total, residual + dx)
+        assert torch.equal(dw, dw_too)
+        assert dw.shape == ((6,) if need_dw else (0,))
+        _, mean, rstd = ops.layer_norm_fwd(x, weight, None, EPS)
+        dx, *dparams = ops.layer_norm_bwd(dy, x, weight, mean, rstd, need_dw)
+        total = residual.clone()
+        dparams_too = ops.layer_norm_bwd_add_(dy, x, weight, mean, rstd, total, need_dw)
+        assert_exact(total, residual + dx)
+        for a, b in zip(dparams, dparams_too, strict=True):
+            assert torch.equal(a, b)
+            assert a.shape == ((6,) if need_dw else (0,))
+
+    def test_statistics(self):
+        x = torch.randn(4, 9, dtype=torch.float64)
+        assert_exact(ops.rms_norm_fwd(x, None, EPS)[1], (x.square().mean(-1) + EPS).rsqrt())
+        _, mean, rstd = ops.layer_norm_fwd(x, None, None, EPS)
+        assert_exact(mean, x.mean(-1))
+        assert_exact(rstd, (x.var(-1, correction=0) + EPS).rsqrt())
+
+    def test_a_row_of_zeros(self):
+        for norm in NORMS:
+            mine, truth, _ = functions(norm, "weight")
+            inputs = make((3, 5), "weight")
+            inputs["x"][1] = 0.0
+            check_exact(mine, truth, inputs, terms=100.0)
+
+
+class TestPrecision:
+    @ALL_CASES
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    @pytest.mark.parametrize("shape", [(1, 64), (239, 16), (113, 203), (2, 700, 48)], ids=str)
+    def test_against_pytorch(self, shape, dtype, norm, given):
+        mine, truth, plain = functions(norm, given)
+        check_truth(mine, plain, truth, make(shape, given, dtype), terms=1.0)
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_mixed_dtypes(self, norm):
+        """bf16 activations with float32 parameters: y and dx in bf16, the parameters' gradients unrounded."""
+        mine, truth, _ = functions(norm, " ".join(NORMS[norm][3]))
+        inputs = make((300, 16), " ".join(NORMS[norm][3]), torch.float32)
+        inputs["x"] = inputs["x"].bfloat16()
+        want, douts = step(truth, {n: t.double() for n, t in inputs.items()})
+        douts = [d.bfloat16() for d in douts]
+        want, _ = step(truth, {n: t.double() for n, t in inputs.items()}, douts)
+        got, _ = step(mine, inputs, douts)
+        assert got["out 0"].dtype == got["dx"].dtype == torch.bfloat16
+        for name in NORMS[norm][3]:
+            assert got[f"d{name}"].dtype == torch.float32
+            assert (got[f"d{name}"] - want[f"d{name}"]).abs().max() < 1e-5 * want[f"d{name}"].abs().max()
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_large_and_small_values(self, norm):
+        """Squares of float16 and bfloat16 values fit in float32, in which they are summed."""
+        mine, truth, _ = functions(norm, "")
+        for dtype, size in ((torch.float16, 3e4), (torch.bfloat16, 1e15), (torch.bfloat16, 1e-3)):
+            x = (torch.randn(8, 64) * size / 4).to(dtype)
+            want = truth(x.double())
+            assert (mine(x).double() - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
+
+
+class TestAutograd:
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_frozen_inputs_get_no_gradient(self, norm):
+        names = ("x", *NORMS[norm][3])
+        mine, _, _ = functions(norm, " ".join(NORMS[norm][3]))
+        inputs = make((6, 5), " ".join(NORMS[norm][3]))
+        want, douts = step(mine, inputs)
+        for frozen in names:
+            leaves = {n: t.clone().requires_grad_(n != frozen) for n, t in inputs.items()}
+            mine(*leaves.values()).backward(douts[0])
+            for n, t in leaves.items():
+                assert t.grad is None if n == frozen else torch.equal(t.grad, want[f"d{n}"])
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_autocast_changes_nothing(self, norm):
+        mine, _, _ = functions(norm, "weight")
+        inputs = make((40, 16), "weight", torch.float32)
+        want, douts = step(mine, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, _ = step(mine, inputs, douts)
+        assert all(torch.equal(got[n], want[n]) for n in want)
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_the_same_bits_every_time(self, norm, unpoisoned):
+        mine, _, _ = functions(norm, "weight")
+        inputs = make((300, 96), "weight", torch.float32)
+        first, douts = step(mine, inputs)
+        for _ in range(20):
+            again, _ = step(mine, inputs, douts)
+            assert all(torch.equal(again[n], first[n]) for n in first)
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiled(self, dynamic, norm):
+        mine, truth, _ = functions(norm, "weight")
+        compiled = torch.compile(
+            lambda x, w: mine(x + 1, w).sin(), fullgraph=True, backend="aot_eager", dynamic=dynamic
+        )
+        for rows in (6, 9) if dynamic else (6,):
+            check_exact(compiled, lambda x, w: truth(x + 1, w).sin(), make((rows, 5), "weight"), terms=10.0)
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_memory(self, norm, monkeypatch):
+        """Kept: x, which was there, and the rows' statistics. Made: y, and chunks."""
+        monkeypatch.setattr(chunks, "_CPU_CHUNK_ELEMENTS", 4096)
+        mine, _, _ = functions(norm, "weight")
+        inputs = [t.requires_grad_() for t in make((4000, 64), "weight", torch.bfloat16).values()]
+        with pyckpt.measure.memory() as m:
+            y = mine(*inputs)
+            statistics = 4000 * 4 * (1 if norm == "rms" else 2)
+            assert m.live_bytes == y.nbytes + statistics
+            assert m.peak_bytes < y.nbytes + statistics + 8 * 4096 * 4
+            assert m.saved_bytes <= inputs[0].nbytes + inputs[1].nbytes + statistics
+        with torch.no_grad(), pyckpt.measure.memory() as m:
+            y = mine(*inputs)
+            assert (m.live_bytes, m.saved_bytes) == (y.nbytes, 0)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_values(self, norm):
+        fn, x = NORMS[norm][0], torch.randn(3, 4)
+        for bad, message in (
+            (torch.tensor(1.0), r"x must be \(\.\.\., D\), got a scalar"),
+            (torch.ones(3, 4, dtype=torch.int64), "x has dtype torch.int64, expected one of float32"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                fn(bad)
+        for name in NORMS[norm][3]:
+            with pytest.raises(ValueError, match=rf"{name} has shape \(3,\), expected \(4,\)"):
+                fn(x, **{name: torch.randn(3)})
+            with pytest.raises(ValueError, match=f"{name} is on meta, x is on cpu"):
+                fn(x, **{name: torch.randn(4, device="meta")})
+            with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got list"):
+                fn(x, **{name: [1.0] * 4})
+        with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+            fn([1.0])
