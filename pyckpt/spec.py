@@ -187,6 +187,13 @@ def _rope_scaling(scaling: dict[str, Any] | None, theta: float | None) -> RopeSc
     missing = [key for key in _ROPE_KEYS[kind] if key not in scaling]
     if missing:
         raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}; got {scaling!r}")
+    for key in _ROPE_KEYS[kind]:
+        _positive_float(f"rope_scaling's {key}", scaling[key])
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise ValueError(
+            f"rope_scaling's low_freq_factor={scaling['low_freq_factor']} must be below its "
+            f"high_freq_factor={scaling['high_freq_factor']}"
+        )
     return (("rope_type", kind), *((key, scaling[key]) for key in _ROPE_KEYS[kind]))
 
 
@@ -196,7 +203,7 @@ def _positive_int(name: str, value: Any) -> None:
 
 
 def _positive_float(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 

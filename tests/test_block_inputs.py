@@ -36,6 +36,29 @@ BAD_OPTIONS = {
         r"'yarn' is not supported; expected one",
     ),
     "rope scaling lacks": ((48, 4), {"rope_scaling": {"rope_type": "linear"}}, r"lacks factor"),
+    "rope factor zero": (
+        (48, 4),
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        r"rope_scaling's factor must be a positive finite number, got 0",
+    ),
+    "rope factor text": (
+        (48, 4),
+        {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+        r"rope_scaling's factor must be a positive finite number, got '2'",
+    ),
+    "llama3 bands crossed": (
+        (48, 4),
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8,
+                "low_freq_factor": 4,
+                "high_freq_factor": 1,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        r"low_freq_factor=4 must be below its high_freq_factor=1",
+    ),
     "scaling without rope": (
         (48, 4),
         {"rope_theta": None, "rope_scaling": {"rope_type": "linear", "factor": 2}},

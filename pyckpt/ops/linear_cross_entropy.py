@@ -6,7 +6,9 @@ For token i with logits z = softcap(x W^T + b), lse = logsumexp(z), label t and 
 
 ("mean" divides by the number of labels that are not `ignore_index`.) With "mean" and "sum" the gradients are
 computed in the forward, while a chunk's logits exist: three products of T x D x V, as storing the logits
-would take. With "none" the upstream gradient differs by token: the backward makes the logits again from lse.
+would take. They are those of the sum, and the backward scales them: divided by the number of labels sooner,
+float16 gradients would vanish before a loss scale can lift them. With "none" the upstream gradient differs by
+token: the backward makes the logits again from lse.
 """
 
 from __future__ import annotations
@@ -84,27 +86,24 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, lse, dx, dw, db): x (T, D), weight (V, D), bias (V,), target (T,) int64.
 
-    Gradients are of the loss itself (upstream gradient 1); dw and db in the accumulation dtype; those not
-    needed are empty. None may be needed with reduction "none".
+    Gradients are of the sum of the tokens' losses, also with "mean"; dw and db in the accumulation dtype; those
+    not needed are empty. None may be needed with reduction "none".
     """
     head = _Head(weight, bias, softcap, z_loss, label_smoothing)
     keep = target != ignore_index
-    count = keep.sum()
     losses, lse = (x.new_empty(target.shape, dtype=head.acc) for _ in range(2))
     dx, dw, db = _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
     grads = _Gradients(head, dx, dw, db)
     upstream = keep.to(head.acc)
-    if reduction == "mean":
-        upstream /= count.clamp_min(1)
     for sl in _chunks(x.shape[0], weight.shape[0]):
         z, slope = head.logits(x[sl], want_slope=grads.wanted)
         label = target[sl].masked_fill(~keep[sl], 0)
         lse[sl] = torch.logsumexp(z, dim=-1)
-        losses[sl] = head.losses(z, lse[sl], label) * keep[sl]
+        losses[sl] = head.losses(z, lse[sl], label).masked_fill_(~keep[sl], 0.0)
         if grads.wanted:
             grads.add(sl, x[sl], head.dlogits_(z, slope, lse[sl], label, upstream[sl]))
     loss = losses if reduction == "none" else losses.sum()
-    return loss / count if reduction == "mean" else loss, lse, dx, dw, db
+    return loss / keep.sum() if reduction == "mean" else loss, lse, dx, dw, db
 
 
 def _bwd_fake(
@@ -239,7 +238,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     if ctx.reduction == "none":
         ctx.save_for_backward(lse, x, weight, bias, target)
     else:
-        ctx.save_for_backward(dx, dw, db)
+        ctx.save_for_backward(dx, dw, db, target)
 
 
 def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
@@ -250,7 +249,11 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     if ctx.reduction == "none":
         grads = ops.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, *need)
     else:
-        grads = tuple(g * dloss.to(g.dtype) for g in ctx.saved_tensors)
+        *sums, target = ctx.saved_tensors
+        if ctx.reduction == "mean":
+            dloss = dloss / (target != ctx.options[0]).sum().clamp_min(1)
+        # A factor of one dimension, or it would be rounded to the gradient's dtype before the product.
+        grads = tuple(torch.mul(g, dloss.view(1), out=torch.empty_like(g)) for g in sums)
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
     out = tuple(
         g.to(dtype) if n else None

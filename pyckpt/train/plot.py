@@ -40,13 +40,17 @@ def loss_curve(
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """The mean over a twentieth of the steps around each one; over as many as there are on both sides near an end."""
+    """The mean over a twentieth of the steps around each one, over fewer near the ends.
+
+    At the start as many on both sides, for the curve is steep there.
+    """
     half = max(len(values) // 40, 2)
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
     means = []
     for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+        reach = min(half, i)
+        first, end = i - reach, min(i + reach + 1, len(values))
+        means.append((sums[end] - sums[first]) / (end - first))
     return means
