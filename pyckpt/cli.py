@@ -176,7 +176,7 @@ def _compare_command() -> Any:
         heads: int = option(4, "Query heads."),
         kv_heads: int = typer.Option(None, help="Key/value heads.", show_default="as many as query heads"),
         d_ff: int = typer.Option(None, help="Width of the MLP.", show_default="from d_model"),
-        layers: int = option(1, "Blocks in the stack."),
+        layers: int = option(3, "Blocks in the stack."),
         batch_size: int = option(1, "Sequences in a batch."),
         vocab_size: int = typer.Option(None, help="Compare whole causal LMs with this vocabulary, not blocks alone."),
         dtype: str = option("float32", "float32, float64, bfloat16 or float16."),
