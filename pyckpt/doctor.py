@@ -54,11 +54,7 @@ def main_text() -> str:
     """The report as plain text of at most 80 columns, with a newline at the end."""
     lines: list[str] = []
     for title, rows in report():
-        note = (
-            ""
-            if title != f"{_OPS_ON}cuda" or torch.cuda.is_available()
-            else " (what they would use: none here)"
-        )
+        note = "" if title != f"{_OPS_ON}cuda" or torch.cuda.is_available() else " (what they would use: none here)"
         lines += [f"{title}{note}"]
         lines += _grouped(rows) if title.startswith(_OPS_ON) else _table(rows)
         lines += [""]
@@ -106,9 +102,7 @@ def _nvcc_version() -> str:
     if nvcc is None:
         return "not found; needed only to build the CUDA extension"
     try:
-        said = subprocess.run(
-            [nvcc, "--version"], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"found, but does not run: {error}"
     release = re.search(r"release ([\d.]+)", said)
@@ -201,9 +195,9 @@ def _grouped(rows: list[Row]) -> list[str]:
 
 
 def _wrap(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
-    ) or [first.rstrip()]
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [
+        first.rstrip()
+    ]
 
 
 if __name__ == "__main__":

@@ -71,9 +71,7 @@ def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = 
     if cu.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {cu.dtype}, expected int32; convert it with .to(torch.int32)")
     if cu.dim() != 1 or cu.numel() < 2:
-        raise ValueError(
-            f"{name} must be one-dimensional with at least 2 entries, got shape {tuple(cu.shape)}"
-        )
+        raise ValueError(f"{name} must be one-dimensional with at least 2 entries, got shape {tuple(cu.shape)}")
     if cu.device != device:
         raise ValueError(f"{name} is on {cu.device}, the tokens are on {device}; move it with .to(...)")
     if torch.compiler.is_compiling():  # values are not known while tracing

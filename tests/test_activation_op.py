@@ -189,7 +189,7 @@ class TestBadInput:
         for fn in (pyckpt.activation, lambda t: pyckpt.glu(t, t)):
             with pytest.raises(ValueError, match=r"must be \(\.\.\., F\), got a scalar"):
                 fn(torch.tensor(1.0))
-            with pytest.raises(ValueError, match="has dtype torch.int64, expected one of float32"):
+            with pytest.raises(ValueError, match=r"has dtype torch\.int64, expected one of float32"):
                 fn(torch.ones(2, 3, dtype=torch.int64))
             with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got list"):
                 fn([1.0])

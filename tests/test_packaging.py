@@ -37,9 +37,7 @@ BUILD_INPUTS = (
 def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run this Python with the variables in `env` added, "" meaning unset."""
     merged = {name: value for name, value in {**os.environ, **env}.items() if value}
-    return subprocess.run(
-        [sys.executable, *args], cwd=cwd, env=merged, capture_output=True, text=True, timeout=240
-    )
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=merged, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +69,7 @@ def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_every_module_and_nothing_else_of_the_repository(wheel: Path) -> None:
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pyckpt").rglob("*.py")}
-    expected |= {
-        f"pyckpt/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("triton_kernels/**/*.py")
-    }
+    expected |= {f"pyckpt/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("triton_kernels/**/*.py")}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "pyckpt/triton_kernels/__init__.py" in names
     assert {name for name in names if name.endswith(".py")} == expected
@@ -92,9 +88,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
     ]
     assert [re.split(r"[: <>=;]+", line)[1] for line in unconditional] == ["torch", "triton"]
-    assert {"train", "hf", "bench", "dev"} == set(
-        re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE)
-    )
+    assert {"train", "hf", "bench", "dev"} == set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
 
 
 def test_wheel_records_why_there_is_no_cuda_extension(wheel: Path) -> None:
@@ -107,9 +101,7 @@ def test_unpacked_wheel_imports_its_kernels_package(wheel: Path, tmp_path: Path)
     zipfile.ZipFile(wheel).extractall(tmp_path)
     # The Triton project's package of that name, as it would lie beside pyckpt in site-packages.
     (tmp_path / "triton_kernels").mkdir()
-    (tmp_path / "triton_kernels" / "__init__.py").write_text(
-        "raise ImportError('the other triton_kernels')\n"
-    )
+    (tmp_path / "triton_kernels" / "__init__.py").write_text("raise ImportError('the other triton_kernels')\n")
     done = run_python(
         *("-c", "import pyckpt, pyckpt.triton_kernels as t; print(pyckpt.__file__); print(t.__file__)"),
         cwd=tmp_path,

@@ -139,9 +139,7 @@ class TestLinearCrossEntropy:
     )
     def test_gradients(self, options, reduction):
         def fn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return reference.linear_cross_entropy(
-                x, weight, self.TARGET, bias=bias, reduction=reduction, **options
-            )
+            return reference.linear_cross_entropy(x, weight, self.TARGET, bias=bias, reduction=reduction, **options)
 
         assert gradcheck(fn, (randn(5, 3), randn(7, 3), randn(7)))
 

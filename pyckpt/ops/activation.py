@@ -84,9 +84,7 @@ def _glu_bwd_fake(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Te
     return dact.new_empty(dact.shape), gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-@define(
-    "glu_bwd(Tensor dact, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor, Tensor)", fake=_glu_bwd_fake
-)
+@define("glu_bwd(Tensor dact, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor, Tensor)", fake=_glu_bwd_fake)
 def glu_bwd(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """(act, dgate, dup) from the gradient of act and the pre-activations."""
     act, dgate, dup = (t.clone(memory_format=torch.contiguous_format) for t in (dact, gate, up))
@@ -98,9 +96,7 @@ def _glu_bwd_inplace_fake(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> 
     return None
 
 
-@define(
-    "glu_bwd_(Tensor(a!) dact, Tensor(b!) gate, Tensor(c!) up, str kind) -> ()", fake=_glu_bwd_inplace_fake
-)
+@define("glu_bwd_(Tensor(a!) dact, Tensor(b!) gate, Tensor(c!) up, str kind) -> ()", fake=_glu_bwd_inplace_fake)
 def glu_bwd_(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> None:
     """`glu_bwd` in place: dact becomes act, gate becomes dgate, up becomes dup."""
     acc = acc_dtype(gate.dtype)

@@ -37,10 +37,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 # --- the ops ------------------------------------------------------------------------------------------------
 
-_ARGS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int window_left, int window_right, float softcap, "
-    "float scale"
-)
+_ARGS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int window_left, int window_right, float softcap, float scale"
 
 
 def _lse_like(q: Tensor) -> Tensor:
@@ -78,9 +75,7 @@ def attention_fwd(
     o, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), _lse_like(q)
     for part in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
         mask = Mask(part.q.stop - part.q.start, part.k.stop - part.k.start, window_left, window_right)
-        _forward(
-            part.rows(q), part.keys(k), part.keys(v), mask, softcap, scale, part.rows(o), part.statistics(lse)
-        )
+        _forward(part.rows(q), part.keys(k), part.keys(v), mask, softcap, scale, part.rows(o), part.statistics(lse))
     return o, lse
 
 
@@ -171,23 +166,17 @@ def _sequences(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -
     starts_k = starts_q if cu_k is None else cu_k.tolist()
     for i in range(len(starts_q) - 1):
         if starts_q[i + 1] > starts_q[i] or starts_k[i + 1] > starts_k[i]:
-            yield _Sequence(
-                slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), packed=True
-            )
+            yield _Sequence(slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), packed=True)
 
 
 def _flash_serves(q: Tensor, v: Tensor, softcap: float) -> bool:
-    return (
-        q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and softcap == 0.0 and q.shape[-1] == v.shape[-1]
-    )
+    return q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and softcap == 0.0 and q.shape[-1] == v.shape[-1]
 
 
 # --- one dense batch ----------------------------------------------------------------------------------------
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float, scale: float, o: Tensor, lse: Tensor
-) -> None:
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float, scale: float, o: Tensor, lse: Tensor) -> None:
     if mask.sq == 0:
         return
     # The flash kernel divides by zero on an empty batch of keys.
@@ -252,9 +241,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, o:
     o.zero_()
     lse.fill_(float("-inf"))
     for rows, keys, bias in _flash_tiles(mask, q):
-        oh, stats = flash(
-            qh[:, :, rows], kh[:, :, keys], vh[:, :, keys], 0.0, False, attn_mask=bias, scale=scale
-        )
+        oh, stats = flash(qh[:, :, rows], kh[:, :, keys], vh[:, :, keys], 0.0, False, attn_mask=bias, scale=scale)
         o[:, rows] = oh.transpose(1, 2)
         lse[:, :, rows] = stats
     blind = mask.blind_rows(q.device)
@@ -303,9 +290,7 @@ def _tiles(mask: Mask, q: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]
     batch, _, heads, _ = q.shape
     start = 0
     while start < mask.sq:
-        widest = max(
-            1, min(mask.sk, mask.keys(start, min(start + 512, mask.sq))[1] - mask.keys(start, start + 1)[0])
-        )
+        widest = max(1, min(mask.sk, mask.keys(start, min(start + 512, mask.sq))[1] - mask.keys(start, start + 1)[0]))
         stop = min(mask.sq, start + max(1, min(512, _SCORE_ELEMENTS // (batch * heads * widest))))
         lo, hi = mask.keys(start, stop)
         if lo < hi:
@@ -317,17 +302,13 @@ def _tiles(mask: Mask, q: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]
 def _grouped(t: Tensor, groups: int, acc: torch.dtype) -> Tensor:
     """(B, s, H, D) -> (B, Hkv, G * s, D): the query heads that share a key/value head side by side."""
     b, s, h, d = t.shape
-    return (
-        t.to(acc).reshape(b, s, h // groups, groups, d).permute(0, 2, 3, 1, 4).reshape(b, h // groups, -1, d)
-    )
+    return t.to(acc).reshape(b, s, h // groups, groups, d).permute(0, 2, 3, 1, 4).reshape(b, h // groups, -1, d)
 
 
 def _ungrouped(t: Tensor, groups: int) -> Tensor:
     """The inverse of `_grouped`, as a view."""
     b, h, gs, d = t.shape
-    return (
-        t.view(b, h, groups, gs // groups, d).permute(0, 3, 1, 2, 4).reshape(b, gs // groups, h * groups, d)
-    )
+    return t.view(b, h, groups, gs // groups, d).permute(0, 3, 1, 2, 4).reshape(b, gs // groups, h * groups, d)
 
 
 def _scores(

@@ -194,9 +194,7 @@ class _Head:
             out += self.z_loss * lse.square()
         return out
 
-    def dlogits_(
-        self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor
-    ) -> Tensor:
+    def dlogits_(self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor) -> Tensor:
         """The gradient of the raw logits, written over z."""
         p = z.sub_(lse.unsqueeze(1)).exp_()
         if self.z_loss:

@@ -84,9 +84,7 @@ def _rms_norm_bwd_fake(
     "rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool need_dw) -> (Tensor, Tensor)",
     fake=_rms_norm_bwd_fake,
 )
-def rms_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dw: bool
-) -> tuple[Tensor, Tensor]:
+def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dw: bool) -> tuple[Tensor, Tensor]:
     """dx (..., D) in x's dtype and dw (D,) in the accumulation dtype (empty unless `need_dw`)."""
     dx = x.new_empty(x.shape)
     return dx, _rms_norm_bwd(dy, x, weight, rstd, dx, False, need_dw)
@@ -99,13 +97,10 @@ def _rms_norm_bwd_add_fake(
 
 
 @define(
-    "rms_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor(a!) dx, bool need_dw) "
-    "-> Tensor",
+    "rms_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor(a!) dx, bool need_dw) -> Tensor",
     fake=_rms_norm_bwd_add_fake,
 )
-def rms_norm_bwd_add_(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, need_dw: bool
-) -> Tensor:
+def rms_norm_bwd_add_(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, need_dw: bool) -> Tensor:
     """Adds the norm's dx to `dx`, which already holds the residual's gradient. Returns dw."""
     return _rms_norm_bwd(dy, x, weight, rstd, dx, True, need_dw)
 
@@ -123,9 +118,7 @@ def _layer_norm_fwd_fake(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_layer_norm_fwd_fake,
 )
-def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y = (x - mean) * rstd * weight + bias; returns y (..., D), mean (...), rstd (...)."""
     d, acc = x.shape[-1], acc_dtype(x.dtype)
     rows = x.reshape(-1, d)

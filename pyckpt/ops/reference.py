@@ -68,9 +68,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     return y if weight is None else y * weight
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016, eq. 4). x (..., D), others (D,)."""
     centred = x - x.mean(-1, keepdim=True)
     y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)

@@ -33,9 +33,7 @@ def forced_backend() -> str | None:
     if not value:
         return None
     if value not in BACKENDS:
-        raise ValueError(
-            f"PYCKPT_BACKEND={value!r} names no backend; expected one of {', '.join(BACKENDS)}, or unset"
-        )
+        raise ValueError(f"PYCKPT_BACKEND={value!r} names no backend; expected one of {', '.join(BACKENDS)}, or unset")
     return value
 
 
@@ -57,11 +55,7 @@ def choose(op: str, device_type: str) -> tuple[str, str]:
     if forced is not None:
         if forced in have and _runs_on(forced, device_type):
             return forced, f"PYCKPT_BACKEND={forced}"
-        why = (
-            f"has no {forced} implementation"
-            if forced not in have
-            else f"{forced} cannot run on {device_type}"
-        )
+        why = f"has no {forced} implementation" if forced not in have else f"{forced} cannot run on {device_type}"
         note = f"; PYCKPT_BACKEND={forced} ignored: {why}"
     for backend in _PREFERENCE.get(device_type, ("torch",)):
         if backend in have:

@@ -1,0 +1,370 @@
+"""Linear cross entropy against its reference and PyTorch's, and what it must not hold in memory."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import LOW_DTYPES, assert_close_to_truth, assert_exact, check_exact, step
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyckpt
+from pyckpt.ops import linear_cross_entropy as op
+from pyckpt.ops import reference
+
+REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 2.0},
+    "z_loss": {"z_loss": 0.1},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "all": {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.2},
+}
+ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+@pytest.fixture(params=["one-chunk", "many-chunks"])
+def chunking(request, monkeypatch) -> None:
+    if request.param == "many-chunks":
+        monkeypatch.setattr(op, "_CHUNK_ELEMENTS", 100)
+        monkeypatch.setattr(op, "_MIN_CHUNK_TOKENS", 3)
+
+
+@pytest.fixture(params=["one-chunk", "some-chunks"])
+def some_chunks(request, monkeypatch) -> None:
+    """For precision: float32 sums over hundreds of tiny chunks would round more often than PyTorch's sums do."""
+    if request.param == "some-chunks":
+        monkeypatch.setattr(op, "_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(op, "_MIN_CHUNK_TOKENS", 100)
+
+
+def make(
+    tokens: int, width: int, vocab: int, bias: bool = False, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    inputs = {"x": torch.randn(tokens, width), "weight": torch.randn(vocab, width) / width**0.5}
+    if bias:
+        inputs["bias"] = torch.randn(vocab)
+    return {n: t.double().to(dtype) for n, t in inputs.items()}
+
+
+def labels(tokens: int, vocab: int, ignored: float = 0.2, ignore_index: int = -100) -> Tensor:
+    target = torch.randint(0, vocab, (tokens,))
+    return target.masked_fill(torch.rand(tokens) < ignored, ignore_index)
+
+
+def ours(target: Tensor, **options: Any) -> Any:
+    return lambda x, weight, bias=None: pyckpt.linear_cross_entropy(x, weight, target, bias=bias, **options)
+
+
+def truth(target: Tensor, **options: Any) -> Any:
+    return lambda x, weight, bias=None: reference.linear_cross_entropy(x, weight, target, bias=bias, **options)
+
+
+class TestExact:
+    @REDUCTIONS
+    @ALL_OPTIONS
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_options(self, bias, options, reduction, chunking):
+        target = labels(41, 13)
+        target[0] = 3  # at least one
+        options = {**options, "reduction": reduction}
+        check_exact(ours(target, **options), truth(target, **options), make(41, 7, 13, bias))
+
+    @REDUCTIONS
+    @pytest.mark.parametrize(
+        ("tokens", "width", "vocab"), [(1, 1, 1), (239, 1, 2), (799, 3, 5), (113, 203, 31), (3, 4, 999)]
+    )
+    def test_shapes(self, tokens, width, vocab, reduction, chunking):
+        target = labels(tokens, vocab, ignored=0.0)
+        options = {"reduction": reduction}
+        check_exact(ours(target, **options), truth(target, **options), make(tokens, width, vocab, True))
+
+    @REDUCTIONS
+    @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 4])
+    def test_ignored_labels(self, ignore_index, reduction, chunking):
+        target = labels(40, 9, 0.5, ignore_index)
+        target[0] = 3
+        options = {"reduction": reduction, "ignore_index": ignore_index, "z_loss": 0.1, "label_smoothing": 0.1}
+        inputs = make(40, 5, 9)
+        check_exact(ours(target, **options), truth(target, **options), inputs)
+        got, _ = step(ours(target, **options), inputs)
+        assert (got["dx"][target == ignore_index] == 0).all()
+
+    def test_what_ignored_tokens_hold_does_not_reach_the_loss(self, chunking):
+        """A padding token may hold anything."""
+        target, inputs = labels(40, 9), make(40, 5, 9)
+        target[:2], target[2] = -100, 1
+        clean = [ours(target, reduction=r)(**inputs) for r in ("mean", "sum", "none")]
+        inputs["x"][0], inputs["x"][1] = float("inf"), float("nan")
+        for reduction, want in zip(("mean", "sum", "none"), clean, strict=True):
+            assert_exact(ours(target, reduction=reduction)(**inputs), want)
+
+    def test_all_labels_ignored(self, chunking):
+        """As in PyTorch: a mean over nothing is NaN, a sum is 0, and neither has a gradient."""
+        target, inputs = torch.full((7,), -100), make(7, 5, 9)
+        for reduction, value in (("mean", float("nan")), ("sum", 0.0)):
+            got, _ = step(ours(target, reduction=reduction), inputs, [torch.tensor(1.0)])
+            assert_exact(torch.nan_to_num(got["out 0"], 7.0), torch.tensor(7.0 if value != value else value).double())
+            assert (got["dx"] == 0).all()
+            assert (got["dweight"] == 0).all()
+
+    @REDUCTIONS
+    def test_leading_dims_and_layouts(self, reduction, chunking):
+        target = labels(24, 9, 0.1).view(2, 3, 4)
+        target[0, 0, 0] = 1
+        base = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+        weight = torch.randn(5, 18, dtype=torch.float64).t()[::2]
+        for x, labelled in (
+            (base.transpose(2, 3), target),
+            (base[:, :, :, :1].mT.expand(2, 3, 4, 5), target),
+            (base.permute(3, 1, 0, 2), target.permute(2, 1, 0)),
+        ):
+            flat = truth(labelled.reshape(-1), reduction=reduction)
+
+            def want(x: Tensor, weight: Tensor, flat: Any = flat, shape: Any = labelled.shape) -> Tensor:
+                loss = flat(x.reshape(-1, 5), weight)
+                return loss.view(shape) if reduction == "none" else loss
+
+            check_exact(ours(labelled, reduction=reduction), want, {"x": x, "weight": weight})
+
+    @REDUCTIONS
+    def test_the_upstream_gradient_scales(self, reduction):
+        target, inputs = labels(20, 9, 0.0), make(20, 5, 9, True)
+        for dout in (torch.tensor(-3.25).double(), torch.tensor(0.0).double()):
+            dout = dout.expand(20) if reduction == "none" else dout
+            got, _ = step(ours(target, reduction=reduction), inputs, [dout])
+            want, _ = step(truth(target, reduction=reduction), inputs, [dout])
+            for n in want:
+                assert_exact(got[n], want[n], n)
+
+    def test_no_tokens(self):
+        inputs = make(0, 5, 9)
+        target = torch.zeros(0, dtype=torch.int64)
+        assert pyckpt.linear_cross_entropy(*inputs.values(), target, reduction="sum") == 0
+        assert pyckpt.linear_cross_entropy(*inputs.values(), target, reduction="none").shape == (0,)
+        assert pyckpt.linear_cross_entropy(*inputs.values(), target).isnan()
+
+
+class TestPrecision:
+    @REDUCTIONS
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    @pytest.mark.parametrize(("tokens", "width", "vocab"), [(64, 8, 5), (239, 16, 31), (700, 32, 203)])
+    def test_against_pytorch(self, tokens, width, vocab, smoothing, dtype, reduction, some_chunks):
+        target = labels(tokens, vocab, 0.1)
+        target[0] = 3
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, weight, bias), target, **options)
+
+        inputs = make(tokens, width, vocab, True, dtype)
+        count = int((target >= 0).sum()) if reduction == "mean" else 1
+        self.check(ours(target, **options), plain, truth(target, **options), inputs, count)
+
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    def test_softcap_and_z_loss_against_the_formula(self, dtype, some_chunks):
+        target = labels(300, 50)
+        formula = truth(target, softcap=5.0, z_loss=1e-2)
+        self.check(ours(target, softcap=5.0, z_loss=1e-2), formula, formula, make(300, 16, 50, dtype=dtype), 200)
+
+    def check(self, mine: Any, plain: Any, formula: Any, inputs: dict[str, Tensor], count: int = 1) -> None:
+        want, douts = step(formula, {n: t.double() for n, t in inputs.items()})
+        douts = [d.to(inputs["x"].dtype) for d in douts]
+        want, _ = step(formula, {n: t.double() for n, t in inputs.items()}, douts)
+        low, _ = step(plain, inputs, douts)
+        got, _ = step(mine, inputs, douts)
+        assert got["out 0"].dtype == torch.float32
+        # Gradients are sums of a probability times a value of about 1, times the upstream gradient.
+        terms = dict.fromkeys(want, float(douts[0].abs().max()) / count)
+        if "bias" in inputs:  # few numbers, each a sum over all tokens: their errors vary
+            terms["dbias"] *= inputs["x"].shape[0] ** 0.5
+        # The loss is one number, which PyTorch may round luckily: allow the rounding of the logits it comes from.
+        coarser = torch.finfo(inputs["x"].dtype).eps / torch.finfo(torch.float32).eps
+        terms["out 0"] = 3 * coarser * float(want["out 0"].abs().max())
+        for n in want:
+            assert_close_to_truth(got[n], low[n], want[n], what=n, terms=terms[n])
+
+    @REDUCTIONS
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    def test_logits_are_rounded_once_and_the_loss_not_at_all(self, dtype, reduction):
+        target, inputs = labels(300, 203), make(300, 32, 203, dtype=dtype)
+        logits = F.linear(inputs["x"], inputs["weight"]).double()
+        want = F.cross_entropy(logits, target, reduction=reduction)
+        got = ours(target, reduction=reduction)(**inputs).double()
+        assert (got - want).abs().max() < 1e-6 * want.abs().max()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("scale", [1.0 / 3.0, 1024.0, 65536.0])
+    def test_scaled_losses(self, scale, dtype):
+        """A loss scale lifts float16 gradients before they vanish; a factor is not rounded to 8 bits first."""
+        tokens, vocab = 4000, 500
+        target, inputs = labels(tokens, vocab), make(tokens, 16, vocab, dtype=dtype)
+        dout = [torch.tensor(scale)]
+        want, _ = step(truth(target), {n: t.double() for n, t in inputs.items()}, [dout[0].double()])
+        got, _ = step(ours(target), inputs, dout)
+        for n in ("dx", "dweight"):
+            error = (got[n].double() - want[n]).norm() / want[n].norm()
+            assert error < torch.finfo(dtype).eps, n
+
+    def test_one_of_many_tokens_in_float16(self):
+        """2000 equal columns: each token's gradient is as right as that of one."""
+        x = torch.randn(1, 8).half().expand(2000, 8)
+        weight, target = torch.randn(30, 8).half(), torch.full((2000,), 3)
+        want, _ = step(truth(target), {"x": x.double(), "weight": weight.double()}, [torch.tensor(4096.0).double()])
+        got, _ = step(ours(target), {"x": x, "weight": weight}, [torch.tensor(4096.0)])
+        assert ((got["dx"].double() - want["dx"]).norm() / want["dx"].norm()) < 2e-3
+
+
+class TestAutograd:
+    @REDUCTIONS
+    def test_frozen_inputs_get_no_gradient(self, reduction):
+        target, inputs = labels(30, 9, 0.0), make(30, 5, 9, True)
+        want, douts = step(ours(target, reduction=reduction), inputs)
+        for size in range(1, 4):
+            for live in itertools.combinations(inputs, size):
+                leaves = {n: t.clone().requires_grad_(n in live) for n, t in inputs.items()}
+                ours(target, reduction=reduction)(*leaves.values()).backward(douts[0])
+                for n, t in leaves.items():
+                    assert t.grad is None if n not in live else torch.equal(t.grad, want[f"d{n}"])
+
+    @REDUCTIONS
+    def test_backward_twice(self, reduction):
+        target, inputs = labels(30, 9, 0.0), make(30, 5, 9)
+        leaves = [t.requires_grad_() for t in inputs.values()]
+        loss = ours(target, reduction=reduction)(*leaves).sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(loss * 2, leaves)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(2 * a, b)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, leaves)
+
+    @REDUCTIONS
+    def test_autocast(self, reduction):
+        target, inputs = labels(60, 50), make(60, 16, 50, True, torch.float32)
+        low, douts = step(ours(target, reduction=reduction), {n: t.bfloat16() for n, t in inputs.items()})
+        with torch.autocast("cpu", torch.bfloat16):
+            got, _ = step(ours(target, reduction=reduction), inputs, douts)
+        assert torch.equal(got["out 0"], low["out 0"])
+        assert got["out 0"].dtype == torch.float32
+        for n in ("dx", "dweight", "dbias"):
+            assert got[n].dtype == torch.float32
+            assert torch.equal(got[n], low[n].float())
+
+    @REDUCTIONS
+    def test_the_same_bits_every_time(self, reduction, unpoisoned):
+        target, inputs = labels(300, 90), make(300, 32, 90, True, torch.float32)
+        first, douts = step(ours(target, reduction=reduction), inputs)
+        for _ in range(20):
+            again, _ = step(ours(target, reduction=reduction), inputs, douts)
+            assert all(torch.equal(again[n], first[n]) for n in first)
+
+    @REDUCTIONS
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiled(self, dynamic, reduction):
+        def with_target(fn: Any) -> Any:
+            return lambda x, weight: fn(x * 2, weight, labels_of(x), reduction=reduction, softcap=3.0) * 2
+
+        def labels_of(x: Tensor) -> Tensor:
+            return torch.arange(x.shape[0]) % 9
+
+        fn = torch.compile(
+            with_target(pyckpt.linear_cross_entropy), fullgraph=True, backend="aot_eager", dynamic=dynamic
+        )
+        for tokens in (20, 33) if dynamic else (20,):
+            check_exact(fn, with_target(reference.linear_cross_entropy), make(tokens, 5, 9))
+
+
+class TestCost:
+    VOCAB, WIDTH = 2000, 16
+
+    def peak(self, tokens: int, reduction: str) -> int:
+        inputs = make(tokens, self.WIDTH, self.VOCAB, dtype=torch.float32)
+        target = labels(tokens, self.VOCAB)
+        leaves = [t.requires_grad_() for t in inputs.values()]
+        with pyckpt.measure.memory() as m:
+            ours(target, reduction=reduction, softcap=20.0)(*leaves).sum().backward()
+        return m.peak_bytes
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_memory_is_flat_in_the_vocabulary(self, reduction, monkeypatch):
+        monkeypatch.setattr(op, "_CHUNK_ELEMENTS", 1 << 16)
+        monkeypatch.setattr(op, "_MIN_CHUNK_TOKENS", 32)
+        small, large = self.peak(1000, reduction), self.peak(3000, reduction)
+        per_token = (large - small) / 2000
+        assert per_token < 4 * self.WIDTH * 4 + 64  # dx, its copies, and a few values of each token
+        assert large < 3000 * self.VOCAB * 4 / 4  # a quarter of the logits, of which PyTorch holds two or three
+
+    def test_what_is_saved(self):
+        inputs = make(300, 16, 90, dtype=torch.float32)
+        target = labels(300, 90)
+        x, weight = (t.requires_grad_() for t in inputs.values())
+        with pyckpt.measure.memory() as m:
+            loss = pyckpt.linear_cross_entropy(x, weight, target)
+            # dx, dW, and the labels, which the caller holds anyway.
+            assert m.saved_bytes == x.nbytes + weight.nbytes + target.nbytes
+            del loss
+        with torch.no_grad(), pyckpt.measure.memory() as m:
+            loss = pyckpt.linear_cross_entropy(x, weight, target)
+            assert m.saved_bytes == 0
+            assert m.live_bytes == loss.nbytes
+
+    @pytest.mark.parametrize(("live", "products"), [("", 1), ("x", 2), ("weight", 2), ("x weight", 3)])
+    def test_flops(self, live, products):
+        leaves = {n: t.requires_grad_(n in live.split()) for n, t in make(30, 5, 9).items()}
+        target = labels(30, 9)
+        with FlopCounterMode(display=False) as m:
+            loss = ours(target)(*leaves.values())
+            if live:
+                loss.backward()
+        assert m.get_total_flops() == products * 2 * 30 * 5 * 9
+        with FlopCounterMode(display=False) as m:
+            loss = ours(target, reduction="none")(*leaves.values())
+            if live:
+                loss.sum().backward()
+        # The logits are made again.
+        assert m.get_total_flops() == (products + bool(live)) * 2 * 30 * 5 * 9
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"x": torch.randn(4, 6)},
+                r"x must be \(\.\.\., D\) and weight \(V, D\), got shapes \(4, 6\) and \(9, 5\)",
+            ),
+            ({"weight": torch.randn(9)}, r"x must be \(\.\.\., D\) and weight \(V, D\)"),
+            ({"x": torch.randn(4, 5).double()}, "x has dtype torch.float64 and weight has torch.float32"),
+            ({"x": torch.ones(4, 5, dtype=torch.int64)}, "x has dtype torch.int64, expected one of"),
+            ({"weight": torch.randn(9, 5, device="meta")}, "x is on cpu and weight is on meta"),
+            ({"bias": torch.randn(8)}, r"bias has shape \(8,\), expected \(9,\)"),
+            ({"bias": torch.randn(9, device="meta")}, "bias is on meta, x is on cpu"),
+            ({"target": torch.zeros(3, dtype=torch.int64)}, r"target has shape \(3,\), expected \(4,\)"),
+            ({"target": torch.zeros(4, dtype=torch.int32)}, "labels have dtype torch.int32, expected int64"),
+            ({"target": torch.zeros(4, dtype=torch.int64, device="meta")}, "labels are on meta, x is on cpu"),
+            ({"target": torch.tensor([0, 9, 1, 2])}, "label 9 is out of range: expected 0 to 8, or -100"),
+            ({"target": torch.tensor([0, -1, 1, 2])}, "label -1 is out of range"),
+            ({"target": torch.tensor([0, -100, 1, 2]), "ignore_index": -1}, "label -100 is out of range"),
+            ({"reduction": "max"}, "reduction='max' does not exist; expected one of mean, sum, none"),
+            ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
+            ({"label_smoothing": float("nan")}, r"label_smoothing must be in \[0, 1\], got nan"),
+            ({"softcap": -2.0}, "softcap must be None or a positive number, got -2.0"),
+        ],
+        ids=range(17),
+    )
+    def test_values(self, change, message):
+        good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}
+        with pytest.raises(ValueError, match=message):
+            pyckpt.linear_cross_entropy(**good | change)
+
+    def test_types(self):
+        good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}
+        for name in (*good, "bias"):
+            with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got list"):
+                pyckpt.linear_cross_entropy(**good | {name: [1.0]})
