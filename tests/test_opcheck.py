@@ -1,4 +1,4 @@
-"""torch.library.opcheck on every op of the namespace: schema, fake, autograd registration, compiled with dynamic shapes."""
+"""torch.library.opcheck on every op of the namespace: schema, fake, autograd registration, dynamic shapes."""
 
 from __future__ import annotations
 
