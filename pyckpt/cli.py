@@ -134,7 +134,7 @@ def compare(lengths: str, out: str, dtype: str, device: str, variants: str | Non
         ("Picture", comparing.plot(results, folder / "compare.png")),
         ("Figures", results.save_json(folder / "compare.json")),
     ):
-        console.print(f"{what}  {path}", markup=False, highlight=False)
+        console.print(f"{what}  {path}", markup=False, highlight=False, soft_wrap=True)  # a path in one piece
 
 
 def _segments(value: str) -> str | int:
