@@ -1,6 +1,6 @@
 """Saved bytes and peak of one block, for every save set, against arithmetic.
 
-    python bench/memory.py             # about a minute on 2 cores
+    python bench/memory.py             # about five minutes on 2 cores
 
 Bytes of live tensors (see pyckpt.measure.memory), above weights, gradients, x and dy. The slope over the length is
 taken between two lengths with the tile fixed, so that a tile's scratch, which does not grow, falls out. Writes
@@ -25,7 +25,7 @@ from pyckpt.spec import BlockSpec
 CONFIG: dict[str, Any] = {"n_kv_heads": 4, "d_ff": 2816}
 D_MODEL, N_HEADS, TILE = 1024, 16, 256
 # Long enough that the peak is in the attention backward, not where the weight gradients are largest.
-LENGTHS = (2048, 4096)
+LENGTHS = (4096, 8192)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyckpt import errors
 from pyckpt.ops.rope import rope_tables
-from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, Window, _rope_scaling, canonical_window
+from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, Window, canonical_rope_scaling, canonical_window
 
 ops = torch.ops.pyckpt
 _REDUCTIONS = ("mean", "sum", "none")
@@ -216,7 +216,7 @@ def rope(
     if not 0 < theta < math.inf:
         raise ValueError(f"theta must be a positive finite number, got {theta!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = rope_tables(positions, dim, theta, _rope_scaling(scaling, theta), dtype)
+    cos, sin = rope_tables(positions, dim, theta, canonical_rope_scaling(scaling, theta), dtype)
     return ops.rope(x, cos, sin, False, interleaved)
 
 

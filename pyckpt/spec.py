@@ -143,7 +143,7 @@ class BlockSpec:
             bias=bool(bias),
             qk_norm=bool(qk_norm),
             rope_theta=None if rope_theta is None else float(rope_theta),
-            rope_scaling=_rope_scaling(rope_scaling, rope_theta),
+            rope_scaling=canonical_rope_scaling(rope_scaling, rope_theta),
             causal=bool(causal),
             window=canonical_window(causal, window),
             softcap=float(softcap or 0.0),
@@ -174,7 +174,7 @@ def canonical_window(causal: bool, window: int | Window | None) -> Window:
     return (left, 0) if causal else (left, right)
 
 
-def _rope_scaling(scaling: dict[str, Any] | None, theta: float | None) -> RopeScaling | None:
+def canonical_rope_scaling(scaling: dict[str, Any] | None, theta: float | None) -> RopeScaling | None:
     if scaling is None:
         return None
     if theta is None:

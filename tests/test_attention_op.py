@@ -288,6 +288,16 @@ class TestPrecision:
         check_truth(ours(mask, lse, softcap=4.0), formula, formula, inputs, terms=1.0)
 
     @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    @SOFTCAP
+    def test_gradients_of_keys_are_summed_in_float32(self, softcap, dtype, monkeypatch):
+        """Sums over 40 tiles of queries: in the low precision they would lose bits with each."""
+        monkeypatch.setattr(op, "_FLASH_TILE", 10)
+        monkeypatch.setattr(op, "_SCORE_ELEMENTS", 10 * 401 * 2)
+        inputs = {n: t.to(dtype) for n, t in qkv(400, 401, heads=2, kv_heads=1, dim=16, batch=1).items()}
+        formula = truth(softcap=softcap)
+        check_truth(ours(softcap=softcap), formula, formula, inputs, terms=1.0)
+
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
     def test_packed_against_the_formula(self, dtype):
         inputs = {n: t.to(dtype) for n, t in packed(16).items()}
         formula = truth(cu_seqlens=CU_SEQLENS)
