@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -102,3 +103,23 @@ def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[st
     assert got.keys() == truth.keys()
     smallest = 0.1 * float(torch.stack([t.norm() for t in truth.values()]).median())
     return {n: float((got[n].double() - truth[n]).norm() / truth[n].norm().clamp_min(smallest)) for n in truth}
+
+
+def pooled_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """`relative_errors`, those of all gradients of vectors as one: their root mean square.
+
+    Such a gradient is few numbers, each of them a sum over tokens that cancels, so that its own error is chance.
+    """
+    errors = relative_errors(got, truth)
+    vectors = [errors.pop(name) for name, t in truth.items() if t.dim() == 1 and name != "loss"]
+    return errors | ({"gradients of vectors": math.hypot(*vectors) / len(vectors) ** 0.5} if vectors else {})
+
+
+def assert_as_good(
+    got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Every error is at most twice that of plain PyTorch, plus the rounding of the truth to the dtype."""
+    reference = pooled_errors(plain, truth)
+    for name, error in pooled_errors(got, truth).items():
+        allowed = 2 * reference[name] + torch.finfo(dtype).eps / 4
+        assert error <= allowed, f"{name}: {error:.3g}, more than the {allowed:.3g} allowed"
