@@ -46,9 +46,9 @@ $(READY): $(SETUP_FILES)
 
 demo: $(READY)
 	@echo "1/2  Training a small model on the sources of Python's standard library."
-	@$(BIN)/pyckpt train --out runs/demo/train --overwrite $(ARGS)
+	@$(BIN)/pyckpt train --steps 400 --out runs/demo/train --overwrite $(ARGS)
 	@echo "2/2  Comparing memory and time with and without checkpointing."
-	@$(BIN)/pyckpt compare --budget 60 --out runs/demo/compare
+	@$(BIN)/pyckpt compare --budget 40 --out runs/demo/compare
 
 test: $(READY)
 	@echo "Running the tests: $(WORKERS) processes with $(THREADS) threads each."
