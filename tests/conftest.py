@@ -11,6 +11,11 @@ import torch
 
 _SEED = "PYCKPT_TEST_SEED"
 
+# Without a GPU the Triton kernels run in Triton's interpreter. It is chosen when they are first imported; ops go to
+# them on a CPU only where a test forces it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def seed() -> int:

@@ -3,5 +3,5 @@
 Code here knows torch and triton and imports nothing of pyckpt: `pyckpt.ops` calls it, never the reverse. It
 is installed below pyckpt because the import name `triton_kernels` belongs to a package of the Triton project.
 
-There are no kernels in it yet; until there are, `pyckpt.ops` serves every op with PyTorch's own.
+`attention.py` launches the kernels of `attention_fwd.py` and `attention_bwd.py`, with tiles chosen by `tuning.py`.
 """

@@ -13,6 +13,7 @@ one real implementation per backend:
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,14 @@ def forced_backend() -> str | None:
     return value
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _runs_on(backend: str, device_type: str) -> bool:
+    if backend == "triton" and not _has_triton():
+        return False
     if device_type == "cpu":
         return backend == "torch" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
     return True
@@ -58,7 +66,7 @@ def choose(op: str, device_type: str) -> tuple[str, str]:
         why = f"has no {forced} implementation" if forced not in have else f"{forced} cannot run on {device_type}"
         note = f"; PYCKPT_BACKEND={forced} ignored: {why}"
     for backend in _PREFERENCE.get(device_type, ("torch",)):
-        if backend in have:
+        if backend in have and _runs_on(backend, device_type):
             only = " (the only one)" if len(have) == 1 else ""
             return backend, f"default on {device_type}{only}{note}"
     raise RuntimeError(f"op {op} has no implementation for {device_type}")

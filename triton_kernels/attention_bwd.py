@@ -1,0 +1,557 @@
+"""The backward kernels: delta; then dK and dV by tiles of keys; then dQ by tiles of queries.
+
+Dao 2023 (FlashAttention-2), algorithm 2, in two passes instead of one with atomic additions: each output has
+one program that sums it in a fixed order, so the same bits come out every time.
+
+With P = exp(S - lse), dS = P * (dO Vᵀ - delta) and delta = rowsum(dO * O) - dlse, since an upstream gradient
+of lse adds dlse * P to dS. The kernels ask for lse and delta alone, so a global lse makes them give the exact
+share of any tile of keys.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_tile import (
+    capped,
+    exponential,
+    find_sequence,
+    kept,
+    load_tile,
+    split_program,
+    store_tile,
+    unit,
+    visible,
+    visit_range,
+)
+
+
+@triton.jit
+def probabilities(
+    s,  # raw scores, queries and keys on either axis
+    lse,  # broadcast along the keys; +inf for a query that is not there or sees nothing
+    o_p,
+    o_j,
+    sk,
+    left,
+    right,
+    scale,
+    softcap,
+    slope,
+    MASKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P, and the softcap's derivative (1 without one)."""
+    derivative = 1.0
+    if SOFTCAP:
+        s, derivative = capped(s, scale, softcap, PRECISION)
+        s = s * unit(PRECISION)
+    else:
+        s = s * (scale * unit(PRECISION))
+    if ALIBI:
+        s -= (slope * unit(PRECISION)) * tl.abs(o_p - o_j).to(tl.float32)
+    p = exponential(s - lse, PRECISION)
+    if MASKED:
+        p = tl.where(visible(o_p, o_j, sk, left, right, LEFT, RIGHT), p, 0.0)
+    return p, derivative
+
+
+@triton.jit
+def load_statistics(p_lse, p_delta, o_i, n, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """lse in the kernels' units and delta of the queries o_i; +inf where P has to be 0."""
+    if MASKED:
+        b_lse = tl.load(p_lse + o_i, mask=o_i < n, other=float("-inf"))
+        b_delta = tl.load(p_delta + o_i, mask=o_i < n, other=0.0)
+    else:
+        b_lse = tl.load(p_lse + o_i)
+        b_delta = tl.load(p_delta + o_i)
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * unit(PRECISION)), b_delta
+
+
+# --- delta --------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n"])
+def attention_bwd_kernel_delta(
+    p_do,
+    p_o,
+    p_dlse,
+    p_delta,
+    stride_db,
+    stride_ds,
+    stride_dh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_lb,
+    stride_lh,
+    stride_dlb,
+    stride_dls,
+    stride_dlh,
+    n_heads,
+    n_tiles,
+    n,
+    value_dim,
+    DLSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RAGGED_DV: tl.constexpr,
+):
+    """delta = rowsum(dO * O) - dlse of BLOCK_M queries of one head; packed tokens are one batch."""
+    pid = tl.program_id(0)
+    row = pid // n_tiles
+    batch = (row // n_heads).to(tl.int64)
+    head = (row % n_heads).to(tl.int64)
+    o_i = pid % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_do += batch * stride_db + head * stride_dh
+    p_o += batch * stride_ob + head * stride_oh
+    b_do = load_tile(p_do, o_i, o_dv, stride_ds, n, value_dim, True, RAGGED_DV).to(tl.float32)  # [BM, BDV]
+    b_o = load_tile(p_o, o_i, o_dv, stride_os, n, value_dim, True, RAGGED_DV).to(tl.float32)
+    b_delta = tl.sum(b_do * b_o, 1)
+    if DLSE:
+        p_dlse += batch * stride_dlb + head * stride_dlh
+        b_delta -= tl.load(p_dlse + o_i.to(tl.int64) * stride_dls, mask=o_i < n, other=0.0)
+    tl.store(p_delta + batch * stride_lb + head * stride_lh + o_i, b_delta, mask=o_i < n)
+
+
+# --- dK and dV ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _keys_from_queries(
+    dk,  # [BN, BD] float32
+    dv,  # [BN, BDV] float32
+    b_k,  # [BN, BD]
+    b_v,  # [BN, BDV]
+    p_q,
+    p_do,
+    p_lse,
+    p_delta,
+    stride_qs,
+    stride_ds,
+    lo,
+    hi,
+    sq,
+    sk,
+    diagonal,
+    o_j,  # [BN]
+    left,
+    right,
+    scale,
+    softcap,
+    slope,
+    keep_factor,
+    seed,
+    threshold,
+    sequence,
+    head,
+    k_start,
+    head_dim,
+    value_dim,
+    MASKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RAGGED_D: tl.constexpr,
+    RAGGED_DV: tl.constexpr,
+):
+    """Add what the queries [lo, hi) of one head give to dK (not yet scaled) and dV."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    for i in tl.range(lo, hi, BLOCK_M):
+        o_i = i + tl.arange(0, BLOCK_M)
+        o_p = o_i + diagonal
+        b_q = load_tile(p_q, o_i, o_d, stride_qs, sq, head_dim, MASKED, RAGGED_D)  # [BM, BD]
+        b_lse, b_delta = load_statistics(p_lse, p_delta, o_i, sq, MASKED, PRECISION)
+        s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        p, derivative = probabilities(
+            s, b_lse[None, :], o_p[None, :], o_j[:, None], sk, left, right, scale, softcap, slope,
+            MASKED, LEFT, RIGHT, SOFTCAP, ALIBI, PRECISION,
+        )  # fmt: skip
+        b_do = load_tile(p_do, o_i, o_dv, stride_ds, sq, value_dim, MASKED, RAGGED_DV)  # [BM, BDV]
+        dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+        dropped = p
+        if DROPOUT:
+            m_kept = kept(seed, sequence, head, (k_start + o_p)[None, :], (k_start + o_j)[:, None], threshold)
+            dropped = tl.where(m_kept, p * keep_factor, 0.0)
+            dp = tl.where(m_kept, dp * keep_factor, 0.0)
+        dv = tl.dot(dropped.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
+        ds = p * (dp - b_delta[None, :])
+        if SOFTCAP:
+            ds *= derivative
+        dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_sequences", "n_rows", "n_tiles", "section", "sq", "sk", "diagonal", "k_start", "left", "right", "threshold",
+    ]
+)  # fmt: skip
+def attention_bwd_kernel_dkdv(
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_lse,
+    p_delta,
+    p_dk,
+    p_dv,
+    p_slopes,
+    p_cu_q,
+    p_cu_k,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_db,
+    stride_ds,
+    stride_dh,
+    stride_dkb,
+    stride_dks,
+    stride_dkh,
+    stride_dvb,
+    stride_dvs,
+    stride_dvh,
+    stride_lb,
+    stride_lh,
+    stride_slopes,
+    n_heads,
+    groups,
+    n_sequences,
+    n_rows,
+    n_tiles,
+    section,
+    sq,
+    sk,
+    diagonal,
+    k_start,
+    left,
+    right,
+    head_dim,
+    value_dim,
+    scale,
+    softcap,
+    keep_factor,
+    threshold,
+    seed: tl.int64,
+    PACKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RAGGED_D: tl.constexpr,
+    RAGGED_DV: tl.constexpr,
+):
+    """dK and dV of BLOCK_N keys of one key/value head, over its queries and its query heads in turn."""
+    # The first keys are seen by the most queries under a causal mask, and come first as they are.
+    tile, row = split_program(tl.program_id(0), n_tiles, n_rows, section, False)
+    n_kv_heads = n_heads // groups
+    sequence = row // n_kv_heads
+    kv_head = row % n_kv_heads
+    j = tile * BLOCK_N
+    batch = sequence.to(tl.int64)
+    q_first = batch * stride_qb
+    k_first = batch * stride_kb
+    v_first = batch * stride_vb
+    d_first = batch * stride_db
+    dk_first = batch * stride_dkb
+    dv_first = batch * stride_dvb
+    l_first = batch * stride_lb
+    if PACKED:
+        sequence, j = find_sequence(tile, p_cu_k, n_sequences, BLOCK_N)
+        token = tl.load(p_cu_q + sequence).to(tl.int64)
+        key = tl.load(p_cu_k + sequence).to(tl.int64)
+        sq = (tl.load(p_cu_q + sequence + 1) - token).to(tl.int32)
+        sk = (tl.load(p_cu_k + sequence + 1) - key).to(tl.int32)
+        diagonal = sk - sq
+        q_first = token * stride_qs
+        k_first = key * stride_ks
+        v_first = key * stride_vs
+        d_first = token * stride_ds
+        dk_first = key * stride_dks
+        dv_first = key * stride_dvs
+        l_first = token
+    if j >= sk:
+        return
+    kv_head_64 = kv_head.to(tl.int64)
+    p_k += k_first + kv_head_64 * stride_kh
+    p_v += v_first + kv_head_64 * stride_vh
+    p_dk += dk_first + kv_head_64 * stride_dkh
+    p_dv += dv_first + kv_head_64 * stride_dvh
+
+    o_j = j + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_k = load_tile(p_k, o_j, o_d, stride_ks, sk, head_dim, True, RAGGED_D)  # [BN, BD]
+    b_v = load_tile(p_v, o_j, o_dv, stride_vs, sk, value_dim, True, RAGGED_DV)  # [BN, BDV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    stop = tl.minimum(j + BLOCK_N, sk)
+    # From the keys' side the query at i stands at j = i + diagonal: the sides change places.
+    lo, full_lo, full_hi, hi = visit_range(j, stop, -diagonal, sq, right, left, RIGHT, LEFT, BLOCK_M)
+    for g in range(groups):
+        head = kv_head * groups + g
+        head_64 = head.to(tl.int64)
+        p_q_h = p_q + q_first + head_64 * stride_qh
+        p_do_h = p_do + d_first + head_64 * stride_dh
+        p_lse_h = p_lse + l_first + head_64 * stride_lh
+        p_delta_h = p_delta + l_first + head_64 * stride_lh
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(p_slopes + sequence * stride_slopes + head)
+        if RIGHT:
+            dk, dv = _keys_from_queries(
+                dk, dv, b_k, b_v, p_q_h, p_do_h, p_lse_h, p_delta_h, stride_qs, stride_ds,
+                lo, tl.minimum(full_lo, hi), sq, sk, diagonal, o_j, left, right, scale, softcap, slope, keep_factor,
+                seed, threshold, sequence, head, k_start, head_dim, value_dim,
+                True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+                BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+            )  # fmt: skip
+        dk, dv = _keys_from_queries(
+            dk, dv, b_k, b_v, p_q_h, p_do_h, p_lse_h, p_delta_h, stride_qs, stride_ds,
+            full_lo, full_hi, sq, sk, diagonal, o_j, left, right, scale, softcap, slope, keep_factor,
+            seed, threshold, sequence, head, k_start, head_dim, value_dim,
+            False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+            BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+        )  # fmt: skip
+        dk, dv = _keys_from_queries(
+            dk, dv, b_k, b_v, p_q_h, p_do_h, p_lse_h, p_delta_h, stride_qs, stride_ds,
+            full_hi, hi, sq, sk, diagonal, o_j, left, right, scale, softcap, slope, keep_factor,
+            seed, threshold, sequence, head, k_start, head_dim, value_dim,
+            True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+            BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+        )  # fmt: skip
+    store_tile(p_dk, dk * scale, o_j, o_d, stride_dks, sk, head_dim, ACCUMULATE)
+    store_tile(p_dv, dv, o_j, o_dv, stride_dvs, sk, value_dim, ACCUMULATE)
+
+
+# --- dQ -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _queries_from_keys(
+    dq,  # [BM, BD] float32
+    b_q,  # [BM, BD]
+    b_do,  # [BM, BDV]
+    b_lse,  # [BM]
+    b_delta,  # [BM]
+    p_k,
+    p_v,
+    stride_ks,
+    stride_vs,
+    lo,
+    hi,
+    sk,
+    o_p,  # [BM]
+    left,
+    right,
+    scale,
+    softcap,
+    slope,
+    keep_factor,
+    seed,
+    threshold,
+    sequence,
+    head,
+    k_start,
+    head_dim,
+    value_dim,
+    MASKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RAGGED_D: tl.constexpr,
+    RAGGED_DV: tl.constexpr,
+):
+    """Add what the keys [lo, hi) give to dQ (not yet scaled)."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    for j in tl.range(lo, hi, BLOCK_N):
+        o_j = j + tl.arange(0, BLOCK_N)
+        b_k = load_tile(p_k, o_j, o_d, stride_ks, sk, head_dim, MASKED, RAGGED_D)  # [BN, BD]
+        b_v = load_tile(p_v, o_j, o_dv, stride_vs, sk, value_dim, MASKED, RAGGED_DV)  # [BN, BDV]
+        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        p, derivative = probabilities(
+            s, b_lse[:, None], o_p[:, None], o_j[None, :], sk, left, right, scale, softcap, slope,
+            MASKED, LEFT, RIGHT, SOFTCAP, ALIBI, PRECISION,
+        )  # fmt: skip
+        dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
+        if DROPOUT:
+            m_kept = kept(seed, sequence, head, (k_start + o_p)[:, None], (k_start + o_j)[None, :], threshold)
+            dp = tl.where(m_kept, dp * keep_factor, 0.0)
+        ds = p * (dp - b_delta[:, None])
+        if SOFTCAP:
+            ds *= derivative
+        dq = tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_sequences", "n_rows", "n_tiles", "section", "sq", "sk", "diagonal", "k_start", "left", "right", "threshold",
+    ]
+)  # fmt: skip
+def attention_bwd_kernel_dq(
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_lse,
+    p_delta,
+    p_dq,
+    p_slopes,
+    p_cu_q,
+    p_cu_k,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_db,
+    stride_ds,
+    stride_dh,
+    stride_dqb,
+    stride_dqs,
+    stride_dqh,
+    stride_lb,
+    stride_lh,
+    stride_slopes,
+    n_heads,
+    groups,
+    n_sequences,
+    n_rows,
+    n_tiles,
+    section,
+    sq,
+    sk,
+    diagonal,
+    k_start,
+    left,
+    right,
+    head_dim,
+    value_dim,
+    scale,
+    softcap,
+    keep_factor,
+    threshold,
+    seed: tl.int64,
+    PACKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RAGGED_D: tl.constexpr,
+    RAGGED_DV: tl.constexpr,
+):
+    """dQ of BLOCK_M queries of one head."""
+    tile, row = split_program(tl.program_id(0), n_tiles, n_rows, section, RIGHT)
+    sequence = row // n_heads
+    head = row % n_heads
+    i = tile * BLOCK_M
+    batch = sequence.to(tl.int64)
+    q_first = batch * stride_qb
+    k_first = batch * stride_kb
+    v_first = batch * stride_vb
+    d_first = batch * stride_db
+    dq_first = batch * stride_dqb
+    l_first = batch * stride_lb
+    if PACKED:
+        sequence, i = find_sequence(tile, p_cu_q, n_sequences, BLOCK_M)
+        token = tl.load(p_cu_q + sequence).to(tl.int64)
+        key = tl.load(p_cu_k + sequence).to(tl.int64)
+        sq = (tl.load(p_cu_q + sequence + 1) - token).to(tl.int32)
+        sk = (tl.load(p_cu_k + sequence + 1) - key).to(tl.int32)
+        diagonal = sk - sq
+        q_first = token * stride_qs
+        k_first = key * stride_ks
+        v_first = key * stride_vs
+        d_first = token * stride_ds
+        dq_first = token * stride_dqs
+        l_first = token
+    if i >= sq:
+        return
+    head_64 = head.to(tl.int64)
+    kv_head = (head // groups).to(tl.int64)
+    p_q += q_first + head_64 * stride_qh
+    p_do += d_first + head_64 * stride_dh
+    p_dq += dq_first + head_64 * stride_dqh
+    p_k += k_first + kv_head * stride_kh
+    p_v += v_first + kv_head * stride_vh
+    p_lse += l_first + head_64 * stride_lh
+    p_delta += l_first + head_64 * stride_lh
+
+    o_i = i + tl.arange(0, BLOCK_M)
+    o_p = o_i + diagonal
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_q = load_tile(p_q, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D)  # [BM, BD]
+    b_do = load_tile(p_do, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV)  # [BM, BDV]
+    b_lse, b_delta = load_statistics(p_lse, p_delta, o_i, sq, True, PRECISION)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(p_slopes + sequence * stride_slopes + head)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    stop = tl.minimum(i + BLOCK_M, sq)
+    lo, full_lo, full_hi, hi = visit_range(i, stop, diagonal, sk, left, right, LEFT, RIGHT, BLOCK_N)
+    if LEFT:
+        dq = _queries_from_keys(
+            dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, lo, tl.minimum(full_lo, hi), sk, o_p,
+            left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, k_start,
+            head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+        )  # fmt: skip
+    dq = _queries_from_keys(
+        dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, full_lo, full_hi, sk, o_p,
+        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, k_start,
+        head_dim, value_dim, False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+    )  # fmt: skip
+    dq = _queries_from_keys(
+        dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, full_hi, hi, sk, o_p,
+        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, k_start,
+        head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+    )  # fmt: skip
+    store_tile(p_dq, dq * scale, o_i, o_d, stride_dqs, sq, head_dim, ACCUMULATE)

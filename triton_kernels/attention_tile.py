@@ -1,0 +1,157 @@
+"""What the attention kernels share: where a program works, which tiles it visits, and what a score becomes.
+
+Geometry. Query i stands at p = i + diagonal on the axis of the keys, and sees key j where
+p - left <= j <= p + right. The diagonal is Sk - Sq for a whole sequence (bottom-right alignment), and
+q_start - k_start for a tile of queries against a tile of keys.
+
+Scores, running maxima and lse are held in units in which `exponential` is cheap. In half precision that is base
+2: exp(x) is exp2(x * log2(e)), and the factor joins the scale. In exact float32 (`PRECISION` "ieee") it is base e:
+the conversion would round lse once more, by as much as all else together.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def unit(PRECISION: tl.constexpr):
+    """How many of the kernels' units are one nat."""
+    return 1.0 if PRECISION == "ieee" else LOG2E
+
+
+@triton.jit
+def exponential(x, PRECISION: tl.constexpr):
+    """exp of a number in the kernels' units."""
+    return tl.exp2(x * LOG2E) if PRECISION == "ieee" else tl.exp2(x)
+
+
+@triton.jit
+def split_program(pid, n_tiles, n_rows, section, REVERSED: tl.constexpr):
+    """(tile, row) of a program: sections of rows, within one all rows of a tile before the next tile.
+
+    A row is a (batch, head). A section's keys and values fit the L2 cache together. `REVERSED` starts with
+    the last tile: under a causal mask the longest, so that the short ones fill the gaps at the end.
+    """
+    per_section = section * n_tiles
+    first = pid // per_section * section
+    rows = tl.minimum(section, n_rows - first)
+    inner = pid % per_section
+    tile = inner // rows
+    if REVERSED:
+        tile = n_tiles - 1 - tile
+    return tile, first + inner % rows
+
+
+@triton.jit
+def find_sequence(slot, p_cu, n_sequences, BLOCK: tl.constexpr):
+    """The packed sequence that tile number `slot` belongs to, and the tile's first token within it.
+
+    Sequence i owns the slots from cu[i] // BLOCK + i on: at least as many as it has tiles, so that the
+    launch needs no list of tiles and no look at the lengths. A slot too many begins past the sequence's end.
+    """
+    lo = 0
+    hi = n_sequences
+    while hi - lo > 1:
+        middle = (lo + hi) // 2
+        before = tl.load(p_cu + middle) // BLOCK + middle <= slot
+        lo = tl.where(before, middle, lo)
+        hi = tl.where(before, hi, middle)
+    return lo, (slot - tl.load(p_cu + lo) // BLOCK - lo) * BLOCK
+
+
+@triton.jit
+def visit_range(
+    start, stop, diagonal, n, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(lo, full_lo, full_hi, hi) along the other axis, for the rows [start, stop) of this one.
+
+    Tiles from lo to full_lo and from full_hi to hi need a mask; those between are visible to every row, and
+    end before n. Row r sees [r + diagonal - before, r + diagonal + after]; a side without limit has BEFORE
+    (AFTER) false. For the queries that see a key, swap the sides and negate the diagonal.
+    """
+    lo = 0
+    if BEFORE:
+        lo = tl.maximum(start + diagonal - before, 0) // BLOCK * BLOCK
+    hi = n
+    full_hi = n // BLOCK * BLOCK
+    if AFTER:
+        hi = tl.minimum(n, stop + diagonal + after)
+        full_hi = tl.minimum(n, tl.maximum(start + diagonal + after + 1, 0)) // BLOCK * BLOCK
+    full_lo = lo
+    if BEFORE:
+        full_lo = (tl.maximum(stop - 1 + diagonal - before, 0) + BLOCK - 1) // BLOCK * BLOCK
+        full_lo = tl.minimum(full_lo, (tl.maximum(hi, 0) + BLOCK - 1) // BLOCK * BLOCK)
+        full_lo = tl.maximum(full_lo, lo)
+    full_hi = tl.maximum(full_hi, full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def visible(o_p, o_j, sk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which keys j are seen from positions p; o_p and o_j broadcast against each other."""
+    m = (o_j < sk) & (o_p == o_p)
+    if LEFT:
+        m &= o_j >= o_p - left
+    if RIGHT:
+        m &= o_j <= o_p + right
+    return m
+
+
+@triton.jit
+def load_tile(p, o_r, o_c, stride, n, width, MASKED: tl.constexpr, RAGGED: tl.constexpr):
+    """Rows o_r [R] and columns o_c [C] of a matrix with unit column stride, as [R, C]; 0 beyond its ends."""
+    p_tile = p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+    if MASKED:
+        if RAGGED:
+            return tl.load(p_tile, mask=(o_r[:, None] < n) & (o_c[None, :] < width), other=0.0)
+        return tl.load(p_tile, mask=o_r[:, None] < n, other=0.0)
+    if RAGGED:
+        return tl.load(p_tile, mask=o_c[None, :] < width, other=0.0)
+    return tl.load(p_tile)
+
+
+@triton.jit
+def store_tile(p, b, o_r, o_c, stride, n, width, ADD: tl.constexpr):
+    """Store b [R, C] in the rows below n and columns below width, or add it to what is there."""
+    p_tile = p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+    m = (o_r[:, None] < n) & (o_c[None, :] < width)
+    if ADD:
+        b += tl.load(p_tile, mask=m, other=0.0)
+    tl.store(p_tile, b.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def tanh(x, PRECISION: tl.constexpr):
+    """tanh from one exp2. Near 0 that cancels: float32 takes the Taylor series there, to x⁹."""
+    a = tl.abs(x)
+    t = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
+    t = tl.where(x < 0, -t, t)
+    if PRECISION == "ieee":
+        y = x * x
+        series = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
+        t = tl.where(a < 0.25, series, t)
+    return t
+
+
+@triton.jit
+def capped(s, scale, softcap, PRECISION: tl.constexpr):
+    """softcap * tanh(s * scale / softcap), and its derivative by s * scale."""
+    t = tanh(s * (scale / softcap), PRECISION)
+    return softcap * t, 1.0 - t * t
+
+
+@triton.jit
+def kept(seed, sequence, head, o_q, o_k, threshold):
+    """Which probabilities dropout keeps, [Q, K]: by Philox4x32-10 (Salmon et al. 2011), keyed by the seed.
+
+    The counter is (key position // 4, query position, head, sequence) and the word is the key position
+    modulo 4, so the choice depends on no tile size. A word's upper 31 bits are compared with the threshold.
+    """
+    c = (o_q + o_k) * 0
+    w0, w1, w2, w3 = tl.philox(seed, c + (o_k >> 2), c + o_q, c + head, c + sequence)
+    word = c + (o_k & 3)
+    w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    return (w >> 1).to(tl.int32) >= threshold

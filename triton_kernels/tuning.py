@@ -1,0 +1,179 @@
+"""Which tiles and how many warps a kernel gets: looked up in a table of data, never searched for by default.
+
+`attention_tuned.json` is a list of rows; a row matches when its architecture, op, head dim, value dim, dtype
+and mask kind match, where "*" matches anything, and the first match counts. Rows come from measurements, or, as
+their `source` says, from the compiler's report of registers and shared memory.
+
+PYCKPT_AUTOTUNE=1 tries `candidates` on the first call of each kind instead, and keeps the best in a file in
+PYCKPT_CACHE_DIR (default ~/.cache/pyckpt).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).resolve().parent / "attention_tuned.json"
+INTERPRETED = "interpreter"
+_TRIES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps of a program, stages of its load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a configuration depends on. Dims are padded to powers of two; mask is full, causal or window."""
+
+    arch: str
+    op: str
+    head_dim: int
+    value_dim: int
+    dtype: str
+    mask: str
+
+    def __str__(self) -> str:
+        return "/".join(str(v) for v in dataclasses.astuple(self))
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def architecture(device: torch.device) -> str:
+    """sm_90 and the like, a gfx name on AMD, or "interpreter"."""
+    return INTERPRETED if interpreted() else _architecture(device.index or 0)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    return 32 << 20 if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
+
+
+@functools.cache
+def rows() -> tuple[dict[str, Any], ...]:
+    """The table's rows, as they stand in the file."""
+    return tuple(json.loads(TABLE.read_text())["rows"])
+
+
+@functools.cache
+def lookup(key: Key) -> Config:
+    """The table's configuration. An architecture that it lacks takes the rows of the nearest older one."""
+    known = {row["arch"] for row in rows()}
+    return next(_matching(dataclasses.replace(key, arch=_nearest(key.arch, known))))
+
+
+def _matching(key: Key) -> Iterator[Config]:
+    fields = ("arch", "op", "head_dim", "value_dim", "dtype", "mask")
+    for row in rows():
+        if all(row.get(f, "*") in ("*", getattr(key, f)) for f in fields):
+            yield Config(*row["config"])
+
+
+def _nearest(arch: str, known: set[str]) -> str:
+    if arch in known:
+        return arch
+    older = [a for a in known if a.startswith("sm_") and arch.startswith("sm_") and int(a[3:]) <= int(arch[3:])]
+    # sm_86 and sm_89 have less shared memory than sm_80, and sm_120 less than sm_100: the small tiles fit anywhere.
+    return max(older, key=lambda a: int(a[3:]), default="small")
+
+
+# --- autotuning, when asked for -----------------------------------------------------------------------------
+
+
+def configured(key: Key, run: Callable[[Config], None], repeatable: bool) -> Config:
+    """The configuration for a launch. `run` launches with one; it may be called often if `repeatable`."""
+    if os.environ.get("PYCKPT_AUTOTUNE") != "1" or key.arch == INTERPRETED or not repeatable:
+        return lookup(key)
+    found = _tuned()
+    name = f"{key}/{torch.version.cuda or torch.version.hip}"
+    if name not in found:
+        found[name] = dataclasses.astuple(_fastest(key, run))
+        _write(found)
+    return Config(*found[name])
+
+
+def candidates(key: Key) -> list[Config]:
+    """The table's choice and its neighbours."""
+    first = lookup(key)
+    tiles = {(first.block_m, first.block_n)}
+    tiles |= {(m, n) for m in (64, 128) for n in (32, 64, 128) if (m + n) * max(key.head_dim, key.value_dim) <= 32768}
+    return [first] + [
+        c
+        for m, n in sorted(tiles)
+        for warps in (4, 8)
+        for stages in (2, 3)
+        if (c := Config(m, n, warps, stages)) != first
+    ]
+
+
+def _fastest(key: Key, run: Callable[[Config], None]) -> Config:
+    times = {c: t for c in candidates(key) if (t := _time(c, run)) is not None}
+    return min(times, key=lambda c: times[c]) if times else lookup(key)
+
+
+def _time(config: Config, run: Callable[[Config], None]) -> float | None:
+    """Milliseconds, the median; None where the configuration does not fit the device."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        run(config)
+    except OutOfResources:
+        return None
+    times = []
+    for _ in range(_TRIES):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(config)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def _cache_file() -> Path:
+    folder = os.environ.get("PYCKPT_CACHE_DIR") or Path.home() / ".cache" / "pyckpt"
+    return Path(folder) / "attention.json"
+
+
+@functools.cache
+def _tuned() -> dict[str, Any]:
+    try:
+        return json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(found: dict[str, Any]) -> None:
+    """Keep what was found; a cache that cannot be written is only slower."""
+    path = _cache_file()
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
