@@ -31,20 +31,14 @@ def probabilities(
     lse,  # broadcast along the keys; +inf for a query that is not there or sees nothing
     o_p,
     o_j,
-    sk,
-    left,
-    right,
     scale,
     softcap,
     slope,
-    MASKED: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P, and the softcap's derivative (1 without one)."""
+    """P before any mask, and the softcap's derivative (1 without one)."""
     derivative = 1.0
     if SOFTCAP:
         s, derivative = capped(s, scale, softcap, PRECISION)
@@ -53,21 +47,14 @@ def probabilities(
         s = s * (scale * unit(PRECISION))
     if ALIBI:
         s -= (slope * unit(PRECISION)) * tl.abs(o_p - o_j).to(tl.float32)
-    p = exponential(s - lse, PRECISION)
-    if MASKED:
-        p = tl.where(visible(o_p, o_j, sk, left, right, LEFT, RIGHT), p, 0.0)
-    return p, derivative
+    return exponential(s - lse, PRECISION), derivative
 
 
 @triton.jit
-def load_statistics(p_lse, p_delta, o_i, n, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def load_statistics(p_lse, p_delta, o_i, n, PRECISION: tl.constexpr):
     """lse in the kernels' units and delta of the queries o_i; +inf where P has to be 0."""
-    if MASKED:
-        b_lse = tl.load(p_lse + o_i, mask=o_i < n, other=float("-inf"))
-        b_delta = tl.load(p_delta + o_i, mask=o_i < n, other=0.0)
-    else:
-        b_lse = tl.load(p_lse + o_i)
-        b_delta = tl.load(p_delta + o_i)
+    b_lse = tl.load(p_lse + o_i, mask=o_i < n, other=float("-inf"))
+    b_delta = tl.load(p_delta + o_i, mask=o_i < n, other=0.0)
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * unit(PRECISION)), b_delta
 
 
@@ -131,10 +118,18 @@ def _keys_from_queries(
     p_do,
     p_lse,
     p_delta,
+    p_slopes,
     stride_qs,
+    stride_qh,
     stride_ds,
+    stride_dh,
+    stride_lh,
     lo,
     hi,
+    full_lo,
+    full_hi,
+    first_head,
+    groups,
     sq,
     sk,
     diagonal,
@@ -143,16 +138,13 @@ def _keys_from_queries(
     right,
     scale,
     softcap,
-    slope,
     keep_factor,
     seed,
     threshold,
     sequence,
-    head,
     k_start,
     head_dim,
     value_dim,
-    MASKED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -165,20 +157,34 @@ def _keys_from_queries(
     RAGGED_D: tl.constexpr,
     RAGGED_DV: tl.constexpr,
 ):
-    """Add what the queries [lo, hi) of one head give to dK (not yet scaled) and dV."""
+    """Add what the queries [lo, hi) of the heads that share these keys give to dK (not yet scaled) and dV.
+
+    One loop over (head, tile), with the mask behind a branch. Loops nested, or one for each kind of tile as in
+    the other kernels, keep more alive beside the two accumulators than there are registers.
+    """
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    for i in tl.range(lo, hi, BLOCK_M):
+    n = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
+    for t in tl.range(0, n * groups):
+        head = first_head + t // n
+        head_64 = head.to(tl.int64)
+        i = lo + t % n * BLOCK_M
         o_i = i + tl.arange(0, BLOCK_M)
         o_p = o_i + diagonal
-        b_q = load_tile(p_q, o_i, o_d, stride_qs, sq, head_dim, MASKED, RAGGED_D)  # [BM, BD]
-        b_lse, b_delta = load_statistics(p_lse, p_delta, o_i, sq, MASKED, PRECISION)
+        b_q = load_tile(p_q + head_64 * stride_qh, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D)  # [BM, BD]
+        l_head = head_64 * stride_lh
+        b_lse, b_delta = load_statistics(p_lse + l_head, p_delta + l_head, o_i, sq, PRECISION)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(p_slopes + head)
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         p, derivative = probabilities(
-            s, b_lse[None, :], o_p[None, :], o_j[:, None], sk, left, right, scale, softcap, slope,
-            MASKED, LEFT, RIGHT, SOFTCAP, ALIBI, PRECISION,
+            s, b_lse[None, :], o_p[None, :], o_j[:, None], scale, softcap, slope, SOFTCAP, ALIBI, PRECISION
         )  # fmt: skip
-        b_do = load_tile(p_do, o_i, o_dv, stride_ds, sq, value_dim, MASKED, RAGGED_DV)  # [BM, BDV]
+        if LEFT or RIGHT:  # noqa: SIM102 (the first is known when compiling)
+            if (i < full_lo) | (i >= full_hi):
+                p = tl.where(visible(o_p[None, :], o_j[:, None], sk, left, right, LEFT, RIGHT), p, 0.0)
+        b_do = load_tile(p_do + head_64 * stride_dh, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV)  # [BM, BDV]
         dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
         dropped = p
         if DROPOUT:
@@ -313,38 +319,19 @@ def attention_bwd_kernel_dkdv(
     stop = tl.minimum(j + BLOCK_N, sk)
     # From the keys' side the query at i stands at j = i + diagonal: the sides change places.
     lo, full_lo, full_hi, hi = visit_range(j, stop, -diagonal, sq, right, left, RIGHT, LEFT, BLOCK_M)
-    for g in range(groups):
-        head = kv_head * groups + g
-        head_64 = head.to(tl.int64)
-        p_q_h = p_q + q_first + head_64 * stride_qh
-        p_do_h = p_do + d_first + head_64 * stride_dh
-        p_lse_h = p_lse + l_first + head_64 * stride_lh
-        p_delta_h = p_delta + l_first + head_64 * stride_lh
-        slope = 0.0
-        if ALIBI:
-            slope = tl.load(p_slopes + sequence * stride_slopes + head)
-        if RIGHT:
-            dk, dv = _keys_from_queries(
-                dk, dv, b_k, b_v, p_q_h, p_do_h, p_lse_h, p_delta_h, stride_qs, stride_ds,
-                lo, tl.minimum(full_lo, hi), sq, sk, diagonal, o_j, left, right, scale, softcap, slope, keep_factor,
-                seed, threshold, sequence, head, k_start, head_dim, value_dim,
-                True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
-                BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
-            )  # fmt: skip
-        dk, dv = _keys_from_queries(
-            dk, dv, b_k, b_v, p_q_h, p_do_h, p_lse_h, p_delta_h, stride_qs, stride_ds,
-            full_lo, full_hi, sq, sk, diagonal, o_j, left, right, scale, softcap, slope, keep_factor,
-            seed, threshold, sequence, head, k_start, head_dim, value_dim,
-            False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
-            BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
-        )  # fmt: skip
-        dk, dv = _keys_from_queries(
-            dk, dv, b_k, b_v, p_q_h, p_do_h, p_lse_h, p_delta_h, stride_qs, stride_ds,
-            full_hi, hi, sq, sk, diagonal, o_j, left, right, scale, softcap, slope, keep_factor,
-            seed, threshold, sequence, head, k_start, head_dim, value_dim,
-            True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
-            BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
-        )  # fmt: skip
+    p_q += q_first
+    p_do += d_first
+    p_lse += l_first
+    p_delta += l_first
+    if ALIBI:
+        p_slopes += sequence * stride_slopes
+    first_head = kv_head * groups
+    dk, dv = _keys_from_queries(
+        dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_slopes, stride_qs, stride_qh, stride_ds, stride_dh,
+        stride_lh, lo, hi, full_lo, full_hi, first_head, groups, sq, sk, diagonal, o_j, left, right, scale, softcap,
+        keep_factor, seed, threshold, sequence, k_start, head_dim, value_dim,
+        LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+    )  # fmt: skip
     store_tile(p_dk, dk * scale, o_j, o_d, stride_dks, sk, head_dim, ACCUMULATE)
     store_tile(p_dv, dv, o_j, o_dv, stride_dvs, sk, value_dim, ACCUMULATE)
 
@@ -402,9 +389,10 @@ def _queries_from_keys(
         b_v = load_tile(p_v, o_j, o_dv, stride_vs, sk, value_dim, MASKED, RAGGED_DV)  # [BN, BDV]
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         p, derivative = probabilities(
-            s, b_lse[:, None], o_p[:, None], o_j[None, :], sk, left, right, scale, softcap, slope,
-            MASKED, LEFT, RIGHT, SOFTCAP, ALIBI, PRECISION,
+            s, b_lse[:, None], o_p[:, None], o_j[None, :], scale, softcap, slope, SOFTCAP, ALIBI, PRECISION
         )  # fmt: skip
+        if MASKED:
+            p = tl.where(visible(o_p[:, None], o_j[None, :], sk, left, right, LEFT, RIGHT), p, 0.0)
         dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
         if DROPOUT:
             m_kept = kept(seed, sequence, head, (k_start + o_p)[:, None], (k_start + o_j)[None, :], threshold)
@@ -527,7 +515,7 @@ def attention_bwd_kernel_dq(
     o_dv = tl.arange(0, BLOCK_DV)
     b_q = load_tile(p_q, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D)  # [BM, BD]
     b_do = load_tile(p_do, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV)  # [BM, BDV]
-    b_lse, b_delta = load_statistics(p_lse, p_delta, o_i, sq, True, PRECISION)
+    b_lse, b_delta = load_statistics(p_lse, p_delta, o_i, sq, PRECISION)
     slope = 0.0
     if ALIBI:
         slope = tl.load(p_slopes + sequence * stride_slopes + head)
