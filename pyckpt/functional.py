@@ -25,6 +25,10 @@ def attention(
     window: int | Window | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -37,21 +41,32 @@ def attention(
         window: (left, right) keys visible beside the query's own, -1 for no limit; an int is (window, 0).
         softcap: scores become softcap * tanh(scores / softcap).
         scale: of the scores; default D ** -0.5.
+        sinks: (H,) float, one more score for each row of a head, of a key without a value (gpt-oss); lse
+            counts it, and it has a gradient.
+        alibi_slopes: (H,), or (B, H) (packed (N, H)), float: slope * distance is taken from each score (Press
+            et al. 2022), after the softcap. Constants: they get no gradient.
+        dropout: the rate at which probabilities are dropped, in [0, 1); the others grow by 1 / (1 - rate).
+        seed: of the dropout, an int of at most 63 bits. What is dropped depends on it and on (sequence, head,
+            query position, key position) alone: the same for every tile size, device and recomputation.
         cu_seqlens: (N + 1,) int32, the starts of the packed sequences and, last, T.
         return_lse: also return lse, the log-sum-exp of each query's scores: (B, H, Sq), packed (H, T);
             float32 (float64 for float64 inputs).
 
-    A query that sees no key has o = 0 and lse = -inf. Differentiable in q, k, v through o and through lse.
+    A query that sees no key has o = 0 and lse = -inf. Differentiable in q, k, v and sinks through o and lse.
     Raises ValueError on shapes, dtypes and options that do not fit.
     """
-    errors.check_transforms("pyckpt.attention", q, k, v)
+    errors.check_transforms("pyckpt.attention", q, k, v, sinks)
     q, k, v = _autocast(q, k, v)
     _check_attention(q, k, v, cu_seqlens)
+    _check_heads(q, cu_seqlens, sinks, alibi_slopes)
+    _check_dropout(dropout, seed)
     left, right = canonical_window(causal, window)
     cap = _softcap(softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    o, lse = ops.attention_fwd(q, k, v, cu_seqlens, cu_seqlens, left, right, cap, scale)
+    sinks, slopes = (None if t is None else t.contiguous() for t in (sinks, alibi_slopes))
+    extras = (sinks, slopes, float(dropout), seed if dropout else None)
+    o, lse = ops.attention_fwd(q, k, v, cu_seqlens, cu_seqlens, left, right, cap, scale, *extras)
     return (o, lse) if return_lse else o
 
 
@@ -80,6 +95,35 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"packed q has {q.shape[0]} tokens and k has {k.shape[0]}; they must be equal")
         errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+
+
+def _check_heads(q: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, slopes: Tensor | None) -> None:
+    heads = q.shape[-2]
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    allowed: dict[str, list[tuple[int, ...]]] = {"sinks": [(heads,)], "alibi_slopes": [(heads,), (batch, heads)]}
+    for name, t in (("sinks", sinks), ("alibi_slopes", slopes)):
+        if t is None:
+            continue
+        errors.check_tensor(name, t)
+        if tuple(t.shape) not in allowed[name]:
+            shapes = " or ".join(str(shape) for shape in allowed[name])
+            raise ValueError(f"{name} must have shape {shapes}, one for each query head, got {tuple(t.shape)}")
+        _check_floating(name, t)
+        if t.device != q.device:
+            raise ValueError(f"{name} is on {t.device}, q is on {q.device}; move one with .to(...)")
+    if slopes is not None and slopes.requires_grad:
+        raise ValueError("alibi_slopes get no gradient here; give alibi_slopes.detach()")
+
+
+def _check_dropout(dropout: float, seed: int | None) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    if dropout and seed is None:
+        raise ValueError(f"dropout={dropout} needs a seed: pass seed=..., an int, a new one for every step and layer")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt))):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if isinstance(seed, int) and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
 
 
 def linear_cross_entropy(

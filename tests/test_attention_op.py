@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import pyckpt
-from pyckpt.ops import attention as op
-from pyckpt.ops import reference
+from pyckpt.ops import attention_torch as op
+from pyckpt.ops import philox, reference
 
 ops = torch.ops.pyckpt
 
@@ -204,6 +205,107 @@ class TestExact:
         assert_exact(parts[0][0] + parts[1][0], whole[0], "dq")
         for i, n in ((1, "dk"), (2, "dv")):
             assert_exact(torch.cat([part[i] for part in parts], 1), whole[i], n)
+
+
+class TestExtras:
+    """Sinks, ALiBi and dropout; and tiles of a longer sequence."""
+
+    @staticmethod
+    def keep(rate: float, seed: int, batch: int, sq: int, sk: int, first: int = 0) -> Tensor:
+        return philox.kept(rate, seed, torch.arange(first, first + batch), 4, (sk - sq, sk), (0, sk)).double()
+
+    @ALL_MASKS
+    @SOFTCAP
+    def test_sinks_and_alibi(self, softcap, mask, tiling):
+        for (sq, sk), slopes in itertools.product(((30, 41), (41, 30), (5, 0)), (torch.rand(4), torch.rand(2, 4))):
+            inputs = qkv(sq, sk) | {"sinks": torch.randn(4, dtype=torch.float64)}
+            for lse in (False, True):
+                check_exact(
+                    lambda q, k, v, s, lse=lse, slopes=slopes: ours(
+                        mask, lse, softcap=softcap, sinks=s, alibi_slopes=slopes
+                    )(q, k, v),
+                    lambda q, k, v, s, lse=lse, slopes=slopes: truth(mask, lse, softcap, sinks=s, alibi_slopes=slopes)(
+                        q, k, v
+                    ),
+                    inputs,
+                )
+
+    @pytest.mark.parametrize("mask", ["causal", "full", "window-both"])
+    @pytest.mark.parametrize("rate", [0.1, 0.9])
+    def test_dropout(self, rate, mask, tiling):
+        seed = random.randrange(2**63)
+        keep = self.keep(rate, seed, 2, 30, 41)
+        check_exact(
+            ours(mask, True, dropout=rate, seed=seed),
+            truth(mask, True, keep=keep, keep_factor=1 / (1 - rate)),
+            qkv(30, 41),
+        )
+
+    def test_packed_dropout_is_that_of_each_sequence_as_a_batch_entry(self):
+        keep = [self.keep(0.3, 5, 1, n, n, i) for i, n in enumerate(CU_SEQLENS.diff().tolist())]
+        extras = {"alibi_slopes": torch.rand(len(keep), 4)}
+        check_exact(
+            ours(lse=True, cu_seqlens=CU_SEQLENS, dropout=0.3, seed=5, **extras),
+            truth(lse=True, cu_seqlens=CU_SEQLENS, keep=keep, keep_factor=1 / 0.7, **extras),
+            packed(),
+        )
+
+    def test_no_dropout_is_the_plain_way(self):
+        inputs = qkv(20, 20).values()
+        assert torch.equal(pyckpt.attention(*inputs, dropout=0.0, seed=3), pyckpt.attention(*inputs))
+
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_tiles_of_a_sequence_add_up_to_it(self, mask):
+        """Ragged tiles in any order, merged by log-sum-exp: what streaming and rings do."""
+        (left, right), slopes, sinks = MASKS[mask][1], torch.rand(4), torch.randn(4, dtype=torch.float64)
+        q, k, v = qkv(37, 37, dim_v=6).values()
+        options = left, right, 3.0, 0.3
+        o, lse = ops.attention_fwd(q, k, v, None, None, *options, sinks, slopes, 0.2, 9)
+        do, dlse = torch.randn_like(o), torch.randn_like(lse)
+        delta = ops.attention_delta(do, o, dlse)
+        want = ops.attention_bwd(do, q, k, v, o, lse, dlse, None, None, *options, sinks, slopes, 0.2, 9)
+        got_o, got_lse = torch.zeros_like(o), sinks.view(1, 4, 1).expand_as(lse).clone()
+        grads = [torch.zeros_like(t) for t in (q, k, v)]
+        cuts = [slice(0, 5), slice(5, 18), slice(18, 37)]
+        pairs = list(itertools.product(cuts, cuts))
+        random.shuffle(pairs)
+        for i, j in pairs:
+            part_o, part_lse = got_o[:, i].clone(), got_lse[:, :, i].contiguous()
+            tile = (*options, i.start, j.start, slopes, 0.2, 9)
+            ops.attention_tile_fwd_(q[:, i], k[:, j], v[:, j], part_o, part_lse, *tile)
+            got_o[:, i], got_lse[:, :, i] = part_o, part_lse
+            dq, dk, dv = grads[0][:, i], grads[1][:, j], grads[2][:, j]
+            stats = lse[:, :, i].contiguous(), delta[:, :, i].contiguous()
+            ops.attention_tile_bwd_(do[:, i], q[:, i], k[:, j], v[:, j], *stats, dq, dk, dv, *tile)
+        assert_exact(got_o, o, "o")
+        assert_exact(got_lse, lse, "lse")
+        for n, got, expected in zip("qkv", grads, want, strict=True):
+            assert_exact(got, expected, f"d{n}")
+
+    @pytest.mark.parametrize(
+        ("counter", "key", "words"),
+        [  # Random123's known answers (tests/kat_vectors of Salmon et al.)
+            ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+            ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+            (
+                (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+                0x299F31D0A4093822,
+                (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            ),
+        ],
+    )
+    def test_philox_gives_the_published_numbers(self, counter, key, words):
+        got = philox.philox(key, tuple(torch.tensor(c) for c in counter))
+        assert tuple(int(w) for w in got) == words
+
+    def test_dropout_keeps_its_rate_and_no_pattern(self):
+        kept = philox.kept(0.3, random.randrange(2**63), torch.arange(2), 4, (0, 128), (3, 131))
+        assert kept.shape == (2, 4, 128, 128)
+        n = kept.numel()
+        assert abs(float(kept.float().mean()) - 0.7) < 5 * (0.21 / n) ** 0.5  # five standard deviations
+        for dim in range(4):
+            shifted = kept.roll(1, dim)
+            assert abs(float((kept == shifted).float().mean()) - 0.58) < 5 * (0.25 / n) ** 0.5 * 1.5
 
 
 @st.composite

@@ -36,6 +36,14 @@ def attention_case(packed: bool) -> tuple[Any, ...]:
     return torch.randn_like(o), q, k, v, o, lse, torch.randn_like(lse) if packed else None, *options
 
 
+def tile_case(backward: bool) -> tuple[Any, ...]:
+    q, k, v, o, lse = rand(2, 5, 4, 8), rand(2, 7, 2, 8), rand(2, 7, 2, 6), rand(2, 5, 4, 6), rand(2, 4, 5)
+    options = (-1, 0, 0.0, 0.3, 11, 7, rand(4), 0.25, 12)
+    if not backward:
+        return q, k, v, o, lse, *options
+    return rand(2, 5, 4, 6), q, k, v, lse, rand(2, 4, 5), *(torch.zeros_like(t) for t in (q, k, v)), *options
+
+
 def loss_case(reduction: str, grad: bool) -> tuple[Any, ...]:
     target = torch.tensor([1, -100, 3, 0, 4, 2])
     need = (grad and reduction != "none",) * 3
@@ -96,8 +104,19 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "attention_fwd": [
         lambda: (rand(2, 9, 4, 8, grad=True), rand(2, 9, 2, 8, grad=True), rand(2, 9, 2, 8, grad=True), *MASK),
         lambda: (*attention_case(True)[1:4], CU, CU, 3, 0, 2.0, 0.3),
+        lambda: (*attention_case(False)[1:4], *MASK, rand(4, grad=True), rand(4), 0.5, 2**40 + 1),
     ],
-    "attention_bwd": [lambda: attention_case(False), lambda: attention_case(True)],
+    "attention_bwd": [
+        lambda: attention_case(False),
+        lambda: attention_case(True),
+        lambda: (*attention_case(False), rand(4), rand(2, 4), 0.5, 7),
+    ],
+    "attention_delta": [
+        lambda: (rand(2, 5, 4, 6), rand(2, 5, 4, 6), rand(2, 4, 5)),
+        lambda: (rand(5, 4, 6), rand(5, 4, 6), None),
+    ],
+    "attention_tile_fwd_": [lambda: tile_case(False)],
+    "attention_tile_bwd_": [lambda: tile_case(True)],
     "linear_cross_entropy_fwd": [
         lambda: loss_case("mean", True),
         lambda: loss_case("none", True),

@@ -39,6 +39,8 @@ def attention_samples(grad: bool) -> Iterator[Sample]:
         yield randn(2, 5, 4, 8, grad=grad), randn(2, 7, 2, 8), randn(2, 7, 2, 8, grad=grad), None, None, *options
         yield randn(9, 4, 8, grad=grad), randn(9, 2, 8, grad=grad), randn(9, 2, 8), cu, cu, *options
     yield randn(2, 5, 4, 8), randn(2, 7, 2, 8, grad=grad), randn(2, 7, 2, 3), None, None, *plain
+    extras = randn(4, grad=grad), randn(2, 4), 0.25, 5
+    yield randn(2, 5, 4, 8, grad=grad), randn(2, 7, 2, 8), randn(2, 7, 2, 8), None, None, *plain, *extras
     yield *(randn(2, 8, 2, 5).transpose(1, 2).requires_grad_(grad) for _ in range(3)), None, None, *plain
     yield *(randn(1, 6, 2, 8, dtype=torch.bfloat16, grad=grad) for _ in range(3)), None, None, *plain
 
@@ -48,6 +50,23 @@ def attention_bwd_samples() -> Iterator[Sample]:
         o, lse = ops.attention_fwd(q, k, v, *options)
         for dlse in (None, torch.randn_like(lse)):
             yield torch.randn_like(o), q, k, v, o, lse, dlse, *options
+
+
+def attention_delta_samples() -> Iterator[Sample]:
+    for do, _q, _k, _v, o, _lse, dlse, *_ in attention_bwd_samples():
+        yield do, o, dlse
+
+
+def attention_tile_samples() -> Iterator[Sample]:
+    q, k, v = randn(2, 5, 4, 8), randn(2, 7, 2, 8), randn(2, 7, 2, 3)
+    for extras in ((), (randn(4), 0.25, 5)):
+        yield q, k, v, torch.zeros(2, 5, 4, 3), randn(2, 4, 5), -1, 0, 0.0, 0.4, 9, 3, *extras
+
+
+def attention_tile_bwd_samples() -> Iterator[Sample]:
+    for q, k, v, o, lse, *options in attention_tile_samples():
+        grads = (torch.zeros_like(t) for t in (q, k, v))
+        yield torch.randn_like(o), q, k, v, lse, torch.randn_like(lse), *grads, *options
 
 
 def norm_samples(params: int, grad: bool) -> Iterator[Sample]:
@@ -123,6 +142,9 @@ def block_bwd_samples() -> Iterator[Sample]:
 SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "attention_fwd": attention_samples,
     "attention_bwd": lambda grad: attention_bwd_samples(),
+    "attention_delta": lambda grad: attention_delta_samples(),
+    "attention_tile_fwd_": lambda grad: attention_tile_samples(),
+    "attention_tile_bwd_": lambda grad: attention_tile_bwd_samples(),
     "rms_norm_fwd": lambda grad: norm_samples(1, grad),
     "rms_norm_bwd": lambda grad: norm_bwd_samples(ops.rms_norm_fwd, 1, add=False),
     "rms_norm_bwd_add_": lambda grad: norm_bwd_samples(ops.rms_norm_fwd, 1, add=True),

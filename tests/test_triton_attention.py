@@ -1,39 +1,62 @@
-"""The Triton attention kernels: on a GPU as they are, without one in Triton's interpreter, where they are slow."""
+"""The Triton attention kernels: on a GPU as they are, without one in Triton's interpreter.
+
+Tiles are small here, so that short sequences have several and none ends where a sequence does. On a GPU the
+tiles of the table are tried too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import check_truth
+from helpers import assert_close_to_truth, check_truth
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyckpt
-from pyckpt.ops import reference
-from pyckpt.ops.attention_triton import _kernels
+from pyckpt.ops import attention_triton, philox, reference
 
-attention = _kernels()
+attention = attention_triton._kernels()
 tuning = attention.tuning
+Config, Options = attention.Config, attention.Options
 ops = torch.ops.pyckpt
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter computes bfloat16 on raw bits (Triton 3.6 to 3.9).
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+LOW = DTYPES[-1]
 MASKS = {
     "full": ({"causal": False}, (-1, -1)),
     "causal": ({}, (-1, 0)),
     "window": ({"window": 20}, (20, 0)),
     "window-both": ({"causal": False, "window": (17, 3)}, (17, 3)),
     "window-right": ({"causal": False, "window": (-1, 4)}, (-1, 4)),
+    "window-left": ({"causal": False, "window": (40, -1)}, (40, -1)),
 }
+LENGTHS = [(1, 1), (239, 1), (1, 239), (70, 3), (3, 70), (50, 83), (83, 50), (64, 64), (127, 127)]
+TILES = {"32x32": Config(32, 32), "16x32": Config(16, 32), "64x16": Config(64, 16)}
 
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch) -> None:
     monkeypatch.setenv("PYCKPT_BACKEND", "triton")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch) -> None:
+    """Tiles chosen by the test, by the mark `tiles`, or 32 x 32; "table" leaves the choice to the table."""
+    mark = request.node.get_closest_marker("tiles")
+    name = (
+        mark.args[0] if mark else getattr(request.node, "callspec", None) and request.node.callspec.params.get("tiles")
+    )
+    if name != "table":
+        monkeypatch.setattr(tuning, "lookup", lambda key: TILES[name or "32x32"])
 
 
 def qkv(
@@ -43,15 +66,39 @@ def qkv(
     return {n: torch.randn(batch, *shape, device=DEVICE) for n, shape in shapes.items()}
 
 
-def check(inputs: dict[str, Tensor], mask: str, dtype: torch.dtype, lse: bool = False, **options: Any) -> None:
+def keep(rate: float, seed: int, batch: int, heads: int, sq: int, sk: int, first: int = 0) -> Tensor:
+    sequences = torch.arange(first, first + batch)
+    return philox.kept(rate, seed, sequences, heads, (sk - sq, sk), (0, sk)).float().to(DEVICE)
+
+
+def check(
+    inputs: dict[str, Tensor],
+    mask: str = "causal",
+    dtype: torch.dtype = torch.float32,
+    lse: bool = True,
+    dropout: float = 0.0,
+    **options: Any,
+) -> None:
     """Outputs and gradients by the 2x rule against the formula, in the same dtype and in float64."""
+    seed = random.randrange(2**63)
+    batch, (sq, heads), sk = len(inputs["q"]), inputs["q"].shape[-3:-1], inputs["k"].shape[-3]
+    given = {k: v for k, v in options.items() if k != "softcap"} | {"softcap": options.get("softcap") or 0.0}
+    cu_seqlens = options.get("cu_seqlens")
+    if dropout:
+        lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()
+        given["keep_factor"] = 1 / (1 - dropout)
+        given["keep"] = (
+            keep(dropout, seed, batch, heads, sq, sk)
+            if lengths is None
+            else [keep(dropout, seed, 1, heads, n, n, i) for i, n in enumerate(lengths)]
+        )
 
-    def ours(*t: Tensor) -> Any:
-        return pyckpt.attention(*t, **MASKS[mask][0], return_lse=lse, **options)
+    def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Any:
+        extras = {"sinks": sinks, "dropout": dropout, "seed": seed}
+        return pyckpt.attention(q, k, v, **MASKS[mask][0], return_lse=lse, **extras, **options)
 
-    def formula(*t: Tensor) -> Any:
-        given = {**options, "softcap": options.get("softcap") or 0.0}
-        both = reference.attention(*t, window=MASKS[mask][1], **given)
+    def formula(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Any:
+        both = reference.attention(q, k, v, window=MASKS[mask][1], sinks=sinks, **given)
         return both if lse else both[0]
 
     # A gradient is a sum of (dP - delta), where each is a product of two rows of random numbers.
@@ -59,42 +106,541 @@ def check(inputs: dict[str, Tensor], mask: str, dtype: torch.dtype, lse: bool = 
     check_truth(ours, formula, formula, {n: t.to(dtype) for n, t in inputs.items()}, terms=terms)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("sq", "sk"), [(1, 1), (70, 1), (1, 70), (50, 83), (83, 50), (64, 64)])
-def test_lengths_and_masks(sq, sk, mask, dtype):
-    check(qkv(sq, sk), mask, dtype, lse=True)
+def packed(lengths: list[int], **shape: Any) -> tuple[dict[str, Tensor], Tensor]:
+    n = sum(lengths)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    return {name: t[0] for name, t in qkv(n, n, **shape).items()}, cu_seqlens
 
 
-def test_the_forced_backend_serves(monkeypatch):
-    served = []
-    for name in ("forward", "backward"):
-        real = getattr(attention, name)
-        monkeypatch.setattr(attention, name, lambda *a, real=real, name=name, **o: served.append(name) or real(*a, **o))
-    q, k, v = (t.requires_grad_() for t in qkv(5, 5).values())
-    pyckpt.attention(q, k, v).sum().backward()
-    assert served == ["forward", "backward"]
+FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
+    "window": lambda: {"mask": "window"},
+    "window-both": lambda: {"mask": "window-both"},
+    "softcap": lambda: {"softcap": 1.5},
+    "alibi": lambda: {"alibi_slopes": torch.rand(4, device=DEVICE)},
+    "dropout": lambda: {"dropout": 0.3},
+    "sinks": dict,
+    "packed": dict,
+    "gqa": dict,
+    "value dim": dict,
+    "ragged": dict,
+}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", ["causal", "window-both"])
-def test_packed(mask, dtype):
-    cu_seqlens = torch.tensor([0, *itertools.accumulate([0, 19, 1, 0, 43, 7, 0])], dtype=torch.int32, device=DEVICE)
-    check({n: t[0] for n, t in qkv(70, 70).items()}, mask, dtype, lse=True, cu_seqlens=cu_seqlens)
+def check_features(names: tuple[str, ...], dtype: torch.dtype) -> None:
+    shape = {
+        "heads": 4,
+        "kv_heads": 2 if "gqa" in names else 4,
+        "dim": 24 if "ragged" in names else 16,
+        "dim_v": 40 if "value dim" in names else None,
+    }
+    options: dict[str, Any] = {}
+    for name in names:
+        options |= FEATURES[name]()
+    if "packed" in names:
+        inputs, options["cu_seqlens"] = packed([0, 19, 1, 0, 37, 7, 0], **shape)
+    else:
+        inputs = qkv(41, 50, **shape)
+    if "sinks" in names:
+        inputs["sinks"] = torch.randn(4, device=DEVICE)
+    check(inputs, dtype=dtype, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_softcap(dtype):
-    check(qkv(50, 83), "causal", dtype, lse=True, softcap=1.5)
-    check(qkv(40, 40), "window", dtype, softcap=30.0)
+class TestFeatures:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize(("sq", "sk"), LENGTHS)
+    def test_lengths_and_masks(self, sq, sk, mask, dtype):
+        check(qkv(sq, sk), mask, dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("name", FEATURES)
+    def test_each(self, name, dtype):
+        check_features((name,), dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, LOW])
+    @pytest.mark.parametrize(
+        "pair", [p for p in itertools.combinations(FEATURES, 2) if p != ("window", "window-both")], ids="+".join
+    )
+    def test_pairs(self, pair, dtype):
+        check_features(pair, dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_all_at_once(self, dtype):
+        check_features(tuple(n for n in FEATURES if n != "window"), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        "dims", [(1, 1), (16, 16), (24, 40), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256)]
+    )
+    def test_head_dims(self, dims, dtype):
+        check(qkv(40, 40, 1, 1, *dims), "causal", dtype, lse=False)
+
+    @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1), (3, 3), (5, 1)])
+    def test_heads(self, heads):
+        check(qkv(37, 40, *heads, batch=2))
+
+    @pytest.mark.parametrize("tiles", TILES)
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_tiles(self, tiles, mask):
+        check(qkv(90, 75), mask, LOW)
+
+    @pytest.mark.parametrize("scale", [1.7, 0.0, -0.4])
+    @pytest.mark.parametrize("softcap", [None, 20.0])
+    def test_scale(self, scale, softcap):
+        check(qkv(30, 40), scale=scale, softcap=softcap)
+
+    def test_slopes_of_each_sequence(self):
+        check(qkv(30, 40, 4, 2, batch=2), alibi_slopes=torch.rand(2, 4, device=DEVICE))
+        inputs, cu_seqlens = packed([9, 0, 21], heads=4)
+        check(inputs, cu_seqlens=cu_seqlens, alibi_slopes=torch.rand(3, 4, device=DEVICE))
+
+    @pytest.mark.parametrize("mask", ["causal", "window-both"])
+    @pytest.mark.parametrize("lengths", [[70], [1, 1, 1], [33, 0, 0, 31, 32, 1], [16] * 9, [0, 0, 5]])
+    def test_packed(self, lengths, mask):
+        inputs, cu_seqlens = packed(lengths)
+        check(inputs, mask, cu_seqlens=cu_seqlens)
+
+    def test_packed_with_lengths_of_keys_of_their_own(self):
+        cu_q, cu_k = [0, 4, 4, 9, 50], [0, 37, 42, 42, 60]  # the third sequence has no key
+        q, k, v = (t[0] for t in qkv(50, 60).values())
+        cu = [torch.tensor(c, dtype=torch.int32, device=DEVICE) for c in (cu_q, cu_k)]
+        do, rest = torch.randn_like(q), (-1, 0, 0.0, 0.3)
+        o, lse = ops.attention_fwd(q, k, v, *cu, *rest)
+        grads = ops.attention_bwd(do, q, k, v, o, lse, None, *cu, *rest)
+        for (a, b), (c, d) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
+            part = q[None, a:b], k[None, c:d], v[None, c:d]
+            want_o, want_lse = ops.attention_fwd(*part, None, None, *rest)
+            want = ops.attention_bwd(do[None, a:b], *part, want_o, want_lse, None, None, None, *rest)
+            torch.testing.assert_close(o[a:b], want_o[0])
+            torch.testing.assert_close(lse[:, a:b], want_lse[0])
+            for g, w, (i, j) in zip(grads, want, ((a, b), (c, d), (c, d)), strict=True):
+                torch.testing.assert_close(g[i:j], w[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(16, 16), (24, 40), (64, 64), (192, 128), (256, 256)])
-def test_head_dims(dims, dtype):
-    check(qkv(40, 40, 1, 1, *dims), "causal", dtype)
+class TestTiles:
+    @pytest.mark.parametrize("dtype", [torch.float32, LOW])
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_of_a_sequence_add_up_to_it(self, mask, dtype):
+        """Ragged tiles in any order against the float64 truth, no worse than the whole sequence at once."""
+        inputs = {n: t.to(dtype) for n, t in qkv(75, 75, dim_v=24).items()}
+        q, k, v = inputs.values()
+        slopes, sinks = torch.rand(2, device=DEVICE), torch.randn(2, device=DEVICE)
+        options, extras = (*MASKS[mask][1], 3.0, 0.3), (slopes, 0.2, 9)
+        o, lse = ops.attention_fwd(q, k, v, None, None, *options, sinks, *extras)
+        do, dlse = torch.randn_like(o), torch.randn_like(lse)
+        delta = ops.attention_delta(do, o, dlse)
+        whole = ops.attention_bwd(do, q, k, v, o, lse, dlse, None, None, *options, sinks, *extras)
+        exact = [t.double() for t in (q, k, v)]
+        true_o, true_lse = ops.attention_fwd(*exact, None, None, *options, sinks, *extras)
+        true = ops.attention_bwd(
+            do.double(), *exact, true_o, true_lse, dlse.double(), None, None, *options, sinks, *extras
+        )
+
+        got_o, got_lse = torch.zeros_like(o, dtype=torch.float32), sinks.view(1, 2, 1).expand_as(lse).clone()
+        grads = [torch.zeros_like(t, dtype=torch.float32) for t in (q, k, v)]
+        cuts = [slice(0, 5), slice(5, 38), slice(38, 75)]
+        pairs = list(itertools.product(cuts, cuts))
+        random.shuffle(pairs)
+        for i, j in pairs:
+            part_o, part_lse = got_o[:, i], got_lse[:, :, i].contiguous()
+            tile = (*options, i.start, j.start, *extras)
+            ops.attention_tile_fwd_(q[:, i], k[:, j], v[:, j], part_o, part_lse, *tile)
+            got_lse[:, :, i] = part_lse
+            parts = (grad[:, s] for grad, s in zip(grads, (i, j, j), strict=True))
+            ops.attention_tile_bwd_(do[:, i], q[:, i], k[:, j], v[:, j], lse[:, :, i], delta[:, :, i], *parts, *tile)
+        for name, got, one, want in (
+            ("o", got_o, o, true_o),
+            ("lse", got_lse, lse, true_lse),
+            *zip(("dq", "dk", "dv"), grads, whole, true, strict=True),
+        ):
+            assert_close_to_truth(got.to(one.dtype), one, want, what=name, terms=24**0.5)
+
+    def test_a_global_lse_gives_each_tile_of_keys_its_share(self):
+        q, k, v = qkv(40, 70).values()
+        do, options = torch.randn_like(q), (-1, -1, 0.0, 0.3)
+        o, lse = ops.attention_fwd(q, k, v, None, None, *options)
+        whole = ops.attention_bwd(do, q, k, v, o, lse, None, None, None, *options)
+        parts = [
+            ops.attention_bwd(do, q, k[:, s], v[:, s], o, lse, None, None, None, *options)
+            for s in (slice(0, 33), slice(33, 70))
+        ]
+        torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0])
+        for i in (1, 2):
+            torch.testing.assert_close(torch.cat([part[i] for part in parts], 1), whole[i])
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1), (3, 3)])
-def test_heads(heads):
-    check(qkv(37, 40, *heads, batch=2), "causal", torch.float32)
+class TestLayouts:
+    def layouts(self) -> dict[str, list[Tensor]]:
+        base = qkv(40, 40, heads=4, kv_heads=4)
+        fused = torch.randn(2, 40, 3, 4, 16, device=DEVICE)
+        return {
+            "heads first": [t.transpose(1, 2).contiguous().transpose(1, 2) for t in base.values()],
+            "last dim strided": [t.transpose(1, 3).contiguous().transpose(1, 3) for t in base.values()],
+            "one projection": list(fused.unbind(2)),
+            "shared by the batch": [t.expand(2, -1, -1, -1) for t in base.values()],
+            "every second token": [t.repeat_interleave(2, 1)[:, ::2] for t in base.values()],
+            "not aligned": [torch.randn(1, 40, 4, 17, device=DEVICE)[..., 1:] for _ in base],
+        }
+
+    def test_inputs_that_are_not_contiguous(self):
+        for name, tensors in self.layouts().items():
+            assert not all(t.is_contiguous() for t in tensors), name
+            check(dict(zip("qkv", tensors, strict=True)))
+
+    def test_upstream_gradients_of_any_stride(self):
+        inputs = qkv(40, 40, heads=4, kv_heads=2)
+        q, k, v = inputs.values()
+        o, lse = ops.attention_fwd(q, k, v, None, None, -1, 0, 0.0, 0.25)
+        for do in (
+            torch.ones((), device=DEVICE).expand_as(o),
+            torch.randn(1, 16, 4, 40, device=DEVICE).permute(0, 3, 2, 1),
+            torch.randn(1, 40, 1, 16, device=DEVICE).expand_as(o),
+        ):
+            dlse = torch.randn(1, 40, 4, device=DEVICE).transpose(1, 2)
+            args = (q, k, v, o, lse, dlse, None, None, -1, 0, 0.0, 0.25)
+            for got, want in zip(ops.attention_bwd(do, *args), ops.attention_bwd(do.contiguous(), *args), strict=True):
+                assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_offsets_beyond_int32(self, packed):
+        """Rows 2³⁰ elements apart: the third is past 2³¹. The memory between them is never touched."""
+        far = 2**30 + 16
+        base = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(
+            torch.UntypedStorage(2 * (2 * far + 64), device=DEVICE), 0, (3, 1, 16), (far, 16, 1)
+        )
+        values = torch.randn(3, 1, 16, device=DEVICE).half()
+        base.copy_(values)
+        cu = torch.tensor([0, 1, 3], dtype=torch.int32, device=DEVICE) if packed else None
+        q, near = (t if packed else t.unsqueeze(0) for t in (base, values))
+        options = (cu, cu, -1, 0, 0.0, 0.25)
+        o, lse = ops.attention_fwd(q, q, q, *options)
+        want_o, want_lse = ops.attention_fwd(near, near, near, *options)
+        assert torch.equal(o, want_o)
+        assert torch.equal(lse, want_lse)
+        do = torch.randn_like(o)
+        grads = ops.attention_bwd(do, q, q, q, o, lse, None, *options)
+        for got, want in zip(grads, ops.attention_bwd(do, near, near, near, o, lse, None, *options), strict=True):
+            assert torch.equal(got, want)
+        running = q.new_zeros(()).float().expand_as(near).clone()
+        if not packed:
+            wide = torch.empty(0, device=DEVICE).set_(
+                torch.UntypedStorage(4 * (2 * far + 64), device=DEVICE), 0, (1, 3, 1, 16), (far, far, 16, 1)
+            )
+            wide.zero_()
+            for out in (running, wide):
+                ops.attention_tile_fwd_(q, q, q, out, torch.full_like(lse, float("-inf")), -1, 0, 0.0, 0.25, 0, 0)
+            assert torch.equal(running, wide)
+
+
+class TestBlindQueries:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("sq", "sk", "mask"), [(83, 50, "causal"), (40, 0, "full"), (70, 3, "window-both"), (90, 20, "window")]
+    )
+    def test_give_zero_and_no_nan(self, sq, sk, mask, dtype):
+        inputs = {n: t.to(dtype) for n, t in qkv(sq, sk).items()}
+        leaves = [t.requires_grad_() for t in inputs.values()]
+        o, lse = pyckpt.attention(*leaves, **MASKS[mask][0], return_lse=True)
+        blind = ~reference.visible_keys(sq, sk, MASKS[mask][1]).any(-1)
+        assert blind.any()
+        assert (o[:, blind] == 0).all()
+        assert (lse[:, :, blind] == float("-inf")).all()
+        grads = torch.autograd.grad([o, lse], leaves, [torch.randn_like(o), torch.randn_like(lse)])
+        assert all(g.isfinite().all() for g in grads)
+        assert (grads[0][:, blind] == 0).all()
+
+    def test_see_their_sink(self):
+        q, k, v = qkv(40, 0).values()
+        sinks = torch.randn(2, device=DEVICE)
+        o, lse = pyckpt.attention(q, k, v, sinks=sinks, return_lse=True)
+        assert (o == 0).all()
+        torch.testing.assert_close(lse, sinks.view(1, 2, 1).expand_as(lse))
+
+    @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)])
+    def test_empty_tensors(self, shape):
+        batch, sq, sk = shape
+        leaves = [t.requires_grad_() for t in qkv(sq, sk, batch=batch).values()]
+        o = pyckpt.attention(*leaves, causal=False)
+        assert o.shape == leaves[0].shape
+        for grad in torch.autograd.grad(o.sum(), leaves):
+            assert (grad == 0).all()
+
+
+class TestCost:
+    @pytest.mark.parametrize("mask", ["causal", "window", "window-both"])
+    def test_hidden_tiles_are_never_read(self, mask):
+        """NaN in every key that no query of a tile sees, and in every query that sees no key of one."""
+        q, k, v = qkv(96, 96).values()
+        left, right = MASKS[mask][1]
+        do, options = torch.randn_like(q), (None, None, left, right, 0.0, 0.3)
+        o, lse = ops.attention_fwd(q, k, v, *options)
+        grads = ops.attention_bwd(do, q, k, v, o, lse, None, *options)
+        row = slice(32, 64)  # the second tile
+        lo = 0 if left < 0 else (32 - left) // 32 * 32
+        hi = -(-(64 + right) // 32) * 32
+        bad_k, bad_v = (torch.full_like(t, float("nan")) for t in (k, v))
+        for bad, t in ((bad_k, k), (bad_v, v)):
+            bad[:, lo:hi] = t[:, lo:hi]
+        got, got_lse = ops.attention_fwd(q, bad_k, bad_v, *options)
+        assert torch.equal(got[:, row], o[:, row])
+        assert torch.equal(got_lse[:, :, row], lse[:, :, row])
+        assert torch.equal(ops.attention_bwd(do, q, bad_k, bad_v, o, lse, None, *options)[0][:, row], grads[0][:, row])
+        lo, hi = (32 - right) // 32 * 32, 96 if left < 0 else -(-(64 + left) // 32) * 32
+        bad_q = torch.full_like(q, float("nan"))
+        bad_q[:, lo:hi] = q[:, lo:hi]
+        for i in (1, 2):
+            assert torch.equal(ops.attention_bwd(do, bad_q, k, v, o, lse, None, *options)[i][:, row], grads[i][:, row])
+
+    def test_allocates_outputs_and_delta_only(self, monkeypatch):
+        made = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, Tensor) and out._base is None:
+                    made.append(tuple(out.shape))
+                return out
+
+        class Nothing:
+            def __getitem__(self, grid):
+                return lambda *args, **options: None
+
+        for name in [n for n in vars(attention) if n.startswith("attention_") and "_kernel_" in n]:
+            monkeypatch.setattr(attention, name, Nothing())  # the interpreter allocates, where a GPU does not
+        q, k, v = qkv(40, 50, heads=4).values()
+        options = Options(window=(-1, 0), scale=0.3)
+        with Watch():
+            o, lse = attention.forward(q, k, v, options)
+        assert made == [o.shape, lse.shape]
+        made.clear()
+        with Watch():
+            attention.backward(o, q, k, v, lse, attention.delta(o, o), options)
+        assert made == [lse.shape, q.shape, k.shape, v.shape]
+
+    def test_twenty_runs_give_the_same_bits(self):
+        inputs, cu_seqlens = packed([33, 0, 31], heads=4, kv_heads=2)
+        q, k, v = (t.to(LOW) for t in inputs.values())
+        options = (cu_seqlens, None, 20, 0, 2.0, 0.3, None, None, 0.1, 3)
+        do, first = torch.randn_like(q), None
+        for _ in range(20):
+            o, lse = ops.attention_fwd(q, k, v, *options)
+            now = (o, lse, *ops.attention_bwd(do, q, k, v, o, lse, None, *options))
+            first = first or now
+            assert all(torch.equal(a, b) for a, b in zip(first, now, strict=True))
+
+    def test_a_head_does_not_depend_on_its_neighbours(self):
+        q, k, v = qkv(60, 60, heads=4, kv_heads=2, batch=2).values()
+        whole = pyckpt.attention(q, k, v, dropout=0.2, seed=1)
+        assert torch.equal(pyckpt.attention(q[:1], k[:1], v[:1], dropout=0.2, seed=1), whole[:1])
+        assert torch.equal(
+            pyckpt.attention(q[:, :, :2], k[:, :, :1], v[:, :, :1], dropout=0.2, seed=1), whole[:, :, :2]
+        )
+
+
+class TestDispatch:
+    def test_the_forced_backend_serves(self, monkeypatch):
+        served = []
+        for name in ("forward", "backward"):
+            real = getattr(attention, name)
+            monkeypatch.setattr(
+                attention, name, lambda *a, real=real, name=name, **o: served.append(name) or real(*a, **o)
+            )
+        q, k, v = (t.requires_grad_() for t in qkv(5, 5).values())
+        pyckpt.attention(q, k, v).sum().backward()
+        assert served == ["forward", "backward"]
+
+    @pytest.mark.skipif(GPU, reason="bfloat16 is right on a GPU")
+    def test_bfloat16_is_right_in_the_interpreter_too(self):
+        check(qkv(40, 50), dtype=torch.bfloat16)
+
+    def test_what_the_kernels_cannot_take_goes_to_pytorch(self):
+        q, k, v = qkv(5, 5, dim=320).values()
+        with pytest.warns(UserWarning, match=r"head dim 320: the Triton attention kernels take 1 to 256"):
+            got = pyckpt.attention(q, k, v)
+        torch.testing.assert_close(got, reference.attention(q, k, v, window=(-1, 0))[0])
+        q, k, v = (t.double() for t in qkv(5, 5).values())
+        torch.testing.assert_close(pyckpt.attention(q, k, v), reference.attention(q, k, v, window=(-1, 0))[0])
+
+    def test_opcheck(self):
+        q, k, v = (t.requires_grad_() for t in qkv(9, 9, heads=4, kv_heads=2).values())
+        options = (None, None, -1, 0, 0.0, 0.3, torch.randn(4, device=DEVICE), torch.rand(4, device=DEVICE), 0.2, 5)
+        torch.library.opcheck(ops.attention_fwd.default, (q, k, v, *options))
+        o, lse = (t.detach() for t in ops.attention_fwd(q, k, v, *options))
+        q, k, v = (t.detach() for t in (q, k, v))
+        torch.library.opcheck(ops.attention_bwd.default, (o, q, k, v, o, lse, lse, *options))
+        torch.library.opcheck(ops.attention_delta.default, (o, o, lse))
+        tile = (-1, 0, 0.0, 0.3, 4, 2)
+        torch.library.opcheck(ops.attention_tile_fwd_.default, (q, k, v, o.clone(), lse.clone(), *tile))
+        grads = (torch.zeros_like(t) for t in (q, k, v))
+        torch.library.opcheck(ops.attention_tile_bwd_.default, (o, q, k, v, lse, lse, *grads, *tile))
+
+    def test_compiles_without_a_graph_break(self):
+        def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return pyckpt.attention(q * 2, k, v, window=20, softcap=5.0).relu()
+
+        inputs = [t.requires_grad_() for t in qkv(40, 40).values()]
+        want = fn(*inputs)
+        got = torch.compile(fn, fullgraph=True, backend="aot_eager")(*inputs)
+        assert torch.equal(got, want)
+        do = torch.randn_like(got)
+        for a, b in zip(torch.autograd.grad(got, inputs, do), torch.autograd.grad(want, inputs, do), strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("save", ["attention", "input"])
+    def test_a_block_trains_on_them(self, save):
+        torch.manual_seed(0)
+        block = pyckpt.CkptTransformerBlock(32, 2, n_kv_heads=1, d_ff=48, save=save, tile=24, window=20, device=DEVICE)
+        x = torch.randn(1, 50, 32, device=DEVICE, requires_grad=True)
+        dy = torch.randn_like(x)
+        grads = torch.autograd.grad(block(x), [x, *block.parameters()], dy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYCKPT_BACKEND", "torch")
+            want = torch.autograd.grad(block(x), [x, *block.parameters()], dy)
+        for got, expected in zip(grads, want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+LOOKUP = tuning.lookup  # before any test replaces it
+
+
+class TestTable:
+    def test_every_kind_of_call_has_a_row(self):
+        archs = (
+            "sm_75",
+            "sm_80",
+            "sm_86",
+            "sm_89",
+            "sm_90",
+            "sm_100",
+            "sm_103",
+            "sm_120",
+            "gfx942",
+            "gfx90a",
+            "interpreter",
+        )
+        dims, masks = (16, 32, 64, 128, 256), ("full", "causal", "window")
+        for arch, op, d, dv, dtype, mask, score in itertools.product(
+            archs, ("fwd", "dkdv", "dq"), dims, dims, ("half", "float32"), masks, ("plain", "extra")
+        ):
+            found = LOOKUP(tuning.Key(arch, op, d, dv, dtype, mask, score))
+            for n in (found.block_m, found.block_n):
+                assert n >= 16
+                assert n & (n - 1) == 0
+
+    def test_rows_name_only_known_keys(self):
+        known = {"arch", "op", "head_dim", "value_dim", "dtype", "mask", "score", "config", "source"}
+        for row in tuning.rows():
+            assert set(row) <= known
+            assert len(row["config"]) == 4
+            assert row["source"]
+
+    def test_an_unknown_chip_takes_the_rows_of_the_one_before_it(self):
+        key = tuning.Key("sm_90", "fwd", 128, 128, "half", "causal")
+        assert LOOKUP(dataclasses.replace(key, arch="sm_95")) == LOOKUP(key)
+        assert LOOKUP(dataclasses.replace(key, arch="sm_89")) != LOOKUP(dataclasses.replace(key, arch="sm_80"))
+
+
+class TestBadInput:
+    """Errors of the launchers, before anything is launched; those of `pyckpt.attention` are tested with the op."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"q": (5, 2, 16)}, "q must have 4 dims"),
+            ({"k": (1, 5, 1, 8)}, "q, k, v do not fit together"),
+            ({"v": (1, 6, 1, 16)}, "q, k, v do not fit together"),
+            ({"q": (2, 5, 2, 16)}, "q, k, v do not fit together"),
+            ({"q": (1, 5, 3, 16), "k": (1, 5, 2, 16), "v": (1, 5, 2, 16)}, "no multiple of the 2 key/value heads"),
+            ({"q": (1, 5, 2, 257), "k": (1, 5, 1, 257)}, "head dim 257: the Triton attention kernels take 1 to 256"),
+            ({"v": (1, 5, 1, 300)}, "value head dim 300"),
+        ],
+    )
+    def test_shapes(self, change, message):
+        shapes = {"q": (1, 5, 2, 16), "k": (1, 5, 1, 16), "v": (1, 5, 1, 16)} | change
+        with pytest.raises(ValueError, match=message):
+            attention.forward(*(torch.randn(*s, device=DEVICE) for s in shapes.values()), Options())
+
+    def test_dtypes_and_devices(self):
+        q, k, v = qkv(5, 5).values()
+        with pytest.raises(ValueError, match=r"k is torch\.float16 on .*; expected q's torch\.float32"):
+            attention.forward(q, k.half(), v, Options())
+        with pytest.raises(ValueError, match=r"v is torch\.float32 on meta"):
+            attention.forward(q, k, v.to("meta"), Options())
+        with pytest.raises(ValueError, match=r"dtype torch\.float64: the Triton attention kernels take"):
+            attention.forward(q.double(), k.double(), v.double(), Options())
+
+    @pytest.mark.skipif(GPU, reason="without a GPU the interpreter is the only way")
+    def test_cpu_tensors_without_the_interpreter(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="Triton kernels run on CUDA, or on the CPU under TRITON_INTERPRET=1"):
+            attention.forward(*qkv(5, 5).values(), Options())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"window": (-2, 0)}, r"window sides must be -1 \(no limit\) or more"),
+            ({"dropout": 0.5}, "dropout needs a seed"),
+            ({"dropout": 1.0, "seed": 1}, r"dropout must be in \[0, 1\)"),
+            ({"softcap": -1.0}, "softcap not negative"),
+            ({"scale": float("nan")}, "scale and softcap must be finite"),
+            ({"sinks": torch.zeros(3)}, r"sinks must be \(2,\)"),
+            ({"alibi_slopes": torch.zeros(3, 2)}, r"alibi_slopes must be \(2,\) or \(1, 2\)"),
+        ],
+    )
+    def test_options(self, options, message):
+        options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
+        with pytest.raises(ValueError, match=message):
+            attention.forward(*qkv(5, 5).values(), Options(**options))
+
+    def test_cu_seqlens(self):
+        q, k, v = (t[0] for t in qkv(5, 5).values())
+        with pytest.raises(ValueError, match="cu_seqlens_q must be contiguous int32"):
+            attention.forward(q, k, v, Options(cu_seqlens_q=torch.tensor([0, 5], device=DEVICE)))
+        with pytest.raises(ValueError, match="cu_seqlens must not descend"):
+            pyckpt.attention(q, k, v, cu_seqlens=torch.tensor([0, 4, 2, 5], dtype=torch.int32, device=DEVICE))
+
+    def test_running_results(self):
+        q, k, v = qkv(5, 5).values()
+        o, lse = torch.zeros(1, 5, 2, 16, device=DEVICE), torch.zeros(1, 2, 5, device=DEVICE)
+        for bad_o, bad_lse, message in (
+            (o.half(), lse, "the running o must be float32"),
+            (o[:, :4], lse, "the running o must be float32"),
+            (o, lse[:, :, :4], "the running lse must be contiguous float32"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                attention.forward(q, k, v, Options(), into=(bad_o, bad_lse))
+        with pytest.raises(ValueError, match="take no sinks"):
+            attention.forward(q, k, v, Options(sinks=torch.zeros(2, device=DEVICE)), into=(o, lse))
+        with pytest.raises(ValueError, match="dk to add to must be float32"):
+            attention.backward(o, q, k, v, lse, lse, Options(), into=(q, k.half(), v))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+class TestOnTheGpu:
+    """As they ship, at sizes that fill the chip."""
+
+    @pytest.mark.parametrize("tiles", ["table"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+    @pytest.mark.parametrize(("sq", "sk"), [(1023, 1024), (2048, 2048), (113, 2003)])
+    def test_the_table(self, sq, sk, dims, mask, dtype, tiles):
+        check(qkv(sq, sk, 4, 2, *dims), mask, dtype)
+
+    @pytest.mark.parametrize("tiles", ["table"])
+    @pytest.mark.parametrize("name", FEATURES)
+    def test_features_with_the_table(self, name, tiles):
+        check_features((name,), torch.bfloat16)
+
+    @pytest.mark.parametrize("tiles", ["table"])
+    def test_memory_of_a_long_sequence_is_its_tensors(self, tiles):
+        n = 65536
+        q, k, v = (torch.randn(1, n, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        o = pyckpt.attention(q, k, v)
+        o.backward(torch.ones_like(o))
+        tensors = q.numel() * 2
+        # o, do, dq, dk, dv and what autograd holds of them; lse and delta are 1/32 of one of them.
+        assert torch.cuda.max_memory_allocated() - before <= 6 * tensors

@@ -25,7 +25,6 @@ from .tuning import Config, Key
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-_DELTA_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +79,14 @@ def forward(
     """(o, lse). `into` is a running (o, lse) to merge with, in place; `config` overrides the table."""
     check(q, k, v, options)
     q, k, v = (_unit(t) for t in (q, k, v))
-    problem = _Problem.of(q, k, v, options)
+    problem = _Problem.of(q, k, v, options, into is not None)
     if into is None:
         o, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), problem.statistics(q)
     else:
         o, lse = into
         _check_running(o, lse, q, v)
+        if options.sinks is not None:
+            raise ValueError("a running o and lse take no sinks: let lse begin as the sinks instead of -inf")
     if q.shape[-2] == 0 or problem.rows == 0:
         return o, lse
     plain = options.scale > 0 and not options.softcap and options.alibi_slopes is None
@@ -136,7 +137,8 @@ def delta(do: Tensor, o: Tensor, dlse: Tensor | None = None) -> Tensor:
     if out.numel() == 0:
         return out
     block = max(16, triton.next_power_of_2(dim))
-    tiles = triton.cdiv(n, _DELTA_ROWS)
+    rows = tuning.delta_rows(block)
+    tiles = triton.cdiv(n, rows)
     with _on(o):
         attention_bwd_kernel_delta[(tiles * (out.numel() // n),)](
             do,
@@ -156,7 +158,7 @@ def delta(do: Tensor, o: Tensor, dlse: Tensor | None = None) -> Tensor:
             n,
             dim,
             DLSE=dlse is not None,
-            BLOCK_M=_DELTA_ROWS,
+            BLOCK_M=rows,
             BLOCK_DV=block,
             RAGGED_DV=block != dim,
             num_warps=4,
@@ -180,7 +182,7 @@ def backward(
     check(q, k, v, options)
     do, q, k, v = (_unit(t) for t in (do, q, k, v))
     lse, delta = lse.contiguous(), delta.contiguous()
-    problem = _Problem.of(q, k, v, options)
+    problem = _Problem.of(q, k, v, options, into is not None)
     if into is None:
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     else:
@@ -257,10 +259,11 @@ class _Problem:
     sk: int
     row_bytes: int  # of one token's key and value of one head
     mask: str
+    extra: bool
     shared: dict[str, Any]
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, options: Options) -> _Problem:
+    def of(q: Tensor, k: Tensor, v: Tensor, options: Options, accumulate: bool) -> _Problem:
         sq, heads, head_dim = q.shape[-3:]
         sk, kv_heads, value_dim = v.shape[-3:]
         offset = sk - sq if options.q_start is None else options.q_start - options.k_start
@@ -300,6 +303,7 @@ class _Problem:
             sk=sk,
             row_bytes=(head_dim + value_dim) * q.element_size(),
             mask="window" if left >= 0 else "causal" if right >= 0 else "full",
+            extra=accumulate or any(shared[f] for f in ("SOFTCAP", "ALIBI", "DROPOUT", "RAGGED_D", "RAGGED_DV")),
             shared=shared,
         )
 
@@ -317,7 +321,8 @@ class _Problem:
 
     def key(self, op: str) -> Key:
         dtype = "float32" if self.dtype == torch.float32 else "half"
-        return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask)
+        score = "extra" if self.extra else "plain"
+        return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, score)
 
 
 def blocks(head_dim: int, value_dim: int) -> dict[str, Any]:
@@ -349,18 +354,23 @@ def _on(t: Any) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
-def _meta(config: Config) -> dict[str, int]:
+def _meta(config: Config) -> dict[str, Any]:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": True,  # Triton's default is going to change
     }
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: exact unless the user allows TF32 for matrix products. Half precision ignores it."""
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Of float32 products; half precision ignores it.
+
+    TF32 where the user allows it for matrix products, else three of them for each product, which gives about
+    float32's own accuracy on the matrix units (as PyTorch's memory-efficient attention does it).
+    """
+    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _unit(t: Tensor) -> Tensor:

@@ -51,11 +51,10 @@ def probabilities(
 
 
 @triton.jit
-def load_statistics(p_lse, p_delta, o_i, n, PRECISION: tl.constexpr):
-    """lse in the kernels' units and delta of the queries o_i; +inf where P has to be 0."""
+def load_lse(p_lse, o_i, n, PRECISION: tl.constexpr):
+    """lse of the queries o_i in the kernels' units; +inf where P has to be 0."""
     b_lse = tl.load(p_lse + o_i, mask=o_i < n, other=float("-inf"))
-    b_delta = tl.load(p_delta + o_i, mask=o_i < n, other=0.0)
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * unit(PRECISION)), b_delta
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * unit(PRECISION))
 
 
 # --- delta --------------------------------------------------------------------------------------------------
@@ -172,8 +171,7 @@ def _keys_from_queries(
         o_i = i + tl.arange(0, BLOCK_M)
         o_p = o_i + diagonal
         b_q = load_tile(p_q + head_64 * stride_qh, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D)  # [BM, BD]
-        l_head = head_64 * stride_lh
-        b_lse, b_delta = load_statistics(p_lse + l_head, p_delta + l_head, o_i, sq, PRECISION)
+        b_lse = load_lse(p_lse + head_64 * stride_lh, o_i, sq, PRECISION)
         slope = 0.0
         if ALIBI:
             slope = tl.load(p_slopes + head)
@@ -181,9 +179,14 @@ def _keys_from_queries(
         p, derivative = probabilities(
             s, b_lse[None, :], o_p[None, :], o_j[:, None], scale, softcap, slope, SOFTCAP, ALIBI, PRECISION
         )  # fmt: skip
-        if LEFT or RIGHT:  # noqa: SIM102 (the first is known when compiling)
-            if (i < full_lo) | (i >= full_hi):
-                p = tl.where(visible(o_p[None, :], o_j[:, None], sk, left, right, LEFT, RIGHT), p, 0.0)
+        # Queries beyond the last have P = 0 by their lse: no mask for them.
+        partly = False
+        if RIGHT:
+            partly = i < full_lo
+        if LEFT:
+            partly = partly | (i >= full_hi)
+        if partly:
+            p = tl.where(visible(o_p[None, :], o_j[:, None], sk, left, right, LEFT, RIGHT), p, 0.0)
         b_do = load_tile(p_do + head_64 * stride_dh, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV)  # [BM, BDV]
         dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
         dropped = p
@@ -192,6 +195,7 @@ def _keys_from_queries(
             dropped = tl.where(m_kept, p * keep_factor, 0.0)
             dp = tl.where(m_kept, dp * keep_factor, 0.0)
         dv = tl.dot(dropped.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
+        b_delta = tl.load(p_delta + head_64 * stride_lh + o_i, mask=o_i < sq, other=0.0)
         ds = p * (dp - b_delta[None, :])
         if SOFTCAP:
             ds *= derivative
@@ -515,7 +519,8 @@ def attention_bwd_kernel_dq(
     o_dv = tl.arange(0, BLOCK_DV)
     b_q = load_tile(p_q, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D)  # [BM, BD]
     b_do = load_tile(p_do, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV)  # [BM, BDV]
-    b_lse, b_delta = load_statistics(p_lse, p_delta, o_i, sq, PRECISION)
+    b_lse = load_lse(p_lse, o_i, sq, PRECISION)
+    b_delta = tl.load(p_delta + o_i, mask=o_i < sq, other=0.0)
     slope = 0.0
     if ALIBI:
         slope = tl.load(p_slopes + sequence * stride_slopes + head)

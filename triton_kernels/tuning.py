@@ -1,8 +1,9 @@
 """Which tiles and how many warps a kernel gets: looked up in a table of data, never searched for by default.
 
-`attention_tuned.json` is a list of rows; a row matches when its architecture, op, head dim, value dim, dtype
-and mask kind match, where "*" matches anything, and the first match counts. Rows come from measurements, or, as
-their `source` says, from the compiler's report of registers and shared memory.
+`attention_tuned.json` is a list of rows; a row matches when its architecture, op, head dim, value dim, dtype,
+mask kind and kind of score match, where what it does not name matches anything, and the first match counts.
+Rows come from measurements, or, as their `source` says, from the compiler's report of registers and shared
+memory.
 
 PYCKPT_AUTOTUNE=1 tries `candidates` on the first call of each kind instead, and keeps the best in a file in
 PYCKPT_CACHE_DIR (default ~/.cache/pyckpt).
@@ -24,6 +25,8 @@ import torch
 TABLE = Path(__file__).resolve().parent / "attention_tuned.json"
 INTERPRETED = "interpreter"
 _TRIES = 5
+# Less shared memory than the data-centre chip before them: they take the rows for any architecture, which are small.
+_SMALL = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,11 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration depends on. Dims are padded to powers of two; mask is full, causal or window."""
+    """What a configuration depends on.
+
+    Dims are padded to powers of two; dtype is half or float32; mask is full, causal or window; score is plain,
+    or extra where softcap, ALiBi, dropout, padding or a running result need more registers.
+    """
 
     arch: str
     op: str
@@ -46,6 +53,7 @@ class Key:
     value_dim: int
     dtype: str
     mask: str
+    score: str = "plain"
 
     def __str__(self) -> str:
         return "/".join(str(v) for v in dataclasses.astuple(self))
@@ -82,23 +90,27 @@ def rows() -> tuple[dict[str, Any], ...]:
 @functools.cache
 def lookup(key: Key) -> Config:
     """The table's configuration. An architecture that it lacks takes the rows of the nearest older one."""
-    known = {row["arch"] for row in rows()}
+    known = {row["arch"] for row in rows() if "arch" in row}
     return next(_matching(dataclasses.replace(key, arch=_nearest(key.arch, known))))
 
 
 def _matching(key: Key) -> Iterator[Config]:
-    fields = ("arch", "op", "head_dim", "value_dim", "dtype", "mask")
+    fields = ("arch", "op", "head_dim", "value_dim", "dtype", "mask", "score")
     for row in rows():
         if all(row.get(f, "*") in ("*", getattr(key, f)) for f in fields):
             yield Config(*row["config"])
 
 
 def _nearest(arch: str, known: set[str]) -> str:
-    if arch in known:
+    if arch in known or not arch.startswith("sm_") or arch in _SMALL:
         return arch
-    older = [a for a in known if a.startswith("sm_") and arch.startswith("sm_") and int(a[3:]) <= int(arch[3:])]
-    # sm_86 and sm_89 have less shared memory than sm_80, and sm_120 less than sm_100: the small tiles fit anywhere.
-    return max(older, key=lambda a: int(a[3:]), default="small")
+    older = [a for a in known if a.startswith("sm_") and int(a[3:]) <= int(arch[3:])]
+    return max(older, key=lambda a: int(a[3:]), default=arch)
+
+
+def delta_rows(value_dim: int) -> int:
+    """Queries a program of the delta kernel takes, for a padded value dim: both tiles stay in registers."""
+    return 64 if value_dim <= 128 else 32
 
 
 # --- autotuning, when asked for -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops import attention as op
+from pyckpt.ops.attention_torch import Gradients
 from pyckpt.ops.registry import implement
 
 
@@ -31,6 +33,10 @@ def _rounds_badly(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
+def _float(*tensors: Tensor) -> list[Tensor]:
+    return [t.float() for t in tensors]
+
+
 def _options(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -38,6 +44,10 @@ def _options(
     window_right: int,
     softcap: float,
     scale: float,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
 ) -> Any:
     return _kernels().Options(
         window=(window_left, window_right),
@@ -45,7 +55,18 @@ def _options(
         scale=scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dropout=dropout,
+        seed=seed,
     )
+
+
+def _tile_options(
+    window_left: int, window_right: int, softcap: float, scale: float, q_start: int, k_start: int, *extras: Any
+) -> Any:
+    options = _options(None, None, window_left, window_right, softcap, scale, None, *extras)
+    return dataclasses.replace(options, q_start=q_start, k_start=k_start)
 
 
 @implement("attention_fwd", "triton")
@@ -53,7 +74,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     if not _served(q, v):
         return op.attention_fwd(q, k, v, *options)
     if _rounds_badly(q):
-        o, lse = attention_fwd(q.float(), k.float(), v.float(), *options)
+        o, lse = attention_fwd(*_float(q, k, v), *options)
         return o.to(q.dtype), lse
     return _kernels().forward(q, k, v, _options(*options))
 
@@ -61,12 +82,52 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
 @implement("attention_bwd", "triton")
 def attention_bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dlse: Tensor | None, *options: Any
-) -> op.Gradients:
+) -> Gradients:
     if not _served(q, v):
         return op.attention_bwd(do, q, k, v, o, lse, dlse, *options)
     if _rounds_badly(q):
-        grads = attention_bwd(do.float(), q.float(), k.float(), v.float(), o.float(), lse, dlse, *options)
+        grads = attention_bwd(*_float(do, q, k, v, o), lse, dlse, *options)
         dq, dk, dv = (g.to(q.dtype) for g in grads)
         return dq, dk, dv
     kernels = _kernels()
     return kernels.backward(do, q, k, v, lse, kernels.delta(do, o, dlse), _options(*options))
+
+
+@implement("attention_delta", "triton")
+def attention_delta(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
+    if not _served(o, o):
+        return op.attention_delta(do, o, dlse)
+    if _rounds_badly(o):
+        do, o = _float(do, o)
+    return _kernels().delta(do, o, dlse)
+
+
+@implement("attention_tile_fwd_", "triton")
+def attention_tile_fwd_(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any) -> None:
+    if not _served(q, v):
+        return op.attention_tile_fwd_(q, k, v, o, lse, *options)
+    if _rounds_badly(q):
+        q, k, v = _float(q, k, v)
+    _kernels().forward(q, k, v, _tile_options(*options), into=(o, lse))
+    return None
+
+
+@implement("attention_tile_bwd_", "triton")
+def attention_tile_bwd_(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *options: Any,
+) -> None:
+    if not _served(q, v):
+        return op.attention_tile_bwd_(do, q, k, v, lse, delta, dq, dk, dv, *options)
+    if _rounds_badly(q):
+        do, q, k, v = _float(do, q, k, v)
+    _kernels().backward(do, q, k, v, lse, delta, _tile_options(*options), into=(dq, dk, dv))
+    return None

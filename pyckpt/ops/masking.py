@@ -1,7 +1,8 @@
 """Which keys a query sees: causal, windowed, bottom-right aligned. Geometry only, for every implementation.
 
-Query i of Sq and key j of Sk: with p = i + Sk - Sq (bottom-right alignment), j is visible where
-p - left <= j <= p + right; a side of -1 has no limit. Causal attention has right = 0.
+Query i of Sq and key j of Sk: with p = i + offset, j is visible where p - left <= j <= p + right; a side of -1
+has no limit. Causal attention has right = 0. The offset is Sk - Sq (bottom-right alignment), unless the tensors
+are tiles of longer ones: then `shift`, the first query's position less the first key's.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ class Mask:
     sk: int
     left: int
     right: int
+    shift: int | None = None
 
     @property
     def offset(self) -> int:
-        return self.sk - self.sq
+        return self.sk - self.sq if self.shift is None else self.shift
 
     @property
     def full(self) -> bool:
@@ -34,7 +36,9 @@ class Mask:
 
     @property
     def square_causal(self) -> bool:
-        return self.sq == self.sk and self.right == 0 and (self.left < 0 or self.left >= self.sk - 1)
+        return (
+            self.sq == self.sk and self.offset == 0 and self.right == 0 and (self.left < 0 or self.left >= self.sk - 1)
+        )
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         """The range of keys that some query of [start, stop) sees; empty ranges have lo >= hi."""

@@ -8,6 +8,7 @@ import this.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +25,33 @@ def attention(
     softcap: float = 0.0,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    keep: Any = None,
+    keep_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ scale) v, with its log-sum-exp (Vaswani et al. 2017, eq. 1). Causal is window (-1, 0).
 
     q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv); returns o (B, Sq, H, Dv) and lse (B, H, Sq).
     Packed, with `cu_seqlens`: q (T, H, D) and so on, o (T, H, Dv), lse (H, T). Query i of Sq stands at
     position i + Sk - Sq and sees the keys from `left` before it to `right` after it, -1 for no limit. One
-    that sees none has o = 0, lse = -inf. Softcap: Gemma 2, section 2; shared heads: Ainslie et al. 2023.
+    that sees none has o = 0, lse = -inf. Softcap: Gemma 2, section 2; shared heads: Ainslie et al. 2023;
+    `alibi_slopes` (H,) or (B, H): Press et al. 2022; `sinks` (H,), scores of a key without a value: gpt-oss.
+    `keep` (B, H, Sq, Sk) are the probabilities that dropout keeps, times `keep_factor`; packed, the list of each
+    sequence's (1, H, s, s).
     """
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().tolist()
+        shared: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale, "keep_factor": keep_factor}
         parts = [
-            attention(*(t.unsqueeze(0) for t in part), window=window, softcap=softcap, scale=scale)
-            for part in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+            attention(
+                *(t.unsqueeze(0) for t in part),
+                **shared,
+                sinks=sinks,
+                alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[i],
+                keep=None if keep is None else keep[i],
+            )
+            for i, part in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True))
         ]
         return torch.cat([o[0] for o, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=-1)
     groups = q.shape[2] // k.shape[2]
@@ -44,11 +59,19 @@ def attention(
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = visible_keys(q.shape[1], k.shape[1], window)
+    sq, sk = q.shape[1], k.shape[1]
+    if alibi_slopes is not None:
+        distance = (torch.arange(sk) - (torch.arange(sq) + sk - sq).unsqueeze(1)).abs().to(scores)
+        scores = scores - alibi_slopes.to(scores).view(-1, q.shape[2], 1, 1) * distance
+    visible = visible_keys(sq, sk, window).to(q.device)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(scores).view(-1, 1).expand_as(lse))
     # exp(-inf - -inf) would be NaN: a query that sees nothing gets 0 for its lse, and p = exp(-inf) = 0.
     p = torch.exp(scores - lse.masked_fill(~visible.any(-1), 0.0).unsqueeze(-1))
+    if keep is not None:
+        p = p * keep.to(p.dtype) * keep_factor
     return torch.einsum("bhij,bjhd->bihd", p, v), lse
 
 

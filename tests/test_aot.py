@@ -1,0 +1,68 @@
+"""The Triton kernels compiled for GPUs that are not here: no spills, the matrix unit, shared memory that fits.
+
+Only what matters most, to stay quick; `make aot` compiles everything that ships. In a process of its own: here the
+kernels are Triton's interpreter's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+UNITS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+def compiled(arch: str, tmp_path: Path) -> list[dict[str, Any]]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYCKPT_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "pyckpt.triton_kernels.aot", "--quick", "--arch", arch, "--json", "kernels.json"],
+        cwd=tmp_path,
+        env={**env, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("kernels compiled, 0 problems")
+    return json.loads((tmp_path / "kernels.json").read_text())["kernels"]
+
+
+@pytest.mark.parametrize("arch", LIMITS)
+def test_kernels_fit_the_chip(arch, tmp_path):
+    kernels = compiled(arch, tmp_path)
+    assert {(k["op"], k["head_dim"], k["value_dim"]) for k in kernels} == {
+        (op, *dims) for op in ("fwd", "dkdv", "dq", "delta") for dims in ((64, 64), (128, 128), (192, 128), (256, 256))
+    }
+    for k in kernels:
+        what = f"{k['op']} at {k['head_dim']}/{k['value_dim']} on {arch}: {k}"
+        assert k["shared"] <= LIMITS[arch], what
+        assert k["unit"] == UNITS[arch] or k["op"] == "delta", what
+        assert k["registers"] >= 24, what  # fewer, and the compiler took the work away
+        if arch != "gfx942":
+            assert k["spilled"] <= (0 if k["head_dim"] <= 128 else 64), what
+            assert k["programs"] >= 1, what
+
+
+def test_a_spill_is_a_problem():
+    code = """
+from pyckpt.triton_kernels.aot import Case, Report
+def found(**change):
+    figures = dict(registers=200, spilled=0, stack=0, shared=1000, unit="wgmma", seconds=0.0) | change
+    return list(Report(Case("sm_90", "dq", change.pop("dim", 128), 128, "bfloat16", "causal"), **figures).problems())
+assert found() == []
+assert found(spilled=4) == ["4 bytes spilled, 0 allowed"]
+assert found(unit="mma") == ["runs on mma, not on wgmma"]
+assert found(shared=300000) == ["300000 bytes of shared memory; sm_90 has 232448"]
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
