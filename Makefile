@@ -20,13 +20,14 @@ READY := $(VENV)/ready
 SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint aot bench doctor clean
+.PHONY: help setup demo test lint aot gpu bench doctor clean
 
 help:
 	@echo "make demo     train a small model on text, then compare memory and time (3 minutes)"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile the Triton kernels for GPUs that are not here; registers, spills, shared memory"
+	@echo "make gpu      on a machine with a GPU: its tests and the attention benchmark (8 minutes, nothing installed)"
 	@echo "make bench    the block's times against PyTorch's"
 	@echo "make doctor   versions, devices, and which backend serves each op"
 	@echo "make setup    only the environment in $(VENV); the others do it themselves"
@@ -65,6 +66,10 @@ bench: $(READY)
 
 aot: $(READY)
 	@env -u TRITON_INTERPRET $(BIN)/python -m pyckpt.triton_kernels.aot $(ARGS)
+
+# With the machine's own Python and PyTorch: a virtual environment would hide its CUDA build.
+gpu:
+	@$(PYTHON) bench/gpu.py $(ARGS)
 
 doctor: $(READY)
 	@$(BIN)/pyckpt doctor

@@ -20,7 +20,7 @@ RESULTS = ROOT / "bench" / "results"
 def stamp(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Commit (with "+" when the tree has changes besides results), device, threads, versions and day of a run."""
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _changed() else ""),
+        "commit": os.environ.get("PYCKPT_COMMIT") or _commit(),
         "date": datetime.date.today().isoformat(),
         "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
@@ -28,10 +28,22 @@ def stamp(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def short_name(device: torch.device) -> str:
+    """For a file's name: h100, a100, cpu."""
+    if device.type == "cpu":
+        return "cpu"
+    words = device_name(device).replace("-", " ").split()
+    return next((w.lower() for w in words if any(c.isdigit() for c in w)), "gpu")
+
+
 def write(name: str, figures: dict[str, Any]) -> Path:
-    """Write bench/results/<name>.json, aside first, so that a reader never finds half of it."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    """Write bench/results/<name>.json."""
+    return write_to(RESULTS / f"{name}.json", figures)
+
+
+def write_to(path: Path, figures: dict[str, Any]) -> Path:
+    """Write JSON, aside first, so that a reader never finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(figures, indent=1) + "\n")
     os.replace(aside, path)
@@ -40,6 +52,10 @@ def write(name: str, figures: dict[str, Any]) -> Path:
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _commit() -> str:
+    return _git("rev-parse", "--short=12", "HEAD") + ("+" if _changed() else "")
 
 
 def _changed() -> bool:

@@ -644,3 +644,19 @@ class TestOnTheGpu:
         tensors = q.numel() * 2
         # o, do, dq, dk, dv and what autograd holds of them; lse and delta are 1/32 of one of them.
         assert torch.cuda.max_memory_allocated() - before <= 6 * tensors
+
+    @pytest.mark.parametrize("tiles", ["table"])
+    def test_a_new_length_compiles_nothing(self, tiles):
+        def run(n: int) -> None:
+            q, k, v = (t.to(torch.bfloat16).requires_grad_() for t in qkv(n, n, 4, 2, 64, batch=2).values())
+            pyckpt.attention(q, k, v).sum().backward()
+
+        def compiled() -> int:
+            kernels = [k for n, k in vars(attention).items() if n.startswith("attention_") and "_kernel_" in n]
+            return sum(len(cache[0]) for k in kernels for cache in k.device_caches.values())
+
+        run(640)
+        before = compiled()
+        for n in (17, 128, 1000, 4096):
+            run(n)
+        assert compiled() == before

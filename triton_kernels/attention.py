@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,9 +74,9 @@ def forward(
     options: Options,
     *,
     into: tuple[Tensor, Tensor] | None = None,
-    config: Config | None = None,
+    configs: Mapping[str, Config] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse). `into` is a running (o, lse) to merge with, in place; `config` overrides the table."""
+    """(o, lse). `into` is a running (o, lse) to merge with, in place; `configs` overrides the table, by op."""
     check(q, k, v, options)
     q, k, v = (_unit(t) for t in (q, k, v))
     problem = _Problem.of(q, k, v, options, into is not None)
@@ -124,7 +124,7 @@ def forward(
             **_meta(config),
         )
 
-    _launch(problem, "fwd", run, repeatable=into is None, config=config)
+    _launch(problem, "fwd", run, repeatable=into is None, configs=configs)
     return o, lse
 
 
@@ -176,9 +176,13 @@ def backward(
     options: Options,
     *,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
-    config: Config | None = None,
+    configs: Mapping[str, Config] | None = None,
+    only: tuple[str, ...] = ("dkdv", "dq"),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from lse and delta. `into` are float32 gradients to add to, in place."""
+    """(dq, dk, dv) from lse and delta. `into` are float32 gradients to add to, in place.
+
+    `configs` overrides the table, by op. `only` runs one of the two kernels, to time it.
+    """
     check(q, k, v, options)
     do, q, k, v = (_unit(t) for t in (do, q, k, v))
     lse, delta = lse.contiguous(), delta.contiguous()
@@ -237,7 +241,8 @@ def backward(
         )
 
     for op, run in (("dkdv", run_dkdv), ("dq", run_dq)):
-        _launch(problem, op, run, repeatable=into is None, config=config)
+        if op in only:
+            _launch(problem, op, run, repeatable=into is None, configs=configs)
     return dq, dk, dv
 
 
@@ -343,10 +348,11 @@ def _limits(window: tuple[int, int], sq: int, sk: int, offset: int, packed: bool
 
 
 def _launch(
-    problem: _Problem, op: str, run: Callable[[Config], None], *, repeatable: bool, config: Config | None
+    problem: _Problem, op: str, run: Callable[[Config], None], *, repeatable: bool, configs: Mapping[str, Config] | None
 ) -> None:
+    given = configs.get(op) if configs else None
     with _on(problem):
-        run(config or tuning.configured(problem.key(op), run, repeatable))
+        run(given or tuning.configured(problem.key(op), run, repeatable))
 
 
 def _on(t: Any) -> contextlib.AbstractContextManager[Any]:

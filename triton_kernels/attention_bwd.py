@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .attention_tile import (
+    LENGTHS,
     capped,
     exponential,
     find_sequence,
@@ -60,7 +61,7 @@ def load_lse(p_lse, o_i, n, PRECISION: tl.constexpr):
 # --- delta --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n"])
+@triton.jit(do_not_specialize=["n_heads", "n_tiles", "n", "stride_lb", "stride_lh"])
 def attention_bwd_kernel_delta(
     p_do,
     p_o,
@@ -203,11 +204,7 @@ def _keys_from_queries(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_sequences", "n_rows", "n_tiles", "section", "sq", "sk", "diagonal", "k_start", "left", "right", "threshold",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_bwd_kernel_dkdv(
     p_q,
     p_k,
@@ -408,11 +405,7 @@ def _queries_from_keys(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_sequences", "n_rows", "n_tiles", "section", "sq", "sk", "diagonal", "k_start", "left", "right", "threshold",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_bwd_kernel_dq(
     p_q,
     p_k,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .attention_tile import (
+    LENGTHS,
     LN2,
     capped,
     exponential,
@@ -97,11 +98,7 @@ def _attend(
     return acc, m, l
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_sequences", "n_rows", "n_tiles", "section", "sq", "sk", "diagonal", "k_start", "left", "right", "threshold",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_fwd_kernel_tile(
     p_q,
     p_k,

@@ -14,6 +14,25 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Arguments that change with the lengths and the batch: specialised, each new length would compile anew.
+LENGTHS = [
+    "n_heads",
+    "groups",
+    "n_sequences",
+    "n_rows",
+    "n_tiles",
+    "section",
+    "sq",
+    "sk",
+    "diagonal",
+    "k_start",
+    "left",
+    "right",
+    "threshold",
+    "stride_lb",
+    "stride_lh",
+    "stride_slopes",
+]
 
 
 @triton.jit

@@ -143,11 +143,11 @@ def candidates(key: Key) -> list[Config]:
 
 
 def _fastest(key: Key, run: Callable[[Config], None]) -> Config:
-    times = {c: t for c in candidates(key) if (t := _time(c, run)) is not None}
+    times = {c: t for c in candidates(key) if (t := time_config(c, run)) is not None}
     return min(times, key=lambda c: times[c]) if times else lookup(key)
 
 
-def _time(config: Config, run: Callable[[Config], None]) -> float | None:
+def time_config(config: Config, run: Callable[[Config], None]) -> float | None:
     """Milliseconds, the median; None where the configuration does not fit the device."""
     from triton.runtime.errors import OutOfResources
 
