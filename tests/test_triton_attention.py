@@ -531,7 +531,7 @@ class TestTable:
         known = {"arch", "op", "head_dim", "value_dim", "dtype", "mask", "score", "config", "source"}
         for row in tuning.rows():
             assert set(row) <= known
-            assert len(row["config"]) == 4
+            assert len(row["config"]) in (4, 5)
             assert row["source"]
 
     def test_an_unknown_chip_takes_the_rows_of_the_one_before_it(self):

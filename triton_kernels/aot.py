@@ -242,7 +242,7 @@ def _constants(case: Case) -> dict[str, Any]:
         "ACCUMULATE": has["accumulate"],
         "DLSE": False,
         "PLAIN_SCALE": not (has["softcap"] or has["alibi"]),
-        "PRECISION": "tf32x3" if case.dtype == "float32" else "tf32",
+        "PRECISION": config.exact if case.dtype == "float32" else "tf32",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": key.head_dim,

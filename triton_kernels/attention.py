@@ -121,7 +121,7 @@ def forward(
             SINKS=options.sinks is not None,
             ACCUMULATE=into is not None,
             PLAIN_SCALE=plain,
-            **_meta(config),
+            **problem.meta(config),
         )
 
     _launch(problem, "fwd", run, repeatable=into is None, configs=configs)
@@ -218,7 +218,7 @@ def backward(
             problem.section(problem.sq * problem.groups, 1),
             **problem.shared,
             ACCUMULATE=into is not None,
-            **_meta(config),
+            **problem.meta(config),
         )
 
     def run_dq(config: Config) -> None:
@@ -237,7 +237,7 @@ def backward(
             problem.section(problem.sk, problem.groups),
             **problem.shared,
             ACCUMULATE=into is not None,
-            **_meta(config),
+            **problem.meta(config),
         )
 
     for op, run in (("dkdv", run_dkdv), ("dq", run_dq)):
@@ -293,7 +293,6 @@ class _Problem:
             "SOFTCAP": options.softcap != 0.0,
             "ALIBI": options.alibi_slopes is not None,
             "DROPOUT": options.dropout > 0.0,
-            "PRECISION": _precision(q.dtype),
             **blocks(head_dim, value_dim),
         }
         return _Problem(
@@ -323,6 +322,20 @@ class _Problem:
     def section(self, n: int, heads: int) -> int:
         """Rows whose n tokens of two tensors fill half the L2 cache, in multiples of the heads that share them."""
         return heads * max(1, tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes))
+
+    def meta(self, config: Config) -> dict[str, Any]:
+        """What a configuration decides."""
+        exact = self.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        return {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            # Half precision ignores it. Else TF32 only where the user allows it for matrix products; three of them are
+            # about as accurate as float32 (as PyTorch's memory-efficient attention does it).
+            "PRECISION": config.exact if exact else "tf32",
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,  # Triton's default is going to change
+        }
 
     def key(self, op: str) -> Key:
         dtype = "float32" if self.dtype == torch.float32 else "half"
@@ -358,25 +371,6 @@ def _launch(
 def _on(t: Any) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
-
-
-def _meta(config: Config) -> dict[str, Any]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,  # Triton's default is going to change
-    }
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products; half precision ignores it.
-
-    TF32 where the user allows it for matrix products, else three of them for each product, which gives about
-    float32's own accuracy on the matrix units (as PyTorch's memory-efficient attention does it).
-    """
-    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _unit(t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ p - left <= j <= p + right. The diagonal is Sk - Sq for a whole sequence (bottom
 q_start - k_start for a tile of queries against a tile of keys.
 
 Scores, running maxima and lse are held in units in which `exponential` is cheap. In half precision that is base
-2: exp(x) is exp2(x * log2(e)), and the factor joins the scale. In exact float32 (`PRECISION` "tf32x3") it is base e:
+2: exp(x) is exp2(x * log2(e)), and the factor joins the scale. In exact float32 (`PRECISION` not "tf32") it is base e:
 the conversion would round lse once more, by as much as all else together.
 """
 
@@ -38,13 +38,13 @@ LENGTHS = [
 @triton.jit
 def unit(PRECISION: tl.constexpr):
     """How many of the kernels' units are one nat."""
-    return 1.0 if PRECISION == "tf32x3" else LOG2E
+    return LOG2E if PRECISION == "tf32" else 1.0
 
 
 @triton.jit
 def exponential(x, PRECISION: tl.constexpr):
     """exp of a number in the kernels' units."""
-    return tl.exp2(x * LOG2E) if PRECISION == "tf32x3" else tl.exp2(x)
+    return tl.exp2(x) if PRECISION == "tf32" else tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def tanh(x, PRECISION: tl.constexpr):
     a = tl.abs(x)
     t = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
     t = tl.where(x < 0, -t, t)
-    if PRECISION == "tf32x3":
+    if PRECISION != "tf32":
         y = x * x
         series = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
         t = tl.where(a < 0.25, series, t)

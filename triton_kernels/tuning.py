@@ -31,12 +31,16 @@ _SMALL = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps of a program, stages of its load pipeline."""
+    """Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps of a program, stages of its load pipeline.
+
+    `exact` is how exact float32 products are made: of three TF32 ones ("tf32x3"), or by the float32 units ("ieee").
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    exact: str = "tf32x3"
 
 
 @dataclasses.dataclass(frozen=True)
