@@ -4,7 +4,8 @@
     python -m pyckpt.triton_kernels.aot --arch sm_90 --quick # the ones that matter most, for one architecture
 
 Prints a line a kernel: registers, spilled bytes and stack a thread, shared memory, the matrix unit in use, and the
-programs that fit on one multiprocessor. Exits with 1 where `problems` finds any that is not known. Needs no GPU and no driver.
+programs that fit on one multiprocessor. Exits with 1 where `problems` finds any that is not known. Needs no GPU and
+no driver.
 """
 
 from __future__ import annotations
