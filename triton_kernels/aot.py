@@ -161,7 +161,10 @@ def cases(archs: Iterable[str] = ARCHS, quick: bool = False) -> Iterator[Case]:
     dims, dtypes, masks = (QUICK_DIMS, ("bfloat16",), ("causal",)) if quick else (DIMS, tuple(DTYPES), MASKS)
     for arch in archs:
         for dim, dtype in itertools.product(dims, dtypes):
-            yield from (Case(arch, op, *dim, dtype, mask) for op in ("fwd", "dkdv", "dq") for mask in masks)
+            for op, mask in itertools.product(("fwd", "dkdv", "dq"), masks):
+                yield (case := Case(arch, op, *dim, dtype, mask))
+                if case.config.tma:  # what tensors get that the copy engine cannot read
+                    yield dataclasses.replace(case, features=("pointers",))
             yield Case(arch, "delta", *dim, dtype, "full")
         if quick:
             continue
@@ -220,9 +223,21 @@ def _arguments(names: list[str], case: Case) -> tuple[dict[str, str], dict[str, 
     signature, attrs = {}, {}
     for i, name in enumerate(names):
         signature[name] = "constexpr" if name in constants else _type(name, case)
+        if constants.get("TMA") and name in _STREAMED[case.op]:
+            signature[name] = _descriptor(name, case)
         if signature[name].startswith("*") or name.startswith("stride") or name in ("head_dim", "value_dim"):
             attrs[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attrs
+
+
+# What the loop of each kernel goes through, a tile at a time.
+_STREAMED = {"fwd": ("p_k", "p_v"), "dkdv": ("p_q", "p_do"), "dq": ("p_k", "p_v"), "delta": ()}
+
+
+def _descriptor(name: str, case: Case) -> str:
+    rows = case.config.block_m if case.op == "dkdv" else case.config.block_n
+    columns = case.key.head_dim if name in ("p_q", "p_k") else case.key.value_dim
+    return f"tensordesc<{DTYPES[case.dtype]}[1, {rows}, 1, {columns}]>"
 
 
 def _type(name: str, case: Case) -> str:
@@ -236,7 +251,7 @@ def _type(name: str, case: Case) -> str:
 
 
 def _constants(case: Case) -> dict[str, Any]:
-    has = {f: f in case.features for f in FEATURES}
+    has = {f: f in case.features for f in (*FEATURES, "pointers")}
     config, key = case.config, case.key
     constants: dict[str, Any] = {
         "PACKED": has["packed"],
@@ -250,6 +265,7 @@ def _constants(case: Case) -> dict[str, Any]:
         "DLSE": False,
         "PLAIN_SCALE": not (has["softcap"] or has["alibi"]),
         "PRECISION": config.exact if case.dtype == "float32" else "tf32",
+        "TMA": config.tma and not (has["packed"] or has["pointers"]),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": key.head_dim,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
 from .attention_bwd import attention_bwd_kernel_delta, attention_bwd_kernel_dkdv, attention_bwd_kernel_dq
@@ -95,10 +96,10 @@ def forward(
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
             return
+        tma = problem.tma(config, k, v)
         attention_fwd_kernel_tile[(tiles * problem.rows,)](
             q,
-            k,
-            v,
+            *(_described((k, v), config.block_n) if tma else (k, v)),
             o,
             lse,
             options.sinks,
@@ -121,6 +122,7 @@ def forward(
             SINKS=options.sinks is not None,
             ACCUMULATE=into is not None,
             PLAIN_SCALE=plain,
+            TMA=tma,
             **problem.meta(config),
         )
 
@@ -194,7 +196,6 @@ def backward(
         _check_gradients(into, (q, k, v))
     if q.shape[-2] == 0 or problem.rows == 0:
         return dq, dk, dv
-    inputs = (q, k, v, do, lse, delta)
     strides = [s for t in (q, k, v, do) for s in _strides(t)]
     tables = (options.alibi_slopes, options.cu_seqlens_q, options.keys_cu)
     last = (*_stat_strides(lse), _slope_stride(options.alibi_slopes), problem.heads, problem.groups, problem.sequences)
@@ -204,8 +205,15 @@ def backward(
         tiles = problem.tiles(problem.sk, config.block_n)
         if tiles == 0:
             return
+        tma = problem.tma(config, q, do)
+        p_q, p_do = _described((q, do), config.block_m) if tma else (q, do)
         attention_bwd_kernel_dkdv[(tiles * rows,)](
-            *inputs,
+            p_q,
+            k,
+            v,
+            p_do,
+            lse,
+            delta,
             dk,
             dv,
             *tables,
@@ -218,6 +226,7 @@ def backward(
             problem.section(problem.sq * problem.groups, 1),
             **problem.shared,
             ACCUMULATE=into is not None,
+            TMA=tma,
             **problem.meta(config),
         )
 
@@ -225,8 +234,13 @@ def backward(
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
             return
+        tma = problem.tma(config, k, v)
         attention_bwd_kernel_dq[(tiles * problem.rows,)](
-            *inputs,
+            q,
+            *(_described((k, v), config.block_n) if tma else (k, v)),
+            do,
+            lse,
+            delta,
             dq,
             *tables,
             *strides,
@@ -237,6 +251,7 @@ def backward(
             problem.section(problem.sk, problem.groups),
             **problem.shared,
             ACCUMULATE=into is not None,
+            TMA=tma,
             **problem.meta(config),
         )
 
@@ -323,6 +338,15 @@ class _Problem:
         """Rows whose n tokens of two tensors fill half the L2 cache, in multiples of the heads that share them."""
         return heads * max(1, tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes))
 
+    def tma(self, config: Config, *tensors: Tensor) -> bool:
+        """Whether the copy engine may bring these (B, S, H, D): it wants multiples of 16 bytes, and no empty dim."""
+        return (
+            config.tma
+            and not self.sequences
+            and all(t.numel() and t.data_ptr() % 16 == 0 for t in tensors)
+            and all(s > 0 and s * t.element_size() % 16 == 0 for t in tensors for s in t.stride()[:-1])
+        )
+
     def meta(self, config: Config) -> dict[str, Any]:
         """What a configuration decides."""
         exact = self.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
@@ -375,6 +399,14 @@ def _on(t: Any) -> contextlib.AbstractContextManager[Any]:
 
 def _unit(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _described(tensors: tuple[Tensor, ...], rows: int) -> tuple[TensorDescriptor, ...]:
+    """Descriptors of (B, S, H, D) for tiles of `rows` tokens of one head, the head dim padded."""
+    return tuple(
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, rows, 1, max(16, triton.next_power_of_2(t.shape[-1]))])
+        for t in tensors
+    )
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:

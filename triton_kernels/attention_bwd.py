@@ -17,6 +17,7 @@ from .attention_tile import (
     exponential,
     find_sequence,
     kept,
+    load_rows,
     load_tile,
     split_program,
     store_tile,
@@ -151,6 +152,7 @@ def _keys_from_queries(
     ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -171,7 +173,13 @@ def _keys_from_queries(
         i = lo + t % n * BLOCK_M
         o_i = i + tl.arange(0, BLOCK_M)
         o_p = o_i + diagonal
-        b_q = load_tile(p_q + head_64 * stride_qh, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D)  # [BM, BD]
+        p_q_head, p_do_head = p_q, p_do
+        if not TMA:
+            p_q_head += head_64 * stride_qh
+            p_do_head += head_64 * stride_dh
+        b_q = load_rows(
+            p_q_head, sequence, i, head, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D, TMA, BLOCK_M, BLOCK_D
+        )  # [BM, BD]
         b_lse = load_lse(p_lse + head_64 * stride_lh, o_i, sq, PRECISION)
         slope = 0.0
         if ALIBI:
@@ -188,7 +196,9 @@ def _keys_from_queries(
             partly = partly | (i >= full_hi)
         if partly:
             p = tl.where(visible(o_p[None, :], o_j[:, None], sk, left, right, LEFT, RIGHT), p, 0.0)
-        b_do = load_tile(p_do + head_64 * stride_dh, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV)  # [BM, BDV]
+        b_do = load_rows(
+            p_do_head, sequence, i, head, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV, TMA, BLOCK_M, BLOCK_DV
+        )  # [BM, BDV]
         dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
         dropped = p
         if DROPOUT:
@@ -265,6 +275,7 @@ def attention_bwd_kernel_dkdv(
     DROPOUT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -272,7 +283,10 @@ def attention_bwd_kernel_dkdv(
     RAGGED_D: tl.constexpr,
     RAGGED_DV: tl.constexpr,
 ):
-    """dK and dV of BLOCK_N keys of one key/value head, over its queries and its query heads in turn."""
+    """dK and dV of BLOCK_N keys of one key/value head, over its queries and its query heads in turn.
+
+    With TMA, p_q and p_do are tensor descriptors, and the batch is not packed.
+    """
     # The first keys are seen by the most queries under a causal mask, and come first as they are.
     tile, row = split_program(tl.program_id(0), n_tiles, n_rows, section, False)
     n_kv_heads = n_heads // groups
@@ -320,8 +334,9 @@ def attention_bwd_kernel_dkdv(
     stop = tl.minimum(j + BLOCK_N, sk)
     # From the keys' side the query at i stands at j = i + diagonal: the sides change places.
     lo, full_lo, full_hi, hi = visit_range(j, stop, -diagonal, sq, right, left, RIGHT, LEFT, BLOCK_M)
-    p_q += q_first
-    p_do += d_first
+    if not TMA:
+        p_q += q_first
+        p_do += d_first
     p_lse += l_first
     p_delta += l_first
     if ALIBI:
@@ -331,7 +346,7 @@ def attention_bwd_kernel_dkdv(
         dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_slopes, stride_qs, stride_qh, stride_ds, stride_dh,
         stride_lh, lo, hi, full_lo, full_hi, first_head, groups, sq, sk, diagonal, o_j, left, right, scale, softcap,
         keep_factor, seed, threshold, sequence, k_start, head_dim, value_dim,
-        LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+        LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
     store_tile(p_dk, dk * scale, o_j, o_d, stride_dks, sk, head_dim, ACCUMULATE)
     store_tile(p_dv, dv, o_j, o_dv, stride_dvs, sk, value_dim, ACCUMULATE)
@@ -365,6 +380,7 @@ def _queries_from_keys(
     threshold,
     sequence,
     head,
+    kv_head,
     k_start,
     head_dim,
     value_dim,
@@ -375,6 +391,7 @@ def _queries_from_keys(
     ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -386,8 +403,12 @@ def _queries_from_keys(
     o_dv = tl.arange(0, BLOCK_DV)
     for j in tl.range(lo, hi, BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, o_j, o_d, stride_ks, sk, head_dim, MASKED, RAGGED_D)  # [BN, BD]
-        b_v = load_tile(p_v, o_j, o_dv, stride_vs, sk, value_dim, MASKED, RAGGED_DV)  # [BN, BDV]
+        b_k = load_rows(
+            p_k, sequence, j, kv_head, o_j, o_d, stride_ks, sk, head_dim, MASKED, RAGGED_D, TMA, BLOCK_N, BLOCK_D
+        )  # [BN, BD]
+        b_v = load_rows(
+            p_v, sequence, j, kv_head, o_j, o_dv, stride_vs, sk, value_dim, MASKED, RAGGED_DV, TMA, BLOCK_N, BLOCK_DV
+        )  # [BN, BDV]
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         p, derivative = probabilities(
             s, b_lse[:, None], o_p[:, None], o_j[None, :], scale, softcap, slope, SOFTCAP, ALIBI, PRECISION
@@ -462,6 +483,7 @@ def attention_bwd_kernel_dq(
     DROPOUT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -469,7 +491,7 @@ def attention_bwd_kernel_dq(
     RAGGED_D: tl.constexpr,
     RAGGED_DV: tl.constexpr,
 ):
-    """dQ of BLOCK_M queries of one head."""
+    """dQ of BLOCK_M queries of one head. With TMA, p_k and p_v are tensor descriptors, and the batch is not packed."""
     tile, row = split_program(tl.program_id(0), n_tiles, n_rows, section, RIGHT)
     sequence = row // n_heads
     head = row % n_heads
@@ -497,12 +519,13 @@ def attention_bwd_kernel_dq(
     if i >= sq:
         return
     head_64 = head.to(tl.int64)
-    kv_head = (head // groups).to(tl.int64)
+    kv_head = head // groups
     p_q += q_first + head_64 * stride_qh
     p_do += d_first + head_64 * stride_dh
     p_dq += dq_first + head_64 * stride_dqh
-    p_k += k_first + kv_head * stride_kh
-    p_v += v_first + kv_head * stride_vh
+    if not TMA:
+        p_k += k_first + kv_head.to(tl.int64) * stride_kh
+        p_v += v_first + kv_head.to(tl.int64) * stride_vh
     p_lse += l_first + head_64 * stride_lh
     p_delta += l_first + head_64 * stride_lh
 
@@ -524,20 +547,20 @@ def attention_bwd_kernel_dq(
     if LEFT:
         dq = _queries_from_keys(
             dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, lo, tl.minimum(full_lo, hi), sk, o_p,
-            left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, k_start,
-            head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+            left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
+            head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
             BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         )  # fmt: skip
     dq = _queries_from_keys(
         dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, full_lo, full_hi, sk, o_p,
-        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, k_start,
-        head_dim, value_dim, False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
+        head_dim, value_dim, False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
     dq = _queries_from_keys(
         dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, full_hi, hi, sk, o_p,
-        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, k_start,
-        head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
+        head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
     store_tile(p_dq, dq * scale, o_i, o_d, stride_dqs, sq, head_dim, ACCUMULATE)

@@ -14,6 +14,7 @@ from .attention_tile import (
     exponential,
     find_sequence,
     kept,
+    load_rows,
     load_tile,
     split_program,
     store_tile,
@@ -46,6 +47,7 @@ def _attend(
     threshold,
     sequence,
     head,
+    kv_head,
     k_start,
     head_dim,
     value_dim,
@@ -57,6 +59,7 @@ def _attend(
     DROPOUT: tl.constexpr,
     PLAIN_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -68,7 +71,9 @@ def _attend(
     o_dv = tl.arange(0, BLOCK_DV)
     for j in tl.range(lo, hi, BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, o_j, o_d, stride_ks, sk, head_dim, MASKED, RAGGED_D)  # [BN, BD]
+        b_k = load_rows(
+            p_k, sequence, j, kv_head, o_j, o_d, stride_ks, sk, head_dim, MASKED, RAGGED_D, TMA, BLOCK_N, BLOCK_D
+        )  # [BN, BD]
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if PLAIN_SCALE:
             factor = scale * unit(PRECISION)
@@ -92,7 +97,9 @@ def _attend(
         if DROPOUT:
             m_kept = kept(seed, sequence, head, (k_start + o_p)[:, None], (k_start + o_j)[None, :], threshold)
             p = tl.where(m_kept, p, 0.0)
-        b_v = load_tile(p_v, o_j, o_dv, stride_vs, sk, value_dim, MASKED, RAGGED_DV)  # [BN, BDV]
+        b_v = load_rows(
+            p_v, sequence, j, kv_head, o_j, o_dv, stride_vs, sk, value_dim, MASKED, RAGGED_DV, TMA, BLOCK_N, BLOCK_DV
+        )  # [BN, BDV]
         acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
         m = m_new
     return acc, m, l
@@ -153,6 +160,7 @@ def attention_fwd_kernel_tile(
     ACCUMULATE: tl.constexpr,
     PLAIN_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -160,7 +168,10 @@ def attention_fwd_kernel_tile(
     RAGGED_D: tl.constexpr,
     RAGGED_DV: tl.constexpr,
 ):
-    """o and lse of BLOCK_M queries of one head; with ACCUMULATE, merged into those that are there."""
+    """o and lse of BLOCK_M queries of one head; with ACCUMULATE, merged into those that are there.
+
+    With TMA, p_k and p_v are tensor descriptors, and the batch is not packed.
+    """
     tile, row = split_program(tl.program_id(0), n_tiles, n_rows, section, RIGHT)
     sequence = row // n_heads
     head = row % n_heads
@@ -186,10 +197,11 @@ def attention_fwd_kernel_tile(
     if i >= sq:
         return
     head_64 = head.to(tl.int64)
-    kv_head = (head // groups).to(tl.int64)
+    kv_head = head // groups
     p_q += q_first + head_64 * stride_qh
-    p_k += k_first + kv_head * stride_kh
-    p_v += v_first + kv_head * stride_vh
+    if not TMA:
+        p_k += k_first + kv_head.to(tl.int64) * stride_kh
+        p_v += v_first + kv_head.to(tl.int64) * stride_vh
     p_o += o_first + head_64 * stride_oh
     p_lse += l_first + head_64 * stride_lh
 
@@ -218,20 +230,20 @@ def attention_fwd_kernel_tile(
     if LEFT:
         acc, m, l = _attend(
             acc, m, l, b_q, p_k, p_v, stride_ks, stride_vs, lo, tl.minimum(full_lo, hi), sk, o_p, left, right,
-            scale, softcap, slope, seed, threshold, sequence, head, k_start, head_dim, value_dim,
-            True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION,
+            scale, softcap, slope, seed, threshold, sequence, head, kv_head, k_start, head_dim, value_dim,
+            True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION, TMA,
             BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, b_q, p_k, p_v, stride_ks, stride_vs, full_lo, full_hi, sk, o_p, left, right,
-        scale, softcap, slope, seed, threshold, sequence, head, k_start, head_dim, value_dim,
-        False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION,
+        scale, softcap, slope, seed, threshold, sequence, head, kv_head, k_start, head_dim, value_dim,
+        False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
     acc, m, l = _attend(
         acc, m, l, b_q, p_k, p_v, stride_ks, stride_vs, full_hi, hi, sk, o_p, left, right,
-        scale, softcap, slope, seed, threshold, sequence, head, k_start, head_dim, value_dim,
-        True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION,
+        scale, softcap, slope, seed, threshold, sequence, head, kv_head, k_start, head_dim, value_dim,
+        True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
 

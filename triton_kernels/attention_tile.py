@@ -133,6 +133,34 @@ def load_tile(p, o_r, o_c, stride, n, width, MASKED: tl.constexpr, RAGGED: tl.co
 
 
 @triton.jit
+def load_rows(
+    p,
+    batch,
+    start,
+    head,
+    o_r,
+    o_c,
+    stride,
+    n,
+    width,
+    MASKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The rows o_r of one head, from `start` on, as [R, C]; 0 beyond its ends.
+
+    `p` points to the head's first row, or, with TMA, is a descriptor of the whole tensor (B, S, H, D).
+    """
+    if TMA:
+        b = p.load([batch, start, head, 0]).reshape(ROWS, COLUMNS)
+    else:
+        b = load_tile(p, o_r, o_c, stride, n, width, MASKED, RAGGED)
+    return b
+
+
+@triton.jit
 def store_tile(p, b, o_r, o_c, stride, n, width, ADD: tl.constexpr):
     """Store b [R, C] in the rows below n and columns below width, or add it to what is there."""
     p_tile = p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]

@@ -25,6 +25,7 @@ import torch
 TABLE = Path(__file__).resolve().parent / "attention_tuned.json"
 INTERPRETED = "interpreter"
 _TRIES = 5
+_TMA = ("sm_90", "sm_100", "sm_103", "sm_120")
 # Less shared memory than the data-centre chip before them: they take the rows for any architecture, which are small.
 _SMALL = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 
@@ -34,6 +35,7 @@ class Config:
     """Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps of a program, stages of its load pipeline.
 
     `exact` is how exact float32 products are made: of three TF32 ones ("tf32x3"), or by the float32 units ("ieee").
+    `tma` lets Hopper's copy engine bring the tiles that the loop goes through, where their layout allows it.
     """
 
     block_m: int
@@ -41,6 +43,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     exact: str = "tf32x3"
+    tma: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +140,15 @@ def candidates(key: Key) -> list[Config]:
     first = lookup(key)
     tiles = {(first.block_m, first.block_n)}
     tiles |= {(m, n) for m in (64, 128) for n in (32, 64, 128) if (m + n) * max(key.head_dim, key.value_dim) <= 32768}
-    return [first] + [
-        c
+    loads = (False, True) if key.arch in _TMA else (False,)
+    found = [
+        Config(m, n, warps, stages, first.exact, tma)
         for m, n in sorted(tiles)
         for warps in (4, 8)
         for stages in (2, 3)
-        if (c := Config(m, n, warps, stages)) != first
+        for tma in loads
     ]
+    return [first, *(c for c in found if c != first)]
 
 
 def _fastest(key: Key, run: Callable[[Config], None]) -> Config:
