@@ -49,15 +49,24 @@ def assert_exact(ours: Tensor, truth: Tensor, what: str = "result", terms: float
 
 
 def check_truth(
-    ours: Function, plain: Function, truth: Function, inputs: Inputs, factor: float = 2.0, terms: float = 0.0
+    ours: Function,
+    plain: Function,
+    truth: Function,
+    inputs: Inputs,
+    factor: float = 2.0,
+    terms: float = 0.0,
+    terms_of: dict[str, float] | None = None,
 ) -> None:
-    """`assert_close_to_truth` for the outputs and every input's gradient, from random upstream gradients."""
+    """`assert_close_to_truth` for the outputs and every input's gradient, from random upstream gradients.
+
+    `terms_of` gives the size of the terms of some results, by name.
+    """
     exact = {name: t.double() for name, t in inputs.items()}
     wanted, douts = step(truth, exact)
     got, reference = step(ours, inputs, douts)[0], step(plain, inputs, douts)[0]
     assert got.keys() == reference.keys() == wanted.keys()
     for name, t in got.items():
-        assert_close_to_truth(t, reference[name], wanted[name], factor, name, terms)
+        assert_close_to_truth(t, reference[name], wanted[name], factor, name, (terms_of or {}).get(name, terms))
 
 
 def check_exact(ours: Function, truth: Function, inputs: Inputs, terms: float = 1.0) -> None:

@@ -109,7 +109,9 @@ def check(
 
     # A gradient is a sum of (dP - delta), where each is a product of two rows of random numbers.
     terms = inputs["v"].shape[-1] ** 0.5
-    check_truth(ours, formula, formula, {n: t.to(dtype) for n, t in inputs.items()}, terms=terms)
+    # A sink's is a sum of such differences over all queries, whose roundings add up like a random walk.
+    of = {"dsinks": terms * inputs["q"][..., 0, 0].numel() ** 0.5}
+    check_truth(ours, formula, formula, {n: t.to(dtype) for n, t in inputs.items()}, terms=terms, terms_of=of)
 
 
 def packed(lengths: list[int], **shape: Any) -> tuple[dict[str, Tensor], Tensor]:
