@@ -564,6 +564,49 @@ class TestTable:
         assert LOOKUP(dataclasses.replace(key, arch="sm_89")) != LOOKUP(dataclasses.replace(key, arch="sm_80"))
 
 
+class TestAutotuning:
+    KEY = tuning.Key("sm_90", "fwd", 128, 128, "half", "causal")
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tuning, "lookup", LOOKUP)
+        monkeypatch.setenv("PYCKPT_CACHE_DIR", str(tmp_path / "new"))
+        tuning._tuned.cache_clear()
+        yield tmp_path / "new" / "attention.json"
+        tuning._tuned.cache_clear()
+
+    def test_is_off_by_default(self, cache, monkeypatch):
+        monkeypatch.delenv("PYCKPT_AUTOTUNE", raising=False)
+        monkeypatch.setattr(tuning, "time_config", None)
+        assert tuning.configured(self.KEY, print, repeatable=True) == LOOKUP(self.KEY)
+        assert not cache.exists()
+
+    def test_takes_the_fastest_once_and_keeps_it_on_disk(self, cache, monkeypatch):
+        monkeypatch.setenv("PYCKPT_AUTOTUNE", "1")
+        tried = []
+        wanted = tuning.candidates(self.KEY)[5]
+
+        def time_config(config: Any, run: Any) -> float | None:
+            tried.append(config)
+            return None if config.num_stages == 3 and config != wanted else 1.0 if config == wanted else 2.0
+
+        monkeypatch.setattr(tuning, "time_config", time_config)
+        assert tuning.configured(self.KEY, print, repeatable=True) == wanted
+        assert tried == tuning.candidates(self.KEY)
+        assert tried[0] == LOOKUP(self.KEY)
+        tuning._tuned.cache_clear()  # as in a new process
+        assert tuning.configured(self.KEY, print, repeatable=True) == wanted
+        assert len(tried) == len(tuning.candidates(self.KEY))
+        cache.write_text("{ not json")
+        tuning._tuned.cache_clear()
+        assert tuning.configured(self.KEY, print, repeatable=True) == wanted
+
+    def test_never_runs_twice_what_writes_in_place(self, monkeypatch):
+        monkeypatch.setenv("PYCKPT_AUTOTUNE", "1")
+        monkeypatch.setattr(tuning, "time_config", None)
+        assert tuning.configured(self.KEY, print, repeatable=False) == LOOKUP(self.KEY)
+
+
 class TestBadInput:
     """Errors of the launchers, before anything is launched; those of `pyckpt.attention` are tested with the op."""
 
