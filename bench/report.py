@@ -92,13 +92,22 @@ def attention_kernels() -> str:
     """What the compiler made of the tuned kernels, for bench/NOTES.md."""
     figures = common.read("attention_static")
     lines = [
-        "| kernel | head dim | queries × keys | warps | stages | registers | spilled | shared | programs an SM |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| kernel | head dim | queries × keys | loads | warps | stages | registers | spilled | shared | programs an SM |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for k in figures["kernels"]:
         dim = str(k["head_dim"]) if k["head_dim"] == k["value_dim"] else f"{k['head_dim']}/{k['value_dim']}"
         m, n, warps, stages = k["config"]
-        cells = (f"{m} × {n}", warps, stages, k["registers"], k["spilled"], f"{k['shared']:,}", k["programs"])
+        cells = (
+            f"{m} × {n}",
+            k["loads"],
+            warps,
+            stages,
+            k["registers"],
+            k["spilled"],
+            f"{k['shared']:,}",
+            k["programs"],
+        )
         lines.append(f"| {k['op']} | {dim} | {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", source("bench/roofline.py", "attention_static", figures)])
 

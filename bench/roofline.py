@@ -53,7 +53,8 @@ def kernels() -> list[dict[str, Any]]:
         figures = {f: getattr(report, f) for f in ("registers", "spilled", "shared", "unit", "programs")}
         tile = [config.block_m, config.block_n, config.num_warps, config.num_stages]
         dims = {"op": case.op, "head_dim": case.head_dim, "value_dim": case.value_dim}
-        found.append({**dims, "config": tile, **figures})
+        loads = "TMA" if config.tma and "pointers" not in case.features else "pointers"
+        found.append({**dims, "config": tile, "loads": loads, **figures})
     return found
 
 
