@@ -92,7 +92,7 @@ def attention_kernels() -> str:
     """What the compiler made of the tuned kernels, for bench/NOTES.md."""
     figures = common.read("attention_static")
     lines = [
-        "| kernel | head dim | queries × keys | loads | warps | stages | registers | spilled | shared | programs an SM |",
+        "| kernel | head dim | queries × keys | loads | warps | stages | registers | spilled | shared | on an SM |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for k in figures["kernels"]:
