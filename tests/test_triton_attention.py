@@ -46,6 +46,8 @@ TILES = {
     "64x16": Config(64, 16),
     "32x32 tma": Config(32, 32, tma=True),
     "32x16 tma": Config(32, 16, tma=True),
+    "32x32 persistent": Config(32, 32, tma=True, persistent=1),
+    "32x32 split": Config(32, 32, split=True),
 }
 
 
@@ -459,6 +461,31 @@ class TestCost:
         assert torch.equal(
             pyckpt.attention(q[:, :, :2], k[:, :, :1], v[:, :, :1], dropout=0.2, seed=1), whole[:, :, :2]
         )
+
+
+class TestSchedules:
+    """What decides who computes a tile, and when, leaves its bits alone."""
+
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("way", [{"persistent": 1}, {"persistent": 1, "tma": True}, {"split": True}], ids=str)
+    def test_give_the_same_bits(self, way, mask, monkeypatch):
+        monkeypatch.setattr(tuning, "multiprocessors", lambda device: 5)  # 12 or 24 tiles: a last turn not full
+        q, k, v = (t.to(LOW) for t in qkv(101, 90, heads=3, kv_heads=3, batch=2).values())
+        options = Options(window=MASKS[mask][1], dropout=0.1, seed=7)
+        found = []
+        for config in (Config(32, 32), Config(32, 32, **way)):
+            configs = dict.fromkeys(("fwd", "dkdv", "dq"), config)
+            o, lse = attention.forward(q, k, v, options, configs=configs)
+            found.append(
+                (o, lse, *attention.backward(o, q, k, v, lse, attention.delta(o, o), options, configs=configs))
+            )
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+    def test_persistent_with_packed_sequences(self, monkeypatch):
+        monkeypatch.setattr(tuning, "multiprocessors", lambda device: 5)
+        monkeypatch.setattr(tuning, "lookup", lambda key: Config(16, 16, persistent=2))
+        inputs, cu_seqlens = packed([0, 19, 1, 0, 37, 7, 0], heads=2, kv_heads=1)
+        check(inputs, cu_seqlens=cu_seqlens)
 
 
 class TestDispatch:

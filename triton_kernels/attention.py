@@ -97,7 +97,7 @@ def forward(
         if tiles == 0:
             return
         tma = problem.tma(config, k, v)
-        attention_fwd_kernel_tile[(tiles * problem.rows,)](
+        attention_fwd_kernel_tile[(problem.programs(config, tiles * problem.rows),)](
             q,
             *(_described((k, v), config.block_n) if tma else (k, v)),
             o,
@@ -121,8 +121,10 @@ def forward(
             **problem.shared,
             SINKS=options.sinks is not None,
             ACCUMULATE=into is not None,
+            PERSISTENT=config.persistent > 0,
             PLAIN_SCALE=plain,
             TMA=tma,
+            SPECIALIZE=config.specialize and tma,
             **problem.meta(config),
         )
 
@@ -207,28 +209,31 @@ def backward(
             return
         tma = problem.tma(config, q, do)
         p_q, p_do = _described((q, do), config.block_m) if tma else (q, do)
-        attention_bwd_kernel_dkdv[(tiles * rows,)](
-            p_q,
-            k,
-            v,
-            p_do,
-            lse,
-            delta,
-            dk,
-            dv,
-            *tables,
-            *strides,
-            *_strides(dk),
-            *_strides(dv),
-            *last,
-            rows,
-            tiles,
-            problem.section(problem.sq * problem.groups, 1),
-            **problem.shared,
-            ACCUMULATE=into is not None,
-            TMA=tma,
-            **problem.meta(config),
-        )
+        for dk_too, dv_too in ((False, True), (True, False)) if config.split else ((True, True),):
+            attention_bwd_kernel_dkdv[(tiles * rows,)](
+                p_q,
+                k,
+                v,
+                p_do,
+                lse,
+                delta,
+                dk,
+                dv,
+                *tables,
+                *strides,
+                *_strides(dk),
+                *_strides(dv),
+                *last,
+                rows,
+                tiles,
+                problem.section(problem.sq * problem.groups, 1),
+                **problem.shared,
+                ACCUMULATE=into is not None,
+                TMA=tma,
+                DK=dk_too,
+                DV=dv_too,
+                **problem.meta(config),
+            )
 
     def run_dq(config: Config) -> None:
         tiles = problem.tiles(problem.sq, config.block_m)
@@ -333,6 +338,10 @@ class _Problem:
     def tiles(self, n: int, block: int) -> int:
         """Tiles of one row's axis; packed, the slots that `find_sequence` counts."""
         return n // block + self.sequences if self.sequences else triton.cdiv(n, block)
+
+    def programs(self, config: Config, tiles: int) -> int:
+        """Programs to launch for so many tiles."""
+        return min(tiles, config.persistent * tuning.multiprocessors(self.device)) if config.persistent else tiles
 
     def section(self, n: int, heads: int) -> int:
         """Rows whose n tokens of two tensors fill half the L2 cache, in multiples of the heads that share them."""

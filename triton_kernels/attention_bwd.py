@@ -15,10 +15,10 @@ from .attention_tile import (
     LENGTHS,
     capped,
     exponential,
-    find_sequence,
     kept,
     load_rows,
     load_tile,
+    locate,
     split_program,
     store_tile,
     unit,
@@ -153,6 +153,8 @@ def _keys_from_queries(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -199,18 +201,22 @@ def _keys_from_queries(
         b_do = load_rows(
             p_do_head, sequence, i, head, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV, TMA, BLOCK_M, BLOCK_DV
         )  # [BM, BDV]
-        dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
         dropped = p
         if DROPOUT:
             m_kept = kept(seed, sequence, head, (k_start + o_p)[None, :], (k_start + o_j)[:, None], threshold)
             dropped = tl.where(m_kept, p * keep_factor, 0.0)
-            dp = tl.where(m_kept, dp * keep_factor, 0.0)
-        dv = tl.dot(dropped.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
-        b_delta = tl.load(p_delta + head_64 * stride_lh + o_i, mask=o_i < sq, other=0.0)
-        ds = p * (dp - b_delta[None, :])
-        if SOFTCAP:
-            ds *= derivative
-        dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+        if DK:
+            dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+            if DROPOUT:
+                dp = tl.where(m_kept, dp * keep_factor, 0.0)
+        if DV:
+            dv = tl.dot(dropped.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
+        if DK:
+            b_delta = tl.load(p_delta + head_64 * stride_lh + o_i, mask=o_i < sq, other=0.0)
+            ds = p * (dp - b_delta[None, :])
+            if SOFTCAP:
+                ds *= derivative
+            dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -276,6 +282,8 @@ def attention_bwd_kernel_dkdv(
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -285,71 +293,52 @@ def attention_bwd_kernel_dkdv(
 ):
     """dK and dV of BLOCK_N keys of one key/value head, over its queries and its query heads in turn.
 
+    DK and DV say which of the two: where the registers don't hold both accumulators, two launches make S twice.
     With TMA, p_q and p_do are tensor descriptors, and the batch is not packed.
     """
     # The first keys are seen by the most queries under a causal mask, and come first as they are.
     tile, row = split_program(tl.program_id(0), n_tiles, n_rows, section, False)
-    n_kv_heads = n_heads // groups
-    sequence = row // n_kv_heads
-    kv_head = row % n_kv_heads
-    j = tile * BLOCK_N
-    batch = sequence.to(tl.int64)
-    q_first = batch * stride_qb
-    k_first = batch * stride_kb
-    v_first = batch * stride_vb
-    d_first = batch * stride_db
-    dk_first = batch * stride_dkb
-    dv_first = batch * stride_dvb
-    l_first = batch * stride_lb
-    if PACKED:
-        sequence, j = find_sequence(tile, p_cu_k, n_sequences, BLOCK_N)
-        token = tl.load(p_cu_q + sequence).to(tl.int64)
-        key = tl.load(p_cu_k + sequence).to(tl.int64)
-        sq = (tl.load(p_cu_q + sequence + 1) - token).to(tl.int32)
-        sk = (tl.load(p_cu_k + sequence + 1) - key).to(tl.int32)
-        diagonal = sk - sq
-        q_first = token * stride_qs
-        k_first = key * stride_ks
-        v_first = key * stride_vs
-        d_first = token * stride_ds
-        dk_first = key * stride_dks
-        dv_first = key * stride_dvs
-        l_first = token
-    if j >= sk:
+    kv_head, sequence, j, n_q, n_k, shift, batch, token, key = locate(
+        tile, row, n_heads // groups, p_cu_q, p_cu_k, n_sequences, sq, sk, diagonal, PACKED, True, BLOCK_N
+    )
+    if j >= n_k:
         return
     kv_head_64 = kv_head.to(tl.int64)
-    p_k += k_first + kv_head_64 * stride_kh
-    p_v += v_first + kv_head_64 * stride_vh
-    p_dk += dk_first + kv_head_64 * stride_dkh
-    p_dv += dv_first + kv_head_64 * stride_dvh
+    p_k_row = p_k + (batch * stride_kb + key * stride_ks + kv_head_64 * stride_kh)
+    p_v_row = p_v + (batch * stride_vb + key * stride_vs + kv_head_64 * stride_vh)
+    p_dk_row = p_dk + (batch * stride_dkb + key * stride_dks + kv_head_64 * stride_dkh)
+    p_dv_row = p_dv + (batch * stride_dvb + key * stride_dvs + kv_head_64 * stride_dvh)
 
     o_j = j + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    b_k = load_tile(p_k, o_j, o_d, stride_ks, sk, head_dim, True, RAGGED_D)  # [BN, BD]
-    b_v = load_tile(p_v, o_j, o_dv, stride_vs, sk, value_dim, True, RAGGED_DV)  # [BN, BDV]
+    b_k = load_tile(p_k_row, o_j, o_d, stride_ks, n_k, head_dim, True, RAGGED_D)  # [BN, BD]
+    b_v = load_tile(p_v_row, o_j, o_dv, stride_vs, n_k, value_dim, True, RAGGED_DV)  # [BN, BDV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    stop = tl.minimum(j + BLOCK_N, sk)
+    stop = tl.minimum(j + BLOCK_N, n_k)
     # From the keys' side the query at i stands at j = i + diagonal: the sides change places.
-    lo, full_lo, full_hi, hi = visit_range(j, stop, -diagonal, sq, right, left, RIGHT, LEFT, BLOCK_M)
+    lo, full_lo, full_hi, hi = visit_range(j, stop, -shift, n_q, right, left, RIGHT, LEFT, BLOCK_M)
+    p_q_row, p_do_row, p_slopes_row = p_q, p_do, p_slopes
     if not TMA:
-        p_q += q_first
-        p_do += d_first
-    p_lse += l_first
-    p_delta += l_first
+        p_q_row += batch * stride_qb + token * stride_qs
+        p_do_row += batch * stride_db + token * stride_ds
+    p_lse_row = p_lse + (batch * stride_lb + token)
+    p_delta_row = p_delta + (batch * stride_lb + token)
     if ALIBI:
-        p_slopes += sequence * stride_slopes
+        p_slopes_row += sequence * stride_slopes
     first_head = kv_head * groups
     dk, dv = _keys_from_queries(
-        dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_slopes, stride_qs, stride_qh, stride_ds, stride_dh,
-        stride_lh, lo, hi, full_lo, full_hi, first_head, groups, sq, sk, diagonal, o_j, left, right, scale, softcap,
-        keep_factor, seed, threshold, sequence, k_start, head_dim, value_dim,
-        LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+        dk, dv, b_k, b_v, p_q_row, p_do_row, p_lse_row, p_delta_row, p_slopes_row, stride_qs, stride_qh,
+        stride_ds, stride_dh, stride_lh, lo, hi, full_lo, full_hi, first_head, groups, n_q, n_k, shift, o_j,
+        left, right, scale, softcap, keep_factor, seed, threshold, sequence, k_start, head_dim, value_dim,
+        LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA, DK, DV, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
-    store_tile(p_dk, dk * scale, o_j, o_d, stride_dks, sk, head_dim, ACCUMULATE)
-    store_tile(p_dv, dv, o_j, o_dv, stride_dvs, sk, value_dim, ACCUMULATE)
+    if DK:
+        store_tile(p_dk_row, dk * scale, o_j, o_d, stride_dks, n_k, head_dim, ACCUMULATE)
+    if DV:
+        store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, ACCUMULATE)
 
 
 # --- dQ -----------------------------------------------------------------------------------------------------
@@ -493,74 +482,55 @@ def attention_bwd_kernel_dq(
 ):
     """dQ of BLOCK_M queries of one head. With TMA, p_k and p_v are tensor descriptors, and the batch is not packed."""
     tile, row = split_program(tl.program_id(0), n_tiles, n_rows, section, RIGHT)
-    sequence = row // n_heads
-    head = row % n_heads
-    i = tile * BLOCK_M
-    batch = sequence.to(tl.int64)
-    q_first = batch * stride_qb
-    k_first = batch * stride_kb
-    v_first = batch * stride_vb
-    d_first = batch * stride_db
-    dq_first = batch * stride_dqb
-    l_first = batch * stride_lb
-    if PACKED:
-        sequence, i = find_sequence(tile, p_cu_q, n_sequences, BLOCK_M)
-        token = tl.load(p_cu_q + sequence).to(tl.int64)
-        key = tl.load(p_cu_k + sequence).to(tl.int64)
-        sq = (tl.load(p_cu_q + sequence + 1) - token).to(tl.int32)
-        sk = (tl.load(p_cu_k + sequence + 1) - key).to(tl.int32)
-        diagonal = sk - sq
-        q_first = token * stride_qs
-        k_first = key * stride_ks
-        v_first = key * stride_vs
-        d_first = token * stride_ds
-        dq_first = token * stride_dqs
-        l_first = token
-    if i >= sq:
+    head, sequence, i, n_q, n_k, shift, batch, token, key = locate(
+        tile, row, n_heads, p_cu_q, p_cu_k, n_sequences, sq, sk, diagonal, PACKED, False, BLOCK_M
+    )
+    if i >= n_q:
         return
     head_64 = head.to(tl.int64)
     kv_head = head // groups
-    p_q += q_first + head_64 * stride_qh
-    p_do += d_first + head_64 * stride_dh
-    p_dq += dq_first + head_64 * stride_dqh
+    p_q_row = p_q + (batch * stride_qb + token * stride_qs + head_64 * stride_qh)
+    p_do_row = p_do + (batch * stride_db + token * stride_ds + head_64 * stride_dh)
+    p_dq_row = p_dq + (batch * stride_dqb + token * stride_dqs + head_64 * stride_dqh)
+    p_lse_row = p_lse + (batch * stride_lb + token + head_64 * stride_lh)
+    p_delta_row = p_delta + (batch * stride_lb + token + head_64 * stride_lh)
+    p_k_row, p_v_row = p_k, p_v
     if not TMA:
-        p_k += k_first + kv_head.to(tl.int64) * stride_kh
-        p_v += v_first + kv_head.to(tl.int64) * stride_vh
-    p_lse += l_first + head_64 * stride_lh
-    p_delta += l_first + head_64 * stride_lh
+        p_k_row += batch * stride_kb + key * stride_ks + kv_head.to(tl.int64) * stride_kh
+        p_v_row += batch * stride_vb + key * stride_vs + kv_head.to(tl.int64) * stride_vh
 
     o_i = i + tl.arange(0, BLOCK_M)
-    o_p = o_i + diagonal
+    o_p = o_i + shift
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    b_q = load_tile(p_q, o_i, o_d, stride_qs, sq, head_dim, True, RAGGED_D)  # [BM, BD]
-    b_do = load_tile(p_do, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV)  # [BM, BDV]
-    b_lse = load_lse(p_lse, o_i, sq, PRECISION)
-    b_delta = tl.load(p_delta + o_i, mask=o_i < sq, other=0.0)
+    b_q = load_tile(p_q_row, o_i, o_d, stride_qs, n_q, head_dim, True, RAGGED_D)  # [BM, BD]
+    b_do = load_tile(p_do_row, o_i, o_dv, stride_ds, n_q, value_dim, True, RAGGED_DV)  # [BM, BDV]
+    b_lse = load_lse(p_lse_row, o_i, n_q, PRECISION)
+    b_delta = tl.load(p_delta_row + o_i, mask=o_i < n_q, other=0.0)
     slope = 0.0
     if ALIBI:
         slope = tl.load(p_slopes + sequence * stride_slopes + head)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    stop = tl.minimum(i + BLOCK_M, sq)
-    lo, full_lo, full_hi, hi = visit_range(i, stop, diagonal, sk, left, right, LEFT, RIGHT, BLOCK_N)
+    stop = tl.minimum(i + BLOCK_M, n_q)
+    lo, full_lo, full_hi, hi = visit_range(i, stop, shift, n_k, left, right, LEFT, RIGHT, BLOCK_N)
     if LEFT:
         dq = _queries_from_keys(
-            dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, lo, tl.minimum(full_lo, hi), sk, o_p,
-            left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
-            head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
+            dq, b_q, b_do, b_lse, b_delta, p_k_row, p_v_row, stride_ks, stride_vs, lo, tl.minimum(full_lo, hi),
+            n_k, o_p, left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head,
+            k_start, head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
             BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         )  # fmt: skip
     dq = _queries_from_keys(
-        dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, full_lo, full_hi, sk, o_p,
+        dq, b_q, b_do, b_lse, b_delta, p_k_row, p_v_row, stride_ks, stride_vs, full_lo, full_hi, n_k, o_p,
         left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
         head_dim, value_dim, False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
     dq = _queries_from_keys(
-        dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, full_hi, hi, sk, o_p,
+        dq, b_q, b_do, b_lse, b_delta, p_k_row, p_v_row, stride_ks, stride_vs, full_hi, hi, n_k, o_p,
         left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
         head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
-    store_tile(p_dq, dq * scale, o_i, o_d, stride_dqs, sq, head_dim, ACCUMULATE)
+    store_tile(p_dq_row, dq * scale, o_i, o_d, stride_dqs, n_q, head_dim, ACCUMULATE)

@@ -82,6 +82,43 @@ def find_sequence(slot, p_cu, n_sequences, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def locate(
+    tile,
+    row,
+    n_heads,
+    p_cu_q,
+    p_cu_k,
+    n_sequences,
+    sq,
+    sk,
+    diagonal,
+    PACKED: tl.constexpr,
+    ALONG_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(head, sequence, start, sq, sk, diagonal, batch, token, key) of a tile of BLOCK queries (keys) of a row.
+
+    The tile begins at `start` within its sequence; batch, token and key, int64, are where that begins in memory.
+    Dense, the sequence is the batch; packed, the batch is 0. A `start` beyond the sequence's end: nothing to do.
+    """
+    sequence = row // n_heads
+    head = row % n_heads
+    start = tile * BLOCK
+    batch = sequence.to(tl.int64)
+    token = tl.zeros([], tl.int64)
+    key = tl.zeros([], tl.int64)
+    if PACKED:
+        sequence, start = find_sequence(tile, p_cu_k if ALONG_KEYS else p_cu_q, n_sequences, BLOCK)
+        batch = tl.zeros([], tl.int64)
+        token = tl.load(p_cu_q + sequence).to(tl.int64)
+        key = tl.load(p_cu_k + sequence).to(tl.int64)
+        sq = (tl.load(p_cu_q + sequence + 1) - token).to(tl.int32)
+        sk = (tl.load(p_cu_k + sequence + 1) - key).to(tl.int32)
+        diagonal = sk - sq
+    return head, sequence, start, sq, sk, diagonal, batch, token, key
+
+
+@triton.jit
 def visit_range(
     start, stop, diagonal, n, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr
 ):

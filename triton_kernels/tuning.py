@@ -25,6 +25,7 @@ import torch
 TABLE = Path(__file__).resolve().parent / "attention_tuned.json"
 INTERPRETED = "interpreter"
 _TRIES = 5
+_SPECIALIZED = ("sm_100", "sm_103")
 _TMA = ("sm_90", "sm_100", "sm_103", "sm_120")
 # Less shared memory than the data-centre chip before them: they take the rows for any architecture, which are small.
 _SMALL = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
@@ -36,6 +37,9 @@ class Config:
 
     `exact` is how exact float32 products are made: of three TF32 ones ("tf32x3"), or by the float32 units ("ieee").
     `tma` lets Hopper's copy engine bring the tiles that the loop goes through, where their layout allows it.
+    `persistent` is how many programs a multiprocessor runs for the whole of a forward launch; 0: one program a tile.
+    `specialize` gives a forward kernel that uses `tma` warps for loads and products of their own (Blackwell).
+    `split` makes dK and dV in two launches.
     """
 
     block_m: int
@@ -44,6 +48,9 @@ class Config:
     num_stages: int = 2
     exact: str = "tf32x3"
     tma: bool = False
+    persistent: int = 0
+    specialize: bool = False
+    split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,11 @@ def _architecture(index: int) -> str:
 @functools.cache
 def l2_bytes(device: torch.device) -> int:
     return 32 << 20 if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -140,15 +152,24 @@ def candidates(key: Key) -> list[Config]:
     first = lookup(key)
     tiles = {(first.block_m, first.block_n)}
     tiles |= {(m, n) for m in (64, 128) for n in (32, 64, 128) if (m + n) * max(key.head_dim, key.value_dim) <= 32768}
-    loads = (False, True) if key.arch in _TMA else (False,)
     found = [
-        Config(m, n, warps, stages, first.exact, tma)
+        dataclasses.replace(first, block_m=m, block_n=n, num_warps=warps, num_stages=stages, **way)
         for m, n in sorted(tiles)
         for warps in (4, 8)
         for stages in (2, 3)
-        for tma in loads
+        for way in _ways(key)
     ]
     return [first, *(c for c in found if c != first)]
+
+
+def _ways(key: Key) -> list[dict[str, Any]]:
+    """How a kernel may load and be scheduled."""
+    ways: list[dict[str, Any]] = [{"tma": False, "persistent": 0, "specialize": False}]
+    if key.arch in _TMA:
+        programs = (0, 1, 2) if key.op == "fwd" and key.mask == "causal" else (0,)
+        special = (False, True) if key.op == "fwd" and key.arch in _SPECIALIZED else (False,)
+        ways += [{"tma": True, "persistent": p, "specialize": s} for p in programs for s in special]
+    return ways
 
 
 def _fastest(key: Key, run: Callable[[Config], None]) -> Config:
