@@ -109,49 +109,7 @@ def _attend(
 @triton.jit
 def _attend_tile(
     pid,
-    p_q,
-    p_k,
-    p_v,
-    p_o,
-    p_lse,
-    p_sinks,
-    p_slopes,
-    p_cu_q,
-    p_cu_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    stride_lb,
-    stride_lh,
-    stride_slopes,
-    n_heads,
-    groups,
-    n_sequences,
-    n_rows,
-    n_tiles,
-    section,
-    sq,
-    sk,
-    diagonal,
-    k_start,
-    left,
-    right,
-    head_dim,
-    value_dim,
-    scale,
-    softcap,
-    keep_factor,
-    threshold,
-    seed: tl.int64,
+    given,  # the kernel's arguments up to its constants
     PACKED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -172,6 +130,12 @@ def _attend_tile(
     RAGGED_DV: tl.constexpr,
 ):
     """o and lse of one tile of queries of one head."""
+    (
+        p_q, p_k, p_v, p_o, p_lse, p_sinks, p_slopes, p_cu_q, p_cu_k, stride_qb, stride_qs, stride_qh,
+        stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+        stride_lb, stride_lh, stride_slopes, n_heads, groups, n_sequences, n_rows, n_tiles, section, sq, sk,
+        diagonal, k_start, left, right, head_dim, value_dim, scale, softcap, keep_factor, threshold, seed,
+    ) = given  # fmt: skip
     tile, row = split_program(pid, n_tiles, n_rows, section, RIGHT)
     head, sequence, i, n_q, n_k, shift, batch, token, key = locate(
         tile, row, n_heads, p_cu_q, p_cu_k, n_sequences, sq, sk, diagonal, PACKED, False, BLOCK_M
@@ -322,13 +286,13 @@ def attention_fwd_kernel_tile(
             pid = turn * n_programs + place
             if pid < n_tiles * n_rows:
                 _attend_tile(
-                    pid, *given,
+                    pid, given,
                     PACKED, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, SINKS, ACCUMULATE, PLAIN_SCALE, PRECISION, TMA,
                     SPECIALIZE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
                 )  # fmt: skip
     else:
         _attend_tile(
-            tl.program_id(0), *given,
+            tl.program_id(0), given,
             PACKED, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, SINKS, ACCUMULATE, PLAIN_SCALE, PRECISION, TMA, SPECIALIZE,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         )  # fmt: skip
