@@ -43,10 +43,11 @@ def bounds(kind: str, head_dim: int) -> tuple[float, float]:
 
 def kernels() -> list[dict[str, Any]]:
     """The compiler's report of the tuned kernels for sm_90, bf16, causal."""
-    from pyckpt.triton_kernels import aot
+    from pyckpt.triton_kernels.aot import attention
+    from pyckpt.triton_kernels.aot import compile as aot
 
     found = []
-    for report in aot.run(list(aot.cases(["sm_90"], quick=True))):
+    for report in aot.run(list(attention.cases("sm_90", quick=True))):
         case, config = report.case, report.case.config
         if case.op == "delta":
             continue

@@ -20,10 +20,11 @@ LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 UNITS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
-def compiled(arch: str, tmp_path: Path) -> list[dict[str, Any]]:
+def compiled(family: str, arch: str, tmp_path: Path) -> list[dict[str, Any]]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYCKPT_"))}
+    command = [sys.executable, "-m", "pyckpt.triton_kernels.aot", "--quick", "--json", "kernels.json"]
     done = subprocess.run(
-        [sys.executable, "-m", "pyckpt.triton_kernels.aot", "--quick", "--arch", arch, "--json", "kernels.json"],
+        [*command, "--family", family, "--arch", arch],
         cwd=tmp_path,
         env={**env, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -36,7 +37,7 @@ def compiled(arch: str, tmp_path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("arch", LIMITS)
 def test_kernels_fit_the_chip(arch, tmp_path):
-    kernels = compiled(arch, tmp_path)
+    kernels = compiled("attention", arch, tmp_path)
     assert {(k["op"], k["head_dim"], k["value_dim"]) for k in kernels} == {
         (op, *dims) for op in ("fwd", "dkdv", "dq", "delta") for dims in ((64, 64), (128, 128), (192, 128), (256, 256))
     }
@@ -54,10 +55,12 @@ def test_kernels_fit_the_chip(arch, tmp_path):
 
 def test_a_spill_is_a_problem():
     code = """
-from pyckpt.triton_kernels.aot import Case, Report
+from pyckpt.triton_kernels.aot.attention import AttentionCase
+from pyckpt.triton_kernels.aot.compile import Report
 def found(**change):
     figures = dict(registers=200, spilled=0, stack=0, shared=1000, unit="wgmma", seconds=0.0) | change
-    return list(Report(Case("sm_90", "dq", change.pop("dim", 128), 128, "bfloat16", "causal"), **figures).problems())
+    case = AttentionCase("sm_90", "dq", change.pop("dim", 128), 128, "bfloat16", "causal")
+    return list(Report(case, **figures).problems())
 assert found() == []
 assert found(spilled=4) == ["4 bytes spilled, 0 allowed"]
 assert found(unit="mma") == ["runs on mma, not on wgmma"]

@@ -112,7 +112,8 @@ def check(
     # A gradient is a sum of (dP - delta), where each is a product of two rows of random numbers.
     terms = inputs["v"].shape[-1] ** 0.5
     # A sink's is a sum of such differences over all queries, whose roundings add up like a random walk.
-    of = {"dsinks": terms * inputs["q"][..., 0, 0].numel() ** 0.5}
+    # So is dk's, over the queries that look at a key; with a single key the formula's own cancel to the last bit.
+    of = {"dsinks": terms * inputs["q"][..., 0, 0].numel() ** 0.5, "dk": terms * max(1.0, sq / sk) ** 0.5}
     check_truth(ours, formula, formula, {n: t.to(dtype) for n, t in inputs.items()}, terms=terms, terms_of=of)
 
 
