@@ -40,3 +40,10 @@ def poison() -> Iterator[None]:
 def unpoisoned(poison: None) -> None:
     """As users run it: PyTorch chooses any algorithm, and new memory holds what was there before."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs on PyTorch's own kernels and on ours."""
+    monkeypatch.setenv("PYCKPT_BACKEND", request.param)
+    return request.param

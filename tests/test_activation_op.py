@@ -27,8 +27,10 @@ PLAIN_PHI = {
 }
 
 
-@pytest.fixture(params=["one-chunk", "many-chunks"])
+@pytest.fixture(params=["one-chunk", "many-chunks", "triton"])
 def chunking(request, monkeypatch) -> None:
+    if request.param == "triton":
+        monkeypatch.setenv("PYCKPT_BACKEND", "triton")
     if request.param == "many-chunks":
         monkeypatch.setattr(chunks, "_CPU_CHUNK_ELEMENTS", 100)
 
@@ -110,6 +112,7 @@ class TestExact:
             check_exact(mine, truth, inputs)
 
 
+@pytest.mark.usefixtures("backend")
 class TestPrecision:
     @ALL_KINDS
     @pytest.mark.parametrize("dtype", LOW_DTYPES)

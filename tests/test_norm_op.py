@@ -34,8 +34,10 @@ ALL_CASES = pytest.mark.parametrize(("norm", "given"), CASES, ids=["-".join(c).s
 SHAPES = [(1, 1), (1, 7), (5, 1), (239, 3), (113, 203), (2, 3, 5), (4, 3, 2, 8), (6,)]
 
 
-@pytest.fixture(params=["one-chunk", "many-chunks"])
+@pytest.fixture(params=["one-chunk", "many-chunks", "triton"])
 def chunking(request, monkeypatch) -> None:
+    if request.param == "triton":
+        monkeypatch.setenv("PYCKPT_BACKEND", "triton")
     if request.param == "many-chunks":
         monkeypatch.setattr(chunks, "_CPU_CHUNK_ELEMENTS", 20)
 
@@ -130,6 +132,7 @@ class TestExact:
             check_exact(mine, truth, inputs, terms=100.0)
 
 
+@pytest.mark.usefixtures("backend")
 class TestPrecision:
     @ALL_CASES
     @pytest.mark.parametrize("dtype", LOW_DTYPES)

@@ -24,8 +24,10 @@ LLAMA3 = {
 }
 
 
-@pytest.fixture(params=["one-chunk", "many-chunks"])
+@pytest.fixture(params=["one-chunk", "many-chunks", "triton"])
 def chunking(request, monkeypatch) -> None:
+    if request.param == "triton":
+        monkeypatch.setenv("PYCKPT_BACKEND", "triton")
     if request.param == "many-chunks":
         monkeypatch.setattr(chunks, "_CPU_CHUNK_ELEMENTS", 50)
 
@@ -116,6 +118,7 @@ class TestExact:
         assert_exact(score(1007, 1004), score(3, 0), terms=100.0)
 
 
+@pytest.mark.usefixtures("backend")
 class TestPrecision:
     @INTERLEAVED
     @pytest.mark.parametrize("dtype", LOW_DTYPES)

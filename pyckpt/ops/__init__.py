@@ -1,5 +1,23 @@
 """Ops of the namespace `pyckpt`: importing this package declares them all (see `registry`)."""
 
-from pyckpt.ops import activation, attention, attention_triton, linear_cross_entropy, norm, registry, rope
+from pyckpt.ops import (
+    activation,
+    attention,
+    attention_triton,
+    linear_cross_entropy,
+    norm,
+    pointwise_triton,
+    registry,
+    rope,
+)
 
-__all__ = ["activation", "attention", "attention_triton", "linear_cross_entropy", "norm", "registry", "rope"]
+__all__ = [
+    "activation",
+    "attention",
+    "attention_triton",
+    "linear_cross_entropy",
+    "norm",
+    "pointwise_triton",
+    "registry",
+    "rope",
+]

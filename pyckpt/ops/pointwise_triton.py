@@ -1,0 +1,183 @@
+"""Norms, activations and RoPE by the Triton kernels of `pyckpt.triton_kernels`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops import activation as _activation  # noqa: F401 (declares the ops that are implemented here)
+from pyckpt.ops import norm as _norm  # noqa: F401
+from pyckpt.ops import rope as _rope  # noqa: F401
+from pyckpt.ops.registry import implement
+
+
+def _kernels(module: str) -> Any:
+    # Imported late: Triton decides at import whether it interprets, and machines without it never get here.
+    return importlib.import_module(f"pyckpt.triton_kernels.{module}")
+
+
+def _exact(fn: Callable[..., Any], *tensors: Tensor | None, writes: int = 0) -> Any:
+    """fn(*tensors); in Triton's interpreter, which computes bfloat16 on raw bits (3.6 to 3.9), on float32 copies.
+
+    What fn makes of the copies of bfloat16 tensors is rounded, and so are the last `writes` tensors, which it writes.
+    """
+    low = torch.bfloat16
+    if not any(t is not None and t.dtype == low and t.device.type == "cpu" for t in tensors):
+        return fn(*tensors)
+    wide = [t.float() if t is not None and t.dtype == low else t for t in tensors]
+    found = fn(*wide)
+    for t, w in list(zip(tensors, wide, strict=True))[len(tensors) - writes :]:
+        if t is not None and w is not None and w is not t:
+            t.copy_(w)
+    return found
+
+
+# --- norms --------------------------------------------------------------------------------------------------
+
+
+@implement("rms_norm_fwd", "triton")
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, _, rstd = _exact(lambda x, w: _kernels("norm").forward(x, w, None, eps, centered=False), x, weight)
+    return y.to(x.dtype), rstd
+
+
+@implement("layer_norm_fwd", "triton")
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, _, mean, rstd = _exact(lambda x, w, b: _kernels("norm").forward(x, w, b, eps, centered=True), x, weight, bias)
+    return y.to(x.dtype), mean, rstd
+
+
+def _norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dx: Tensor,
+    add: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    def run(dy: Tensor, x: Tensor, weight: Tensor | None, dx: Tensor) -> tuple[Tensor, Tensor]:
+        return _kernels("norm").backward(dy, x, weight, mean, rstd, dx, add=add, need_dw=need_dw)
+
+    return _exact(run, dy, x, weight, dx, writes=1)
+
+
+@implement("rms_norm_bwd", "triton")
+def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dw: bool) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    return dx, _norm_bwd(dy, x, weight, None, rstd, dx, False, need_dw)[0]
+
+
+@implement("rms_norm_bwd_add_", "triton")
+def rms_norm_bwd_add_(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, need_dw: bool) -> Tensor:
+    return _norm_bwd(dy, x, weight, None, rstd, dx, True, need_dw)[0]
+
+
+@implement("layer_norm_bwd", "triton")
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    return dx, *_norm_bwd(dy, x, weight, mean, rstd, dx, False, need_dw)
+
+
+@implement("layer_norm_bwd_add_", "triton")
+def layer_norm_bwd_add_(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    return _norm_bwd(dy, x, weight, mean, rstd, dx, True, need_dw)
+
+
+# --- activations --------------------------------------------------------------------------------------------
+
+
+def _act(gate: Tensor, up: Tensor | None, kind: str, act: Tensor) -> None:
+    _exact(lambda g, u, a: _kernels("activation").forward(g, u, kind, a), gate, up, act, writes=1)
+
+
+def _act_bwd(dact: Tensor, gate: Tensor, up: Tensor | None, kind: str, outs: tuple[Tensor | None, ...]) -> None:
+    def run(da: Tensor, g: Tensor, u: Tensor | None, *outs: Tensor | None) -> None:
+        _kernels("activation").backward(da, g, u, kind, outs)
+
+    _exact(run, dact, gate, up, *outs, writes=len(outs))
+
+
+@implement("glu_fwd", "triton")
+def glu_fwd(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    act = gate.new_empty(gate.shape)
+    _act(gate, up, kind, act)
+    return act
+
+
+@implement("glu_fwd_", "triton")
+def glu_fwd_(gate: Tensor, up: Tensor, kind: str) -> None:
+    _act(gate, up, kind, gate)
+
+
+@implement("glu_bwd", "triton")
+def glu_bwd(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    act, dgate, dup = (t.new_empty(t.shape) for t in (dact, gate, up))
+    _act_bwd(dact, gate, up, kind, (act, dgate, dup))
+    return act, dgate, dup
+
+
+@implement("glu_bwd_", "triton")
+def glu_bwd_(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> None:
+    _act_bwd(dact, gate, up, kind, (dact, gate, up))
+
+
+@implement("act_fwd", "triton")
+def act_fwd(x: Tensor, kind: str) -> Tensor:
+    act = x.new_empty(x.shape)
+    _act(x, None, kind, act)
+    return act
+
+
+@implement("act_fwd_", "triton")
+def act_fwd_(x: Tensor, kind: str) -> None:
+    _act(x, None, kind, x)
+
+
+@implement("act_bwd", "triton")
+def act_bwd(dact: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    act, dx = (t.new_empty(t.shape) for t in (dact, x))
+    _act_bwd(dact, x, None, kind, (act, dx, None))
+    return act, dx
+
+
+@implement("act_bwd_", "triton")
+def act_bwd_(dact: Tensor, x: Tensor, kind: str) -> None:
+    _act_bwd(dact, x, None, kind, (dact, x, None))
+
+
+# --- RoPE ---------------------------------------------------------------------------------------------------
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool, out: Tensor) -> None:
+    shape = (-1, *x.shape[-2:])
+    lead, half = x.shape[:-2], cos.shape[-1]
+    if cos.shape[:-1] != lead[len(lead) - cos.dim() + 1 :]:  # not one table for every leading index
+        cos, sin = cos.expand(*lead, half), sin.expand(*lead, half)
+    cos, sin = cos.reshape(-1, half), sin.reshape(-1, half)
+
+    def run(x: Tensor, out: Tensor) -> None:
+        _kernels("rope").rotate(x, cos, sin, inverse, interleaved, out)
+
+    _exact(run, x.reshape(shape), out.view(shape), writes=1)
+
+
+@implement("rope", "triton")
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> Tensor:
+    out = x.new_empty(x.shape)
+    _rotate(x, cos, sin, inverse, interleaved, out)
+    return out
+
+
+@implement("rope_", "triton")
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
+    _rotate(x, cos, sin, inverse, interleaved, x)

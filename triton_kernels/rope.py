@@ -1,0 +1,111 @@
+"""Rotary position embedding (Su et al. 2021, eq. 34), also in place; the inverse rotation is its backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import check_device, on
+
+HEADS = 8  # of a program: they share the angles
+_TILE = 1024
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "angles"])
+def rope_kernel(
+    p_x,
+    p_cos,
+    p_sin,
+    p_out,
+    tokens,
+    heads,
+    angles,
+    half,
+    tail,
+    stride_xt,
+    stride_xh,
+    stride_ot,
+    stride_oh,
+    INVERSE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    COPY_TAIL: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Rotate TOKENS tokens of HEADS heads: pairs (i, i + half), or (2i, 2i + 1). Token t has the angles t % angles."""
+    ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
+    o_t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    o_c = tl.arange(0, COLUMNS)
+    mt = o_t < tokens
+    m = mt[:, None] & (o_c < half)[None, :]
+    p_angle = (o_t % angles).to(tl.int64)[:, None] * half + o_c[None, :]
+    cos = tl.load(p_cos + p_angle, mask=m, other=0.0).to(ACC)  # [TOKENS, COLUMNS]
+    sin = tl.load(p_sin + p_angle, mask=m, other=0.0).to(ACC)
+    if INVERSE:
+        sin = -sin
+    o_a = 2 * o_c if INTERLEAVED else o_c
+    to_b = 1 if INTERLEAVED else half
+    row_x = o_t.to(tl.int64)[:, None] * stride_xt
+    row_out = o_t.to(tl.int64)[:, None] * stride_ot
+    first = tl.program_id(1) * HEADS
+    p_a = p_x + row_x + first.to(tl.int64) * stride_xh
+    p_o = p_out + row_out + first.to(tl.int64) * stride_oh
+    for _ in range(first, tl.minimum(first + HEADS, heads)):
+        a = tl.load(p_a + o_a[None, :], mask=m, other=0.0).to(ACC)
+        b = tl.load(p_a + o_a[None, :] + to_b, mask=m, other=0.0).to(ACC)
+        tl.store(p_o + o_a[None, :], (a * cos - b * sin).to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_o + o_a[None, :] + to_b, (b * cos + a * sin).to(p_out.dtype.element_ty), mask=m)
+        if COPY_TAIL:
+            o_d = 2 * half + tl.arange(0, TAIL)
+            m_d = mt[:, None] & (o_d < 2 * half + tail)[None, :]
+            tl.store(p_o + o_d[None, :], tl.load(p_a + o_d[None, :], mask=m_d), mask=m_d)
+        p_a += stride_xh
+        p_o += stride_oh
+
+
+def tile(half: int) -> tuple[int, int]:
+    """(TOKENS, COLUMNS) of a program."""
+    columns = triton.next_power_of_2(half)
+    return max(1, _TILE // columns), columns
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool, out: Tensor) -> None:
+    """Write x (T, H, D), rotated, to out, which may be x. cos, sin (n, r/2) with T a multiple of n, and r <= D."""
+    check_device(x)
+    tokens, heads, dim = x.shape
+    half = cos.shape[-1]
+    if x.numel() == 0 or half == 0:
+        if x.data_ptr() != out.data_ptr():
+            out.copy_(x)
+        return
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    tail = dim - 2 * half
+    count, columns = tile(half)
+    with on(x.device):
+        rope_kernel[(triton.cdiv(tokens, count), triton.cdiv(heads, HEADS))](
+            x,
+            cos.contiguous(),
+            sin.contiguous(),
+            out,
+            tokens,
+            heads,
+            cos.shape[0],
+            half,
+            tail,
+            *x.stride()[:2],
+            *out.stride()[:2],
+            INVERSE=inverse,
+            INTERLEAVED=interleaved,
+            COPY_TAIL=tail > 0 and x.data_ptr() != out.data_ptr(),
+            TOKENS=count,
+            HEADS=HEADS,
+            COLUMNS=columns,
+            TAIL=triton.next_power_of_2(max(1, tail)),
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
