@@ -23,7 +23,7 @@ from .rows import check_device, on, rows_of, rows_to_write, warps
 FORWARD_COLUMNS = 16384
 BACKWARD_COLUMNS = 8192
 _TILE = 4096
-_PIECE = 4096
+_PIECE = 2048
 _PROGRAMS = 4  # of the backward, for each multiprocessor
 
 
@@ -40,7 +40,7 @@ def _store(p, b, o_r, o_c, stride, m):
 @triton.jit
 def _reciprocal_root(v, ACC: tl.constexpr):
     # Rounded as IEEE has it: one number a row costs nothing, and its error is in every value of the row.
-    if ACC == tl.float64:
+    if tl.float64 == ACC:
         r = 1.0 / tl.sqrt(v)
     else:
         r = tl.div_rn(v * 0.0 + 1.0, tl.sqrt_rn(v))
@@ -48,7 +48,9 @@ def _reciprocal_root(v, ACC: tl.constexpr):
 
 
 @triton.jit
-def _summed(p_x, p_res, p_sum, o_r, o_c, stride_x, stride_res, stride_sum, m, RESIDUAL: tl.constexpr, ACC: tl.constexpr):
+def _summed(
+    p_x, p_res, p_sum, o_r, o_c, stride_x, stride_res, stride_sum, m, RESIDUAL: tl.constexpr, ACC: tl.constexpr
+):
     """x, or x + residual as it is rounded when stored, which is what a backward will see."""
     x = _load(p_x, o_r, o_c, stride_x, m, ACC)
     if RESIDUAL:

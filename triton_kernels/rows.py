@@ -22,7 +22,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def check_device(t: Tensor) -> None:
     """Raise ValueError for a tensor that no Triton kernel can read."""
     if t.device.type != "cuda" and not tuning.interpreted():
-        raise ValueError(f"a tensor is on {t.device}; Triton kernels run on CUDA, or on the CPU under TRITON_INTERPRET=1")
+        raise ValueError(
+            f"a tensor is on {t.device}; Triton kernels run on CUDA, or on the CPU under TRITON_INTERPRET=1"
+        )
     if t.dtype not in DTYPES:
         raise ValueError(f"dtype {t.dtype}: expected one of {', '.join(str(d)[6:] for d in DTYPES)}")
 

@@ -2,7 +2,7 @@
 
     python -m pyckpt.triton_kernels.aot                      # every kernel, dtype and tuned configuration
     python -m pyckpt.triton_kernels.aot --arch sm_90 --quick # the ones that matter most, for one architecture
-    python -m pyckpt.triton_kernels.aot --family norm        # one family of kernels
+    python -m pyckpt.triton_kernels.aot --family pointwise   # one family of kernels
 
 Prints a line a kernel: registers, spilled bytes and stack a thread, shared memory, the matrix unit in use, and the
 programs that fit on one multiprocessor. Exits with 1 where `Report.problems` finds any. Needs no GPU and no driver.
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import triton
 
-from . import attention
+from . import attention, pointwise
 from .compile import ARCHS, HEADER, Case, Report, run
 
 # Each has cases(arch, quick): every kernel, dtype and configuration that ships; quick, those that matter most.
-FAMILIES = {"attention": attention}
+FAMILIES = {"attention": attention, "pointwise": pointwise}
 
 
 def cases(archs: Iterable[str] = ARCHS, quick: bool = False, families: Iterable[str] = FAMILIES) -> Iterator[Case]:

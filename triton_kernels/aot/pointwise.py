@@ -1,0 +1,164 @@
+"""The norm, activation and RoPE kernels to compile ahead of time: widths, dtypes and forms that models have."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from .. import activation, norm, rope
+from ..rows import warps
+from .compile import DTYPES, Arguments, Case, signature
+
+# Head dims of QK-norm, widths of models, the widest a program holds at once, and one that it does not.
+WIDTHS = (64, 128, 1024, 4096, 5120, 8192, 16384, 32768)
+HEAD_DIMS = (64, 80, 128, 256)
+QUICK_WIDTHS = (128, 4096)
+_STATISTICS = ("p_mean", "p_rstd", "p_dw", "p_db")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormCase(Case):
+    """`centered`: LayerNorm with a bias, else RMSNorm. `residual`: x + residual (forward), add to dx (backward)."""
+
+    arch: str
+    backward: bool
+    width: int
+    dtype: str
+    centered: bool = False
+    residual: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'layer' if self.centered else 'rms'}_{'bwd' if self.backward else 'fwd'}"
+
+    @property
+    def what(self) -> str:
+        return f"{self.width:>8} {DTYPES[self.dtype]:5}{'residual' if self.residual else ''}"
+
+    @property
+    def kernel(self) -> Any:
+        return norm.norm_bwd_kernel_rows if self.backward else norm.norm_fwd_kernel_rows
+
+    @property
+    def _tile(self) -> tuple[int, int, bool]:
+        return norm.tile(self.width, norm.BACKWARD_COLUMNS if self.backward else norm.FORWARD_COLUMNS)
+
+    @property
+    def num_warps(self) -> int:
+        return warps(self._tile[0] * self._tile[1])
+
+    @property
+    def tile(self) -> str:
+        return f"{self._tile[0]}x{self._tile[1]} {self.num_warps}w"
+
+    def arguments(self) -> Arguments:
+        names = self.kernel.arg_names
+        kinds = {n: f"*{DTYPES[self.dtype]}" if n.startswith("p_") else "i32" for n in names}
+        kinds |= dict.fromkeys(_STATISTICS, "*fp32")
+        count, columns, wide = self._tile
+        constants: dict[str, Any] = {
+            "EPS": 1e-5,
+            "CENTERED": self.centered,
+            "ADD": self.residual,
+            "ROWS": count,
+            "COLUMNS": columns,
+            "WIDE": wide,
+        }
+        if not self.centered:
+            constants |= {"p_b": None, "p_mean": None, "p_db": None}
+        if not self.residual:
+            constants |= {"p_res": None, "p_sum": None}
+        return signature(names, kinds, constants, {n for n in names if n.startswith("stride") or n == "width"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationCase(Case):
+    arch: str
+    backward: bool
+    kind: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return "act_bwd" if self.backward else "act_fwd"
+
+    @property
+    def what(self) -> str:
+        return f"{'':>8} {DTYPES[self.dtype]:5}{self.kind}"
+
+    @property
+    def kernel(self) -> Any:
+        return activation.glu_bwd_kernel if self.backward else activation.glu_fwd_kernel
+
+    @property
+    def num_warps(self) -> int:
+        return activation.WARPS
+
+    def arguments(self) -> Arguments:
+        names = self.kernel.arg_names
+        kinds = {n: f"*{DTYPES[self.dtype]}" if n.startswith("p_") else "i32" for n in names}
+        constants: dict[str, Any] = {"FUNCTION": activation.FUNCTIONS[self.kind], "BLOCK": activation.BLOCK}
+        if not self.kind.endswith(("glu", "glu_tanh")):
+            constants |= {"p_up": None, "p_dup": None}
+        return signature(names, kinds, constants, {n for n in names if n.startswith("stride") or n == "width"})
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeCase(Case):
+    arch: str
+    head_dim: int
+    dtype: str
+    interleaved: bool = False
+    tail: int = 0
+
+    @property
+    def name(self) -> str:
+        return "rope"
+
+    @property
+    def what(self) -> str:
+        form = "+".join([*(["interleaved"] if self.interleaved else []), *([f"tail {self.tail}"] if self.tail else [])])
+        return f"{self.head_dim:>8} {DTYPES[self.dtype]:5}{form}"
+
+    @property
+    def kernel(self) -> Any:
+        return rope.rope_kernel
+
+    @property
+    def num_warps(self) -> int:
+        return rope.WARPS
+
+    def arguments(self) -> Arguments:
+        names = self.kernel.arg_names
+        kinds = {n: f"*{DTYPES[self.dtype]}" if n.startswith("p_") else "i32" for n in names}
+        kinds |= {"p_cos": "*fp32", "p_sin": "*fp32"}
+        half = (self.head_dim - self.tail) // 2
+        count, columns = rope.tile(half)
+        constants = {
+            "INVERSE": True,
+            "INTERLEAVED": self.interleaved,
+            "COPY_TAIL": self.tail > 0,
+            "TOKENS": count,
+            "HEADS": rope.HEADS,
+            "COLUMNS": columns,
+            "TAIL": max(1, self.tail),
+        }
+        divisible = {n for n in names if n.startswith("stride")} | ({"half"} if half % 16 == 0 else set())
+        return signature(names, kinds, constants, divisible)
+
+
+def cases(arch: str, quick: bool = False) -> Iterator[Case]:
+    """Every width, dtype and form. Quick: bf16, the usual widths."""
+    dtypes = ("bfloat16",) if quick else ("bfloat16", "float32")  # float16 is loaded and rounded as bfloat16 is
+    both = (False, True)
+    for width, dtype in itertools.product(QUICK_WIDTHS if quick else WIDTHS, dtypes):
+        for backward, centered, residual in itertools.product(both, both, both):
+            yield NormCase(arch, backward, width, dtype, centered, residual)
+    for kind, dtype, backward in itertools.product(activation.FUNCTIONS, dtypes, both):
+        yield ActivationCase(arch, backward, kind, dtype)
+    for head_dim, dtype, interleaved in itertools.product((128,) if quick else HEAD_DIMS, dtypes, both):
+        yield RopeCase(arch, head_dim, dtype, interleaved)
+    if not quick:
+        yield RopeCase(arch, 128, "bfloat16", tail=64)
