@@ -1,0 +1,219 @@
+"""The Triton norm, activation and RoPE kernels where the ops' own tests do not reach: wide rows, many rows, a GPU.
+
+On a GPU as they are, without one in Triton's interpreter. The ops' tests (test_norm_op, test_activation_op,
+test_rope_op) run on these kernels as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import OPTIONS, assert_as_good, assert_same_bits, make_block, make_input, plain_twin, step
+from helpers import assert_exact, check_exact, check_truth
+from torch import Tensor
+
+import pyckpt
+from pyckpt.ops import pointwise_triton, reference
+from pyckpt.ops.rope import rope_tables
+from pyckpt.save import SAVE_SETS
+from pyckpt.spec import GATED_MLPS, MLPS
+
+norm = pointwise_triton._kernels("norm")
+ops = torch.ops.pyckpt
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+LOW = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+EPS = 1e-3
+NORMS = pytest.mark.parametrize("kind", ["rms", "layer"])
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch) -> None:
+    monkeypatch.setenv("PYCKPT_BACKEND", "triton")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype)
+
+
+def norms(kind: str) -> tuple[Any, Any, Any]:
+    if kind == "rms":
+        return (
+            lambda x, w: pyckpt.rms_norm(x, w, EPS),
+            lambda x, w: reference.rms_norm(x, w, EPS),
+            lambda x, w: F.rms_norm(x, w.shape, w, EPS),
+        )
+    return (
+        lambda x, w, b: pyckpt.layer_norm(x, w, b, EPS),
+        lambda x, w, b: reference.layer_norm(x, w, b, EPS),
+        lambda x, w, b: F.layer_norm(x, w.shape, w, b, EPS),
+    )
+
+
+def norm_inputs(kind: str, rows: int, width: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    inputs = {"x": randn(rows, width, dtype=dtype), "weight": randn(width, dtype=dtype)}
+    return inputs if kind == "rms" else inputs | {"bias": randn(width, dtype=dtype)}
+
+
+class TestNorm:
+    @NORMS
+    @pytest.mark.parametrize(("rows", "width"), [(3, 16384), (2, 16385), (3, 20001), (50, 8193)])
+    def test_wide_rows(self, rows, width, kind):
+        check_exact(*norms(kind)[:2], norm_inputs(kind, rows, width), terms=100.0)
+
+    @NORMS
+    @pytest.mark.parametrize(("rows", "width"), [(700, 5), (2049, 64), (333, 128), (65, 1000)])
+    def test_many_rows(self, rows, width, kind):
+        check_exact(*norms(kind)[:2], norm_inputs(kind, rows, width), terms=100.0)
+
+    @NORMS
+    @pytest.mark.parametrize("dtype", LOW)
+    @pytest.mark.parametrize(("rows", "width"), [(65, 1000), (9, 20001)])
+    def test_against_pytorch(self, rows, width, dtype, kind):
+        ours, formula, plain = norms(kind)
+        # A weight's gradient sums over the rows, in another order than PyTorch's.
+        terms = dict.fromkeys(("dweight", "dbias"), rows**0.5)
+        check_truth(ours, plain, formula, norm_inputs(kind, rows, width, dtype), terms_of=terms)
+
+    @NORMS
+    @pytest.mark.parametrize("width", [33, 9000])
+    def test_residual(self, width, kind, monkeypatch):
+        """y is the norm of the stored sum; columns beyond `FORWARD_COLUMNS` go the wide way."""
+        monkeypatch.setattr(norm, "FORWARD_COLUMNS", 4096)
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            x, r, w = randn(7, width, dtype=dtype), randn(7, width, dtype=dtype), randn(width, dtype=dtype)
+            y, total, mean, rstd = norm.forward(x, w, None, EPS, centered=kind == "layer", residual=r)
+            assert torch.equal(total, x + r)
+            again = norm.forward(total, w, None, EPS, centered=kind == "layer")
+            for got, want in zip((y, mean, rstd), (again[0], *again[2:]), strict=True):
+                assert got is want is None or torch.equal(got, want)
+
+    @NORMS
+    @pytest.mark.parametrize("width", [33, 9000])
+    def test_strided_rows_and_gradients_over_their_inputs(self, width, kind):
+        base = randn(9, 2 * width)
+        x, dy, w = base[:, width:], randn(9, width + 3)[:, 3:], randn(width)
+        _, _, mean, rstd = norm.forward(x, w, None, EPS, centered=kind == "layer")
+        want = torch.empty_like(x)
+        dw, _ = norm.backward(dy, x, w, mean, rstd, want, add=False, need_dw=True)
+        for over in (dy.clone(), base.clone()[:, width:]):
+            a, b = (over, x) if over.is_contiguous() else (dy, over)
+            again, _ = norm.backward(a, b, w, mean, rstd, over, add=False, need_dw=True)
+            assert_exact(over, want)
+            assert torch.equal(dw, again)
+
+    @NORMS
+    def test_the_same_bits_every_time(self, kind):
+        inputs = norm_inputs(kind, 300, 96, torch.float32)
+        leaves = [t.requires_grad_() for t in inputs.values()]
+        dy = torch.randn_like(inputs["x"])
+        runs = [torch.autograd.grad(norms(kind)[0](*leaves), leaves, dy) for _ in range(3)]
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+    def test_an_eps_that_float32_has_not(self):
+        x = torch.zeros(1, 4, dtype=torch.float64, device=DEVICE)
+        assert_exact(ops.rms_norm_fwd(x, None, 0.1)[1], torch.full((1,), 0.1**-0.5, dtype=torch.float64, device=DEVICE))
+
+
+class TestPointwise:
+    @pytest.mark.parametrize("kind", MLPS)
+    def test_one_projection_for_gate_and_up(self, kind):
+        """Halves of one product: rows with a gap between them."""
+        both, dact = randn(70, 2 * 1025), randn(70, 1025)
+        gate, up = both[:, :1025], both[:, 1025:]
+        if kind in GATED_MLPS:
+            want = ops.glu_bwd(dact, gate.contiguous(), up.contiguous(), kind)
+            ops.glu_bwd_(dact, gate, up, kind)
+            got = (dact, gate, up)
+        else:
+            want = ops.act_bwd(dact, gate.contiguous(), kind)
+            ops.act_bwd_(dact, gate, kind)
+            got = (dact, gate)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    @pytest.mark.parametrize("kind", MLPS)
+    def test_not_a_number_is_passed_on(self, kind):
+        x = torch.full((3,), float("nan"), device=DEVICE)
+        act, *grads = ops.glu_bwd(x, x, x, kind) if kind in GATED_MLPS else ops.act_bwd(x, x, kind)
+        assert all(t.isnan().all() for t in (act, *grads))
+
+    @pytest.mark.parametrize("heads", [1, 7, 8, 17])
+    @pytest.mark.parametrize("dim", [2, 80, 128, 256])
+    def test_rope_in_place_on_a_view_of_qkv(self, dim, heads):
+        qkv = randn(37, (heads + 2) * dim)
+        before = qkv.clone()
+        q = qkv[:, : heads * dim].unflatten(1, (heads, dim))
+        tables = rope_tables(torch.arange(37, device=DEVICE), dim, 1e4, dtype=torch.float64)
+        want = ops.rope(before[:, : heads * dim].unflatten(1, (heads, dim)), *tables, False, False)
+        ops.rope_(q, *tables, False, False)
+        assert torch.equal(q, want)
+        assert torch.equal(qkv[:, heads * dim :], before[:, heads * dim :])
+        ops.rope_(q, *tables, True, False)
+        assert_exact(qkv, before)
+
+
+class TestOps:
+    def test_opcheck(self):
+        x, w, b, dy = (randn(*s, dtype=torch.float32) for s in ((5, 6), (6,), (6,), (5, 6)))
+        _, rstd = ops.rms_norm_fwd(x, w, EPS)
+        _, mean, rstd_too = ops.layer_norm_fwd(x, w, b, EPS)
+        cos, sin = rope_tables(torch.arange(5, device=DEVICE), 6, 1e4)
+        samples = {
+            "rms_norm_fwd": (x, w, EPS),
+            "rms_norm_bwd": (dy, x, w, rstd, True),
+            "rms_norm_bwd_add_": (dy, x, w, rstd, dy.clone(), True),
+            "layer_norm_fwd": (x, w, b, EPS),
+            "layer_norm_bwd": (dy, x, w, mean, rstd_too, True),
+            "layer_norm_bwd_add_": (dy, x, w, mean, rstd_too, dy.clone(), False),
+            "glu_fwd": (x, dy, "swiglu"),
+            "glu_fwd_": (x.clone(), dy, "geglu"),
+            "glu_bwd": (dy, x, dy.clone(), "swiglu"),
+            "glu_bwd_": (dy.clone(), x.clone(), dy.clone(), "geglu_tanh"),
+            "act_fwd": (x, "relu2"),
+            "act_fwd_": (x.clone(), "gelu"),
+            "act_bwd": (dy, x, "gelu"),
+            "act_bwd_": (dy.clone(), x.clone(), "gelu_tanh"),
+            "rope": (x.view(5, 1, 6), cos, sin, False, False),
+            "rope_": (x.clone().view(5, 1, 6), cos, sin, True, True),
+        }
+        for name, args in samples.items():
+            torch.library.opcheck(getattr(ops, name).default, args)
+
+    def test_every_op_of_the_tokenwise_parts_has_kernels(self):
+        from pyckpt.ops.registry import IMPLEMENTATIONS, choose
+
+        for name in IMPLEMENTATIONS:
+            if name.startswith(("rms_norm", "layer_norm", "glu", "act_", "rope")):
+                assert choose(name, DEVICE)[0] == "triton", name
+                assert choose(name, "cuda")[0] == "triton", name
+
+
+class TestBlock:
+    """The whole block on Triton kernels."""
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+    def test_parity(self, options, packed):
+        block = make_block(**options).to(DEVICE)
+        x, cu = make_input(packed)
+        x, cu = x.to(DEVICE), None if cu is None else cu.to(DEVICE)
+        dy = torch.randn_like(x)
+        truth = step(plain_twin(block, torch.float64, **options).to(DEVICE), x, dy, cu)
+        dtype = torch.float32
+        plain = step(plain_twin(block, dtype, **options).to(DEVICE), x.to(dtype), dy.to(dtype), cu)
+        got = step(block.to(dtype), x.to(dtype), dy.to(dtype), cu)
+        assert_as_good(got, plain, truth, dtype)
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2-like", "qk_norm", "softcap-window"])
+    def test_save_sets_and_tiles(self, name):
+        block = make_block(torch.float32, **OPTIONS[name]).to(DEVICE)
+        x = make_input(False, torch.float32)[0].to(DEVICE)
+        dy = torch.randn_like(x)
+        block.tile = 16
+        first = step(block, x, dy)
+        for save in SAVE_SETS:
+            block.save = save
+            assert_same_bits(step(block, x, dy), first)
