@@ -28,7 +28,7 @@ from bench import attention, common
 
 ROOT = common.ROOT
 # Tests whose kernels run on the GPU; they need nothing but pytest.
-TESTS = ("tests/test_triton_attention.py",)
+TESTS = ("tests/test_triton_attention.py", "tests/test_triton_pointwise.py")
 # pyproject.toml's options name plugins that may be missing here.
 PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short")
 # Compiling the kernels is most of the tests' time, so they are dealt out to processes.

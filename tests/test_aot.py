@@ -53,6 +53,17 @@ def test_kernels_fit_the_chip(arch, tmp_path):
     assert any("pointers" in k["features"] for k in kernels) == with_tma
 
 
+@pytest.mark.parametrize("arch", LIMITS)
+def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
+    kernels = compiled("pointwise", arch, tmp_path)
+    assert len(kernels) == 2 * 8 + 6 * 2 + 2  # norms by width and form, activations, RoPE
+    for k in kernels:
+        assert k["shared"] <= LIMITS[arch], k
+        if arch != "gfx942":
+            assert k["spilled"] == 0 and k["stack"] == 0, k
+            assert k["programs"] >= 1, k
+
+
 def test_a_spill_is_a_problem():
     code = """
 from pyckpt.triton_kernels.aot.attention import AttentionCase

@@ -356,8 +356,7 @@ def backward(
                 num_warps=warps(count * columns),
                 enable_fp_fusion=True,
             )
-    empty = rstd.new_empty(0)
-    return (dw.sum(0), db.sum(0) if mean is not None else empty) if need_dw else (empty, empty)
+    return dw.sum(0)[: width if need_dw else 0], db.sum(0)[: width if db.numel() else 0]
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
