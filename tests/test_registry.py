@@ -305,7 +305,7 @@ class TestChoice:
 
     def test_cuda_prefers_its_own(self, more_backends):
         assert registry.choose("act_fwd", "cuda")[0] == "triton"
-        assert registry.choose("rms_norm_fwd", "cuda")[0] == "torch"
+        assert registry.choose("linear_cross_entropy_fwd", "cuda")[0] == "torch"
 
     def test_no_implementation(self, monkeypatch):
         monkeypatch.setitem(registry.IMPLEMENTATIONS, "act_fwd", {"cuda": None})
