@@ -1,4 +1,4 @@
-"""Everything there is to learn from a GPU, unattended: the GPU tests, then the attention benchmark, in 8 minutes.
+"""Everything there is to learn from a GPU, unattended, in 8 minutes: its tests, then norms and attention timed.
 
     make gpu        or        python3 bench/gpu.py [--minutes 8] [--tune]
 
@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import attention, common
+from bench import attention, common, norm
 
 ROOT = common.ROOT
 # Tests whose kernels run on the GPU; they need nothing but pytest.
@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  FAILED {name}")
 
     left = deadline - time.monotonic()
+    if device.type == "cpu" or left > 60:  # a few seconds, but for what torch.compile takes
+        figures["norm"] = norm.run("cpu" if device.type == "cpu" else "gpu", device.type)
+    left = deadline - time.monotonic()
     share = 0.6 if options.tune else 0.9
     which = "cpu" if device.type == "cpu" else "quick"
     figures["attention"] = attention.run(which, flex=True, budget=share * left, device=device.type)
@@ -74,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(summary(figures["attention"])))
     print(f"written to {path}")
     hand_over(path)
-    wrong = any(r["variant"] == attention.OURS and "failed" in r for r in figures["attention"]["rows"])
+    rows = [*figures["attention"]["rows"], *figures.get("norm", {}).get("rows", ())]
+    wrong = any(r["variant"] == attention.OURS and "failed" in r for r in rows)
     return int(bool(tests["failed"] or tests["unfinished"] or not tests["passed"] or wrong))
 
 

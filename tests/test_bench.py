@@ -54,6 +54,18 @@ assert "wrong" in row["failed"] and "forward_ms" not in row, row
     assert done.returncode == 0, done.stderr
 
 
+def test_norm_measures_every_op_forward_and_backward(tmp_path):
+    result = tmp_path / "norm_test.json"
+    done = script("bench/norm.py", "--out", str(result), "--repeats", "2", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(result.read_text())
+    assert figures["copy_gbs"] > 0
+    for row in figures["rows"]:
+        assert "failed" not in row, row
+        assert row["error"] < 1e-5, row
+        assert row["forward_gbs"] > 0 and row["backward_gbs"] > 0
+
+
 def test_gpu_script_needs_only_pytest_and_says_when_there_is_no_gpu(tmp_path):
     done = script("bench/gpu.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
@@ -67,5 +79,6 @@ def test_gpu_script_runs_tests_and_benchmark(tmp_path):
     figures = json.loads((tmp_path / "gpu_cpu.json").read_text())
     assert figures["tests"]["passed"] == figures["tests"]["collected"] > 0
     assert figures["attention"]["rows"]
+    assert {r["op"] for r in figures["norm"]["rows"]} == {"rms_norm", "layer_norm", "swiglu", "rope"}
     assert "passed" in (tmp_path / "tests.txt").read_text()
     assert "more than 1 is faster" in done.stdout

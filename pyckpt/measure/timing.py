@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ def interleaved(
     warmup: int = 1,
     *,
     device: torch.device | str = "cpu",
+    head_start: int = 0,
 ) -> dict[str, Stats]:
     """Time every variant ``repeats`` times, in turn: a machine that slows down or warms up slows all of them
     alike.
@@ -40,6 +42,8 @@ def interleaved(
     Each round runs every variant once, and each round starts with the next one, so that none always runs
     first. ``warmup`` rounds are run and thrown away. On CUDA (``device="cuda"``) time is taken between two
     events on the current stream, with a synchronisation after each run; elsewhere by the wall clock.
+    ``head_start`` keeps a CUDA device busy for that many clocks before each run: launches queue up meanwhile,
+    and the time is the kernels' alone, without what the host takes to launch them.
 
     Raises:
         ValueError: when there is no variant, ``repeats`` < 1 or ``warmup`` < 0.
@@ -48,7 +52,7 @@ def interleaved(
         raise ValueError("variants is empty; give at least one name and function")
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
-    clock = _cuda_seconds if torch.device(device).type == "cuda" else _wall_seconds
+    clock = functools.partial(_cuda_seconds, head_start) if torch.device(device).type == "cuda" else _wall_seconds
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
@@ -66,8 +70,10 @@ def _wall_seconds(fn: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_seconds(fn: Callable[[], Any]) -> float:
+def _cuda_seconds(head_start: int, fn: Callable[[], Any]) -> float:
     torch.cuda.synchronize()
+    if head_start:
+        torch.cuda._sleep(head_start)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     fn()

@@ -1,0 +1,228 @@
+"""Norm, activation and RoPE kernels against PyTorch's, as a share of the bandwidth of a copy in the same run.
+
+    python bench/norm.py [--out FILE] [--repeats 20]
+
+Widths of Llama-8B (4096 features, 14336 in the MLP, heads of 128) and of models beside it; bf16 on a GPU, float32 on a
+CPU. Variants take turns; medians. Bytes are those that must move: every input read once, every output written once.
+Writes bench/results/norm_<device>.json.
+
+Variants: pyckpt; PyTorch eager; on a GPU torch.compile, and Liger-Kernel where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pyckpt
+from bench import common
+from pyckpt.measure.timing import interleaved
+
+OURS, EAGER, COMPILED, LIGER = "pyckpt", "eager", "compiled", "liger"
+AIM = 0.9  # of the copy's bandwidth
+_EPS = 1e-5
+_HEAD_START = 2_000_000  # clocks, about a millisecond: these kernels are shorter than what launches them
+Function = Callable[..., Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """op on x (tokens, width); SwiGLU has two such inputs, RoPE takes width as heads of 128."""
+
+    op: str
+    tokens: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.op:10} {self.tokens:6d} x {self.width:5d}"
+
+
+def cases(which: str) -> list[Case]:
+    """ "gpu" or "cpu"."""
+    tokens = 16384 if which == "gpu" else 256
+    widths = {
+        "rms_norm": (1024, 4096, 8192, 16384) if which == "gpu" else (1024,),
+        "layer_norm": (1024, 4096, 8192) if which == "gpu" else (1024,),
+        "swiglu": (14336,) if which == "gpu" else (2816,),
+        "rope": (4096,) if which == "gpu" else (1024,),
+    }
+    return [Case(op, tokens, width) for op, found in widths.items() for width in found]
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
+    x = torch.randn(case.tokens, case.width, dtype=dtype, device=device)
+    if case.op == "swiglu":
+        return [x, torch.randn_like(x)]
+    if case.op == "rope":
+        return [x.view(case.tokens, -1, 128)]
+    vectors = 2 if case.op == "layer_norm" else 1
+    return [x, *(torch.randn(case.width, dtype=dtype, device=device) for _ in range(vectors))]
+
+
+def moved(case: Case, given: list[Tensor]) -> tuple[int, int]:
+    """Bytes that must move forward and backward (statistics and vectors, under a percent, are left out)."""
+    tensors = {"rms_norm": (2, 3), "layer_norm": (2, 3), "swiglu": (3, 5), "rope": (2, 2)}[case.op]
+    return tensors[0] * given[0].nbytes, tensors[1] * given[0].nbytes
+
+
+# --- variants -----------------------------------------------------------------------------------------------
+
+
+def variants(case: Case, device: str) -> dict[str, Function]:
+    found: dict[str, Function] = {OURS: _ours(case), EAGER: _plain(case)}
+    if device == "cuda":
+        found[COMPILED] = torch.compile(_plain(case), dynamic=False)
+        if liger := _liger(case):
+            found[LIGER] = liger
+    return found
+
+
+def _ours(case: Case) -> Function:
+    return {
+        "rms_norm": lambda x, w: pyckpt.rms_norm(x, w, _EPS),
+        "layer_norm": lambda x, w, b: pyckpt.layer_norm(x, w, b, _EPS),
+        "swiglu": lambda gate, up: pyckpt.glu(gate, up, "swiglu"),
+        "rope": lambda x: pyckpt.rope(x),
+    }[case.op]
+
+
+def _plain(case: Case) -> Function:
+    return {
+        "rms_norm": lambda x, w: F.rms_norm(x, w.shape, w, _EPS),
+        "layer_norm": lambda x, w, b: F.layer_norm(x, w.shape, w, b, _EPS),
+        "swiglu": lambda gate, up: F.silu(gate) * up,
+        "rope": _plain_rope,
+    }[case.op]
+
+
+def _plain_rope(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    frequencies = 1e4 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angles = torch.arange(x.shape[0], device=x.device, dtype=torch.float64)[:, None] * frequencies
+    cos, sin = (t.to(x.dtype)[:, None] for t in (angles.cos(), angles.sin()))
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _liger(case: Case) -> Function | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import functional as liger
+
+    return {
+        "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, _EPS),
+        "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, _EPS),
+        "swiglu": lambda gate, up: liger.liger_swiglu(gate, up),
+    }.get(case.op)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def copy_bandwidth(device: str, repeats: int) -> float:
+    """Bytes a second of a copy of 256 MiB (16 on a CPU), read and written."""
+    source = torch.randn((256 if device == "cuda" else 16) << 18, device=device)
+    target = torch.empty_like(source)
+    stats = interleaved({"copy": lambda: target.copy_(source)}, repeats, 3, device=device, head_start=_HEAD_START)
+    return 2 * source.nbytes / stats["copy"].median
+
+
+def measure(case: Case, device: str, repeats: int, copy: float) -> list[dict[str, Any]]:
+    """A row a variant: seconds, GB/s and the share of the copy, forward and backward, and the error of both."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    given = [t.requires_grad_() for t in inputs(case, dtype, device)]
+    found = variants(case, device)
+    dout = torch.randn_like(found[EAGER](*given))
+    truth = _step(found[EAGER], [t.detach().double().requires_grad_() for t in given], dout.double())
+    errors = {name: _error(_step(fn, given, dout), truth) for name, fn in found.items()}
+    outs = {name: fn(*given) for name, fn in found.items()}
+
+    def forward(fn: Function) -> Callable[[], Any]:
+        return lambda: _without_grad(fn, given)
+
+    def backward(out: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(out, given, dout, retain_graph=True)
+
+    times = {
+        "forward": interleaved(
+            {n: forward(fn) for n, fn in found.items()}, repeats, 3, device=device, head_start=_HEAD_START
+        ),
+        "backward": interleaved(
+            {n: backward(out) for n, out in outs.items()}, repeats, 3, device=device, head_start=_HEAD_START
+        ),
+    }
+    rows = []
+    for name in found:
+        row: dict[str, Any] = {**dataclasses.asdict(case), "variant": name, "error": errors[name]}
+        # A variant whose result is wrong has no time.
+        if errors[name] > 2 * errors[EAGER] + torch.finfo(dtype).eps:
+            rows.append({**row, "failed": f"error {errors[name]:.2e}, PyTorch's {errors[EAGER]:.2e}"})
+            continue
+        for which, nbytes in zip(("forward", "backward"), moved(case, given), strict=True):
+            seconds = times[which][name].median
+            row[f"{which}_seconds"], row[f"{which}_gbs"] = seconds, nbytes / seconds / 1e9
+            row[f"{which}_of_copy"] = nbytes / seconds / copy
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def _without_grad(fn: Function, given: list[Tensor]) -> Tensor:
+    return fn(*given)
+
+
+def _step(fn: Function, given: list[Tensor], dout: Tensor) -> list[Tensor]:
+    out = fn(*given)
+    return [out.detach(), *torch.autograd.grad(out, given, dout)]
+
+
+def _error(got: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest relative error of the results, by the norm."""
+    return max(float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True))
+
+
+def run(which: str, device: str, repeats: int = 20) -> dict[str, Any]:
+    """All figures."""
+    copy = copy_bandwidth(device, repeats)
+    print(f"copy: {copy / 1e9:.0f} GB/s (read and written)\n{'':26}{'variant':10}{'forward':>20}{'backward':>20}")
+    rows = []
+    for case in cases(which):
+        for row in measure(case, device, repeats, copy):
+            rows.append(row)
+            print(line(case, row), flush=True)
+    return {"copy_gbs": copy / 1e9, "aim_of_copy": AIM, "rows": rows}
+
+
+def line(case: Case, row: dict[str, Any]) -> str:
+    start = f"{case!s:26}{row['variant']:10}"
+    if "failed" in row:
+        return f"{start}  WRONG: {row['failed']}"
+    parts = (f"{row[f'{w}_gbs']:8.0f} GB/s {row[f'{w}_of_copy']:5.0%}" for w in ("forward", "backward"))
+    return start + " ".join(f"{p:>19}" for p in parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="instead of bench/results/norm_<device>.json")
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = common.stamp(device) | run("gpu" if device.type == "cuda" else "cpu", device.type, options.repeats)
+    path = options.out or common.RESULTS / f"norm_{common.short_name(device)}.json"
+    print(f"written to {common.write_to(path, figures)}")
+    return int(any("failed" in r for r in figures["rows"] if r["variant"] == OURS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
