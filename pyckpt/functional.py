@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -200,21 +200,54 @@ def _check_loss(
     errors.check_labels(target, weight.shape[0], ignore_index, x.device)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """x * (mean(x²) + eps)^-½ * weight over the last dim, in float32 or better. x (..., D), weight (D,)."""
-    _check_norm(x, weight)
-    errors.check_transforms("pyckpt.rms_norm", x, weight)
-    return ops.rms_norm_fwd(x, weight, float(eps))[0]
+@overload
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x * (mean(x²) + eps)^-½ * weight over the last dim, in float32 or better. x (..., D), weight (D,).
+
+    With `residual`, of x's shape and dtype: (norm(x + residual), x + residual), in one pass over memory.
+    """
+    _check_norm(x, weight, residual=residual)
+    errors.check_transforms("pyckpt.rms_norm", x, weight, residual)
+    if residual is None:
+        return ops.rms_norm_fwd(x, weight, float(eps))[0]
+    return ops.add_rms_norm_fwd(x, residual, weight, float(eps))[:2]
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim. x (..., D); weight, bias (D,)."""
-    _check_norm(x, weight, bias)
-    errors.check_transforms("pyckpt.layer_norm", x, weight, bias)
-    return ops.layer_norm_fwd(x, weight, bias, float(eps))[0]
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: None = None
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim. x (..., D); weight, bias (D,).
+
+    With `residual`, of x's shape and dtype: (norm(x + residual), x + residual), in one pass over memory.
+    """
+    _check_norm(x, weight, bias, residual)
+    errors.check_transforms("pyckpt.layer_norm", x, weight, bias, residual)
+    if residual is None:
+        return ops.layer_norm_fwd(x, weight, bias, float(eps))[0]
+    return ops.add_layer_norm_fwd(x, residual, weight, bias, float(eps))[:2]
 
 
-def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
+def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
     errors.check_tensor("x", x)
     _check_floating("x", x)
     if x.dim() == 0:
@@ -222,6 +255,13 @@ def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) ->
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             _check_vector(name, t, x.shape[-1], x)
+    if residual is not None:
+        errors.check_tensor("residual", residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+            raise ValueError(
+                f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, expected x's "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            )
 
 
 def rope(

@@ -166,6 +166,55 @@ class TestPrecision:
             assert (mine(x).double() - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
 
 
+def added(norm: str, given: str, which: str) -> tuple[Any, Any, Any]:
+    """Ours, the reference's and PyTorch's of (x, residual, ...): the norm, the sum, or both."""
+
+    def pick(both: tuple[Tensor, Tensor]) -> Any:
+        return {"y": both[0], "total": both[1], "both": both}[which]
+
+    def fused(x: Tensor, residual: Tensor, *vectors: Tensor) -> Any:
+        named = dict(zip(given.split(), vectors, strict=True))
+        fn = pyckpt.rms_norm if norm == "rms" else pyckpt.layer_norm
+        return pick(fn(x, **named, eps=EPS, residual=residual))
+
+    def apart(fn: Any) -> Any:
+        return lambda x, residual, *vectors: pick((fn(x + residual, *vectors), x + residual))
+
+    _, truth, plain = functions(norm, given)
+    return fused, apart(truth), apart(plain)
+
+
+@pytest.mark.usefixtures("backend")
+class TestResidual:
+    @ALL_CASES
+    @pytest.mark.parametrize("which", ["y", "total", "both"])
+    @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 33)], ids=str)
+    def test_exact(self, shape, which, norm, given):
+        inputs = make(shape, given)
+        inputs = {"x": inputs.pop("x"), "residual": torch.randn(shape, dtype=torch.float64), **inputs}
+        if which == "total":
+            inputs = {n: inputs[n] for n in ("x", "residual")}
+            given = ""
+        check_exact(*added(norm, given, which)[:2], inputs)
+
+    @ALL_CASES
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    def test_against_pytorch(self, dtype, norm, given):
+        inputs = make((113, 203), given, dtype)
+        inputs = {"x": inputs.pop("x"), "residual": torch.randn(113, 203).to(dtype), **inputs}
+        mine, truth, plain = added(norm, given, "both")
+        check_truth(mine, plain, truth, inputs)
+
+    def test_bad_residuals(self):
+        x = torch.randn(3, 4)
+        for fn in (pyckpt.rms_norm, pyckpt.layer_norm):
+            for other in (torch.randn(3, 5), torch.randn(4), x.half(), torch.randn(3, 4, device="meta")):
+                with pytest.raises(ValueError, match=r"residual is .* expected x's \(3, 4\) torch.float32 on cpu"):
+                    fn(x, residual=other)
+            with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor, got list"):
+                fn(x, residual=[1.0])
+
+
 class TestAutograd:
     @pytest.mark.parametrize("norm", NORMS)
     def test_frozen_inputs_get_no_gradient(self, norm):

@@ -85,6 +85,10 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "rms_norm_fwd": [lambda: (rand(2, 5, 6, grad=True), rand(6, grad=True), 1e-5), lambda: (rand(5, 6), None, 1e-5)],
     "rms_norm_bwd": [lambda: (*norm_case("rms"), True), lambda: (*norm_case("rms"), False)],
     "rms_norm_bwd_add_": [lambda: (*norm_case("rms"), rand(2, 5, 6), True)],
+    "add_rms_norm_fwd": [lambda: (*(rand(2, 5, 6, grad=True) for _ in "xr"), rand(6, grad=True), 1e-5)],
+    "add_layer_norm_fwd": [
+        lambda: (*(rand(2, 5, 6, grad=True) for _ in "xr"), *(rand(6, grad=True) for _ in "wb"), 1e-5)
+    ],
     "layer_norm_fwd": [lambda: (rand(2, 5, 6, grad=True), rand(6, grad=True), rand(6, grad=True), 1e-5)],
     "layer_norm_bwd": [lambda: (*norm_case("layer"), True)],
     "layer_norm_bwd_add_": [lambda: (*norm_case("layer"), rand(2, 5, 6), True)],

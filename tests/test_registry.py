@@ -145,6 +145,12 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "attention_delta": lambda grad: attention_delta_samples(),
     "attention_tile_fwd_": lambda grad: attention_tile_samples(),
     "attention_tile_bwd_": lambda grad: attention_tile_bwd_samples(),
+    "add_rms_norm_fwd": lambda grad: (
+        (s[0], randn(*s[0].shape, dtype=s[0].dtype), *s[1:]) for s in norm_samples(1, grad)
+    ),
+    "add_layer_norm_fwd": lambda grad: (
+        (s[0], randn(*s[0].shape, dtype=s[0].dtype), *s[1:]) for s in norm_samples(2, grad)
+    ),
     "rms_norm_fwd": lambda grad: norm_samples(1, grad),
     "rms_norm_bwd": lambda grad: norm_bwd_samples(ops.rms_norm_fwd, 1, add=False),
     "rms_norm_bwd_add_": lambda grad: norm_bwd_samples(ops.rms_norm_fwd, 1, add=True),
@@ -167,7 +173,7 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "block_bwd": lambda grad: block_bwd_samples(),
 }
 DIFFERENTIABLE = ("attention_fwd", "rms_norm_fwd", "layer_norm_fwd", "rope", "glu_fwd", "act_fwd")
-DIFFERENTIABLE += ("linear_cross_entropy_fwd", "block_fwd")
+DIFFERENTIABLE += ("add_rms_norm_fwd", "add_layer_norm_fwd", "linear_cross_entropy_fwd", "block_fwd")
 
 
 def test_every_op_has_samples():

@@ -168,6 +168,8 @@ class TestOps:
             "layer_norm_fwd": (x, w, b, EPS),
             "layer_norm_bwd": (dy, x, w, mean, rstd_too, True),
             "layer_norm_bwd_add_": (dy, x, w, mean, rstd_too, dy.clone(), False),
+            "add_rms_norm_fwd": (x, dy, w, EPS),
+            "add_layer_norm_fwd": (x, dy, w, b, EPS),
             "glu_fwd": (x, dy, "swiglu"),
             "glu_fwd_": (x.clone(), dy, "geglu"),
             "glu_bwd": (dy, x, dy.clone(), "swiglu"),
@@ -186,7 +188,7 @@ class TestOps:
         from pyckpt.ops.registry import IMPLEMENTATIONS, choose
 
         for name in IMPLEMENTATIONS:
-            if name.startswith(("rms_norm", "layer_norm", "glu", "act_", "rope")):
+            if name.startswith(("add_", "rms_norm", "layer_norm", "glu", "act_", "rope")):
                 assert choose(name, DEVICE)[0] == "triton", name
                 assert choose(name, "cuda")[0] == "triton", name
 

@@ -200,6 +200,50 @@ def layer_norm_bwd_add_(
     return _layer_norm_bwd(dy, x, weight, mean, rstd, dx, True, need_dw)
 
 
+# --- of a sum -----------------------------------------------------------------------------------------------
+
+
+def _add_rms_norm_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _stat_like(x)
+
+
+@define(
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=_add_rms_norm_fwd_fake,
+)
+def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, total, rstd): total = x + residual, rounded to x's dtype, and `rms_norm_fwd` of it."""
+    total = _sum(x, residual)
+    y, rstd = rms_norm_fwd(total, weight, eps)
+    return y, total, rstd
+
+
+def _add_layer_norm_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _stat_like(x), _stat_like(x)
+
+
+@define(
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_add_layer_norm_fwd_fake,
+)
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, total, mean, rstd): total = x + residual, rounded to x's dtype, and `layer_norm_fwd` of it."""
+    total = _sum(x, residual)
+    y, mean, rstd = layer_norm_fwd(total, weight, bias, eps)
+    return y, total, mean, rstd
+
+
+def _sum(x: Tensor, residual: Tensor) -> Tensor:
+    return torch.add(x, residual, out=x.new_empty(x.shape))
+
+
 # --- autograd -----------------------------------------------------------------------------------------------
 
 
@@ -237,3 +281,59 @@ def _layer_norm_backward(ctx, dy, _dmean, _drstd):  # type: ignore[no-untyped-de
 
 autograd("rms_norm_fwd", _rms_norm_backward, _rms_norm_setup)
 autograd("layer_norm_fwd", _layer_norm_backward, _layer_norm_setup)
+
+
+# What reaches the sum by itself is where the norm's gradient is added.
+
+
+def _add_rms_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    weight = inputs[2]
+    _, total, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, weight, rstd)
+
+
+def _add_rms_norm_backward(ctx, dy, dtotal, _drstd):  # type: ignore[no-untyped-def]
+    total, weight, rstd = ctx.saved_tensors
+    need_dw = weight is not None and ctx.needs_input_grad[2]
+    if dy is None:
+        return dtotal, dtotal, None, None
+    if dtotal is None:
+        dx, dw = ops.rms_norm_bwd(dy, total, weight, rstd, need_dw)
+    else:
+        dx = dtotal.clone(memory_format=torch.contiguous_format)
+        dw = ops.rms_norm_bwd_add_(dy, total, weight, rstd, dx, need_dw)
+    return dx, dx, dw.to(weight.dtype) if need_dw else None, None
+
+
+def _add_layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    weight, bias = inputs[2:4]
+    _, total, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(total, weight, mean, rstd)
+
+
+def _add_layer_norm_backward(ctx, dy, dtotal, _dmean, _drstd):  # type: ignore[no-untyped-def]
+    total, weight, mean, rstd = ctx.saved_tensors
+    need = any(ctx.needs_input_grad[2:4])
+    if dy is None:
+        return dtotal, dtotal, None, None, None
+    if dtotal is None:
+        dx, dw, db = ops.layer_norm_bwd(dy, total, weight, mean, rstd, need)
+    else:
+        dx = dtotal.clone(memory_format=torch.contiguous_format)
+        dw, db = ops.layer_norm_bwd_add_(dy, total, weight, mean, rstd, dx, need)
+    return (
+        dx,
+        dx,
+        dw.to(weight.dtype) if need and weight is not None else None,
+        db.to(ctx.bias_dtype) if need and ctx.bias_dtype is not None else None,
+        None,
+    )
+
+
+autograd("add_rms_norm_fwd", _add_rms_norm_backward, _add_rms_norm_setup)
+autograd("add_layer_norm_fwd", _add_layer_norm_backward, _add_layer_norm_setup)

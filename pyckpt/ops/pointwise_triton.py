@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops import activation as _activation  # noqa: F401 (declares the ops that are implemented here)
-from pyckpt.ops import norm as _norm  # noqa: F401
+from pyckpt.ops import norm as _norm
 from pyckpt.ops import rope as _rope  # noqa: F401
 from pyckpt.ops.registry import implement
 
@@ -49,6 +49,28 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
 def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, _, mean, rstd = _exact(lambda x, w, b: _kernels("norm").forward(x, w, b, eps, centered=True), x, weight, bias)
     return y.to(x.dtype), mean, rstd
+
+
+@implement("add_rms_norm_fwd", "triton")
+def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if _rounds_badly(x):
+        return _norm.add_rms_norm_fwd(x, residual, weight, eps)
+    y, total, _, rstd = _kernels("norm").forward(x, weight, None, eps, centered=False, residual=residual)
+    return y, total, rstd
+
+
+@implement("add_layer_norm_fwd", "triton")
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _rounds_badly(x):
+        return _norm.add_layer_norm_fwd(x, residual, weight, bias, eps)
+    return _kernels("norm").forward(x, weight, bias, eps, centered=True, residual=residual)
+
+
+def _rounds_badly(x: Tensor) -> bool:
+    # The sum is rounded inside the kernel, which the interpreter cannot do in bfloat16, nor float32 copies imitate.
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def _norm_bwd(
