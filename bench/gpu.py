@@ -61,9 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in tests["failures"]:
         print(f"  FAILED {name}")
 
-    left = deadline - time.monotonic()
-    if device.type == "cpu" or left > 60:  # a few seconds, but for what torch.compile takes
-        figures["norm"] = norm.run("cpu" if device.type == "cpu" else "gpu", device.type)
+    if device.type == "cpu" or deadline - time.monotonic() > 60:  # a few seconds, but for what torch.compile takes
+        figures["norm"] = norm.run(device.type)
     left = deadline - time.monotonic()
     share = 0.6 if options.tune else 0.9
     which = "cpu" if device.type == "cpu" else "quick"

@@ -48,16 +48,20 @@ class Case:
         return f"{self.op:10} {self.tokens:6d} x {self.width:5d}"
 
 
-def cases(which: str) -> list[Case]:
-    """ "gpu" or "cpu"."""
-    tokens = 16384 if which == "gpu" else 256
-    widths = {
-        "rms_norm": (1024, 4096, 8192, 16384) if which == "gpu" else (1024,),
-        "layer_norm": (1024, 4096, 8192) if which == "gpu" else (1024,),
-        "swiglu": (14336,) if which == "gpu" else (2816,),
-        "rope": (4096,) if which == "gpu" else (1024,),
-    }
-    return [Case(op, tokens, width) for op, found in widths.items() for width in found]
+TOKENS = {"cuda": 16384, "cpu": 256}
+WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
+    "cuda": {
+        "rms_norm": (1024, 4096, 8192, 16384),
+        "layer_norm": (1024, 4096, 8192),
+        "swiglu": (14336,),
+        "rope": (4096,),
+    },
+    "cpu": {"rms_norm": (1024,), "layer_norm": (1024,), "swiglu": (2816,), "rope": (1024,)},
+}
+
+
+def cases(device: str) -> list[Case]:
+    return [Case(op, TOKENS[device], width) for op, widths in WIDTHS[device].items() for width in widths]
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -192,12 +196,12 @@ def _error(got: list[Tensor], truth: list[Tensor]) -> float:
     return max(float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True))
 
 
-def run(which: str, device: str, repeats: int = 20) -> dict[str, Any]:
+def run(device: str, repeats: int = 20) -> dict[str, Any]:
     """All figures."""
     copy = copy_bandwidth(device, repeats)
     print(f"copy: {copy / 1e9:.0f} GB/s (read and written)\n{'':26}{'variant':10}{'forward':>20}{'backward':>20}")
     rows = []
-    for case in cases(which):
+    for case in cases(device):
         for row in measure(case, device, repeats, copy):
             rows.append(row)
             print(line(case, row), flush=True)
@@ -218,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = common.stamp(device) | run("gpu" if device.type == "cuda" else "cpu", device.type, options.repeats)
+    figures = common.stamp(device) | run(device.type, options.repeats)
     path = options.out or common.RESULTS / f"norm_{common.short_name(device)}.json"
     print(f"written to {common.write_to(path, figures)}")
     return int(any("failed" in r for r in figures["rows"] if r["variant"] == OURS))

@@ -4,9 +4,8 @@
 
 Both take the tiles in the kernel's order (`split_program`: sections of heads, in each the longest tiles first). The
 hardware gives the next tile to the first program that ends; persistent programs take one a round, by turns forwards
-and backwards. Time is counted in
-key tiles; a tile costs its keys and a start and end worth `START`, of which a persistent program saves `SAVED`
-(launch of a program; an assumption, to be replaced by the measured one).
+and backwards. Time is counted in key tiles; a tile costs its keys and a start and end worth `START`, of which a
+persistent program saves `SAVED` (launch of a program; an assumption, to be replaced by the measured one).
 """
 
 from __future__ import annotations

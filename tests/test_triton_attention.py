@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyckpt
-from pyckpt.ops import attention_triton, philox, reference
+from pyckpt.ops import philox, reference, triton_backend
 
-attention = attention_triton._kernels()
+attention = triton_backend.kernels("attention")
 tuning = attention.tuning
 Config, Options = attention.Config, attention.Options
 ops = torch.ops.pyckpt

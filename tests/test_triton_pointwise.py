@@ -16,12 +16,12 @@ from helpers import assert_exact, check_exact, check_truth
 from torch import Tensor
 
 import pyckpt
-from pyckpt.ops import pointwise_triton, reference
+from pyckpt.ops import reference, triton_backend
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import SAVE_SETS
 from pyckpt.spec import GATED_MLPS, MLPS
 
-norm = pointwise_triton._kernels("norm")
+norm = triton_backend.kernels("norm")
 ops = torch.ops.pyckpt
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -11,15 +11,7 @@ from torch import Tensor
 
 from .rows import check_device, on, rows_of, rows_to_write
 
-# kind of MLP -> the function of its (gate's) pre-activation
-FUNCTIONS = {
-    "swiglu": "silu",
-    "geglu": "gelu",
-    "geglu_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_tanh",
-    "relu2": "relu2",
-}
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 BLOCK = 1024
 WARPS = 4
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -129,8 +121,11 @@ def glu_bwd_kernel(
     _write(p_act, y, row, o_c, stride_a, m)
 
 
-def forward(gate: Tensor, up: Tensor | None, kind: str, act: Tensor) -> None:
-    """Write φ(gate) up, or φ(gate) without `up`, to act, which may be gate. All (..., F) of one dtype."""
+def forward(gate: Tensor, up: Tensor | None, function: str, act: Tensor) -> None:
+    """Write φ(gate) up, or φ(gate) without `up`, to act, which may be gate. All (..., F) of one dtype.
+
+    `function` is φ, one of `FUNCTIONS`.
+    """
     check_device(gate)
     if gate.numel() == 0:
         return
@@ -142,7 +137,7 @@ def forward(gate: Tensor, up: Tensor | None, kind: str, act: Tensor) -> None:
             a,
             g.shape[1],
             *_strides(g, u, a),
-            FUNCTION=FUNCTIONS[kind],
+            FUNCTION=function,
             BLOCK=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=True,
@@ -153,7 +148,7 @@ def backward(
     dact: Tensor,
     gate: Tensor,
     up: Tensor | None,
-    kind: str,
+    function: str,
     outs: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
     """Write (act, dgate, dup), which may be (dact, gate, up). Without `up` there is no dup."""
@@ -171,7 +166,7 @@ def backward(
             du,
             g.shape[1],
             *_strides(da, g, u, a, dg, du),
-            FUNCTION=FUNCTIONS[kind],
+            FUNCTION=function,
             BLOCK=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=True,

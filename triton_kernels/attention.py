@@ -8,7 +8,6 @@ Nothing is allocated but the outputs, delta, and copies of inputs whose last dim
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .attention_bwd import attention_bwd_kernel_delta, attention_bwd_kernel_dkdv, attention_bwd_kernel_dq
 from .attention_fwd import attention_fwd_kernel_tile
+from .rows import on
 from .tuning import Config, Key
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -143,7 +143,7 @@ def delta(do: Tensor, o: Tensor, dlse: Tensor | None = None) -> Tensor:
     block = max(16, triton.next_power_of_2(dim))
     rows = tuning.delta_rows(block)
     tiles = triton.cdiv(n, rows)
-    with _on(o):
+    with on(o.device):
         attention_bwd_kernel_delta[(tiles * (out.numel() // n),)](
             do,
             o,
@@ -397,13 +397,8 @@ def _launch(
     problem: _Problem, op: str, run: Callable[[Config], None], *, repeatable: bool, configs: Mapping[str, Config] | None
 ) -> None:
     given = configs.get(op) if configs else None
-    with _on(problem):
+    with on(problem.device):
         run(given or tuning.configured(problem.key(op), run, repeatable))
-
-
-def _on(t: Any) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _unit(t: Tensor) -> Tensor:

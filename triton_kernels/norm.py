@@ -356,7 +356,12 @@ def backward(
                 num_warps=warps(count * columns),
                 enable_fp_fusion=True,
             )
-    return dw.sum(0)[: width if need_dw else 0], db.sum(0)[: width if db.numel() else 0]
+    return _added_up(dw), _added_up(db)
+
+
+def _added_up(shares: Tensor) -> Tensor:
+    """The sum over programs; empty where there are none. Nothing is launched for what nobody asked for."""
+    return shares.sum(0) if shares.shape[0] else shares.new_empty(0)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 ops = torch.ops.pyckpt
 
 # kind -> the function applied to the gate (or to the only pre-activation)
-_FUNCTIONS = {
+FUNCTIONS = {
     "swiglu": "silu",
     "geglu": "gelu",
     "geglu_tanh": "gelu_tanh",
@@ -27,7 +27,7 @@ _FUNCTIONS = {
 
 
 def _phi(x: Tensor, kind: str) -> Tensor:
-    fn = _FUNCTIONS[kind]
+    fn = FUNCTIONS[kind]
     if fn == "silu":
         return torch.nn.functional.silu(x)
     if fn == "relu2":
@@ -36,7 +36,7 @@ def _phi(x: Tensor, kind: str) -> Tensor:
 
 
 def _dphi(grad: Tensor, x: Tensor, kind: str) -> Tensor:
-    fn = _FUNCTIONS[kind]
+    fn = FUNCTIONS[kind]
     if fn == "silu":
         return aten.silu_backward(grad, x)
     if fn == "relu2":

@@ -12,25 +12,14 @@ from torch import Tensor
 from pyckpt.ops import attention as op
 from pyckpt.ops.attention_torch import Gradients
 from pyckpt.ops.registry import implement
-
-
-def _kernels() -> Any:
-    # Imported late: Triton decides at import whether it interprets, and machines without it never get here.
-    from pyckpt.triton_kernels import attention
-
-    return attention
+from pyckpt.ops.triton_backend import kernels, rounds_badly
 
 
 def _served(q: Tensor, v: Tensor) -> bool:
-    reason = _kernels().unsupported(q.dtype, q.shape[-1], v.shape[-1])
+    reason = kernels("attention").unsupported(q.dtype, q.shape[-1], v.shape[-1])
     if reason and q.dtype != torch.float64:
         warnings.warn(f"pyckpt: {reason}; PyTorch's own products are used here, which is slower", stacklevel=3)
     return reason is None
-
-
-def _rounds_badly(q: Tensor) -> bool:
-    """Triton's interpreter computes bfloat16 on raw bits (3.6 to 3.9): it gets float32 instead."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
 def _float(*tensors: Tensor) -> list[Tensor]:
@@ -49,7 +38,7 @@ def _options(
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Any:
-    return _kernels().Options(
+    return kernels("attention").Options(
         window=(window_left, window_right),
         softcap=softcap,
         scale=scale,
@@ -73,10 +62,10 @@ def _tile_options(
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if not _served(q, v):
         return op.attention_fwd(q, k, v, *options)
-    if _rounds_badly(q):
+    if rounds_badly(q):
         o, lse = attention_fwd(*_float(q, k, v), *options)
         return o.to(q.dtype), lse
-    return _kernels().forward(q, k, v, _options(*options))
+    return kernels("attention").forward(q, k, v, _options(*options))
 
 
 @implement("attention_bwd", "triton")
@@ -85,30 +74,30 @@ def attention_bwd(
 ) -> Gradients:
     if not _served(q, v):
         return op.attention_bwd(do, q, k, v, o, lse, dlse, *options)
-    if _rounds_badly(q):
+    if rounds_badly(q):
         grads = attention_bwd(*_float(do, q, k, v, o), lse, dlse, *options)
         dq, dk, dv = (g.to(q.dtype) for g in grads)
         return dq, dk, dv
-    kernels = _kernels()
-    return kernels.backward(do, q, k, v, lse, kernels.delta(do, o, dlse), _options(*options))
+    attention = kernels("attention")
+    return attention.backward(do, q, k, v, lse, attention.delta(do, o, dlse), _options(*options))
 
 
 @implement("attention_delta", "triton")
 def attention_delta(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
     if not _served(o, o):
         return op.attention_delta(do, o, dlse)
-    if _rounds_badly(o):
+    if rounds_badly(o):
         do, o = _float(do, o)
-    return _kernels().delta(do, o, dlse)
+    return kernels("attention").delta(do, o, dlse)
 
 
 @implement("attention_tile_fwd_", "triton")
 def attention_tile_fwd_(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any) -> None:
     if not _served(q, v):
         return op.attention_tile_fwd_(q, k, v, o, lse, *options)
-    if _rounds_badly(q):
+    if rounds_badly(q):
         q, k, v = _float(q, k, v)
-    _kernels().forward(q, k, v, _tile_options(*options), into=(o, lse))
+    kernels("attention").forward(q, k, v, _tile_options(*options), into=(o, lse))
     return None
 
 
@@ -127,7 +116,7 @@ def attention_tile_bwd_(
 ) -> None:
     if not _served(q, v):
         return op.attention_tile_bwd_(do, q, k, v, lse, delta, dq, dk, dv, *options)
-    if _rounds_badly(q):
+    if rounds_badly(q):
         do, q, k, v = _float(do, q, k, v)
-    _kernels().backward(do, q, k, v, lse, delta, _tile_options(*options), into=(dq, dk, dv))
+    kernels("attention").backward(do, q, k, v, lse, delta, _tile_options(*options), into=(dq, dk, dv))
     return None

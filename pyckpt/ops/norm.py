@@ -254,10 +254,19 @@ def _rms_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 
 
 def _rms_norm_backward(ctx, dy, _drstd):  # type: ignore[no-untyped-def]
+    return *_rms_norm_gradients(ctx, dy, None, ctx.needs_input_grad[1]), None
+
+
+def _rms_norm_gradients(ctx, dy, dtotal, need_dw):  # type: ignore[no-untyped-def]
+    """(dx, dw) from the gradient of y, and what reaches x by itself, if anything does."""
     x, weight, rstd = ctx.saved_tensors
-    need_dw = weight is not None and ctx.needs_input_grad[1]
-    dx, dw = ops.rms_norm_bwd(dy, x, weight, rstd, need_dw)
-    return dx, dw.to(weight.dtype) if need_dw else None, None
+    need_dw = weight is not None and need_dw
+    if dtotal is None:
+        dx, dw = ops.rms_norm_bwd(dy, x, weight, rstd, need_dw)
+    else:
+        dx = dtotal.clone(memory_format=torch.contiguous_format)
+        dw = ops.rms_norm_bwd_add_(dy, x, weight, rstd, dx, need_dw)
+    return dx, dw.to(weight.dtype) if need_dw else None
 
 
 def _layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -268,14 +277,21 @@ def _layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 
 
 def _layer_norm_backward(ctx, dy, _dmean, _drstd):  # type: ignore[no-untyped-def]
+    return *_layer_norm_gradients(ctx, dy, None, any(ctx.needs_input_grad[1:3])), None
+
+
+def _layer_norm_gradients(ctx, dy, dtotal, need):  # type: ignore[no-untyped-def]
+    """(dx, dw, db) from the gradient of y, and what reaches x by itself, if anything does."""
     x, weight, mean, rstd = ctx.saved_tensors
-    need = any(ctx.needs_input_grad[1:3])
-    dx, dw, db = ops.layer_norm_bwd(dy, x, weight, mean, rstd, need)
+    if dtotal is None:
+        dx, dw, db = ops.layer_norm_bwd(dy, x, weight, mean, rstd, need)
+    else:
+        dx = dtotal.clone(memory_format=torch.contiguous_format)
+        dw, db = ops.layer_norm_bwd_add_(dy, x, weight, mean, rstd, dx, need)
     return (
         dx,
         dw.to(weight.dtype) if need and weight is not None else None,
         db.to(ctx.bias_dtype) if need and ctx.bias_dtype is not None else None,
-        None,
     )
 
 
@@ -283,28 +299,18 @@ autograd("rms_norm_fwd", _rms_norm_backward, _rms_norm_setup)
 autograd("layer_norm_fwd", _layer_norm_backward, _layer_norm_setup)
 
 
-# What reaches the sum by itself is where the norm's gradient is added.
-
-
 def _add_rms_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    weight = inputs[2]
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total, weight, rstd)
+    ctx.save_for_backward(total, inputs[2], rstd)
 
 
 def _add_rms_norm_backward(ctx, dy, dtotal, _drstd):  # type: ignore[no-untyped-def]
-    total, weight, rstd = ctx.saved_tensors
-    need_dw = weight is not None and ctx.needs_input_grad[2]
     if dy is None:
         return dtotal, dtotal, None, None
-    if dtotal is None:
-        dx, dw = ops.rms_norm_bwd(dy, total, weight, rstd, need_dw)
-    else:
-        dx = dtotal.clone(memory_format=torch.contiguous_format)
-        dw = ops.rms_norm_bwd_add_(dy, total, weight, rstd, dx, need_dw)
-    return dx, dx, dw.to(weight.dtype) if need_dw else None, None
+    dx, dw = _rms_norm_gradients(ctx, dy, dtotal, ctx.needs_input_grad[2])
+    return dx, dx, dw, None
 
 
 def _add_layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -317,22 +323,10 @@ def _add_layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyp
 
 
 def _add_layer_norm_backward(ctx, dy, dtotal, _dmean, _drstd):  # type: ignore[no-untyped-def]
-    total, weight, mean, rstd = ctx.saved_tensors
-    need = any(ctx.needs_input_grad[2:4])
     if dy is None:
         return dtotal, dtotal, None, None, None
-    if dtotal is None:
-        dx, dw, db = ops.layer_norm_bwd(dy, total, weight, mean, rstd, need)
-    else:
-        dx = dtotal.clone(memory_format=torch.contiguous_format)
-        dw, db = ops.layer_norm_bwd_add_(dy, total, weight, mean, rstd, dx, need)
-    return (
-        dx,
-        dx,
-        dw.to(weight.dtype) if need and weight is not None else None,
-        db.to(ctx.bias_dtype) if need and ctx.bias_dtype is not None else None,
-        None,
-    )
+    dx, dw, db = _layer_norm_gradients(ctx, dy, dtotal, any(ctx.needs_input_grad[2:4]))
+    return dx, dx, dw, db, None
 
 
 autograd("add_rms_norm_fwd", _add_rms_norm_backward, _add_rms_norm_setup)

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyckpt.ops import activation as _activation  # noqa: F401 (declares the ops that are implemented here)
+from pyckpt.ops import activation as _activation
 from pyckpt.ops import norm as _norm
-from pyckpt.ops import rope as _rope  # noqa: F401
+from pyckpt.ops import rope as _rope  # noqa: F401 (declares the ops that are implemented here)
 from pyckpt.ops.registry import implement
-
-
-def _kernels(module: str) -> Any:
-    # Imported late: Triton decides at import whether it interprets, and machines without it never get here.
-    return importlib.import_module(f"pyckpt.triton_kernels.{module}")
+from pyckpt.ops.triton_backend import kernels, rounds_badly
 
 
 def _exact(fn: Callable[..., Any], *tensors: Tensor | None, writes: int = 0) -> Any:
-    """fn(*tensors); in Triton's interpreter, which computes bfloat16 on raw bits (3.6 to 3.9), on float32 copies.
+    """fn(*tensors); on float32 copies of those that Triton's interpreter rounds badly.
 
-    What fn makes of the copies of bfloat16 tensors is rounded, and so are the last `writes` tensors, which it writes.
+    The last `writes` tensors are those that fn writes: what it makes of their copies is rounded into them.
     """
-    low = torch.bfloat16
-    if not any(t is not None and t.dtype == low and t.device.type == "cpu" for t in tensors):
-        return fn(*tensors)
-    wide = [t.float() if t is not None and t.dtype == low else t for t in tensors]
+    wide = [t.float() if t is not None and rounds_badly(t) else t for t in tensors]
     found = fn(*wide)
     for t, w in list(zip(tensors, wide, strict=True))[len(tensors) - writes :]:
         if t is not None and w is not None and w is not t:
@@ -41,21 +32,21 @@ def _exact(fn: Callable[..., Any], *tensors: Tensor | None, writes: int = 0) -> 
 
 @implement("rms_norm_fwd", "triton")
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, _, rstd = _exact(lambda x, w: _kernels("norm").forward(x, w, None, eps, centered=False), x, weight)
+    y, _, _, rstd = _exact(lambda x, w: kernels("norm").forward(x, w, None, eps, centered=False), x, weight)
     return y.to(x.dtype), rstd
 
 
 @implement("layer_norm_fwd", "triton")
 def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, _, mean, rstd = _exact(lambda x, w, b: _kernels("norm").forward(x, w, b, eps, centered=True), x, weight, bias)
+    y, _, mean, rstd = _exact(lambda x, w, b: kernels("norm").forward(x, w, b, eps, centered=True), x, weight, bias)
     return y.to(x.dtype), mean, rstd
 
 
 @implement("add_rms_norm_fwd", "triton")
 def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if _rounds_badly(x):
+    if rounds_badly(x):  # the sum is rounded inside the kernel, which float32 copies cannot imitate
         return _norm.add_rms_norm_fwd(x, residual, weight, eps)
-    y, total, _, rstd = _kernels("norm").forward(x, weight, None, eps, centered=False, residual=residual)
+    y, total, _, rstd = kernels("norm").forward(x, weight, None, eps, centered=False, residual=residual)
     return y, total, rstd
 
 
@@ -63,14 +54,9 @@ def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor | None, eps: fl
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _rounds_badly(x):
+    if rounds_badly(x):
         return _norm.add_layer_norm_fwd(x, residual, weight, bias, eps)
-    return _kernels("norm").forward(x, weight, bias, eps, centered=True, residual=residual)
-
-
-def _rounds_badly(x: Tensor) -> bool:
-    # The sum is rounded inside the kernel, which the interpreter cannot do in bfloat16, nor float32 copies imitate.
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return kernels("norm").forward(x, weight, bias, eps, centered=True, residual=residual)
 
 
 def _norm_bwd(
@@ -84,7 +70,7 @@ def _norm_bwd(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     def run(dy: Tensor, x: Tensor, weight: Tensor | None, dx: Tensor) -> tuple[Tensor, Tensor]:
-        return _kernels("norm").backward(dy, x, weight, mean, rstd, dx, add=add, need_dw=need_dw)
+        return kernels("norm").backward(dy, x, weight, mean, rstd, dx, add=add, need_dw=need_dw)
 
     return _exact(run, dy, x, weight, dx, writes=1)
 
@@ -119,12 +105,13 @@ def layer_norm_bwd_add_(
 
 
 def _act(gate: Tensor, up: Tensor | None, kind: str, act: Tensor) -> None:
-    _exact(lambda g, u, a: _kernels("activation").forward(g, u, kind, a), gate, up, act, writes=1)
+    function = _activation.FUNCTIONS[kind]
+    _exact(lambda g, u, a: kernels("activation").forward(g, u, function, a), gate, up, act, writes=1)
 
 
 def _act_bwd(dact: Tensor, gate: Tensor, up: Tensor | None, kind: str, outs: tuple[Tensor | None, ...]) -> None:
     def run(da: Tensor, g: Tensor, u: Tensor | None, *outs: Tensor | None) -> None:
-        _kernels("activation").backward(da, g, u, kind, outs)
+        kernels("activation").backward(da, g, u, _activation.FUNCTIONS[kind], outs)
 
     _exact(run, dact, gate, up, *outs, writes=len(outs))
 
@@ -188,7 +175,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: boo
     cos, sin = cos.reshape(-1, half), sin.reshape(-1, half)
 
     def run(x: Tensor, out: Tensor) -> None:
-        _kernels("rope").rotate(x, cos, sin, inverse, interleaved, out)
+        kernels("rope").rotate(x, cos, sin, inverse, interleaved, out)
 
     _exact(run, x.reshape(shape), out.view(shape), writes=1)
 

@@ -14,8 +14,15 @@ from .compile import DTYPES, Arguments, Case, signature
 # Head dims of QK-norm, widths of models, the widest a program holds at once, and one that it does not.
 WIDTHS = (64, 128, 1024, 4096, 5120, 8192, 16384, 32768)
 HEAD_DIMS = (64, 80, 128, 256)
+# (φ, gated): SwiGLU, GeGLU and its tanh form, GELU and its tanh form, ReLU²
+MLPS = (("silu", True), ("gelu", True), ("gelu_tanh", True), ("gelu", False), ("gelu_tanh", False), ("relu2", False))
 QUICK_WIDTHS = (128, 4096)
 _STATISTICS = ("p_mean", "p_rstd", "p_dw", "p_db")
+
+
+def _types(names: list[str], dtype: str) -> dict[str, str]:
+    """Pointers to the dtype, and ints."""
+    return {n: f"*{DTYPES[dtype]}" if n.startswith("p_") else "i32" for n in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,7 @@ class NormCase(Case):
 
     def arguments(self) -> Arguments:
         names = self.kernel.arg_names
-        kinds = {n: f"*{DTYPES[self.dtype]}" if n.startswith("p_") else "i32" for n in names}
+        kinds = _types(names, self.dtype)
         kinds |= dict.fromkeys(_STATISTICS, "*fp32")
         count, columns, wide = self._tile
         constants: dict[str, Any] = {
@@ -77,7 +84,8 @@ class NormCase(Case):
 class ActivationCase(Case):
     arch: str
     backward: bool
-    kind: str
+    function: str
+    gated: bool
     dtype: str
 
     @property
@@ -86,7 +94,7 @@ class ActivationCase(Case):
 
     @property
     def what(self) -> str:
-        return f"{'':>8} {DTYPES[self.dtype]:5}{self.kind}"
+        return f"{'':>8} {DTYPES[self.dtype]:5}{self.function}{' gated' if self.gated else ''}"
 
     @property
     def kernel(self) -> Any:
@@ -98,9 +106,9 @@ class ActivationCase(Case):
 
     def arguments(self) -> Arguments:
         names = self.kernel.arg_names
-        kinds = {n: f"*{DTYPES[self.dtype]}" if n.startswith("p_") else "i32" for n in names}
-        constants: dict[str, Any] = {"FUNCTION": activation.FUNCTIONS[self.kind], "BLOCK": activation.BLOCK}
-        if not self.kind.endswith(("glu", "glu_tanh")):
+        kinds = _types(names, self.dtype)
+        constants: dict[str, Any] = {"FUNCTION": self.function, "BLOCK": activation.BLOCK}
+        if not self.gated:
             constants |= {"p_up": None, "p_dup": None}
         return signature(names, kinds, constants, {n for n in names if n.startswith("stride") or n == "width"})
 
@@ -132,7 +140,7 @@ class RopeCase(Case):
 
     def arguments(self) -> Arguments:
         names = self.kernel.arg_names
-        kinds = {n: f"*{DTYPES[self.dtype]}" if n.startswith("p_") else "i32" for n in names}
+        kinds = _types(names, self.dtype)
         kinds |= {"p_cos": "*fp32", "p_sin": "*fp32"}
         half = (self.head_dim - self.tail) // 2
         count, columns = rope.tile(half)
@@ -156,8 +164,8 @@ def cases(arch: str, quick: bool = False) -> Iterator[Case]:
     for width, dtype in itertools.product(QUICK_WIDTHS if quick else WIDTHS, dtypes):
         for backward, centered, residual in itertools.product(both, both, both):
             yield NormCase(arch, backward, width, dtype, centered, residual)
-    for kind, dtype, backward in itertools.product(activation.FUNCTIONS, dtypes, both):
-        yield ActivationCase(arch, backward, kind, dtype)
+    for (function, gated), dtype, backward in itertools.product(MLPS, dtypes, both):
+        yield ActivationCase(arch, backward, function, gated, dtype)
     for head_dim, dtype, interleaved in itertools.product((128,) if quick else HEAD_DIMS, dtypes, both):
         yield RopeCase(arch, head_dim, dtype, interleaved)
     if not quick:
