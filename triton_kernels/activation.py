@@ -78,7 +78,7 @@ def _write(p, b, row, o_c, stride, m):
     tl.store(p + row * stride + o_c, b.to(p.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
 def glu_fwd_kernel(
     p_gate, p_up, p_act, width, stride_g, stride_u, stride_a, FUNCTION: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -90,7 +90,7 @@ def glu_fwd_kernel(
     _write(p_act, y, row, o_c, stride_a, m)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
 def glu_bwd_kernel(
     p_dact,
     p_gate,

@@ -47,18 +47,27 @@ def rope_kernel(
     sin = tl.load(p_sin + p_angle, mask=m, other=0.0).to(ACC)
     if INVERSE:
         sin = -sin
-    o_a = 2 * o_c if INTERLEAVED else o_c
-    to_b = 1 if INTERLEAVED else half
+    o_pair = tl.arange(0, 2 * COLUMNS)
+    m_pair = mt[:, None] & (o_pair < 2 * half)[None, :]
     row_x = o_t.to(tl.int64)[:, None] * stride_xt
     row_out = o_t.to(tl.int64)[:, None] * stride_ot
     first = tl.program_id(1) * HEADS
     p_a = p_x + row_x + first.to(tl.int64) * stride_xh
     p_o = p_out + row_out + first.to(tl.int64) * stride_oh
     for _ in range(first, tl.minimum(first + HEADS, heads)):
-        a = tl.load(p_a + o_a[None, :], mask=m, other=0.0).to(ACC)
-        b = tl.load(p_a + o_a[None, :] + to_b, mask=m, other=0.0).to(ACC)
-        tl.store(p_o + o_a[None, :], (a * cos - b * sin).to(p_out.dtype.element_ty), mask=m)
-        tl.store(p_o + o_a[None, :] + to_b, (b * cos + a * sin).to(p_out.dtype.element_ty), mask=m)
+        if INTERLEAVED:  # read and written whole: with a stride of two no access would be wide
+            pair = tl.load(p_a + o_pair[None, :], mask=m_pair, other=0.0)
+            a, b = tl.split(tl.reshape(pair, (TOKENS, COLUMNS, 2)))
+        else:
+            a = tl.load(p_a + o_c[None, :], mask=m, other=0.0)
+            b = tl.load(p_a + o_c[None, :] + half, mask=m, other=0.0)
+        a, b = a.to(ACC), b.to(ACC)
+        a, b = (a * cos - b * sin).to(p_out.dtype.element_ty), (b * cos + a * sin).to(p_out.dtype.element_ty)
+        if INTERLEAVED:
+            tl.store(p_o + o_pair[None, :], tl.reshape(tl.join(a, b), (TOKENS, 2 * COLUMNS)), mask=m_pair)
+        else:
+            tl.store(p_o + o_c[None, :], a, mask=m)
+            tl.store(p_o + o_c[None, :] + half, b, mask=m)
         if COPY_TAIL:
             o_d = 2 * half + tl.arange(0, TAIL)
             m_d = mt[:, None] & (o_d < 2 * half + tail)[None, :]

@@ -96,6 +96,7 @@ class Report:
     shared: int
     unit: str
     seconds: float
+    narrow: int = 0  # loads and stores of 2 bytes a thread: each takes the place of one of 16
 
     @property
     def programs(self) -> int:
@@ -177,6 +178,7 @@ def compile_case(case: Case) -> Report:
         shared,
         unit,
         seconds,
+        len(re.findall(r"\b(?:ld|st)\.global\.[\w.]*b16\b", ptx)),
     )
 
 
