@@ -59,9 +59,22 @@ def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
     assert len(kernels) == 2 * 8 + 6 * 2 + 2  # norms by width and form, activations, RoPE
     for k in kernels:
         assert k["shared"] <= LIMITS[arch], k
+        assert k["narrow"] == 0, k
         if arch != "gfx942":
             assert k["spilled"] == 0 and k["stack"] == 0, k
             assert k["programs"] >= 1, k
+
+
+@pytest.mark.parametrize("arch", LIMITS)
+def test_the_loss_fits_the_chip(arch, tmp_path):
+    kernels = compiled("loss", arch, tmp_path)
+    assert len(kernels) == 3 * 2 * 3  # what is made, vocabularies, options
+    for k in kernels:
+        assert k["shared"] <= LIMITS[arch], k
+        # The label's own logit, and its bias; the rest of a vocabulary that 16 does not divide.
+        assert k["narrow"] <= 2 or k["vocab"] % 16, k
+        if arch != "gfx942":
+            assert k["spilled"] == 0 and k["stack"] == 0, k
 
 
 def test_a_spill_is_a_problem():

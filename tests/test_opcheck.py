@@ -105,6 +105,10 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "act_fwd_": [lambda: (rand(5, 6), "relu2")],
     "act_bwd": [lambda: (rand(5, 6), rand(5, 6), "gelu_tanh")],
     "act_bwd_": [lambda: (rand(5, 6), rand(5, 6), "relu2")],
+    "add_product_": [
+        lambda: (rand(4, 6), rand(4, 5), rand(5, 6)),
+        lambda: (rand(4, 6), rand(5, 4).bfloat16().t(), rand(5, 6).bfloat16()),
+    ],
     "attention_fwd": [
         lambda: (rand(2, 9, 4, 8, grad=True), rand(2, 9, 2, 8, grad=True), rand(2, 9, 2, 8, grad=True), *MASK),
         lambda: (*attention_case(True)[1:4], CU, CU, 3, 0, 2.0, 0.3),

@@ -167,6 +167,9 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "act_fwd_": lambda grad: pointwise_samples(PLAIN_MLPS, 1, False),
     "act_bwd": lambda grad: pointwise_samples(PLAIN_MLPS, 2, False),
     "act_bwd_": lambda grad: pointwise_samples(PLAIN_MLPS, 2, False),
+    "add_product_": lambda grad: (
+        (randn(4, 6), randn(5, 4).to(d).t(), randn(5, 6).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)
+    ),
     "linear_cross_entropy_fwd": lambda grad: loss_samples(("mean", "sum", "none"), grad),
     "linear_cross_entropy_bwd": lambda grad: loss_bwd_samples(),
     "block_fwd": block_samples,
@@ -311,7 +314,7 @@ class TestChoice:
 
     def test_cuda_prefers_its_own(self, more_backends):
         assert registry.choose("act_fwd", "cuda")[0] == "triton"
-        assert registry.choose("linear_cross_entropy_fwd", "cuda")[0] == "torch"
+        assert registry.choose("linear_cross_entropy_fwd", "cuda")[0] == "triton"
 
     def test_no_implementation(self, monkeypatch):
         monkeypatch.setitem(registry.IMPLEMENTATIONS, "act_fwd", {"cuda": None})

@@ -5,8 +5,10 @@ from pyckpt.ops import (
     attention,
     attention_triton,
     linear_cross_entropy,
+    linear_cross_entropy_triton,
     norm,
     pointwise_triton,
+    products,
     registry,
     rope,
 )
@@ -16,8 +18,10 @@ __all__ = [
     "attention",
     "attention_triton",
     "linear_cross_entropy",
+    "linear_cross_entropy_triton",
     "norm",
     "pointwise_triton",
+    "products",
     "registry",
     "rope",
 ]

@@ -1,5 +1,8 @@
 """Cross-entropy of a linear head, chunked over tokens: the logits exist one chunk at a time, never T x V.
 
+What a chunk's logits become is a `Head`'s business: PyTorch's kernels here, one Triton kernel in
+`linear_cross_entropy_triton`.
+
 For token i with logits z = softcap(x W^T + b), lse = logsumexp(z), label t and smoothing e:
 
     loss_i = lse - (1 - e) z_t - e mean(z) + z_loss * lse²
@@ -14,16 +17,19 @@ token: the backward makes the logits again from lse.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.products import add_product_
 from pyckpt.ops.registry import autograd, define
 
 ops = torch.ops.pyckpt
 
-_CHUNK_ELEMENTS = 1 << 24
+# Logits of a chunk. On CUDA 512 MiB of bf16: every chunk reads and writes dw once, which larger chunks do less often.
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 _MIN_CHUNK_TOKENS = 256
 
 _ARGS = (
@@ -84,26 +90,13 @@ def linear_cross_entropy_fwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, dx, dw, db): x (T, D), weight (V, D), bias (V,), target (T,) int64.
+    """(loss, lse, dx, dw, db): x (T, D), weight (V, D), bias (V,), target (T,) int64; lse is 0 where ignored.
 
     Gradients are of the sum of the tokens' losses, also with "mean"; dw and db in the accumulation dtype; those
     not needed are empty. None may be needed with reduction "none".
     """
-    head = _Head(weight, bias, softcap, z_loss, label_smoothing)
-    keep = target != ignore_index
-    losses, lse = (x.new_empty(target.shape, dtype=head.acc) for _ in range(2))
-    dx, dw, db = _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
-    grads = _Gradients(head, dx, dw, db)
-    upstream = keep.to(head.acc)
-    for sl in _chunks(x.shape[0], weight.shape[0]):
-        z, slope = head.logits(x[sl], want_slope=grads.wanted)
-        label = target[sl].masked_fill(~keep[sl], 0)
-        lse[sl] = torch.logsumexp(z, dim=-1)
-        losses[sl] = head.losses(z, lse[sl], label).masked_fill_(~keep[sl], 0.0)
-        if grads.wanted:
-            grads.add(sl, x[sl], head.dlogits_(z, slope, lse[sl], label, upstream[sl]))
-    loss = losses if reduction == "none" else losses.sum()
-    return loss / keep.sum() if reduction == "mean" else loss, lse, dx, dw, db
+    head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
+    return forward(head, x, target, ignore_index, reduction, need_dx, need_dw, need_db)
 
 
 def _bwd_fake(
@@ -145,36 +138,121 @@ def linear_cross_entropy_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dw, db) from a gradient for each token, dloss (T,): makes the logits again, chunk by chunk."""
-    head = _Head(weight, bias, softcap, z_loss, label_smoothing)
-    keep = target != ignore_index
-    dx, dw, db = _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
-    grads = _Gradients(head, dx, dw, db)
-    upstream = dloss.to(head.acc) * keep
-    for sl in _chunks(x.shape[0], weight.shape[0]):
-        z, slope = head.logits(x[sl], want_slope=True)
-        label = target[sl].masked_fill(~keep[sl], 0)
-        grads.add(sl, x[sl], head.dlogits_(z, slope, lse[sl], label, upstream[sl]))
-    return dx, dw, db
+    head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
+    return backward(head, dloss, lse, x, target, need_dx, need_dw, need_db)
 
 
-def _chunks(tokens: int, vocab: int) -> Iterator[slice]:
-    step = max(_MIN_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocab)
-    for start in range(0, tokens, step):
+# --- over chunks, for every backend -------------------------------------------------------------------------
+
+
+class Head(Protocol):
+    """The head's weights and the loss's options, and what one chunk of tokens becomes."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def chunk(
+        self, x: Tensor, target: Tensor, upstream: Tensor | None, loss: Tensor | None, lse: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Fill loss and lse (t,); the logits' gradient (t, V), in the products' dtype and in the one to sum it in.
+
+        Without `loss`, lse is read. `upstream` (t,) is the gradient of each loss, None for ones.
+        """
+
+
+def forward(
+    head: Head,
+    x: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `linear_cross_entropy_fwd` gives."""
+    losses, lse = (x.new_empty(target.shape, dtype=acc_dtype(x.dtype)) for _ in range(2))
+    grads = _Gradients(head, *_grad_buffers(x, head.weight, head.bias, need_dx, need_dw, need_db))
+    for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
+        made = head.chunk(x[sl], target[sl], None, losses[sl], lse[sl], grads.wanted)
+        if grads.wanted:
+            grads.add(sl, x[sl], *made)
+    loss = losses if reduction == "none" else losses.sum()
+    if reduction == "mean":
+        loss = loss / (target != ignore_index).sum()
+    return loss, lse, grads.dx, grads.dw, grads.db
+
+
+def backward(
+    head: Head, dloss: Tensor, lse: Tensor, x: Tensor, target: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `linear_cross_entropy_bwd` gives."""
+    grads = _Gradients(head, *_grad_buffers(x, head.weight, head.bias, need_dx, need_dw, need_db))
+    upstream = dloss.to(lse.dtype)
+    for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
+        grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], upstream[sl], None, lse[sl], True))
+    return grads.dx, grads.dw, grads.db
+
+
+def _chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    most = max(_MIN_CHUNK_TOKENS, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"]) // vocab)
+    chunks = -(-tokens // most)
+    step = -(-tokens // max(1, chunks))  # of equal size: a short last one would run its products below speed
+    for start in range(0, tokens, step or 1):
         yield slice(start, min(start + step, tokens))
 
 
-class _Head:
-    """The head's weights and the loss's options, and what they make of one chunk of tokens."""
+class _Gradients:
+    """Gradient buffers of the whole loss (empty ones are not wanted), filled chunk by chunk."""
+
+    def __init__(self, head: Head, dx: Tensor, dw: Tensor, db: Tensor) -> None:
+        self.head, self.dx, self.dw, self.db = head, dx, dw, db
+        self.wanted = any(g.numel() for g in (dx, dw, db))
+
+    def add(self, sl: slice, x: Tensor, dz: Tensor, exact: Tensor) -> None:
+        if self.db.numel():
+            self.db += exact.sum(0, dtype=self.db.dtype)
+        if self.dx.numel():
+            torch.mm(dz, self.head.weight, out=self.dx[sl])
+        if self.dw.numel():
+            add_product_(self.dw, dz.t(), x)
+
+
+# --- PyTorch's kernels --------------------------------------------------------------------------------------
+
+
+class _TorchHead:
+    """`Head` in PyTorch's kernels."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, softcap: float, z_loss: float, label_smoothing: float
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        softcap: float,
+        z_loss: float,
+        label_smoothing: float,
     ) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.ignore_index = weight, bias, ignore_index
         self.softcap, self.z_loss, self.smoothing = softcap, z_loss, label_smoothing
         self.acc = acc_dtype(weight.dtype)
         self.vocab = weight.shape[0]
 
-    def logits(self, x: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+    def chunk(
+        self, x: Tensor, target: Tensor, upstream: Tensor | None, loss: Tensor | None, lse: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        z, slope = self._logits(x, want_slope=gradient)
+        ignored = target == self.ignore_index
+        label = target.masked_fill(ignored, 0)
+        if loss is not None:
+            lse.copy_(torch.logsumexp(z, dim=-1).masked_fill_(ignored, 0.0))
+            loss.copy_(self._losses(z, lse, label).masked_fill_(ignored, 0.0))
+        if gradient:
+            upstream = torch.ones_like(lse) if upstream is None else upstream
+            z = self._dlogits_(z, slope, lse, label, upstream).masked_fill_(ignored.unsqueeze(1), 0.0)
+        return (z.to(x.dtype), z) if gradient else (z, z)
+
+    def _logits(self, x: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
         """Capped logits (t, V) in the accumulation dtype, and the cap's derivative where there is one."""
         z = torch.mm(x, self.weight.t()).to(self.acc)
         if self.bias is not None:
@@ -185,7 +263,7 @@ class _Head:
         slope = 1.0 - z * z if want_slope else None
         return z.mul_(self.softcap), slope
 
-    def losses(self, z: Tensor, lse: Tensor, label: Tensor) -> Tensor:
+    def _losses(self, z: Tensor, lse: Tensor, label: Tensor) -> Tensor:
         picked = z.gather(1, label.unsqueeze(1)).squeeze(1)
         out = lse - (1.0 - self.smoothing) * picked
         if self.smoothing:
@@ -194,7 +272,7 @@ class _Head:
             out += self.z_loss * lse.square()
         return out
 
-    def dlogits_(self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor) -> Tensor:
+    def _dlogits_(self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor) -> Tensor:
         """The gradient of the raw logits, written over z."""
         p = z.sub_(lse.unsqueeze(1)).exp_()
         if self.z_loss:
@@ -206,24 +284,7 @@ class _Head:
         return p if slope is None else p.mul_(slope)
 
 
-class _Gradients:
-    """Gradient buffers of the whole loss (empty ones are not wanted), filled chunk by chunk."""
-
-    def __init__(self, head: _Head, dx: Tensor, dw: Tensor, db: Tensor) -> None:
-        self.head, self.dx, self.dw, self.db = head, dx, dw, db
-        self.wanted = any(g.numel() for g in (dx, dw, db))
-
-    def add(self, sl: slice, x: Tensor, dz: Tensor) -> None:
-        if self.db.numel():
-            self.db += dz.sum(0)
-        dz = dz.to(x.dtype)
-        if self.dx.numel():
-            torch.mm(dz, self.head.weight, out=self.dx[sl])
-        if self.dw.numel():
-            if self.dw.dtype == x.dtype:
-                self.dw.addmm_(dz.t(), x)
-            else:
-                self.dw += torch.mm(dz.t(), x)
+# --- autograd and FLOPs -------------------------------------------------------------------------------------
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
 """Weight gradients of one backward, summed over tiles and handed to autograd once.
 
 Summing tiles in bf16 would lose bits with every addition (a step at 500K tokens makes over a hundred), so partial
-sums are float32. A single tile needs no sum, and its product goes out as it is.
+sums are float32: on CUDA every product is added to its sum as it is made, with no temporary. A single tile needs no
+sum, and its product goes out as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.products import product
 
 
 class WeightGradients:
@@ -31,13 +33,9 @@ class WeightGradients:
             return
         total = self._sums.get(name)
         if total is None:
-            first = torch.mm(dy.t(), x)
-            self._sums[name] = first if self._single else first.to(acc_dtype(first.dtype))
-        elif total.dtype == x.dtype:
-            # As an out= overload: FLOP counters know addmm and do not know addmm_.
-            torch.addmm(total, dy.t(), x, out=total)
+            self._sums[name] = product(dy.t(), x, x.dtype if self._single else acc_dtype(x.dtype))
         else:
-            total += torch.mm(dy.t(), x)
+            torch.ops.pyckpt.add_product_(total, dy.t(), x)
 
     def add_rows(self, name: str, dy: Tensor) -> None:
         """Add the sum of dy (t, n) over tokens: the gradient of a bias."""
