@@ -14,6 +14,7 @@ from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec import compiled, node
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
+from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
 from pyckpt.tokenwise.generic import GenericTokenwise
@@ -25,11 +26,12 @@ INIT_STD = 0.02
 class CheckpointedBlock(nn.Module):
     """What every block that runs on our executors has: a save set, a tile, and a plan for given inputs."""
 
-    def __init__(self, d_model: int, save: str | SaveSet, tile: int | None) -> None:
+    def __init__(self, d_model: int, save: str | SaveSet, tile: int | None, tile_bytes: int) -> None:
         super().__init__()
         self.d_model = d_model
         self.save = save
         self.tile = tile
+        self.tile_bytes = tile_bytes
 
     @property
     def save(self) -> str:
@@ -49,6 +51,15 @@ class CheckpointedBlock(nn.Module):
     def tile(self, value: int | None) -> None:
         self._tile = errors.check_tile(value)
 
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes that the tokenwise parts may take for a tile, where `tile` is None."""
+        return self._tile_bytes
+
+    @tile_bytes.setter
+    def tile_bytes(self, value: int) -> None:
+        self._tile_bytes = errors.check_tile_bytes(value)
+
     def _check_save(self, save: SaveSet) -> SaveSet:
         return save
 
@@ -56,8 +67,8 @@ class CheckpointedBlock(nn.Module):
         """The block's parameters by name, checked to be those that its executor knows."""
         raise NotImplementedError
 
-    def plan(self, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPlan:
-        """How to run `tokens` tokens."""
+    def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+        """How to run `tokens` tokens of `x_dtype` with products in `dtype`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -87,7 +98,9 @@ class CkptTransformerBlock(CheckpointedBlock):
             of rope_type "linear" or "llama3".
         causal, window, softcap: see `pyckpt.attention`.
         save: what lives from forward to backward, see `pyckpt.save`; gradients are bitwise the same for all.
-        tile: tokens that norm, projections and MLP take at a time; None chooses.
+        tile: tokens that norm, projections and MLP take at a time; None chooses by `tile_bytes`, and on a CPU what
+            runs best.
+        tile_bytes: what these parts may take for a tile, beside the tensors of the whole sequence.
 
     Parameter names are those of a Hugging Face Llama decoder layer, so `load_state_dict(layer.state_dict())` works.
     Weights start normal with standard deviation 0.02, biases at zero. Forward hooks on the inner modules
@@ -114,6 +127,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         softcap: float | None = None,
         save: str | SaveSet = "attention",
         tile: int | None = None,
+        tile_bytes: int = TILE_BYTES,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -134,7 +148,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             window=window,
             softcap=softcap,
         )
-        super().__init__(spec.d_model, save, tile)
+        super().__init__(spec.d_model, save, tile, tile_bytes)
         self.spec = spec
         self._spec_text = spec.to_string()
         self._names = tuple(parameter_shapes(spec))
@@ -161,8 +175,8 @@ class CkptTransformerBlock(CheckpointedBlock):
             )
         return {name: found[name] for name in self._names}
 
-    def plan(self, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPlan:
-        return standard_plan(self.spec, self._save, self._tile, tokens, dtype, device)
+    def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+        return standard_plan(self.spec, self._save, self._tile, tokens, x_dtype, dtype, device, self._tile_bytes)
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -199,6 +213,7 @@ class CkptGenericBlock(CheckpointedBlock):
         scale: float | None = None,
         save: str | SaveSet = "attention",
         tile: int | None = None,
+        tile_bytes: int = TILE_BYTES,
     ) -> None:
         spec = BlockSpec.make(
             d_model,
@@ -210,7 +225,7 @@ class CkptGenericBlock(CheckpointedBlock):
             window=window,
             softcap=softcap,
         )
-        super().__init__(d_model, save, tile)
+        super().__init__(d_model, save, tile, tile_bytes)
         self.pre, self.post = pre, post
         self._attend = DenseAttend(
             spec.n_heads,
@@ -234,7 +249,7 @@ class CkptGenericBlock(CheckpointedBlock):
     def weights(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())
 
-    def plan(self, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+    def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         from pyckpt.exec.plan import generic_plan
 
         return generic_plan(
@@ -246,6 +261,7 @@ class CkptGenericBlock(CheckpointedBlock):
             tokens,
             dtype,
             device,
+            self._tile_bytes,
         )
 
 
@@ -268,9 +284,10 @@ def run_blocks(
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
     if torch.compiler.is_compiling() and len(blocks) == 1 and isinstance(first, CkptTransformerBlock):
-        return compiled.block(first._spec_text, first.save, first.tile, compute, x, positions, cu_seqlens, flat)
+        options = (first._spec_text, first.save, first.tile, first.tile_bytes, compute)
+        return compiled.block(*options, x, positions, cu_seqlens, flat)
     run = node.Run(
-        [block.plan(tokens, compute, x.device) for block in blocks],
+        [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],
         [tuple(part) for part in weights],
         compute,
     )

@@ -106,6 +106,12 @@ def check_tile(tile: int | None) -> int | None:
     return tile
 
 
+def check_tile_bytes(value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"tile_bytes must be a positive int (bytes that a tile may take), got {value!r}")
+    return value
+
+
 def check_labels(target: Tensor, vocab: int, ignore_index: int, device: torch.device) -> None:
     """int64 labels in [0, vocab) or ignore_index. On CUDA the range is checked by a device-side assertion."""
     if target.dtype != torch.int64:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
+from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, rms_norm
 from pyckpt.save import SaveSet
 from pyckpt.spec import Window
@@ -118,6 +119,7 @@ class CkptCausalLM(nn.Module):
         save: str | SaveSet = "attention",
         segments: Segments = None,
         tile: int | None = None,
+        tile_bytes: int = TILE_BYTES,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -141,7 +143,8 @@ class CkptCausalLM(nn.Module):
         }
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         blocks = [
-            CkptTransformerBlock(d_model, n_heads, **options, save=save, tile=tile, **factory) for _ in range(n_layers)
+            CkptTransformerBlock(d_model, n_heads, **options, save=save, tile=tile, tile_bytes=tile_bytes, **factory)
+            for _ in range(n_layers)
         ]
         norm_class = nn.RMSNorm if norm == "rmsnorm" else nn.LayerNorm
         self.model = _Decoder(

@@ -68,6 +68,8 @@ BAD_OPTIONS = {
     "window of three": ((48, 4), {"window": (1, 2, 3)}, r"window must be None, an int >= 0, or a pair"),
     "negative softcap": ((48, 4), {"softcap": -2.0}, r"softcap must be None or a positive number"),
     "tile zero": ((48, 4), {"tile": 0}, r"tile must be None or a positive int"),
+    "tile_bytes zero": ((48, 4), {"tile_bytes": 0}, r"tile_bytes must be a positive int"),
+    "tile_bytes no int": ((48, 4), {"tile_bytes": 1e9}, r"tile_bytes must be a positive int"),
     "tile no int": ((48, 4), {"tile": 2.5}, r"tile must be None or a positive int"),
 }
 
@@ -85,7 +87,9 @@ def test_attributes_are_checked_and_left_as_they_were():
         block.save = "nothing"
     with pytest.raises(ValueError, match="tile must be"):
         block.tile = -4
-    assert (block.save, block.tile) == ("attention", None)
+    with pytest.raises(ValueError, match="tile_bytes must be"):
+        block.tile_bytes = None
+    assert (block.save, block.tile, block.tile_bytes) == ("attention", None, 1 << 30)
 
 
 BAD_INPUTS = {

@@ -80,6 +80,28 @@ def test_slope_of_the_peak_over_the_length(save):
     assert slope == pytest.approx(kept + transient, rel=0.10)
 
 
+@pytest.mark.parametrize("options", [{}, {"mlp": "gelu", "norm": "layernorm"}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("tile_bytes", [3_000_000, 10_000_000])
+def test_a_tile_takes_its_budget_and_no_more(tile_bytes, options):
+    options = {"d_ff": 1024, "tile": None, **options}
+    tokens = 2048
+    least = step_peak(block(**options, tile_bytes=1), tokens)  # tiles of 64 tokens
+    plan = block(**options, tile_bytes=1).plan(tokens, torch.float32, torch.float32, torch.device("cpu"))
+    assert plan.tile == 64
+    grown = step_peak(block(**options, tile_bytes=tile_bytes), tokens) - least
+    own = 64 * 4 * (3 * 1024 + 8 * 256)  # of the small tiles, roughly
+    assert 0.3 * tile_bytes < grown <= tile_bytes
+    assert grown + own <= 1.1 * tile_bytes
+
+
+def test_the_transient_of_a_tile_does_not_grow_with_the_length():
+    """Above the tensors of the whole sequence: what a tile takes, whatever the length."""
+    budget, small = ({"d_ff": 2048, "tile": None, "tile_bytes": b} for b in (8_000_000, 1))
+    taken = [step_peak(block(**budget), s) - step_peak(block(**small), s) for s in (1024, 2048, 4096)]
+    assert max(taken) <= 1.05 * min(taken)
+    assert max(taken) <= 8_000_000
+
+
 def test_slope_over_the_length_does_not_depend_on_the_mlp():
     """Nothing as wide as d_ff lives for the whole sequence."""
     slopes = []

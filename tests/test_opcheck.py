@@ -71,7 +71,7 @@ def block_case(save: str, grad: bool, packed: bool = False) -> tuple[Any, ...]:
     spec = BlockSpec.make(16, 2, n_kv_heads=1, d_ff=24, qk_norm=True)
     weights = [rand(*shape, grad=grad) for shape in parameter_shapes(spec).values()]
     x = rand(9, 16, grad=grad) if packed else rand(2, 9, 16, grad=grad)
-    return x, None, CU if packed else None, weights, spec.to_string(), save, 4, torch.float32
+    return x, None, CU if packed else None, weights, spec.to_string(), save, 4, 1 << 30, torch.float32
 
 
 def block_bwd_case(save: str) -> tuple[Any, ...]:

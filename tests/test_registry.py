@@ -128,7 +128,7 @@ def block_samples(grad: bool) -> Iterator[Sample]:
             if kind == "gated"
             else (randn(10, 8, grad=grad), torch.arange(10), cu)
         )
-        yield x, positions, cu_seqlens, weights, spec.to_string(), save, 3, torch.float32
+        yield x, positions, cu_seqlens, weights, spec.to_string(), save, 3, 1 << 30, torch.float32
 
 
 def block_bwd_samples() -> Iterator[Sample]:

@@ -18,7 +18,8 @@ from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.standard import parameter_shapes
 
 _ARGS = (
-    "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor[] weights, str spec, str save, int tile, ScalarType dtype"
+    "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor[] weights, str spec, str save, int tile, "
+    "int tile_bytes, ScalarType dtype"
 )
 LIBRARY.define(f"block_fwd({_ARGS}) -> (Tensor, Tensor[])")
 LIBRARY.define(f"block_bwd(Tensor dy, Tensor[] kept, {_ARGS}, bool need_dx, bool[] need_weights) -> Tensor[]")
@@ -28,6 +29,7 @@ def block(
     spec: str,
     save: str,
     tile: int | None,
+    tile_bytes: int,
     dtype: torch.dtype,
     x: Tensor,
     positions: Tensor | None,
@@ -36,7 +38,7 @@ def block(
 ) -> Tensor:
     """One block, `spec` as `BlockSpec.to_string` writes it; what `node.execute` computes, with the same bits."""
     fwd = torch.ops.pyckpt.block_fwd
-    return fwd(x, positions, cu_seqlens, list(weights), spec, save, tile or 0, dtype)[0]
+    return fwd(x, positions, cu_seqlens, list(weights), spec, save, tile or 0, tile_bytes, dtype)[0]
 
 
 def kept_names(spec: BlockSpec, save: SaveSet) -> tuple[str, ...]:
@@ -52,9 +54,10 @@ def kept_names(spec: BlockSpec, save: SaveSet) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _run(x: Tensor, spec_text: str, save: str, tile: int, dtype: torch.dtype) -> node.Run:
+def _run(x: Tensor, spec_text: str, save: str, tile: int, tile_bytes: int, dtype: torch.dtype) -> node.Run:
     spec = BlockSpec.from_string(spec_text)
-    plan = standard_plan(spec, save_set(save), tile or None, x.numel() // x.shape[-1], dtype, x.device)
+    tokens = x.numel() // x.shape[-1]
+    plan = standard_plan(spec, save_set(save), tile or None, tokens, x.dtype, dtype, x.device, tile_bytes)
     return node.Run([plan], [tuple(parameter_shapes(spec))], dtype)
 
 
@@ -66,9 +69,10 @@ def _fwd(
     spec: str,
     save: str,
     tile: int,
+    tile_bytes: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    run = _run(x, spec, save, tile, dtype)
+    run = _run(x, spec, save, tile, tile_bytes, dtype)
     y, kept = node.forward(run, x, positions, cu_seqlens, tuple(weights), keeping=True)
     return y, [kept[n] for n in kept_names(BlockSpec.from_string(spec), save_set(save))]
 
@@ -81,6 +85,7 @@ def _fwd_fake(
     spec: str,
     save: str,
     tile: int,
+    tile_bytes: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     s = BlockSpec.from_string(spec)
@@ -104,11 +109,12 @@ def _bwd(
     spec: str,
     save: str,
     tile: int,
+    tile_bytes: int,
     dtype: torch.dtype,
     need_dx: bool,
     need_weights: list[bool],
 ) -> list[Tensor]:
-    run = _run(x, spec, save, tile, dtype)
+    run = _run(x, spec, save, tile, tile_bytes, dtype)
     named = dict(zip(kept_names(BlockSpec.from_string(spec), save_set(save)), kept, strict=True))
     dx, grads = node.backward(run, x, positions, cu_seqlens, tuple(weights), named, dy, need_dx, tuple(need_weights))
     return [g for g in (dx, *grads) if g is not None]
@@ -124,6 +130,7 @@ def _bwd_fake(
     spec: str,
     save: str,
     tile: int,
+    tile_bytes: int,
     dtype: torch.dtype,
     need_dx: bool,
     need_weights: list[bool],
@@ -149,7 +156,7 @@ def _backward(ctx, dy, _dkept):  # type: ignore[no-untyped-def]
     found = iter(grads)
     dx = next(found) if need_dx else None
     dweights = [next(found) if need else None for need in need_weights]
-    return dx, None, None, dweights, None, None, None, None
+    return dx, None, None, dweights, *(None,) * len(ctx.options)
 
 
 for _name, _fn, _fake in (("block_fwd", _fwd, _fwd_fake), ("block_bwd", _bwd, _bwd_fake)):

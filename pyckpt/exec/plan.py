@@ -6,7 +6,7 @@ import torch
 
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec.resident import BlockPlan
-from pyckpt.exec.tiling import choose_tile
+from pyckpt.exec.tiling import TILE_BYTES, choose_tile
 from pyckpt.save import SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.generic import GenericTokenwise
@@ -14,14 +14,20 @@ from pyckpt.tokenwise.standard import StandardTokenwise, pre_parameters
 
 
 def standard_plan(
-    spec: BlockSpec, save: SaveSet, tile: int | None, tokens: int, dtype: torch.dtype, device: torch.device
+    spec: BlockSpec,
+    save: SaveSet,
+    tile: int | None,
+    tokens: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    tile_bytes: int = TILE_BYTES,
 ) -> BlockPlan:
-    widest = 3 * spec.d_ff + 3 * spec.d_model
     return BlockPlan(
         tokenwise=StandardTokenwise(spec),
         attend=DenseAttend.of(spec),
         save=save,
-        tile=tile or choose_tile(tokens, widest, dtype, device),
+        tile=tile or choose_tile(tokens, _standard_token_bytes(spec, x_dtype, dtype), device, tile_bytes),
         pre_names=frozenset(pre_parameters(spec)),
         d_ff=spec.d_ff,
         gated=spec.gated,
@@ -38,12 +44,24 @@ def generic_plan(
     tokens: int,
     dtype: torch.dtype,
     device: torch.device,
+    tile_bytes: int = TILE_BYTES,
 ) -> BlockPlan:
     # How wide an unknown module is inside is not known; most MLPs keep about 16 values per value of d_model alive.
     return BlockPlan(
         tokenwise=tokenwise,
         attend=attend,
         save=save,
-        tile=tile or choose_tile(tokens, 16 * d_model, dtype, device),
+        tile=tile or choose_tile(tokens, 16 * d_model * dtype.itemsize, device, tile_bytes),
         pre_names=frozenset(tokenwise.pre_names),
     )
+
+
+def _standard_token_bytes(spec: BlockSpec, x_dtype: torch.dtype, dtype: torch.dtype) -> int:
+    """What a tile of the backward of `post`, or of `pre`, takes at most for a token, whole tensors aside."""
+    hidden = (3 if spec.gated else 2) * spec.d_ff * dtype.itemsize
+    mlp = hidden + spec.d_model * (2 * x_dtype.itemsize + 4 * dtype.itemsize)  # dy, mid; h, its cast, dh, d
+    attention = spec.d_model * (x_dtype.itemsize + 2 * dtype.itemsize)  # the norm, its cast, dh
+    if spec.qk_norm:
+        attention += 2 * (spec.d_q + spec.d_kv) * dtype.itemsize  # raw q and k, and their gradients
+    angles = 4 * spec.head_dim * 8 if spec.rope_theta is not None else 0  # float64 while they are made
+    return max(mlp, attention + angles)
