@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec import compiled, node
+from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
@@ -60,6 +61,11 @@ class CheckpointedBlock(nn.Module):
     def tile_bytes(self, value: int) -> None:
         self._tile_bytes = errors.check_tile_bytes(value)
 
+    @property
+    def drops(self) -> bool:
+        """Whether a forward in the present mode draws a seed for dropout."""
+        return False
+
     def _check_save(self, save: SaveSet) -> SaveSet:
         return save
 
@@ -97,6 +103,10 @@ class CkptTransformerBlock(CheckpointedBlock):
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
             of rope_type "linear" or "llama3".
         causal, window, softcap: see `pyckpt.attention`.
+        dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
+            stream; attention_dropout: that on attention probabilities, by default the same. In training mode only.
+            One seed a forward comes from PyTorch's default generator; what is dropped depends on it and on positions
+            alone, so that tiles, save sets and recomputation drop the same values.
         save: what lives from forward to backward, see `pyckpt.save`; gradients are bitwise the same for all.
         tile: tokens that norm, projections and MLP take at a time; None chooses by `tile_bytes`, and on a CPU what
             runs best.
@@ -125,6 +135,8 @@ class CkptTransformerBlock(CheckpointedBlock):
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
+        dropout: float = 0.0,
+        attention_dropout: float | None = None,
         save: str | SaveSet = "attention",
         tile: int | None = None,
         tile_bytes: int = TILE_BYTES,
@@ -147,6 +159,8 @@ class CkptTransformerBlock(CheckpointedBlock):
             causal=causal,
             window=window,
             softcap=softcap,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
         )
         super().__init__(spec.d_model, save, tile, tile_bytes)
         self.spec = spec
@@ -163,6 +177,10 @@ class CkptTransformerBlock(CheckpointedBlock):
                 nn.init.zeros_(p)
             else:
                 nn.init.ones_(p)
+
+    @property
+    def drops(self) -> bool:
+        return self.training and (self.spec.dropout > 0.0 or self.spec.attention_dropout > 0.0)
 
     def weights(self) -> dict[str, Tensor]:
         found = dict(self.named_parameters())
@@ -285,13 +303,25 @@ def run_blocks(
     flat = tuple(w for part in weights for w in part.values())
     if torch.compiler.is_compiling() and len(blocks) == 1 and isinstance(first, CkptTransformerBlock):
         options = (first._spec_text, first.save, first.tile, first.tile_bytes, compute)
-        return compiled.block(*options, x, positions, cu_seqlens, flat)
+        return compiled.block(*options, x, positions, cu_seqlens, _draw_seeds(blocks), flat)
     run = node.Run(
         [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],
         [tuple(part) for part in weights],
         compute,
     )
-    return node.execute(run, x, positions, cu_seqlens, flat)
+    return node.execute(run, x, positions, cu_seqlens, _draw_seeds(blocks), flat)
+
+
+def _draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
+    """One seed a block that drops, int64 (blocks,) on the CPU; None, and no number drawn, where none does.
+
+    From the default generator of the CPU: reading a GPU's would wait for it.
+    """
+    if not any(block.drops for block in blocks):
+        return None
+    seeds = [torch.randint(2**62, (), device="cpu") for block in blocks if block.drops]
+    drawn = iter(seeds)
+    return torch.stack([next(drawn) if block.drops else torch.tensor(NO_SEED, device="cpu") for block in blocks])
 
 
 def _compute_dtype(x: Any) -> torch.dtype:

@@ -115,6 +115,8 @@ class CkptCausalLM(nn.Module):
         rope_scaling: dict[str, Any] | None = None,
         window: int | Window | None = None,
         softcap: float | None = None,
+        dropout: float = 0.0,
+        attention_dropout: float | None = None,
         tie_embeddings: bool = False,
         save: str | SaveSet = "attention",
         segments: Segments = None,
@@ -140,6 +142,8 @@ class CkptCausalLM(nn.Module):
             "rope_scaling": rope_scaling,
             "window": window,
             "softcap": softcap,
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
         }
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         blocks = [
@@ -156,6 +160,7 @@ class CkptCausalLM(nn.Module):
         self.vocab_size, self.tie_embeddings, self.spec = vocab_size, bool(tie_embeddings), blocks[0].spec
         s = self.spec
         options |= {"n_kv_heads": s.n_kv_heads, "head_dim": s.head_dim, "d_ff": s.d_ff}
+        options |= {"attention_dropout": s.attention_dropout}
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size,
             "n_layers": n_layers,

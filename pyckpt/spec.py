@@ -31,6 +31,7 @@ class BlockSpec:
 
     `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
+    `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
 
     d_model: int
@@ -48,6 +49,8 @@ class BlockSpec:
     causal: bool = True
     window: Window = (-1, -1)
     softcap: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     @property
     def d_q(self) -> int:
@@ -97,6 +100,8 @@ class BlockSpec:
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
+        dropout: float = 0.0,
+        attention_dropout: float | None = None,
     ) -> BlockSpec:
         """Check the options of `CkptTransformerBlock` and fill in the defaults. Raises ValueError."""
         _positive_int("d_model", d_model)
@@ -131,6 +136,9 @@ class BlockSpec:
                 )
         if softcap is not None and not (math.isfinite(softcap) and softcap >= 0):
             raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        _rate("dropout", dropout)
+        _rate("attention_dropout", attention_dropout)
         return BlockSpec(
             d_model=int(d_model),
             n_heads=int(n_heads),
@@ -147,6 +155,8 @@ class BlockSpec:
             causal=bool(causal),
             window=canonical_window(causal, window),
             softcap=float(softcap or 0.0),
+            dropout=float(dropout),
+            attention_dropout=float(attention_dropout),
         )
 
 
@@ -205,6 +215,11 @@ def _positive_int(name: str, value: Any) -> None:
 def _positive_float(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def _rate(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -68,6 +68,8 @@ BAD_OPTIONS = {
     "window of three": ((48, 4), {"window": (1, 2, 3)}, r"window must be None, an int >= 0, or a pair"),
     "negative softcap": ((48, 4), {"softcap": -2.0}, r"softcap must be None or a positive number"),
     "tile zero": ((48, 4), {"tile": 0}, r"tile must be None or a positive int"),
+    "dropout of one": ((48, 4), {"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
+    "negative dropout": ((48, 4), {"attention_dropout": -0.1}, r"attention_dropout must be a number in"),
     "tile_bytes zero": ((48, 4), {"tile_bytes": 0}, r"tile_bytes must be a positive int"),
     "tile_bytes no int": ((48, 4), {"tile_bytes": 1e9}, r"tile_bytes must be a positive int"),
     "tile no int": ((48, 4), {"tile": 2.5}, r"tile must be None or a positive int"),

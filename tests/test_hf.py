@@ -480,10 +480,15 @@ def test_buffers_of_old_files_are_ignored(checkpoint: Path) -> None:
     load_pretrained(checkpoint)
 
 
-def test_dropout_is_left_out_with_a_warning(checkpoint: Path) -> None:
+def test_dropout_is_read_and_written(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers knows the rate on attention's probabilities; that on the residual branches is ours alone."""
     edit(checkpoint, {"attention_dropout": 0.1})
-    with pytest.warns(UserWarning, match=r"attention_dropout is 0\.1; pyckpt's blocks have no dropout"):
-        load_pretrained(checkpoint)
+    model = load_pretrained(checkpoint)
+    assert (model.spec.dropout, model.spec.attention_dropout) == (0.0, 0.1)
+    ours = CkptCausalLM(17, 1, d_model=16, n_heads=2, dropout=0.2, attention_dropout=0.3)
+    ours.save_pretrained(tmp_path / "ours")
+    again = load_pretrained(tmp_path / "ours")
+    assert (again.spec.dropout, again.spec.attention_dropout) == (0.2, 0.3)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -495,6 +500,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, r"'yarn', expected default, linear"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, r"factor is None, expected a positive number"),
     ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, r"factor is '2', expected a positive number"),
+    ({"attention_dropout": 1.5}, r"attention_dropout must be a number in \[0, 1\), got 1.5"),
     ({"rope_parameters": LLAMA3 | {"factor": 0}}, r"factor is 0, expected a positive number"),
     ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, r"low_freq_factor must be below"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"one flat object for all layers"),
@@ -545,7 +551,7 @@ def test_configs_that_no_block_computes(change_of_config: dict[str, Any], messag
 
 
 OWN_REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"dropout": 0.1}, r"'pyckpt' has 'dropout', which this version of pyckpt does not know"),
+    ({"layer_scale": 0.1}, r"'pyckpt' has 'layer_scale', which this version of pyckpt does not know"),
     ({"vocab_size": DROP}, r"vocab_size is None"),
     ({"bias": "no"}, r"bias is 'no', expected true or false"),
     ({"mlp": "swish"}, r"arguments that make no model: mlp='swish' does not exist"),

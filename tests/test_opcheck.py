@@ -68,16 +68,27 @@ def loss_bwd_case() -> tuple[Any, ...]:
 
 
 def block_case(save: str, grad: bool, packed: bool = False) -> tuple[Any, ...]:
-    spec = BlockSpec.make(16, 2, n_kv_heads=1, d_ff=24, qk_norm=True)
+    spec = BlockSpec.make(16, 2, n_kv_heads=1, d_ff=24, qk_norm=True, dropout=0.3 if packed else 0.0)
     weights = [rand(*shape, grad=grad) for shape in parameter_shapes(spec).values()]
     x = rand(9, 16, grad=grad) if packed else rand(2, 9, 16, grad=grad)
-    return x, None, CU if packed else None, weights, spec.to_string(), save, 4, 1 << 30, torch.float32
+    return (
+        x,
+        None,
+        CU if packed else None,
+        torch.tensor([7]) if packed else None,
+        weights,
+        spec.to_string(),
+        save,
+        4,
+        1 << 30,
+        torch.float32,
+    )
 
 
 def block_bwd_case(save: str) -> tuple[Any, ...]:
     args = block_case(save, grad=False)
     y, kept = ops.block_fwd(*args)
-    return torch.randn_like(y), kept, *args, True, [i % 2 == 0 for i in range(len(args[3]))]
+    return torch.randn_like(y), kept, *args, True, [i % 2 == 0 for i in range(len(args[4]))]
 
 
 TABLES = (torch.rand(7, 2), torch.rand(7, 2))
@@ -105,6 +116,10 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "act_fwd_": [lambda: (rand(5, 6), "relu2")],
     "act_bwd": [lambda: (rand(5, 6), rand(5, 6), "gelu_tanh")],
     "act_bwd_": [lambda: (rand(5, 6), rand(5, 6), "relu2")],
+    "dropout_": [
+        lambda: (rand(5, 6), rand(5, 6), rand(5, 6), 0.3, 2**40 + 1, 12),
+        lambda: (rand(5, 6).half(), None, rand(5, 6), 0.3, 3, 0),
+    ],
     "add_product_": [
         lambda: (rand(4, 6), rand(4, 5), rand(5, 6)),
         lambda: (rand(4, 6), rand(5, 4).bfloat16().t(), rand(5, 6).bfloat16()),

@@ -128,13 +128,13 @@ def block_samples(grad: bool) -> Iterator[Sample]:
             if kind == "gated"
             else (randn(10, 8, grad=grad), torch.arange(10), cu)
         )
-        yield x, positions, cu_seqlens, weights, spec.to_string(), save, 3, 1 << 30, torch.float32
+        yield x, positions, cu_seqlens, None, weights, spec.to_string(), save, 3, 1 << 30, torch.float32
 
 
 def block_bwd_samples() -> Iterator[Sample]:
     for sample in block_samples(False):
         y, kept = ops.block_fwd(*sample)
-        n = len(sample[3])
+        n = len(sample[4])
         for need_dx, need_weights in ((True, [True] * n), (False, [i % 2 == 0 for i in range(n)])):
             yield torch.randn_like(y), kept, *sample, need_dx, need_weights
 
@@ -167,6 +167,7 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "act_fwd_": lambda grad: pointwise_samples(PLAIN_MLPS, 1, False),
     "act_bwd": lambda grad: pointwise_samples(PLAIN_MLPS, 2, False),
     "act_bwd_": lambda grad: pointwise_samples(PLAIN_MLPS, 2, False),
+    "dropout_": lambda grad: ((randn(4, 6), r, randn(4, 6), 0.3, 5, 2) for r in (None, randn(4, 6))),
     "add_product_": lambda grad: (
         (randn(4, 6), randn(5, 4).to(d).t(), randn(5, 6).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)
     ),
@@ -240,7 +241,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 def test_kept_names_of_the_compiled_block_are_what_the_executor_keeps():
     for sample in block_samples(False):
         _, kept = ops.block_fwd(*sample)
-        assert len(kept) == len(compiled.kept_names(BlockSpec.from_string(sample[4]), save_set(sample[5])))
+        assert len(kept) == len(compiled.kept_names(BlockSpec.from_string(sample[5]), save_set(sample[6])))
 
 
 # --- the choice of a backend --------------------------------------------------------------------------------

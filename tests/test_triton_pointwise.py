@@ -16,7 +16,7 @@ from helpers import assert_exact, check_exact, check_truth
 from torch import Tensor
 
 import pyckpt
-from pyckpt.ops import reference, triton_backend
+from pyckpt.ops import philox, reference, triton_backend
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import SAVE_SETS
 from pyckpt.spec import GATED_MLPS, MLPS
@@ -139,6 +139,18 @@ class TestPointwise:
         x = torch.full((3,), float("nan"), device=DEVICE)
         act, *grads = ops.glu_bwd(x, x, x, kind) if kind in GATED_MLPS else ops.act_bwd(x, x, kind)
         assert all(t.isnan().all() for t in (act, *grads))
+
+    @pytest.mark.parametrize("shape", [(300, 4096), (33, 1), (5, 2051)])
+    def test_dropout_keeps_what_pytorch_keeps(self, shape):
+        seed, first, rate = 2**41 + 3, 2**32 - 7, 0.2
+        x, residual = (randn(*shape, dtype=torch.float32) for _ in range(2))
+        keep = philox.kept_rows(rate, seed, (first, first + shape[0]), shape[1], x.device)
+        out = torch.empty_like(x)
+        ops.dropout_(x, residual, out, rate, seed, first)
+        assert torch.equal(out[~keep], residual[~keep])
+        wanted = residual.double() + x.double() * keep / (1 - rate)
+        roundings = 2 * torch.finfo(torch.float32).eps * (residual.abs() + 2 * x.abs())  # of the product, of the sum
+        assert ((out - wanted).abs() <= roundings).all()
 
     @pytest.mark.parametrize("heads", [1, 7, 8, 17])
     @pytest.mark.parametrize("dim", [2, 80, 128, 256])

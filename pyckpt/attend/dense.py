@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,27 +43,49 @@ class DenseAttend:
     window: Window
     softcap: float
     scale: float
+    dropout: float = 0.0
 
     @staticmethod
     def of(spec: BlockSpec) -> DenseAttend:
-        return DenseAttend(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.window, spec.softcap, spec.scale)
+        return DenseAttend(
+            spec.n_heads,
+            spec.n_kv_heads,
+            spec.head_dim,
+            spec.window,
+            spec.softcap,
+            spec.scale,
+            spec.attention_dropout,
+        )
 
-    def forward(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """o (T, H * D) and lse from flat q, k, v."""
-        o, lse = ops.attention_fwd(*self._heads(layout, q, k, v), *self._options(layout))
+    def forward(
+        self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """o (T, H * D) and lse from flat q, k, v. `seed` of the dropout; None drops nothing."""
+        o, lse = ops.attention_fwd(*self._heads(layout, q, k, v), *self._options(layout, seed))
         return o.view(layout.tokens, -1), lse
 
     def backward(
-        self, layout: Layout, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
+        self,
+        layout: Layout,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        seed: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Flat dq, dk, dv."""
         do, q, k, v, o = self._heads(layout, do, q, k, v, o)
-        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout))
+        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed))
         return dq.view(layout.tokens, -1), dk.view(layout.tokens, -1), dv.view(layout.tokens, -1)
 
     def _heads(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
         return [layout.by_head(t, self.head_dim) for t in tensors]
 
-    def _options(self, layout: Layout) -> tuple[Tensor | None, Tensor | None, int, int, float, float]:
+    def _options(self, layout: Layout, seed: int | None) -> tuple[Any, ...]:
         cu = layout.cu_seqlens
-        return cu, cu, *self.window, self.softcap, self.scale
+        options = (cu, cu, *self.window, self.softcap, self.scale)
+        if seed is None or not self.dropout:
+            return options
+        return *options, None, None, self.dropout, seed

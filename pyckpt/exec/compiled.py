@@ -18,7 +18,7 @@ from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.standard import parameter_shapes
 
 _ARGS = (
-    "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor[] weights, str spec, str save, int tile, "
+    "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor? seeds, Tensor[] weights, str spec, str save, int tile, "
     "int tile_bytes, ScalarType dtype"
 )
 LIBRARY.define(f"block_fwd({_ARGS}) -> (Tensor, Tensor[])")
@@ -34,11 +34,12 @@ def block(
     x: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
     weights: tuple[Tensor, ...],
 ) -> Tensor:
     """One block, `spec` as `BlockSpec.to_string` writes it; what `node.execute` computes, with the same bits."""
     fwd = torch.ops.pyckpt.block_fwd
-    return fwd(x, positions, cu_seqlens, list(weights), spec, save, tile or 0, tile_bytes, dtype)[0]
+    return fwd(x, positions, cu_seqlens, seeds, list(weights), spec, save, tile or 0, tile_bytes, dtype)[0]
 
 
 def kept_names(spec: BlockSpec, save: SaveSet) -> tuple[str, ...]:
@@ -65,6 +66,7 @@ def _fwd(
     x: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
     weights: list[Tensor],
     spec: str,
     save: str,
@@ -73,7 +75,7 @@ def _fwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     run = _run(x, spec, save, tile, tile_bytes, dtype)
-    y, kept = node.forward(run, x, positions, cu_seqlens, tuple(weights), keeping=True)
+    y, kept = node.forward(run, x, positions, cu_seqlens, seeds, tuple(weights), keeping=True)
     return y, [kept[n] for n in kept_names(BlockSpec.from_string(spec), save_set(save))]
 
 
@@ -81,6 +83,7 @@ def _fwd_fake(
     x: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
     weights: list[Tensor],
     spec: str,
     save: str,
@@ -105,6 +108,7 @@ def _bwd(
     x: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
     weights: list[Tensor],
     spec: str,
     save: str,
@@ -116,7 +120,9 @@ def _bwd(
 ) -> list[Tensor]:
     run = _run(x, spec, save, tile, tile_bytes, dtype)
     named = dict(zip(kept_names(BlockSpec.from_string(spec), save_set(save)), kept, strict=True))
-    dx, grads = node.backward(run, x, positions, cu_seqlens, tuple(weights), named, dy, need_dx, tuple(need_weights))
+    dx, grads = node.backward(
+        run, x, positions, cu_seqlens, seeds, tuple(weights), named, dy, need_dx, tuple(need_weights)
+    )
     return [g for g in (dx, *grads) if g is not None]
 
 
@@ -126,6 +132,7 @@ def _bwd_fake(
     x: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
     weights: list[Tensor],
     spec: str,
     save: str,
@@ -140,23 +147,24 @@ def _bwd_fake(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, positions, cu_seqlens, weights, *ctx.options = inputs
+    x, positions, cu_seqlens, seeds, weights, *ctx.options = inputs
     _, kept = output
     ctx.counts = (len(weights), len(kept))
-    ctx.save_for_backward(x, positions, cu_seqlens, *weights, *kept)
+    ctx.save_for_backward(x, positions, cu_seqlens, seeds, *weights, *kept)
 
 
 def _backward(ctx, dy, _dkept):  # type: ignore[no-untyped-def]
-    x, positions, cu_seqlens, *rest = ctx.saved_tensors
+    x, positions, cu_seqlens, seeds, *rest = ctx.saved_tensors
     n_weights, _ = ctx.counts
     weights, kept = rest[:n_weights], rest[n_weights:]
     need_dx = ctx.needs_input_grad[0]
     need_weights = [w.requires_grad for w in weights]
-    grads = torch.ops.pyckpt.block_bwd(dy, kept, x, positions, cu_seqlens, weights, *ctx.options, need_dx, need_weights)
+    given = (x, positions, cu_seqlens, seeds, weights, *ctx.options)
+    grads = torch.ops.pyckpt.block_bwd(dy, kept, *given, need_dx, need_weights)
     found = iter(grads)
     dx = next(found) if need_dx else None
     dweights = [next(found) if need else None for need in need_weights]
-    return dx, None, None, dweights, *(None,) * len(ctx.options)
+    return dx, None, None, None, dweights, *(None,) * len(ctx.options)
 
 
 for _name, _fn, _fake in (("block_fwd", _fwd, _fwd_fake), ("block_bwd", _bwd, _bwd_fake)):

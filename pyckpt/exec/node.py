@@ -14,6 +14,7 @@ from torch import Tensor
 from pyckpt.attend.dense import Layout
 from pyckpt.exec.resident import BlockPlan, Inputs, Kept, run_backward, run_forward
 
+NO_SEED = -1  # in a tensor of seeds, of a block that drops nothing
 _HOW_TO = "Use the block without {what}, or a plain PyTorch block for that part of the model."
 
 
@@ -36,17 +37,25 @@ class Run:
 
 
 def execute(
-    run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, weights: tuple[Tensor, ...]
+    run: Run,
+    x: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
+    weights: tuple[Tensor, ...],
 ) -> Tensor:
-    """y of the run; one autograd node where a gradient can be asked for, nothing kept where none can."""
+    """y of the run; one autograd node where a gradient can be asked for, nothing kept where none can.
+
+    seeds: int64 (blocks,) on the CPU, of each block's dropout; None drops nothing.
+    """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "pyckpt blocks do not support torch.func transforms (vmap, grad, jvp, jacrev, ...). "
             + _HOW_TO.format(what="the transform")
         )
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
-        return _RunFunction.apply(run, x, positions, cu_seqlens, *weights)
-    return forward(run, x, positions, cu_seqlens, weights, keeping=False)[0]
+        return _RunFunction.apply(run, x, positions, cu_seqlens, seeds, *weights)
+    return forward(run, x, positions, cu_seqlens, seeds, weights, keeping=False)[0]
 
 
 def inputs(run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
@@ -55,16 +64,22 @@ def inputs(run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | N
     return Inputs(flat, positions, Layout(batch, seq, cu_seqlens), run.dtype)
 
 
+def _seeds(run: Run, seeds: Tensor | None) -> list[int | None]:
+    return [None] * len(run.plans) if seeds is None else [None if s == NO_SEED else s for s in seeds.tolist()]
+
+
 def forward(
     run: Run,
     x: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
     weights: tuple[Tensor, ...],
     keeping: bool,
 ) -> tuple[Tensor, Kept]:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        y, kept = run_forward(run.plans, run.split(weights), inputs(run, x, positions, cu_seqlens), keeping)
+        inp = inputs(run, x, positions, cu_seqlens)
+        y, kept = run_forward(run.plans, run.split(weights), inp, _seeds(run, seeds), keeping)
     return y.view(x.shape), kept
 
 
@@ -73,6 +88,7 @@ def backward(
     x: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
+    seeds: Tensor | None,
     weights: tuple[Tensor, ...],
     kept: Kept,
     dy: Tensor,
@@ -89,6 +105,7 @@ def backward(
             run.plans,
             run.split(weights),
             inputs(run, x, positions, cu_seqlens),
+            _seeds(run, seeds),
             kept,
             dy.reshape(-1, dy.shape[-1]),
             wanted,
@@ -101,10 +118,10 @@ def backward(
 
 class _RunFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Run, x: Tensor, positions: Any, cu_seqlens: Any, *weights: Tensor) -> Tensor:
-        y, kept = forward(run, x, positions, cu_seqlens, weights, keeping=True)
+    def forward(ctx: Any, run: Run, x: Tensor, positions: Any, cu_seqlens: Any, seeds: Any, *weights: Tensor) -> Tensor:
+        y, kept = forward(run, x, positions, cu_seqlens, seeds, weights, keeping=True)
         ctx.run, ctx.kept_names, ctx.n_weights = run, tuple(kept), len(weights)
-        ctx.save_for_backward(x, positions, cu_seqlens, *weights, *kept.values())
+        ctx.save_for_backward(x, positions, cu_seqlens, seeds, *weights, *kept.values())
         return y
 
     @staticmethod
@@ -115,16 +132,16 @@ class _RunFunction(torch.autograd.Function):
                 "create_graph=True, and the block's backward is made of kernels that have no derivative of their own. "
                 + _HOW_TO.format(what="create_graph")
             )
-        x, positions, cu_seqlens, *rest = ctx.saved_tensors
+        x, positions, cu_seqlens, seeds, *rest = ctx.saved_tensors
         weights, values = tuple(rest[: ctx.n_weights]), rest[ctx.n_weights :]
         del rest
         kept = dict(zip(ctx.kept_names, values, strict=True))
         del values
         need = ctx.needs_input_grad
         dx, grads = backward(
-            ctx.run, x, positions, cu_seqlens, weights, kept, grad_outputs[0], need[1], tuple(need[4:])
+            ctx.run, x, positions, cu_seqlens, seeds, weights, kept, grad_outputs[0], need[1], tuple(need[5:])
         )
-        return None, dx, None, None, *grads
+        return None, dx, None, None, None, *grads
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

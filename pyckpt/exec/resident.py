@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.exec.tiling import count, tiles
+from pyckpt.ops import philox
 from pyckpt.save import SaveSet
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Tokenwise, Weights
@@ -50,6 +51,7 @@ class BlockPlan:
 class Inputs:
     """A block's inputs, flat: x (T, d_model), positions (T,), and the dtype of products and attention.
 
+    `seed` is that of the block's dropout, None to drop nothing.
     positions None counts tokens from the start of each sequence, tile by tile, so that nothing is kept for it.
     """
 
@@ -57,12 +59,18 @@ class Inputs:
     positions: Tensor | None
     layout: Layout
     dtype: torch.dtype
+    seed: int | None = None
 
     def empty(self, width: int) -> Tensor:
         return torch.empty(self.x.shape[0], width, dtype=self.dtype, device=self.x.device)
 
     def tile(self, sl: slice, kept: Kept, names: Collection[str]) -> Tile:
-        return Tile(self.x[sl], self._positions(sl), {n: kept[n][sl] for n in names if n in kept})
+        views = {n: kept[n][sl] for n in names if n in kept}
+        return Tile(self.x[sl], self._positions(sl), views, sl.start, self.seed)
+
+    @property
+    def attention_seed(self) -> int | None:
+        return None if self.seed is None else philox.derive(self.seed, 0)
 
     def _positions(self, sl: slice) -> Tensor:
         if self.positions is not None:
@@ -73,8 +81,9 @@ class Inputs:
             return tokens % self.layout.seq
         return tokens - cu[torch.searchsorted(cu, tokens, right=True) - 1]
 
-    def with_x(self, x: Tensor) -> Inputs:
-        return dataclasses.replace(self, x=x)
+    def of_block(self, x: Tensor, seed: int | None) -> Inputs:
+        """The inputs of another block of the same run."""
+        return dataclasses.replace(self, x=x, seed=seed)
 
 
 def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keep: SaveSet) -> tuple[Tensor, Kept]:
@@ -84,7 +93,7 @@ def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keep: SaveSet) -> tu
     if keep.qkv and plan.keeps_raw_qk:
         kept["q"], kept["k"] = inp.empty(plan.d_q), inp.empty(plan.d_kv)
     q, k, v = _project(plan, w, inp, kept, ws)
-    o, lse = plan.attend.forward(inp.layout, q, k, v)
+    o, lse = plan.attend.forward(inp.layout, q, k, v, inp.attention_seed)
     if keep.qkv:
         kept = {"q": q, "k": k, "v": v} | kept
     del q, k, v
@@ -116,7 +125,7 @@ def block_backward(
     if do is not None:
         q, k, v = qkv or _attention_inputs(plan, w, inp, kept, ws)
         del qkv
-        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse)
+        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed)
         del do, q, k, v, o
         for sl in tiles(inp.layout.tokens, plan.tile):
             tile = inp.tile(sl, kept, ("q", "k") if plan.keeps_raw_qk else ())
@@ -142,7 +151,7 @@ def _attention_outputs(
     if "o" in kept:
         return kept["o"], kept["lse"], None
     qkv = _project(plan, w, inp, {}, ws)
-    return *plan.attend.forward(inp.layout, *qkv), qkv
+    return *plan.attend.forward(inp.layout, *qkv, inp.attention_seed), qkv
 
 
 def _attention_inputs(
@@ -162,26 +171,30 @@ def _attention_inputs(
 # --- runs of blocks ----------------------------------------------------------------------------------------------
 
 
-def run_forward(plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, keeping: bool) -> tuple[Tensor, Kept]:
+def run_forward(
+    plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, seeds: Sequence[int | None], keeping: bool
+) -> tuple[Tensor, Kept]:
     """The output of consecutive blocks. A single block keeps its save set; a run of several keeps its input alone."""
     if len(plans) == 1:
-        return block_forward(plans[0], weights[0], inp, plans[0].save if keeping else NOTHING)
-    for plan, w in zip(plans, weights, strict=True):
-        inp = inp.with_x(block_forward(plan, w, inp, NOTHING)[0])
-    return inp.x, {}
+        return block_forward(plans[0], weights[0], inp.of_block(inp.x, seeds[0]), plans[0].save if keeping else NOTHING)
+    x = inp.x
+    for plan, w, seed in zip(plans, weights, seeds, strict=True):
+        x = block_forward(plan, w, inp.of_block(x, seed), NOTHING)[0]
+    return x, {}
 
 
 def run_backward(
     plans: list[BlockPlan],
     weights: Sequence[Weights],
     inp: Inputs,
+    seeds: Sequence[int | None],
     kept: Kept,
     dy: Tensor,
     wanted: Sequence[Collection[str]],
     need_dx: bool,
 ) -> tuple[Tensor | None, list[dict[str, Tensor | None]]]:
     """Gradients of `run_forward`: makes the inner inputs again, then walks back through the blocks."""
-    stages = list(_replay(plans, weights, inp, kept))
+    stages = list(_replay(plans, weights, inp, seeds, kept))
     results: list[dict[str, Tensor | None]] = []
     first = next((i for i, names in enumerate(wanted) if names), len(plans) - 1)
     dx: Tensor | None = dy
@@ -196,10 +209,11 @@ def run_backward(
 
 
 def _replay(
-    plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, kept: Kept
+    plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, seeds: Sequence[int | None], kept: Kept
 ) -> Iterator[tuple[Inputs, Kept]]:
-    for plan, w in zip(plans[:-1], weights[:-1], strict=True):
-        y, stage_kept = block_forward(plan, w, inp, plan.save)
-        yield inp, stage_kept
-        inp = inp.with_x(y)
-    yield inp, kept
+    x = inp.x
+    for plan, w, seed in zip(plans[:-1], weights[:-1], seeds[:-1], strict=True):
+        stage = inp.of_block(x, seed)
+        x, stage_kept = block_forward(plan, w, stage, plan.save)
+        yield stage, stage_kept
+    yield inp.of_block(x, seeds[-1]), kept

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -139,7 +138,7 @@ def _standard_fields(kind: str, spec: BlockSpec, n_layers: int) -> Config:
         "head_dim": spec.head_dim,
         "hidden_act": _ACTIVATIONS[spec.mlp][0],
         "rms_norm_eps": spec.norm_eps,
-        "attention_dropout": 0.0,
+        "attention_dropout": spec.attention_dropout,
         "attention_bias": spec.bias,
         "mlp_bias": spec.bias,
         # transformers 5 reads the first, 4 the other two.
@@ -185,7 +184,9 @@ def from_config(config: Config, where: str) -> Arguments:
     except (ValueError, TypeError) as error:
         raise error if str(error).startswith(where) else fields.error(str(error)) from error
     if OWN_KEY in config:
-        _check_agreement(_own(config, where), arguments, where)
+        own = _own(config, where)
+        arguments["dropout"] = own.get("dropout", 0.0)  # on the residual branches: transformers' Llama has none
+        _check_agreement(own, arguments, where)
     return arguments
 
 
@@ -248,6 +249,8 @@ def _standard(kind: str, fields: _Fields) -> Arguments:
         "rope_scaling": scaling,
         "window": _window(kind, fields, n_layers),
         "softcap": None,
+        "dropout": 0.0,
+        "attention_dropout": fields.get("attention_dropout") or 0.0,
         "tie_embeddings": fields.flag("tie_word_embeddings"),
     }
 
@@ -271,12 +274,6 @@ def _check_plain(kind: str, fields: _Fields) -> None:
     for key in ("per_layer_config", "transformers_weights"):
         if fields.get(key):
             raise fields.error(f"{key} is {fields.get(key)!r}, which is not read; expected none")
-    if fields.get("attention_dropout"):
-        warnings.warn(
-            f"{fields.where}: attention_dropout is {fields.get('attention_dropout')!r}; pyckpt's blocks have no "
-            "dropout, so training is without it",
-            stacklevel=5,
-        )
 
 
 def _mlp(fields: _Fields) -> str:

@@ -47,6 +47,24 @@ def kept(rate: float, seed: int, sequences: Tensor, heads: int, rows: tuple[int,
     return (words[..., first : first + keys[1] - keys[0]] >> 1) >= threshold(rate)
 
 
+def kept_rows(rate: float, seed: int, rows: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """Boolean (rows, width), True where dropout at `rate` keeps a value.
+
+    The counter is (column // 4, row), the word the column modulo 4. A row's number may take 64 bits.
+    """
+    row = torch.arange(*rows, device=device).view(-1, 1)
+    quads = torch.arange(-(-width // 4), device=device)
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, (quads, row, row >> 32, row * 0))), dim=-1)
+    return (words.flatten(-2)[:, :width] >> 1) >= threshold(rate)
+
+
+def derive(seed: int, site: int) -> int:
+    """A seed of its own for each place of a block that drops: the first two words of counter `site`, 63 bits."""
+    zero = torch.zeros((), dtype=torch.int64)
+    w0, w1, _, _ = philox(seed, (zero + site, zero, zero, zero - 1))
+    return int(w0) | (int(w1) >> 1) << 32
+
+
 def threshold(rate: float) -> int:
     """What the upper 31 bits of a word must reach for the probability to be kept."""
     return min(round(rate * 2**31), 2**31 - 1)

@@ -21,12 +21,15 @@ class Tile:
 
     x (t, d_model), positions (t,); q, k, v, o are (t, heads * head_dim). `kept` holds the views of what the save set
     keeps besides: any of "q", "k" (raw, where they differ from those attention reads), "mid", "gate", "up".
+    `first` is the absolute number of the first token; `seed` that of the block's dropout, None to drop nothing.
     In a forward the executor allocates the views and the tokenwise part fills them; in a backward it reads them.
     """
 
     x: Tensor
     positions: Tensor
     kept: dict[str, Tensor]
+    first: int = 0
+    seed: int | None = None
 
 
 class Tokenwise(Protocol):

@@ -1,7 +1,7 @@
 """The hand-written tokenwise parts of the standard pre-norm block.
 
     pre:   q, k, v = rope(norm(x) Wqkvᵀ)
-    post:  mid = x + o Woᵀ;  y = mid + MLP(norm(mid))
+    post:  mid = x + o Woᵀ;  y = mid + MLP(norm(mid))    (dropout on both summands)
 
 Backward of `post` for a tile: mid, its norm, gate and up are made again (or read, if kept); the down projection is
 not: nothing needs its output. Backward of `pre`: the norm is made again; q and k only where QK-norm needs them raw.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyckpt.ops import philox
 from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
@@ -23,6 +24,8 @@ ops = torch.ops.pyckpt
 INPUT_NORM = "input_layernorm"
 POST_NORM = "post_attention_layernorm"
 ATTENTION = "self_attn"
+# Where dropout draws its own numbers; attention's probabilities take site 0.
+ATTENTION_SITE, MLP_SITE = 1, 2
 
 
 def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
@@ -112,14 +115,48 @@ class StandardTokenwise:
             ops.act_fwd_(act, self.spec.mlp)
         else:
             ops.glu_fwd_(act, up, self.spec.mlp)
-        _linear(w, "mlp.down_proj", act, y, residual=mid)
+        self._branch(w, "mlp.down_proj", MLP_SITE, tile, act, y, mid, ws)
 
     def _mid(self, w: Weights, tile: Tile, o: Tensor, ws: Workspace) -> Tensor:
         mid = tile.kept.get("mid")
         if mid is None:
             mid = ws.get("mid", tuple(tile.x.shape), tile.x.dtype)
-        _linear(w, f"{ATTENTION}.o_proj", o, mid, residual=tile.x)
+        self._branch(w, f"{ATTENTION}.o_proj", ATTENTION_SITE, tile, o, mid, tile.x, ws)
         return mid
+
+    def _branch(
+        self,
+        w: Weights,
+        name: str,
+        site: int,
+        tile: Tile,
+        x: Tensor,
+        out: Tensor,
+        residual: Tensor,
+        ws: Workspace,
+    ) -> None:
+        """out = residual + dropout(x Wᵀ + bias)."""
+        if not self._drops(tile):
+            _linear(w, name, x, out, residual=residual)
+            return
+        made = ws.get("branch", tuple(out.shape), x.dtype)
+        _linear(w, name, x, made)
+        self._drop(site, tile, made, residual, out)
+
+    def _drops(self, tile: Tile) -> bool:
+        return tile.seed is not None and self.spec.dropout > 0.0
+
+    def _drop(self, site: int, tile: Tile, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        assert tile.seed is not None
+        ops.dropout_(x, residual, out, self.spec.dropout, philox.derive(tile.seed, site), tile.first)
+
+    def _branch_gradient(self, site: int, tile: Tile, d: Tensor, dtype: torch.dtype, ws: Workspace) -> Tensor:
+        """The gradient of what a branch adds, from that of the sum, in the dtype of the products."""
+        if not self._drops(tile):
+            return d.to(dtype)
+        dropped = ws.get("dbranch", tuple(d.shape), dtype)
+        self._drop(site, tile, d, None, dropped)
+        return dropped
 
     def _pre_activations(self, w: Weights, tile: Tile, h: Tensor, ws: Workspace) -> tuple[Tensor | None, Tensor]:
         shape = (h.shape[0], self.spec.d_ff)
@@ -147,8 +184,9 @@ class StandardTokenwise:
         mid = tile.kept["mid"] if "mid" in tile.kept else self._mid(w, tile, o, ws)
         dmid = dx if dx is not None else ws.get("dmid", tuple(dy.shape), dy.dtype)
         dmid.copy_(dy)
-        self._mlp_bwd(w, tile, mid, dy.to(o.dtype), dmid, do is not None or dx is not None, grads, ws)
-        d = dmid.to(o.dtype)
+        branch = self._branch_gradient(MLP_SITE, tile, dy, o.dtype, ws)
+        self._mlp_bwd(w, tile, mid, branch, dmid, do is not None or dx is not None, grads, ws)
+        d = self._branch_gradient(ATTENTION_SITE, tile, dmid, o.dtype, ws)
         name = f"{ATTENTION}.o_proj"
         grads.add_product(f"{name}.weight", d, o)
         grads.add_rows(f"{name}.bias", d)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from .. import activation, norm, rope
+from .. import activation, dropout, norm, rope
 from ..rows import warps
 from .compile import DTYPES, Arguments, Case, signature
 
@@ -157,6 +157,37 @@ class RopeCase(Case):
         return signature(names, kinds, constants, divisible)
 
 
+@dataclasses.dataclass(frozen=True)
+class DropoutCase(Case):
+    arch: str
+    dtype: str
+    residual: bool
+
+    @property
+    def name(self) -> str:
+        return "dropout"
+
+    @property
+    def what(self) -> str:
+        return f"{'':>8} {DTYPES[self.dtype]:5}{'residual' if self.residual else ''}"
+
+    @property
+    def kernel(self) -> Any:
+        return dropout.dropout_kernel
+
+    @property
+    def num_warps(self) -> int:
+        return dropout.WARPS
+
+    def arguments(self) -> Arguments:
+        names = self.kernel.arg_names
+        kinds = _types(names, self.dtype) | {"first": "i64", "seed": "i64"}
+        constants: dict[str, Any] = {"KEEP_FACTOR": 1.0 / 0.9, "BLOCK": dropout.BLOCK}
+        if not self.residual:
+            constants["p_res"] = None
+        return signature(names, kinds, constants, {n for n in names if n.startswith("stride") or n == "width"})
+
+
 def cases(arch: str, quick: bool = False) -> Iterator[Case]:
     """Every width, dtype and form. Quick: bf16, the usual widths."""
     dtypes = ("bfloat16",) if quick else ("bfloat16", "float32")  # float16 is loaded and rounded as bfloat16 is
@@ -168,5 +199,7 @@ def cases(arch: str, quick: bool = False) -> Iterator[Case]:
         yield ActivationCase(arch, backward, function, gated, dtype)
     for head_dim, dtype, interleaved in itertools.product((128,) if quick else HEAD_DIMS, dtypes, both):
         yield RopeCase(arch, head_dim, dtype, interleaved)
+    for dtype, residual in itertools.product(dtypes, both):
+        yield DropoutCase(arch, dtype, residual)
     if not quick:
         yield RopeCase(arch, 128, "bfloat16", tail=64)
