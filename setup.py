@@ -66,7 +66,11 @@ setup(
     ],
     # The import name `triton_kernels` is the Triton project's, so the folder is installed below pyckpt.
     package_dir={"pyckpt": "pyckpt", "pyckpt.triton_kernels": "triton_kernels"},
-    package_data={"pyckpt": ["py.typed"], "pyckpt.triton_kernels": ["*.json"]},
+    package_data={
+        "pyckpt": ["py.typed"],
+        "pyckpt.triton_kernels": ["*.json"],
+        "pyckpt.triton_kernels.fused": ["*.json"],
+    },
     ext_modules=EXTENSIONS,
     cmdclass={"build_py": BuildPy},
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import check_exact
+from op_samples import fused_samples
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -171,6 +172,10 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "add_product_": lambda grad: (
         (randn(4, 6), randn(5, 4).to(d).t(), randn(5, 6).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)
     ),
+    **{
+        name: lambda grad, makers=makers: (make() for make in makers)
+        for name, makers in fused_samples(lambda *shape: randn(*shape, dtype=torch.float32)).items()
+    },
     "linear_cross_entropy_fwd": lambda grad: loss_samples(("mean", "sum", "none"), grad),
     "linear_cross_entropy_bwd": lambda grad: loss_bwd_samples(),
     "block_fwd": block_samples,
