@@ -19,7 +19,7 @@ from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
 from pyckpt.tokenwise.generic import GenericTokenwise
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 INIT_STD = 0.02
 

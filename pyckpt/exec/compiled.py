@@ -15,7 +15,7 @@ from pyckpt.exec.resident import Kept
 from pyckpt.ops.registry import LIBRARY
 from pyckpt.save import SaveSet, save_set
 from pyckpt.spec import BlockSpec
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 _ARGS = (
     "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor? seeds, Tensor[] weights, str spec, str save, int tile, "

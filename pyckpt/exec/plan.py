@@ -10,7 +10,8 @@ from pyckpt.exec.tiling import TILE_BYTES, choose_tile
 from pyckpt.save import SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.generic import GenericTokenwise
-from pyckpt.tokenwise.standard import StandardTokenwise, pre_parameters
+from pyckpt.tokenwise.parameters import pre_parameters
+from pyckpt.tokenwise.standard import StandardTokenwise
 
 
 def standard_plan(
