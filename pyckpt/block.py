@@ -89,7 +89,7 @@ class CheckpointedBlock(nn.Module):
 
 
 class CkptTransformerBlock(CheckpointedBlock):
-    """A pre-norm transformer block whose backward recomputes what its `save` set does not keep.
+    """A transformer block whose backward recomputes what its `save` set does not keep.
 
     Args:
         d_model: width of the residual stream.
@@ -98,6 +98,9 @@ class CkptTransformerBlock(CheckpointedBlock):
         d_ff: width of the MLP; default 8/3 d_model rounded up to 128 for gated MLPs, 4 d_model for plain ones.
         norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon.
         mlp: gated "swiglu", "geglu", "geglu_tanh"; plain "gelu", "gelu_tanh", "relu2".
+        residual: "sequential", mid = x + attention(norm(x)), y = mid + mlp(norm(mid)); "parallel", y = x +
+            attention(norm(x)) + mlp(norm(x)) with a norm for each (as in GPT-NeoX); "parallel_shared", with one norm,
+            `input_layernorm`, for both (as in GPT-J and Cohere).
         bias: biases on all linear layers.
         qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
@@ -128,6 +131,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
         mlp: str = "swiglu",
+        residual: str = "sequential",
         bias: bool = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
@@ -152,6 +156,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             norm=norm,
             norm_eps=norm_eps,
             mlp=mlp,
+            residual=residual,
             bias=bias,
             qk_norm=qk_norm,
             rope_theta=rope_theta,
@@ -200,7 +205,8 @@ class CkptTransformerBlock(CheckpointedBlock):
         s = self.spec
         return (
             f"d_model={s.d_model}, n_heads={s.n_heads}, n_kv_heads={s.n_kv_heads}, head_dim={s.head_dim}, "
-            f"d_ff={s.d_ff}, norm={s.norm!r}, mlp={s.mlp!r}, save={self.save!r}, tile={self.tile}"
+            f"d_ff={s.d_ff}, norm={s.norm!r}, mlp={s.mlp!r}, residual={s.residual!r}, "
+            f"save={self.save!r}, tile={self.tile}"
         )
 
 

@@ -16,6 +16,7 @@ NORMS = ("rmsnorm", "layernorm")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
 PLAIN_MLPS = ("gelu", "gelu_tanh", "relu2")
 MLPS = GATED_MLPS + PLAIN_MLPS
+RESIDUALS = ("sequential", "parallel", "parallel_shared")
 ROPE_TYPES = ("linear", "llama3")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -31,6 +32,7 @@ class BlockSpec:
 
     `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
+    `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
 
@@ -42,6 +44,7 @@ class BlockSpec:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     mlp: str = "swiglu"
+    residual: str = "sequential"
     bias: bool = False
     qk_norm: bool = False
     rope_theta: float | None = 10000.0
@@ -65,6 +68,11 @@ class BlockSpec:
     @property
     def gated(self) -> bool:
         return self.mlp in GATED_MLPS
+
+    @property
+    def parallel(self) -> bool:
+        """Attention and MLP read the same x: there is no residual stream between them."""
+        return self.residual != "sequential"
 
     @property
     def scale(self) -> float:
@@ -93,6 +101,7 @@ class BlockSpec:
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
         mlp: str = "swiglu",
+        residual: str = "sequential",
         bias: bool = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
@@ -123,6 +132,7 @@ class BlockSpec:
         _positive_int("head_dim", head_dim)
         _one_of("norm", norm, NORMS)
         _one_of("mlp", mlp, MLPS)
+        _one_of("residual", residual, RESIDUALS)
         _positive_float("norm_eps", norm_eps)
         if d_ff is None:
             d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
@@ -148,6 +158,7 @@ class BlockSpec:
             norm=norm,
             norm_eps=float(norm_eps),
             mlp=mlp,
+            residual=residual,
             bias=bool(bias),
             qk_norm=bool(qk_norm),
             rope_theta=None if rope_theta is None else float(rope_theta),

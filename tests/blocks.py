@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window-both": {"causal": False, "window": (5, 3)},
     "softcap": {"softcap": 3.0},
     "softcap-window": {"softcap": 3.0, "window": 7},
+    "neox-like": {"residual": "parallel", "norm": "layernorm", "mlp": "gelu", "bias": True},
+    "parallel_shared": {"residual": "parallel_shared", "qk_norm": True},
 }
 CU_SEQLENS = [0, 5, 5, 23, 50]
 

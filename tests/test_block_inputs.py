@@ -22,6 +22,11 @@ BAD_OPTIONS = {
         r"norm='batchnorm' does not exist; expected one of rmsnorm",
     ),
     "unknown mlp": ((48, 4), {"mlp": "moe"}, r"mlp='moe' does not exist; expected one of swiglu"),
+    "unknown residual": (
+        (48, 4),
+        {"residual": "none"},
+        r"residual='none' does not exist; expected one of sequential, parallel, parallel_shared",
+    ),
     "unknown save set": (
         (48, 4),
         {"save": "everything"},

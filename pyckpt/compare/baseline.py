@@ -21,7 +21,7 @@ RopeTables = tuple[Tensor, Tensor]
 
 
 class PlainBlock(nn.Module):
-    """A pre-norm transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``.
+    """A transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``, or both side by side on ``x``.
 
     Takes the options of `CkptTransformerBlock` and its ``state_dict``. ``x`` is (B, S, d_model), or packed
     (T, d_model) with ``cu_seqlens``; ``positions`` are the tokens' positions (S,), (B, S) or (T,), by default
@@ -41,7 +41,8 @@ class PlainBlock(nn.Module):
         spec = self.spec = BlockSpec.make(d_model, n_heads, **options)
         self.input_layernorm = _norm(spec, device, dtype)
         self.self_attn = PlainAttention(spec, device, dtype)
-        self.post_attention_layernorm = _norm(spec, device, dtype)
+        if spec.residual != "parallel_shared":
+            self.post_attention_layernorm = _norm(spec, device, dtype)
         self.mlp = PlainMLP(spec, device, dtype)
 
     def forward(
@@ -53,7 +54,13 @@ class PlainBlock(nn.Module):
     ) -> Tensor:
         if rope is None:
             rope = rope_tables(self.spec, x, positions, cu_seqlens)
-        x = x + self.self_attn(self.input_layernorm(x), rope, cu_seqlens)
+        h = self.input_layernorm(x)
+        attended = self.self_attn(h, rope, cu_seqlens)
+        if self.spec.residual == "parallel_shared":
+            return x + attended + self.mlp(h)
+        if self.spec.residual == "parallel":
+            return x + attended + self.mlp(self.post_attention_layernorm(x))
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

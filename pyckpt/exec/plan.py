@@ -7,7 +7,7 @@ import torch
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES, choose_tile
-from pyckpt.save import SaveSet
+from pyckpt.save import SaveSet, post_tensors
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.parameters import pre_parameters
@@ -30,8 +30,7 @@ def standard_plan(
         save=save,
         tile=tile or choose_tile(tokens, _standard_token_bytes(spec, x_dtype, dtype), device, tile_bytes),
         pre_names=frozenset(pre_parameters(spec)),
-        d_ff=spec.d_ff,
-        gated=spec.gated,
+        post_tensors=post_tensors(spec, save),
         keeps_raw_qk=spec.qk_norm,
     )
 

@@ -12,7 +12,7 @@ from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
 from pyckpt.tokenwise.norm import Stats, norm_of
-from pyckpt.tokenwise.parameters import MLP, POST_NORM
+from pyckpt.tokenwise.parameters import MLP, norm_names
 from pyckpt.tokenwise.workspace import Workspace
 
 ops = torch.ops.pyckpt
@@ -35,7 +35,7 @@ class Mlp:
 
     def __init__(self, spec: BlockSpec) -> None:
         self.spec = spec
-        self.norm = norm_of(spec, POST_NORM)
+        self.norm = norm_of(spec, norm_names(spec)[-1])
         self.projections = [f"{MLP}.gate_proj", f"{MLP}.up_proj"] if spec.gated else [f"{MLP}.up_proj"]
         self.parameters = tuple(f"{n}.{kind}" for n in self.projections for kind in ("weight", "bias"))
 

@@ -29,11 +29,16 @@ def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.bias"] = shape[:1]
     if spec.qk_norm:
         shapes[f"{ATTENTION}.q_norm.weight"] = shapes[f"{ATTENTION}.k_norm.weight"] = (spec.head_dim,)
-    for name in (INPUT_NORM, POST_NORM):
+    for name in norm_names(spec):
         shapes[f"{name}.weight"] = (d,)
         if spec.norm == "layernorm":
             shapes[f"{name}.bias"] = (d,)
     return shapes
+
+
+def norm_names(spec: BlockSpec) -> tuple[str, ...]:
+    """The norms over the width of the residual stream."""
+    return (INPUT_NORM,) if spec.residual == "parallel_shared" else (INPUT_NORM, POST_NORM)
 
 
 def pre_parameters(spec: BlockSpec) -> tuple[str, ...]:

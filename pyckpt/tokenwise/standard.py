@@ -1,10 +1,12 @@
-"""The hand-written tokenwise parts of the standard pre-norm block.
+"""The hand-written tokenwise parts of the standard block.
 
     pre:   q, k, v = rope(norm(x) Wqkvᵀ)
     post:  mid = x + o Woᵀ;  y = mid + MLP(norm(mid))    (dropout on both summands)
+           in a parallel block the MLP reads norm(x)
 
 Backward of `post` for a tile: mid, its norm, gate and up are made again (or read, if kept); the down projection is
-not: nothing needs its output. Backward of `pre`: the norm is made again; q and k only where QK-norm needs them raw.
+not: nothing needs its output, nor in a parallel block that of the output projection. Backward of `pre`: the norm is
+made again; q and k only where QK-norm needs them raw.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class StandardTokenwise:
 
     def post(self, w: Weights, tile: Tile, o: Tensor, y: Tensor, ws: Workspace) -> None:
         mid = self._mid(w, tile, o, ws)
-        act = self.mlp.forward(w, tile, mid, o.dtype, ws)
+        act = self.mlp.forward(w, tile, tile.x if self.spec.parallel else mid, o.dtype, ws)
         self.mlp_end.forward(w, tile, act, mid, y, ws)
 
     def _mid(self, w: Weights, tile: Tile, o: Tensor, ws: Workspace) -> Tensor:
@@ -71,16 +73,22 @@ class StandardTokenwise:
         grads: WeightGradients,
         ws: Workspace,
     ) -> None:
-        mid = tile.kept["mid"] if "mid" in tile.kept else self._mid(w, tile, o, ws)
+        parallel = self.spec.parallel
+        if parallel:
+            mid = tile.x
+        else:
+            mid = tile.kept["mid"] if "mid" in tile.kept else self._mid(w, tile, o, ws)
+        # The gradient of what the MLP reads: x in a parallel block, else mid, through which all else goes.
         dmid = dx if dx is not None else ws.get("dmid", tuple(dy.shape), dy.dtype)
         dmid.copy_(dy)
-        inward = dx is not None or do is not None
-        inward |= grads.wants(*self.mlp.norm.parameters, *self.attention_end.parameters)
+        inward = dx is not None or grads.wants(*self.mlp.norm.parameters)
+        if not parallel:
+            inward |= do is not None or grads.wants(*self.attention_end.parameters)
         d = self.mlp_end.backward(tile, dy, o.dtype, grads, ws)
         if inward or grads.wants(self.mlp_end.weight, *self.mlp.parameters):
             hidden = self.mlp.remake(w, tile, mid, o.dtype, ws)
             self.mlp.backward(w, hidden, mid, d, dmid if inward else None, grads, ws)
-        d = self.attention_end.backward(tile, dmid, o.dtype, grads, ws)
+        d = self.attention_end.backward(tile, dy if parallel else dmid, o.dtype, grads, ws)
         grads.add_product(self.attention_end.weight, d, o)
         if do is not None:
             torch.mm(d, w[self.attention_end.weight], out=do)
