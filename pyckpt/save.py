@@ -14,7 +14,9 @@ class SaveSet:
     """What one block keeps besides its input x, which every save set keeps.
 
     attention: o and lse (so that the attention forward never runs twice); qkv: q, k, v; mid: the residual stream
-    between attention and MLP (a parallel block has none); mlp: the MLP's pre-activations (gate and up).
+    between attention and MLP (a parallel block has none); mlp: the MLP's pre-activations (gate and up). Where a norm
+    stands after a sublayer its input is kept instead of mid, from which it makes mid again, and with mlp that of the
+    norm after the MLP too, called down.
     """
 
     name: str
@@ -59,10 +61,13 @@ class KeptTensor:
 def post_tensors(spec: BlockSpec, save: SaveSet) -> tuple[KeptTensor, ...]:
     """What `post` keeps with this save set."""
     kept: list[KeptTensor] = []
+    # What a norm of a sublayer's output reads is a product's, and in its dtype.
+    residual = spec.norms_sum or not spec.norms_after
     if save.mid and not spec.parallel:
-        kept.append(KeptTensor("mid", spec.d_model, residual=True))
+        kept.append(KeptTensor("mid", spec.d_model, residual))
     if save.mlp:
         kept += [KeptTensor(name, spec.d_ff) for name in (("gate", "up") if spec.gated else ("up",))]
+        kept += [KeptTensor("down", spec.d_model, residual)] if spec.norms_after else []
     return tuple(kept)
 
 

@@ -16,6 +16,7 @@ NORMS = ("rmsnorm", "layernorm")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
 PLAIN_MLPS = ("gelu", "gelu_tanh", "relu2")
 MLPS = GATED_MLPS + PLAIN_MLPS
+NORM_PLACEMENTS = ("pre", "sandwich", "output", "post")
 RESIDUALS = ("sequential", "parallel", "parallel_shared")
 ROPE_TYPES = ("linear", "llama3")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ class BlockSpec:
 
     `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
+    `norm_placement`: norms of a sublayer's input ("pre"), of its output, of both ("sandwich"), or of the sum ("post").
     `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
@@ -44,6 +46,7 @@ class BlockSpec:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     mlp: str = "swiglu"
+    norm_placement: str = "pre"
     residual: str = "sequential"
     bias: bool = False
     qk_norm: bool = False
@@ -75,6 +78,21 @@ class BlockSpec:
         return self.residual != "sequential"
 
     @property
+    def norms_input(self) -> bool:
+        """A norm stands before each sublayer."""
+        return self.norm_placement in ("pre", "sandwich")
+
+    @property
+    def norms_after(self) -> bool:
+        """A norm stands after each sublayer: of its output, or of the sum with the residual stream."""
+        return self.norm_placement != "pre"
+
+    @property
+    def norms_sum(self) -> bool:
+        """The norm after a sublayer is of the sum, so that the residual stream itself is normed."""
+        return self.norm_placement == "post"
+
+    @property
     def scale(self) -> float:
         return self.head_dim**-0.5
 
@@ -101,6 +119,7 @@ class BlockSpec:
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
         mlp: str = "swiglu",
+        norm_placement: str = "pre",
         residual: str = "sequential",
         bias: bool = False,
         qk_norm: bool = False,
@@ -132,7 +151,13 @@ class BlockSpec:
         _positive_int("head_dim", head_dim)
         _one_of("norm", norm, NORMS)
         _one_of("mlp", mlp, MLPS)
+        _one_of("norm_placement", norm_placement, NORM_PLACEMENTS)
         _one_of("residual", residual, RESIDUALS)
+        if residual != "sequential" and norm_placement != "pre":
+            raise ValueError(
+                f"residual={residual!r} with norm_placement={norm_placement!r}: the norms of a parallel block stand "
+                "before its sublayers; use norm_placement='pre' or residual='sequential'"
+            )
         _positive_float("norm_eps", norm_eps)
         if d_ff is None:
             d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
@@ -158,6 +183,7 @@ class BlockSpec:
             norm=norm,
             norm_eps=float(norm_eps),
             mlp=mlp,
+            norm_placement=norm_placement,
             residual=residual,
             bias=bool(bias),
             qk_norm=bool(qk_norm),

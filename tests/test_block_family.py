@@ -7,12 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import SMALL, assert_as_good, assert_same_bits, make_block, make_input, plain_twin, randomise, step
+from blocks import (
+    SMALL,
+    assert_as_good,
+    assert_same_bits,
+    make_block,
+    make_input,
+    plain_twin,
+    randomise,
+    relative_errors,
+    step,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyckpt
-from pyckpt.compare.baseline import PlainBlock
+from pyckpt.compare.baseline import PlainBlock, rope_tables
+from pyckpt.ops import philox
 from pyckpt.save import bytes_per_token
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.parameters import parameter_shapes
@@ -20,6 +31,10 @@ from pyckpt.tokenwise.parameters import parameter_shapes
 FAMILIES: dict[str, dict[str, Any]] = {
     "parallel": {"residual": "parallel"},
     "parallel_shared": {"residual": "parallel_shared"},
+    "sandwich": {"norm_placement": "sandwich"},
+    "output": {"norm_placement": "output"},
+    "post": {"norm_placement": "post"},
+    "post-layernorm": {"norm_placement": "post", "norm": "layernorm", "mlp": "gelu"},
 }
 ALL_FAMILIES = pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES.keys())
 
@@ -173,6 +188,49 @@ def test_save_sets_with_dropout(options):
             assert_same_bits(run(), first)
 
 
+def dropped(plain: PlainBlock, x: torch.Tensor, seed: int) -> torch.Tensor:
+    """The plain block with the masks that the seed stands for on what its sublayers add."""
+    s, rows = plain.spec, x.shape[0] * x.shape[1]
+    rope = rope_tables(s, x)
+
+    def drop(t: torch.Tensor, site: int) -> torch.Tensor:
+        keep = philox.kept_rows(s.dropout, philox.derive(seed, site), (0, rows), x.shape[-1], x.device)
+        return t * keep.view(t.shape) / (1 - s.dropout)
+
+    def normed(name: str, t: torch.Tensor) -> torch.Tensor:
+        return getattr(plain, name)(t) if hasattr(plain, name) else t
+
+    after = "post_attention_layernorm", "post_feedforward_layernorm"
+    attended = plain.self_attn(normed("input_layernorm", x), rope, None)
+    if s.norm_placement == "post":
+        mid = normed(after[0], x + drop(attended, 1))
+        return normed(after[1], mid + drop(plain.mlp(mid), 2))
+    if s.norm_placement == "output":
+        mid = x + drop(normed(after[0], attended), 1)
+        return mid + drop(normed(after[1], plain.mlp(mid)), 2)
+    if s.norm_placement == "sandwich":
+        mid = x + drop(normed(after[0], attended), 1)
+        return mid + drop(normed(after[1], plain.mlp(normed("pre_feedforward_layernorm", mid))), 2)
+    norm = "input_layernorm" if s.residual == "parallel_shared" else after[0]
+    return x + drop(attended, 1) + drop(plain.mlp(normed(norm, x)), 2)
+
+
+@ALL_FAMILIES
+def test_dropout_against_plain_pytorch(options):
+    options = {**options, "dropout": 0.3, "attention_dropout": 0.0}
+    block, (x, _) = make_block(**options, tile=7), make_input(False)
+    plain, dy = plain_twin(block, torch.float64, **options), torch.randn_like(x)
+    torch.manual_seed(3)
+    got = step(block, x, dy)
+    torch.manual_seed(3)
+    leaf = x.clone().requires_grad_()
+    y = dropped(plain, leaf, int(torch.randint(2**62, ())))
+    params = dict(plain.named_parameters())
+    grads = torch.autograd.grad(y, [leaf, *params.values()], dy)
+    truth = {"y": y.detach(), "dx": grads[0], **dict(zip(params, grads[1:], strict=True))}
+    assert max(relative_errors(got, truth).values()) < 1e-12
+
+
 def test_names_of_the_norms():
     def norms(**options: Any) -> list[str]:
         shapes = parameter_shapes(BlockSpec.make(48, 4, **SMALL, **options))
@@ -180,3 +238,7 @@ def test_names_of_the_norms():
 
     assert norms() == norms(residual="parallel") == ["input_layernorm", "post_attention_layernorm"]
     assert norms(residual="parallel_shared") == ["input_layernorm"]
+    after = ["post_attention_layernorm", "post_feedforward_layernorm"]
+    assert norms(norm_placement="output") == norms(norm_placement="post") == after
+    gemma2 = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    assert norms(norm_placement="sandwich") == gemma2

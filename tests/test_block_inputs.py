@@ -22,6 +22,16 @@ BAD_OPTIONS = {
         r"norm='batchnorm' does not exist; expected one of rmsnorm",
     ),
     "unknown mlp": ((48, 4), {"mlp": "moe"}, r"mlp='moe' does not exist; expected one of swiglu"),
+    "unknown placement": (
+        (48, 4),
+        {"norm_placement": "before"},
+        r"norm_placement='before' does not exist; expected one of pre, sandwich, output, post",
+    ),
+    "parallel with norms after": (
+        (48, 4),
+        {"residual": "parallel", "norm_placement": "post"},
+        r"the norms of a parallel block stand before its sublayers; use norm_placement='pre' or residual",
+    ),
     "unknown residual": (
         (48, 4),
         {"residual": "none"},

@@ -7,6 +7,7 @@ are compared with, in speed, in memory and in every number they give.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,9 @@ RopeTables = tuple[Tensor, Tensor]
 
 
 class PlainBlock(nn.Module):
-    """A transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``, or both side by side on ``x``.
+    """A transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``.
+
+    Or, by option, both side by side on ``x``, or with norms after the sublayers.
 
     Takes the options of `CkptTransformerBlock` and its ``state_dict``. ``x`` is (B, S, d_model), or packed
     (T, d_model) with ``cu_seqlens``; ``positions`` are the tokens' positions (S,), (B, S) or (T,), by default
@@ -39,10 +42,15 @@ class PlainBlock(nn.Module):
     ) -> None:
         super().__init__()
         spec = self.spec = BlockSpec.make(d_model, n_heads, **options)
-        self.input_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement in ("pre", "sandwich"):
+            self.input_layernorm = _norm(spec, device, dtype)
         self.self_attn = PlainAttention(spec, device, dtype)
         if spec.residual != "parallel_shared":
             self.post_attention_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement == "sandwich":
+            self.pre_feedforward_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement != "pre":
+            self.post_feedforward_layernorm = _norm(spec, device, dtype)
         self.mlp = PlainMLP(spec, device, dtype)
 
     def forward(
@@ -54,13 +62,21 @@ class PlainBlock(nn.Module):
     ) -> Tensor:
         if rope is None:
             rope = rope_tables(self.spec, x, positions, cu_seqlens)
-        h = self.input_layernorm(x)
-        attended = self.self_attn(h, rope, cu_seqlens)
-        if self.spec.residual == "parallel_shared":
-            return x + attended + self.mlp(h)
-        if self.spec.residual == "parallel":
-            return x + attended + self.mlp(self.post_attention_layernorm(x))
-        x = x + attended
+        attention = functools.partial(self.self_attn, rope=rope, cu_seqlens=cu_seqlens)
+        if self.spec.residual != "sequential":
+            h = self.input_layernorm(x)
+            shared = self.spec.residual == "parallel_shared"
+            return x + attention(h) + self.mlp(h if shared else self.post_attention_layernorm(x))
+        if self.spec.norm_placement == "post":
+            x = self.post_attention_layernorm(x + attention(x))
+            return self.post_feedforward_layernorm(x + self.mlp(x))
+        if self.spec.norm_placement == "output":
+            x = x + self.post_attention_layernorm(attention(x))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        if self.spec.norm_placement == "sandwich":
+            x = x + self.post_attention_layernorm(attention(self.input_layernorm(x)))
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + attention(self.input_layernorm(x))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-_NAMED_OPTIONS = ("norm", "mlp", "residual", "bias", "qk_norm", "rope_theta", "causal", "window", "softcap")
+_NAMED_OPTIONS = (
+    "norm",
+    "mlp",
+    "norm_placement",
+    "residual",
+    "bias",
+    "qk_norm",
+    "rope_theta",
+    "causal",
+    "window",
+    "softcap",
+)
 UNSTEADY = 0.25  # interquartile range over median
 Scale = tuple[str, float]  # a unit's name and size
 

@@ -60,6 +60,9 @@ def _standard_token_bytes(spec: BlockSpec, x_dtype: torch.dtype, dtype: torch.dt
     """What a tile of the backward of `post`, or of `pre`, takes at most for a token, whole tensors aside."""
     hidden = (3 if spec.gated else 2) * spec.d_ff * dtype.itemsize
     mlp = hidden + spec.d_model * (2 * x_dtype.itemsize + 4 * dtype.itemsize)  # dy, mid; h, its cast, dh, d
+    if spec.norms_after:
+        # What both norms read, what they give, and a gradient.
+        mlp += spec.d_model * (3 * x_dtype.itemsize + 2 * dtype.itemsize)
     attention = spec.d_model * (x_dtype.itemsize + 2 * dtype.itemsize)  # the norm, its cast, dh
     if spec.qk_norm:
         attention += 2 * (spec.d_q + spec.d_kv) * dtype.itemsize  # raw q and k, and their gradients

@@ -23,7 +23,7 @@ from pyckpt.tokenwise.workspace import Workspace
 
 Kept = dict[str, Tensor]
 NOTHING = SaveSet("nothing")
-POST_NAMES = ("mid", "gate", "up")
+POST_NAMES = ("mid", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,7 @@ def standard_type(spec: BlockSpec) -> str | None:
     """The model_type in transformers that computes the same as blocks of this spec; None if none does."""
     if (
         spec.norm != "rmsnorm"
+        or spec.norm_placement != "pre"
         or spec.parallel
         or spec.mlp not in GATED_MLPS
         or spec.softcap
@@ -244,6 +245,7 @@ def _standard(kind: str, fields: _Fields) -> Arguments:
         "norm": "rmsnorm",
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "mlp": _mlp(fields),
+        "norm_placement": "pre",
         "residual": "sequential",
         "bias": _bias(kind, fields),
         "qk_norm": kind == "qwen3",

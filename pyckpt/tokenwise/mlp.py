@@ -35,7 +35,7 @@ class Mlp:
 
     def __init__(self, spec: BlockSpec) -> None:
         self.spec = spec
-        self.norm = norm_of(spec, norm_names(spec)[-1])
+        self.norm = norm_of(spec, norm_names(spec).mlp)
         self.projections = [f"{MLP}.gate_proj", f"{MLP}.up_proj"] if spec.gated else [f"{MLP}.up_proj"]
         self.parameters = tuple(f"{n}.{kind}" for n in self.projections for kind in ("weight", "bias"))
 

@@ -27,6 +27,9 @@ class Norm(Protocol):
     def backward_add(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, dx: Tensor, grads: WeightGradients) -> None:
         """Add the gradient of x to dx, and those of the weights to `grads`."""
 
+    def backward(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, grads: WeightGradients) -> Tensor:
+        """The gradient of x, in its dtype; adds those of the weights to `grads`."""
+
 
 class NoNorm:
     """Where no norm stands: the identity."""
@@ -38,6 +41,9 @@ class NoNorm:
 
     def backward_add(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, dx: Tensor, grads: WeightGradients) -> None:
         dx += dy
+
+    def backward(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, grads: WeightGradients) -> Tensor:
+        return dy
 
 
 class RmsNorm:
@@ -53,6 +59,11 @@ class RmsNorm:
         need = grads.wants(self._weight)
         grads.add(self._weight, ops.rms_norm_bwd_add_(dy, x, w[self._weight], *stats, dx, need))
 
+    def backward(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, grads: WeightGradients) -> Tensor:
+        dx, dw = ops.rms_norm_bwd(dy, x, w[self._weight], *stats, grads.wants(self._weight))
+        grads.add(self._weight, dw)
+        return dx
+
 
 class LayerNorm:
     def __init__(self, name: str, eps: float) -> None:
@@ -67,6 +78,12 @@ class LayerNorm:
         dw, db = ops.layer_norm_bwd_add_(dy, x, w[self._weight], *stats, dx, grads.wants(*self.parameters))
         grads.add(self._weight, dw)
         grads.add(self._bias, db)
+
+    def backward(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, grads: WeightGradients) -> Tensor:
+        dx, dw, db = ops.layer_norm_bwd(dy, x, w[self._weight], *stats, grads.wants(*self.parameters))
+        grads.add(self._weight, dw)
+        grads.add(self._bias, db)
+        return dx
 
 
 def norm_of(spec: BlockSpec, name: str | None) -> Norm:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from pyckpt.spec import BlockSpec
 
-INPUT_NORM = "input_layernorm"
-POST_NORM = "post_attention_layernorm"
 ATTENTION = "self_attn"
 MLP = "mlp"
 
@@ -29,18 +29,38 @@ def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.bias"] = shape[:1]
     if spec.qk_norm:
         shapes[f"{ATTENTION}.q_norm.weight"] = shapes[f"{ATTENTION}.k_norm.weight"] = (spec.head_dim,)
-    for name in norm_names(spec):
+    for name in dict.fromkeys(n for n in dataclasses.astuple(norm_names(spec)) if n is not None):
         shapes[f"{name}.weight"] = (d,)
         if spec.norm == "layernorm":
             shapes[f"{name}.bias"] = (d,)
     return shapes
 
 
-def norm_names(spec: BlockSpec) -> tuple[str, ...]:
-    """The norms over the width of the residual stream."""
-    return (INPUT_NORM,) if spec.residual == "parallel_shared" else (INPUT_NORM, POST_NORM)
+@dataclasses.dataclass(frozen=True)
+class NormNames:
+    """The norms over the width of the residual stream, by where they stand; None where there is none."""
+
+    attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+_AFTER = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_PLACEMENTS = {
+    "pre": NormNames(),
+    "sandwich": dataclasses.replace(_AFTER, attention="input_layernorm", mlp="pre_feedforward_layernorm"),
+    "output": _AFTER,
+    "post": _AFTER,
+}
+
+
+def norm_names(spec: BlockSpec) -> NormNames:
+    names = _PLACEMENTS[spec.norm_placement]
+    return dataclasses.replace(names, mlp=names.attention) if spec.residual == "parallel_shared" else names
 
 
 def pre_parameters(spec: BlockSpec) -> tuple[str, ...]:
     """The parameters whose gradient comes through q, k, v."""
-    return tuple(n for n in parameter_shapes(spec) if n.startswith((INPUT_NORM, ATTENTION)) and ".o_proj" not in n)
+    own = tuple(f"{n}." for n in (ATTENTION, norm_names(spec).attention) if n is not None)
+    return tuple(n for n in parameter_shapes(spec) if n.startswith(own) and ".o_proj" not in n)

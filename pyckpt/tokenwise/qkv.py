@@ -11,7 +11,7 @@ from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
 from pyckpt.tokenwise.norm import norm_of
-from pyckpt.tokenwise.parameters import ATTENTION, INPUT_NORM
+from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.workspace import Workspace
 
 ops = torch.ops.pyckpt
@@ -22,7 +22,7 @@ class Qkv:
 
     def __init__(self, spec: BlockSpec) -> None:
         self.spec = spec
-        self.norm = norm_of(spec, INPUT_NORM)
+        self.norm = norm_of(spec, norm_names(spec).attention)
         self.projections = [f"{ATTENTION}.{n}_proj" for n in "qkv"]
 
     def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
