@@ -104,7 +104,8 @@ class CkptTransformerBlock(CheckpointedBlock):
         residual: "sequential", mid = x + attention(norm(x)), y = mid + mlp(norm(mid)); "parallel", y = x +
             attention(norm(x)) + mlp(norm(x)) with a norm for each (as in GPT-NeoX); "parallel_shared", with one norm,
             `input_layernorm`, for both (as in GPT-J and Cohere).
-        bias: biases on all linear layers.
+        bias: biases on all linear layers (True), on none, or on a part: "qkv" (as in Qwen2), "attention" (those and the
+            output projection's), "mlp".
         qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
             of rope_type "linear" or "llama3".
@@ -137,7 +138,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
-        bias: bool = False,
+        bias: bool | str = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,

@@ -111,7 +111,7 @@ class CkptCausalLM(nn.Module):
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
-        bias: bool = False,
+        bias: bool | str = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,

@@ -16,6 +16,7 @@ NORMS = ("rmsnorm", "layernorm")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
 PLAIN_MLPS = ("gelu", "gelu_tanh", "relu2")
 MLPS = GATED_MLPS + PLAIN_MLPS
+BIASED_PARTS = ("qkv", "attention", "mlp")
 NORM_PLACEMENTS = ("pre", "sandwich", "output", "post")
 RESIDUALS = ("sequential", "parallel", "parallel_shared")
 ROPE_TYPES = ("linear", "llama3")
@@ -34,6 +35,7 @@ class BlockSpec:
     `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
     `norm_placement`: norms of a sublayer's input ("pre"), of its output, of both ("sandwich"), or of the sum ("post").
+    `bias`: on all linear layers, on none, or on a part: "qkv", "attention" (those and the output's) or "mlp".
     `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
@@ -48,7 +50,7 @@ class BlockSpec:
     mlp: str = "swiglu"
     norm_placement: str = "pre"
     residual: str = "sequential"
-    bias: bool = False
+    bias: bool | str = False
     qk_norm: bool = False
     rope_theta: float | None = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -121,7 +123,7 @@ class BlockSpec:
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
-        bias: bool = False,
+        bias: bool | str = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
@@ -159,6 +161,8 @@ class BlockSpec:
                 "before its sublayers; use norm_placement='pre' or residual='sequential'"
             )
         _positive_float("norm_eps", norm_eps)
+        if not (isinstance(bias, bool) or bias in BIASED_PARTS):
+            raise ValueError(f"bias must be True, False, or one of {', '.join(BIASED_PARTS)}, got {bias!r}")
         if d_ff is None:
             d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
         _positive_int("d_ff", d_ff)
@@ -185,7 +189,7 @@ class BlockSpec:
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,
-            bias=bool(bias),
+            bias=bias,
             qk_norm=bool(qk_norm),
             rope_theta=None if rope_theta is None else float(rope_theta),
             rope_scaling=canonical_rope_scaling(rope_scaling, rope_theta),

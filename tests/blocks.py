@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rope_theta": None,
         "causal": False,
     },
+    "qwen2-like": {"bias": "qkv"},
     "parallel_shared": {"residual": "parallel_shared", "qk_norm": True},
 }
 CU_SEQLENS = [0, 5, 5, 23, 50]

@@ -188,6 +188,26 @@ def test_save_sets_with_dropout(options):
             assert_same_bits(run(), first)
 
 
+@pytest.mark.parametrize(
+    ("bias", "biased"),
+    [
+        (False, ""),
+        ("qkv", "q_proj k_proj v_proj"),
+        ("attention", "q_proj k_proj v_proj o_proj"),
+        ("mlp", "gate_proj up_proj down_proj"),
+        (True, "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+    ],
+)
+def test_biases_by_part(bias, biased):
+    block = make_block(bias=bias, tile=7)
+    found = {n.split(".")[-2] for n, _ in block.named_parameters() if n.endswith("bias")}
+    assert found == set(biased.split())
+    x, _ = make_input(False)
+    dy = torch.randn_like(x)
+    truth = step(plain_twin(block, torch.float64, bias=bias), x, dy)
+    assert max(relative_errors(step(block, x, dy), truth).values()) < 1e-12
+
+
 def dropped(plain: PlainBlock, x: torch.Tensor, seed: int) -> torch.Tensor:
     """The plain block with the masks that the seed stands for on what its sublayers add."""
     s, rows = plain.spec, x.shape[0] * x.shape[1]

@@ -32,6 +32,8 @@ BAD_OPTIONS = {
         {"residual": "parallel", "norm_placement": "post"},
         r"the norms of a parallel block stand before its sublayers; use norm_placement='pre' or residual",
     ),
+    "unknown bias": ((48, 4), {"bias": "o"}, r"bias must be True, False, or one of qkv, attention, mlp, got 'o'"),
+    "bias no bool": ((48, 4), {"bias": 1}, r"bias must be True, False, or one of"),
     "unknown residual": (
         (48, 4),
         {"residual": "none"},

@@ -86,10 +86,11 @@ class PlainAttention(nn.Module):
     def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.spec = spec
-        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": spec.bias in (True, "qkv", "attention"), "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(spec.d_model, spec.d_q, **options)
         self.k_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
         self.v_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
+        options["bias"] = spec.bias in (True, "attention")
         self.o_proj = nn.Linear(spec.d_q, spec.d_model, **options)
         if spec.qk_norm:
             self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
@@ -119,7 +120,7 @@ class PlainMLP(nn.Module):
 
     def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
-        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": spec.bias in (True, "mlp"), "device": device, "dtype": dtype}
         self.kind = spec.mlp
         self.gate_proj = nn.Linear(spec.d_model, spec.d_ff, **options) if spec.gated else None
         self.up_proj = nn.Linear(spec.d_model, spec.d_ff, **options)

@@ -8,6 +8,12 @@ from pyckpt.spec import BlockSpec
 
 ATTENTION = "self_attn"
 MLP = "mlp"
+_QKV = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
+_BIASED = {
+    "qkv": _QKV,
+    "attention": (*_QKV, f"{ATTENTION}.o_proj"),
+    "mlp": tuple(f"{MLP}.{n}_proj" for n in ("gate", "up", "down")),
+}
 
 
 def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
@@ -25,7 +31,7 @@ def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in linears.items():
         shapes[f"{name}.weight"] = shape
-        if spec.bias:
+        if spec.bias is True or name in _BIASED.get(str(spec.bias), ()):
             shapes[f"{name}.bias"] = shape[:1]
     if spec.qk_norm:
         shapes[f"{ATTENTION}.q_norm.weight"] = shapes[f"{ATTENTION}.k_norm.weight"] = (spec.head_dim,)
