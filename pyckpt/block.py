@@ -19,7 +19,7 @@ from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
 from pyckpt.tokenwise.generic import GenericTokenwise
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 INIT_STD = 0.02
 
@@ -89,7 +89,7 @@ class CheckpointedBlock(nn.Module):
 
 
 class CkptTransformerBlock(CheckpointedBlock):
-    """A pre-norm transformer block whose backward recomputes what its `save` set does not keep.
+    """A transformer block whose backward recomputes what its `save` set does not keep.
 
     Args:
         d_model: width of the residual stream.
@@ -98,7 +98,14 @@ class CkptTransformerBlock(CheckpointedBlock):
         d_ff: width of the MLP; default 8/3 d_model rounded up to 128 for gated MLPs, 4 d_model for plain ones.
         norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon.
         mlp: gated "swiglu", "geglu", "geglu_tanh"; plain "gelu", "gelu_tanh", "relu2".
-        bias: biases on all linear layers.
+        norm_placement: where the norms stand around a sublayer f. "pre": x + f(norm(x)); "sandwich": x +
+            norm(f(norm(x))), as in Gemma 2 and 3; "output": x + norm(f(x)), as in OLMo 2; "post": norm(x + f(x)), as
+            in the original transformer and BERT.
+        residual: "sequential", mid = x + attention(norm(x)), y = mid + mlp(norm(mid)); "parallel", y = x +
+            attention(norm(x)) + mlp(norm(x)) with a norm for each (as in GPT-NeoX); "parallel_shared", with one norm,
+            `input_layernorm`, for both (as in GPT-J and Cohere).
+        bias: biases on all linear layers (True), on none, or on a part: "qkv" (as in Qwen2), "attention" (those and the
+            output projection's), "mlp".
         qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
             of rope_type "linear" or "llama3".
@@ -113,6 +120,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         tile_bytes: what these parts may take for a tile, beside the tensors of the whole sequence.
 
     Parameter names are those of a Hugging Face Llama decoder layer, so `load_state_dict(layer.state_dict())` works.
+    Norms after the sublayers have the names of Gemma 2 ("sandwich") and of OLMo 2 ("output", and "post" too).
     Weights start normal with standard deviation 0.02, biases at zero. Forward hooks on the inner modules
     (`self_attn.q_proj` and so on) do not run: the block reads their parameters and calls its own kernels.
     """
@@ -128,7 +136,9 @@ class CkptTransformerBlock(CheckpointedBlock):
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
         mlp: str = "swiglu",
-        bias: bool = False,
+        norm_placement: str = "pre",
+        residual: str = "sequential",
+        bias: bool | str = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
@@ -152,6 +162,8 @@ class CkptTransformerBlock(CheckpointedBlock):
             norm=norm,
             norm_eps=norm_eps,
             mlp=mlp,
+            norm_placement=norm_placement,
+            residual=residual,
             bias=bias,
             qk_norm=qk_norm,
             rope_theta=rope_theta,
@@ -200,7 +212,8 @@ class CkptTransformerBlock(CheckpointedBlock):
         s = self.spec
         return (
             f"d_model={s.d_model}, n_heads={s.n_heads}, n_kv_heads={s.n_kv_heads}, head_dim={s.head_dim}, "
-            f"d_ff={s.d_ff}, norm={s.norm!r}, mlp={s.mlp!r}, save={self.save!r}, tile={self.tile}"
+            f"d_ff={s.d_ff}, norm={s.norm!r}, mlp={s.mlp!r}, "
+            f"norm_placement={s.norm_placement!r}, residual={s.residual!r}, save={self.save!r}, tile={self.tile}"
         )
 
 

@@ -16,6 +16,9 @@ NORMS = ("rmsnorm", "layernorm")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
 PLAIN_MLPS = ("gelu", "gelu_tanh", "relu2")
 MLPS = GATED_MLPS + PLAIN_MLPS
+BIASED_PARTS = ("qkv", "attention", "mlp")
+NORM_PLACEMENTS = ("pre", "sandwich", "output", "post")
+RESIDUALS = ("sequential", "parallel", "parallel_shared")
 ROPE_TYPES = ("linear", "llama3")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -31,6 +34,9 @@ class BlockSpec:
 
     `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
+    `norm_placement`: norms of a sublayer's input ("pre"), of its output, of both ("sandwich"), or of the sum ("post").
+    `bias`: on all linear layers, on none, or on a part: "qkv", "attention" (those and the output's) or "mlp".
+    `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
 
@@ -42,7 +48,9 @@ class BlockSpec:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     mlp: str = "swiglu"
-    bias: bool = False
+    norm_placement: str = "pre"
+    residual: str = "sequential"
+    bias: bool | str = False
     qk_norm: bool = False
     rope_theta: float | None = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -65,6 +73,26 @@ class BlockSpec:
     @property
     def gated(self) -> bool:
         return self.mlp in GATED_MLPS
+
+    @property
+    def parallel(self) -> bool:
+        """Attention and MLP read the same x: there is no residual stream between them."""
+        return self.residual != "sequential"
+
+    @property
+    def norms_input(self) -> bool:
+        """A norm stands before each sublayer."""
+        return self.norm_placement in ("pre", "sandwich")
+
+    @property
+    def norms_after(self) -> bool:
+        """A norm stands after each sublayer: of its output, or of the sum with the residual stream."""
+        return self.norm_placement != "pre"
+
+    @property
+    def norms_sum(self) -> bool:
+        """The norm after a sublayer is of the sum, so that the residual stream itself is normed."""
+        return self.norm_placement == "post"
 
     @property
     def scale(self) -> float:
@@ -93,7 +121,9 @@ class BlockSpec:
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
         mlp: str = "swiglu",
-        bias: bool = False,
+        norm_placement: str = "pre",
+        residual: str = "sequential",
+        bias: bool | str = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
@@ -123,7 +153,16 @@ class BlockSpec:
         _positive_int("head_dim", head_dim)
         _one_of("norm", norm, NORMS)
         _one_of("mlp", mlp, MLPS)
+        _one_of("norm_placement", norm_placement, NORM_PLACEMENTS)
+        _one_of("residual", residual, RESIDUALS)
+        if residual != "sequential" and norm_placement != "pre":
+            raise ValueError(
+                f"residual={residual!r} with norm_placement={norm_placement!r}: the norms of a parallel block stand "
+                "before its sublayers; use norm_placement='pre' or residual='sequential'"
+            )
         _positive_float("norm_eps", norm_eps)
+        if not (isinstance(bias, bool) or bias in BIASED_PARTS):
+            raise ValueError(f"bias must be True, False, or one of {', '.join(BIASED_PARTS)}, got {bias!r}")
         if d_ff is None:
             d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
         _positive_int("d_ff", d_ff)
@@ -148,7 +187,9 @@ class BlockSpec:
             norm=norm,
             norm_eps=float(norm_eps),
             mlp=mlp,
-            bias=bool(bias),
+            norm_placement=norm_placement,
+            residual=residual,
+            bias=bias,
             qk_norm=bool(qk_norm),
             rope_theta=None if rope_theta is None else float(rope_theta),
             rope_scaling=canonical_rope_scaling(rope_scaling, rope_theta),

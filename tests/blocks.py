@@ -43,6 +43,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window-both": {"causal": False, "window": (5, 3)},
     "softcap": {"softcap": 3.0},
     "softcap-window": {"softcap": 3.0, "window": 7},
+    "neox-like": {"residual": "parallel", "norm": "layernorm", "mlp": "gelu", "bias": True},
+    "gemma2-like": {"norm_placement": "sandwich", "mlp": "geglu_tanh", "softcap": 3.0, "window": 7},
+    "output-norm": {"norm_placement": "output", "qk_norm": True},
+    "bert-like": {
+        "norm_placement": "post",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "bias": True,
+        "rope_theta": None,
+        "causal": False,
+    },
+    "qwen2-like": {"bias": "qkv"},
+    "parallel_shared": {"residual": "parallel_shared", "qk_norm": True},
 }
 CU_SEQLENS = [0, 5, 5, 23, 50]
 

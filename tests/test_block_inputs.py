@@ -22,6 +22,23 @@ BAD_OPTIONS = {
         r"norm='batchnorm' does not exist; expected one of rmsnorm",
     ),
     "unknown mlp": ((48, 4), {"mlp": "moe"}, r"mlp='moe' does not exist; expected one of swiglu"),
+    "unknown placement": (
+        (48, 4),
+        {"norm_placement": "before"},
+        r"norm_placement='before' does not exist; expected one of pre, sandwich, output, post",
+    ),
+    "parallel with norms after": (
+        (48, 4),
+        {"residual": "parallel", "norm_placement": "post"},
+        r"the norms of a parallel block stand before its sublayers; use norm_placement='pre' or residual",
+    ),
+    "unknown bias": ((48, 4), {"bias": "o"}, r"bias must be True, False, or one of qkv, attention, mlp, got 'o'"),
+    "bias no bool": ((48, 4), {"bias": 1}, r"bias must be True, False, or one of"),
+    "unknown residual": (
+        (48, 4),
+        {"residual": "none"},
+        r"residual='none' does not exist; expected one of sequential, parallel, parallel_shared",
+    ),
     "unknown save set": (
         (48, 4),
         {"save": "everything"},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyckpt
 from pyckpt.spec import BlockSpec
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 ops = torch.ops.pyckpt
 CU = torch.tensor([0, 4, 4, 9], dtype=torch.int32)

@@ -20,7 +20,7 @@ from pyckpt.ops import reference, registry
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import SAVE_SETS, save_set
 from pyckpt.spec import GATED_MLPS, PLAIN_MLPS, BlockSpec
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 ops = torch.ops.pyckpt
 Sample = tuple[Any, ...]

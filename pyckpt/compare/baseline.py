@@ -7,6 +7,7 @@ are compared with, in speed, in memory and in every number they give.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,9 @@ RopeTables = tuple[Tensor, Tensor]
 
 
 class PlainBlock(nn.Module):
-    """A pre-norm transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``.
+    """A transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``.
+
+    Or, by option, both side by side on ``x``, or with norms after the sublayers.
 
     Takes the options of `CkptTransformerBlock` and its ``state_dict``. ``x`` is (B, S, d_model), or packed
     (T, d_model) with ``cu_seqlens``; ``positions`` are the tokens' positions (S,), (B, S) or (T,), by default
@@ -39,9 +42,15 @@ class PlainBlock(nn.Module):
     ) -> None:
         super().__init__()
         spec = self.spec = BlockSpec.make(d_model, n_heads, **options)
-        self.input_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement in ("pre", "sandwich"):
+            self.input_layernorm = _norm(spec, device, dtype)
         self.self_attn = PlainAttention(spec, device, dtype)
-        self.post_attention_layernorm = _norm(spec, device, dtype)
+        if spec.residual != "parallel_shared":
+            self.post_attention_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement == "sandwich":
+            self.pre_feedforward_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement != "pre":
+            self.post_feedforward_layernorm = _norm(spec, device, dtype)
         self.mlp = PlainMLP(spec, device, dtype)
 
     def forward(
@@ -53,7 +62,21 @@ class PlainBlock(nn.Module):
     ) -> Tensor:
         if rope is None:
             rope = rope_tables(self.spec, x, positions, cu_seqlens)
-        x = x + self.self_attn(self.input_layernorm(x), rope, cu_seqlens)
+        attention = functools.partial(self.self_attn, rope=rope, cu_seqlens=cu_seqlens)
+        if self.spec.residual != "sequential":
+            h = self.input_layernorm(x)
+            shared = self.spec.residual == "parallel_shared"
+            return x + attention(h) + self.mlp(h if shared else self.post_attention_layernorm(x))
+        if self.spec.norm_placement == "post":
+            x = self.post_attention_layernorm(x + attention(x))
+            return self.post_feedforward_layernorm(x + self.mlp(x))
+        if self.spec.norm_placement == "output":
+            x = x + self.post_attention_layernorm(attention(x))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        if self.spec.norm_placement == "sandwich":
+            x = x + self.post_attention_layernorm(attention(self.input_layernorm(x)))
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + attention(self.input_layernorm(x))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -63,10 +86,11 @@ class PlainAttention(nn.Module):
     def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.spec = spec
-        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": spec.bias in (True, "qkv", "attention"), "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(spec.d_model, spec.d_q, **options)
         self.k_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
         self.v_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
+        options["bias"] = spec.bias in (True, "attention")
         self.o_proj = nn.Linear(spec.d_q, spec.d_model, **options)
         if spec.qk_norm:
             self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
@@ -96,7 +120,7 @@ class PlainMLP(nn.Module):
 
     def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
-        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": spec.bias in (True, "mlp"), "device": device, "dtype": dtype}
         self.kind = spec.mlp
         self.gate_proj = nn.Linear(spec.d_model, spec.d_ff, **options) if spec.gated else None
         self.up_proj = nn.Linear(spec.d_model, spec.d_ff, **options)

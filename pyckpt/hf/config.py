@@ -96,6 +96,9 @@ def standard_type(spec: BlockSpec) -> str | None:
     """The model_type in transformers that computes the same as blocks of this spec; None if none does."""
     if (
         spec.norm != "rmsnorm"
+        or spec.norm_placement != "pre"
+        or spec.parallel
+        or not isinstance(spec.bias, bool)
         or spec.mlp not in GATED_MLPS
         or spec.softcap
         or spec.rope_theta is None
@@ -243,6 +246,8 @@ def _standard(kind: str, fields: _Fields) -> Arguments:
         "norm": "rmsnorm",
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "mlp": _mlp(fields),
+        "norm_placement": "pre",
+        "residual": "sequential",
         "bias": _bias(kind, fields),
         "qk_norm": kind == "qwen3",
         "rope_theta": theta,
@@ -291,8 +296,7 @@ def _bias(kind: str, fields: _Fields) -> bool:
     attention, mlp = fields.flag("attention_bias"), kind == "llama" and fields.flag("mlp_bias")
     if attention != mlp:
         raise fields.error(
-            f"biases in {'attention' if attention else 'the MLP'} only: a CkptTransformerBlock has biases on all "
-            "linear layers or on none"
+            f"biases in {'attention' if attention else 'the MLP'} only, expected them on all linear layers or on none"
         )
     return attention
 
@@ -391,7 +395,7 @@ def _own(config: Config, where: str) -> Arguments:
     fields = _Fields(f"{where}: in {OWN_KEY!r}", given)
     for name in ("vocab_size", "n_layers", "d_model", "n_heads"):
         fields.count(name)
-    for name in ("bias", "qk_norm", "tie_embeddings"):
+    for name in ("qk_norm", "tie_embeddings"):
         fields.flag(name)
     try:
         spec_of(given)

@@ -20,7 +20,7 @@ class Tile:
     """One contiguous range of tokens: views of the tensors of the whole sequence. t tokens; all are 2-D, packed.
 
     x (t, d_model), positions (t,); q, k, v, o are (t, heads * head_dim). `kept` holds the views of what the save set
-    keeps besides: any of "q", "k" (raw, where they differ from those attention reads), "mid", "gate", "up".
+    keeps besides: any of "q", "k" (raw, where they differ from those attention reads), "mid", "gate", "up", "down".
     `first` is the absolute number of the first token; `seed` that of the block's dropout, None to drop nothing.
     In a forward the executor allocates the views and the tokenwise part fills them; in a backward it reads them.
     """

@@ -1,0 +1,101 @@
+"""q, k, v = rope(qk_norm(norm(x) Wqkvᵀ + b)): how attention's inputs are made, and the backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops.rope import rope_tables
+from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise.gradients import WeightGradients
+from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
+from pyckpt.tokenwise.norm import norm_of
+from pyckpt.tokenwise.parameters import ATTENTION, norm_names
+from pyckpt.tokenwise.workspace import Workspace
+
+ops = torch.ops.pyckpt
+
+
+class Qkv:
+    """`pre` of the standard block, from x (t, d_model) to q, k, v (t, heads * head_dim)."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        self.spec = spec
+        self.norm = norm_of(spec, norm_names(spec).attention)
+        self.projections = [f"{ATTENTION}.{n}_proj" for n in "qkv"]
+
+    def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
+        h = self.norm.forward(w, tile.x)[0].to(q.dtype)
+        raw = (tile.kept.get("q", q), tile.kept.get("k", k))
+        for name, out in zip(self.projections, (*raw, v), strict=True):
+            linear(w, name, h, out)
+        self.finish(w, tile.positions, raw, (q, k))
+
+    def finish(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
+        """Fill the q and k that attention reads from the projections' own, which may be the same tensors."""
+        tables = self._rope_tables(positions, out[0].dtype)
+        for name, source, target in zip(("q_norm", "k_norm"), raw, out, strict=True):
+            heads = self._by_head(target)
+            if self.spec.qk_norm:
+                weight = w[f"{ATTENTION}.{name}.weight"]
+                heads.copy_(ops.rms_norm_fwd(self._by_head(source), weight, self.spec.norm_eps)[0])
+            if tables is not None:
+                ops.rope_(heads, *tables, False, False)
+
+    def backward(
+        self,
+        w: Weights,
+        tile: Tile,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dx: Tensor | None,
+        grads: WeightGradients,
+        ws: Workspace,
+    ) -> None:
+        """Add the share of dx that comes through q, k, v. Overwrites dq and dk."""
+        h, stats = self.norm.forward(w, tile.x)
+        h = h.to(dq.dtype)
+        tables = self._rope_tables(tile.positions, dq.dtype)
+        if tables is not None:
+            ops.rope_(self._by_head(dq), *tables, True, False)
+            ops.rope_(self._by_head(dk), *tables, True, False)
+        if self.spec.qk_norm:
+            for name, d in (("q", dq), ("k", dk)):
+                self._qk_norm_bwd(w, tile, name, h, d, grads, ws)
+        for name, d in zip(self.projections, (dq, dk, dv), strict=True):
+            add_gradients(grads, name, d, h)
+        if dx is not None or grads.wants(*self.norm.parameters):
+            dh = ws.get("dh", tuple(h.shape), h.dtype)
+            input_gradient(w, self.projections, [dq, dk, dv], dh)
+            target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
+            self.norm.backward_add(w, dh, tile.x, stats, target, grads)
+
+    def _qk_norm_bwd(
+        self, w: Weights, tile: Tile, name: str, h: Tensor, d: Tensor, grads: WeightGradients, ws: Workspace
+    ) -> None:
+        raw = tile.kept.get(name)
+        if raw is None:
+            raw = ws.get(f"raw_{name}", tuple(d.shape), d.dtype)
+            linear(w, f"{ATTENTION}.{name}_proj", h, raw)
+        heads, dheads = self._by_head(raw), self._by_head(d)
+        key = f"{ATTENTION}.{name}_norm.weight"
+        rstd = ops.rms_norm_fwd(heads, None, self.spec.norm_eps)[1]
+        made, dw = ops.rms_norm_bwd(dheads, heads, w[key], rstd, grads.wants(key))
+        dheads.copy_(made)
+        grads.add(key, dw)
+
+    def _rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.spec.rope_theta is None:
+            return None
+        return rope_tables(
+            positions,
+            self.spec.head_dim,
+            self.spec.rope_theta,
+            self.spec.rope_scaling,
+            torch.float64 if dtype == torch.float64 else torch.float32,
+        )
+
+    def _by_head(self, t: Tensor) -> Tensor:
+        return t.view(t.shape[0], -1, self.spec.head_dim)
