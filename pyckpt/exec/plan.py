@@ -9,6 +9,7 @@ from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES, choose_tile
 from pyckpt.save import SaveSet, post_tensors
 from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise import fused
 from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.parameters import pre_parameters
 from pyckpt.tokenwise.standard import StandardTokenwise
@@ -25,7 +26,7 @@ def standard_plan(
     tile_bytes: int = TILE_BYTES,
 ) -> BlockPlan:
     return BlockPlan(
-        tokenwise=StandardTokenwise(spec),
+        tokenwise=StandardTokenwise(spec, fused.choose(spec, dtype, device)),
         attend=DenseAttend.of(spec),
         save=save,
         tile=tile or choose_tile(tokens, _standard_token_bytes(spec, x_dtype, dtype), device, tile_bytes),

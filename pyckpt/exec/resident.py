@@ -16,6 +16,7 @@ from torch import Tensor
 from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.exec.tiling import count, tiles
 from pyckpt.ops import philox
+from pyckpt.ops.chunks import acc_dtype
 from pyckpt.save import KeptTensor, SaveSet
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Tokenwise, Weights
@@ -66,6 +67,10 @@ class Inputs:
 
     def empty(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.x.shape[0], width, dtype=dtype or self.dtype, device=self.x.device)
+
+    def by_head(self, heads: int) -> Tensor:
+        """An uninitialised number for each head and token, (heads, T), in the accumulation dtype."""
+        return torch.empty(heads, self.x.shape[0], dtype=acc_dtype(self.dtype), device=self.x.device)
 
     def tile(self, sl: slice, kept: Kept, names: Collection[str]) -> Tile:
         views = {n: kept[n][sl] for n in names if n in kept}
@@ -121,14 +126,16 @@ def block_backward(
     o, lse, qkv = _attention_outputs(plan, w, inp, kept, ws)
     dx = torch.empty_like(inp.x, memory_format=torch.contiguous_format) if need_dx else None
     do = inp.empty(plan.d_q) if need_pre else None
+    delta = inp.by_head(plan.attend.n_heads) if need_pre and plan.tokenwise.makes_delta else None
     for sl in tiles(inp.layout.tokens, plan.tile):
         tile = inp.tile(sl, kept, POST_NAMES)
+        tile.delta = None if delta is None else delta[:, sl]
         plan.tokenwise.post_bwd(w, tile, o[sl], dy[sl].contiguous(), _rows(dx, sl), _rows(do, sl), grads, ws)
     if do is not None:
         q, k, v = qkv or _attention_inputs(plan, w, inp, kept, ws)
         del qkv
-        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed)
-        del do, q, k, v, o
+        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed, delta)
+        del do, q, k, v, o, delta
         for sl in tiles(inp.layout.tokens, plan.tile):
             tile = inp.tile(sl, kept, ("q", "k") if plan.keeps_raw_qk else ())
             plan.tokenwise.pre_bwd(w, tile, dq[sl], dk[sl], dv[sl], _rows(dx, sl), grads, ws)

@@ -54,7 +54,7 @@ class Branch:
             linear(w, self.projection, x, made)
             self._drop(tile, made, residual, out)
         else:
-            linear(w, self.projection, x, out, residual=residual)
+            self._add(w, tile, x, residual, out)
         return out
 
     def finish(self, w: Weights, tile: Tile, z: Tensor, residual: Tensor, out: Tensor) -> None:
@@ -98,6 +98,9 @@ class Branch:
                 d = self.norm.backward(w, d, z, self.norm.forward(w, z)[1], grads)
         grads.add_rows(self.bias, d)
         return d
+
+    def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor) -> None:
+        linear(w, self.projection, x, out, residual=residual)
 
     def _place(self, tile: Tile, shape: tuple[int, ...], dtype: torch.dtype, ws: Workspace) -> Tensor:
         kept = tile.kept.get(self._kept)

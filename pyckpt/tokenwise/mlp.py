@@ -11,7 +11,7 @@ from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
-from pyckpt.tokenwise.norm import Stats, norm_of
+from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import MLP, norm_names
 from pyckpt.tokenwise.workspace import Workspace
 
@@ -22,10 +22,9 @@ DOWN = f"{MLP}.down_proj"
 
 @dataclasses.dataclass
 class Hidden:
-    """What a tile's MLP has made: the norm's output h with its statistics, and the pre-activations (t, d_ff)."""
+    """What a tile's MLP has made: the norm's output, and the pre-activations (t, d_ff)."""
 
-    h: Tensor
-    stats: Stats
+    normed: Normed
     gate: Tensor | None
     up: Tensor
 
@@ -41,25 +40,23 @@ class Mlp:
 
     def forward(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Tensor:
         """The activation (t, d_ff), and what `tile.kept` asks for."""
-        h, stats = self.norm.forward(w, x)
-        h = h.to(dtype)
-        hidden = Hidden(h, stats, *self._pre_activations(w, tile, h, ws))
+        normed = self._normed(w, tile, x, dtype)
+        hidden = Hidden(normed, *self._pre_activations(w, tile, normed.h, ws))
         if "up" in tile.kept:
             return self.activation(hidden, ws)
         return self._activate(hidden.up if hidden.gate is None else hidden.gate, hidden.up)
 
     def remake(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Hidden:
         """What the backward needs, in scratch memory, free to be overwritten."""
-        h, stats = self.norm.forward(w, x)
-        h = h.to(dtype)
+        normed = self._normed(w, tile, x, dtype)
         if "up" not in tile.kept:
-            return Hidden(h, stats, *self._pre_activations(w, tile, h, ws))
+            return Hidden(normed, *self._pre_activations(w, tile, normed.h, ws))
         copies = {}
         for name in ("gate", "up"):
             if name in tile.kept:
-                copies[name] = ws.get(name, tuple(tile.kept[name].shape), h.dtype)
+                copies[name] = ws.get(name, tuple(tile.kept[name].shape), dtype)
                 copies[name].copy_(tile.kept[name])
-        return Hidden(h, stats, copies.get("gate"), copies["up"])
+        return Hidden(normed, copies.get("gate"), copies["up"])
 
     def activation(self, hidden: Hidden, ws: Workspace) -> Tensor:
         """The activation in memory of its own: the pre-activations stay."""
@@ -81,22 +78,32 @@ class Mlp:
 
         The share of x's gradient is added to dx, or is not made where dx is None. Overwrites `hidden`.
         """
+        act, dhidden = self._backward_inside(w, hidden, d, ws)
+        grads.add_product(f"{DOWN}.weight", d, act)
+        for name, dinner in zip(self.projections, dhidden, strict=True):
+            self._add_gradients(grads, name, dinner, hidden.normed)
+        if dx is not None:
+            dh = ws.get("dh", tuple(x.shape), d.dtype)
+            input_gradient(w, self.projections, dhidden, dh)
+            self.norm.backward_add(w, dh, x, hidden.normed.stats, dx, grads)
+
+    def _backward_inside(self, w: Weights, hidden: Hidden, d: Tensor, ws: Workspace) -> tuple[Tensor, list[Tensor]]:
+        """The activation, and the gradients of what the projections have made."""
         up = hidden.up
         act = ws.get("act", tuple(up.shape), up.dtype)
         torch.mm(d, w[f"{DOWN}.weight"], out=act)
         # In place: the activation's gradient becomes the activation, gate and up become their gradients.
         if hidden.gate is None:
             ops.act_bwd_(act, up, self.spec.mlp)
-        else:
-            ops.glu_bwd_(act, hidden.gate, up, self.spec.mlp)
-        grads.add_product(f"{DOWN}.weight", d, act)
-        dhidden = [up] if hidden.gate is None else [hidden.gate, up]
-        for name, dinner in zip(self.projections, dhidden, strict=True):
-            add_gradients(grads, name, dinner, hidden.h)
-        if dx is not None:
-            dh = ws.get("dh", tuple(hidden.h.shape), hidden.h.dtype)
-            input_gradient(w, self.projections, dhidden, dh)
-            self.norm.backward_add(w, dh, x, hidden.stats, dx, grads)
+            return act, [up]
+        ops.glu_bwd_(act, hidden.gate, up, self.spec.mlp)
+        return act, [hidden.gate, up]
+
+    def _normed(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype) -> Normed:
+        return Normed(self.norm, w, x, dtype)
+
+    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
+        add_gradients(grads, name, dy, normed.h)
 
     def _pre_activations(self, w: Weights, tile: Tile, h: Tensor, ws: Workspace) -> tuple[Tensor | None, Tensor]:
         shape = (h.shape[0], self.spec.d_ff)

@@ -18,6 +18,8 @@ Stats = tuple[Tensor, ...]
 class Norm(Protocol):
     """`parameters` are the names of its weights. Statistics are one number a row each, in the accumulation dtype."""
 
+    eps: float
+
     @property
     def parameters(self) -> tuple[str, ...]: ...
 
@@ -31,10 +33,19 @@ class Norm(Protocol):
         """The gradient of x, in its dtype; adds those of the weights to `grads`."""
 
 
+class Normed:
+    """norm(x) of a tile: the statistics of its rows, and its values h (t, d_model) in the dtype of the products."""
+
+    def __init__(self, norm: Norm, w: Weights, x: Tensor, dtype: torch.dtype) -> None:
+        y, self.stats = norm.forward(w, x)
+        self.h = y.to(dtype)
+
+
 class NoNorm:
     """Where no norm stands: the identity."""
 
     parameters: tuple[str, ...] = ()
+    eps = 0.0
 
     def forward(self, w: Weights, x: Tensor) -> tuple[Tensor, Stats]:
         return x, ()
@@ -48,11 +59,11 @@ class NoNorm:
 
 class RmsNorm:
     def __init__(self, name: str, eps: float) -> None:
-        self._weight, self._eps = f"{name}.weight", eps
+        self._weight, self.eps = f"{name}.weight", eps
         self.parameters = (self._weight,)
 
     def forward(self, w: Weights, x: Tensor) -> tuple[Tensor, Stats]:
-        y, rstd = ops.rms_norm_fwd(x, w[self._weight], self._eps)
+        y, rstd = ops.rms_norm_fwd(x, w[self._weight], self.eps)
         return y, (rstd,)
 
     def backward_add(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, dx: Tensor, grads: WeightGradients) -> None:
@@ -67,11 +78,11 @@ class RmsNorm:
 
 class LayerNorm:
     def __init__(self, name: str, eps: float) -> None:
-        self._weight, self._bias, self._eps = f"{name}.weight", f"{name}.bias", eps
+        self._weight, self._bias, self.eps = f"{name}.weight", f"{name}.bias", eps
         self.parameters = (self._weight, self._bias)
 
     def forward(self, w: Weights, x: Tensor) -> tuple[Tensor, Stats]:
-        y, mean, rstd = ops.layer_norm_fwd(x, w[self._weight], w[self._bias], self._eps)
+        y, mean, rstd = ops.layer_norm_fwd(x, w[self._weight], w[self._bias], self.eps)
         return y, (mean, rstd)
 
     def backward_add(self, w: Weights, dy: Tensor, x: Tensor, stats: Stats, dx: Tensor, grads: WeightGradients) -> None:

@@ -10,7 +10,7 @@ from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
-from pyckpt.tokenwise.norm import norm_of
+from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.workspace import Workspace
 
@@ -26,7 +26,7 @@ class Qkv:
         self.projections = [f"{ATTENTION}.{n}_proj" for n in "qkv"]
 
     def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
-        h = self.norm.forward(w, tile.x)[0].to(q.dtype)
+        h = self._normed(w, tile.x, q.dtype).h
         raw = (tile.kept.get("q", q), tile.kept.get("k", k))
         for name, out in zip(self.projections, (*raw, v), strict=True):
             linear(w, name, h, out)
@@ -55,30 +55,42 @@ class Qkv:
         ws: Workspace,
     ) -> None:
         """Add the share of dx that comes through q, k, v. Overwrites dq and dk."""
-        h, stats = self.norm.forward(w, tile.x)
-        h = h.to(dq.dtype)
+        normed = self._normed(w, tile.x, dq.dtype)
         tables = self._rope_tables(tile.positions, dq.dtype)
         if tables is not None:
             ops.rope_(self._by_head(dq), *tables, True, False)
             ops.rope_(self._by_head(dk), *tables, True, False)
         if self.spec.qk_norm:
-            for name, d in (("q", dq), ("k", dk)):
-                self._qk_norm_bwd(w, tile, name, h, d, grads, ws)
+            raws = self._raw(w, tile, normed, (dq, dk), ws)
+            for name, raw, d in zip("qk", raws, (dq, dk), strict=True):
+                self._qk_norm_bwd(w, name, raw, d, grads)
         for name, d in zip(self.projections, (dq, dk, dv), strict=True):
-            add_gradients(grads, name, d, h)
+            self._add_gradients(grads, name, d, normed)
         if dx is not None or grads.wants(*self.norm.parameters):
-            dh = ws.get("dh", tuple(h.shape), h.dtype)
+            dh = ws.get("dh", tuple(tile.x.shape), dq.dtype)
             input_gradient(w, self.projections, [dq, dk, dv], dh)
             target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
-            self.norm.backward_add(w, dh, tile.x, stats, target, grads)
+            self.norm.backward_add(w, dh, tile.x, normed.stats, target, grads)
 
-    def _qk_norm_bwd(
-        self, w: Weights, tile: Tile, name: str, h: Tensor, d: Tensor, grads: WeightGradients, ws: Workspace
-    ) -> None:
-        raw = tile.kept.get(name)
-        if raw is None:
-            raw = ws.get(f"raw_{name}", tuple(d.shape), d.dtype)
-            linear(w, f"{ATTENTION}.{name}_proj", h, raw)
+    def _normed(self, w: Weights, x: Tensor, dtype: torch.dtype) -> Normed:
+        return Normed(self.norm, w, x, dtype)
+
+    def _raw(
+        self, w: Weights, tile: Tile, normed: Normed, like: tuple[Tensor, Tensor], ws: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """q and k before QK-norm, kept or made again."""
+        if "q" in tile.kept:
+            return tile.kept["q"], tile.kept["k"]
+        q, k = (ws.get(f"raw_{n}", tuple(t.shape), t.dtype) for n, t in zip("qk", like, strict=True))
+        for name, out in zip(self.projections, (q, k), strict=False):
+            linear(w, name, normed.h, out)
+        return q, k
+
+    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
+        add_gradients(grads, name, dy, normed.h)
+
+    def _qk_norm_bwd(self, w: Weights, name: str, raw: Tensor, d: Tensor, grads: WeightGradients) -> None:
+        """Turn d, the gradient of the normalised q or k, into that of the raw one."""
         heads, dheads = self._by_head(raw), self._by_head(d)
         key = f"{ATTENTION}.{name}_norm.weight"
         rstd = ops.rms_norm_fwd(heads, None, self.spec.norm_eps)[1]

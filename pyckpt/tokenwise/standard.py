@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise import fused
 from pyckpt.tokenwise.branch import Branch
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
-from pyckpt.tokenwise.mlp import DOWN, Mlp
+from pyckpt.tokenwise.mlp import DOWN
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
-from pyckpt.tokenwise.qkv import Qkv
 from pyckpt.tokenwise.workspace import Workspace
 
 # Where dropout draws its own numbers; attention's probabilities take site 0.
@@ -30,15 +30,25 @@ ATTENTION_SITE, MLP_SITE = 1, 2
 
 
 class StandardTokenwise:
-    """`Tokenwise` of a `BlockSpec`. Holds no tensors: weights come with every call."""
+    """`Tokenwise` of a `BlockSpec`. Holds no tensors: weights come with every call.
 
-    def __init__(self, spec: BlockSpec) -> None:
-        self.spec = spec
-        self.qkv = Qkv(spec)
-        self.mlp = Mlp(spec)
+    `parts`: which products are fused with what stands around them, see `fused.choose`.
+    """
+
+    def __init__(self, spec: BlockSpec, parts: fused.Fused = fused.NOTHING) -> None:
+        self.spec, self.makes_delta = spec, "delta" in parts
+        self.qkv = fused.qkv_of(spec, parts)
+        self.mlp = fused.mlp_of(spec, parts)
         norms = norm_names(spec)
-        self.attention_end = Branch(spec, f"{ATTENTION}.o_proj", norms.after_attention, "mid", ATTENTION_SITE)
-        self.mlp_end = Branch(spec, DOWN, norms.after_mlp, "down", MLP_SITE)
+        ends = (
+            (spec, f"{ATTENTION}.o_proj", norms.after_attention, "mid", ATTENTION_SITE),
+            (spec, DOWN, norms.after_mlp, "down", MLP_SITE),
+        )
+        self.attention_end, self.mlp_end = (Branch(*end) for end in ends)
+        if "residual" in parts:
+            reads_sum = spec.norm_placement == "pre" and not spec.parallel
+            self.attention_end = fused.FusedBranch(*ends[0], following=self.mlp.norm if reads_sum else None)
+            self.mlp_end = fused.FusedBranch(*ends[1])
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
         return {n: t if "norm" in n else t.to(dtype) for n, t in w.items()}
@@ -132,8 +142,12 @@ class StandardTokenwise:
     ) -> None:
         d = self.attention_end.backward(w, tile, z, dout, dresidual, o.dtype, grads, ws)
         grads.add_product(self.attention_end.weight, d, o)
-        if do is not None:
+        if do is None:
+            return
+        if tile.delta is None:
             torch.mm(d, w[self.attention_end.weight], out=do)
+        else:
+            torch.ops.pyckpt.linear_delta_(d, w[self.attention_end.weight], o, do, tile.delta)
 
     def pre_bwd(
         self,

@@ -119,10 +119,10 @@ class FusedCase(Case):
         }
         if self.op in ("qkv", "qk_finish"):
             found |= qkv.Finish(self.head_dim, interleaved="interleaved" in self.features).constants(c.block_n)
-            if self.op == "qk_finish":
-                found |= {"BLOCK_M": qkv.FINISH_ROWS}
+            found["BLOCK_M"] = c.rows(2 * found["HALF"]) if self.op == "qkv" else qkv.FINISH_ROWS
         elif self.op == "delta":
             found |= {"HEAD_DIM": self.head_dim, "DIM": self.head_dim, "HEADS": max(1, c.block_n // self.head_dim)}
+            found["BLOCK_M"] = c.rows(self.head_dim)
         elif self.op in _POINTWISE:
             found |= {"ROWS": statistics.ROWS if self.op == "statistics" else statistics.MERGED}
         if self.op in ("residual", "statistics"):

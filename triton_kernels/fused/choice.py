@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import tuning
 
@@ -39,6 +38,10 @@ class Config:
     num_stages: int = 3
     exact: str = "tf32x3"
 
+    def rows(self, columns: int) -> int:
+        """Rows of a tile that has to have more than block_n columns, a wide head's: as many fewer."""
+        return self.block_m * self.block_n // max(columns, self.block_n)
+
 
 @dataclasses.dataclass(frozen=True)
 class Key:
@@ -50,9 +53,10 @@ class Key:
     shape: str
 
 
-def key(op: str, width: int, t: Tensor) -> Key:
-    kind = "float32" if t.dtype == torch.float32 else "half"
-    return Key(tuning.architecture(t.device), op, kind, "wide" if width >= _WIDE else "narrow")
+def key(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Key:
+    """For products in `dtype` behind a sum over `width` values."""
+    kind = "float32" if dtype == torch.float32 else "half"
+    return Key(tuning.architecture(device), op, kind, "wide" if width >= _WIDE else "narrow")
 
 
 @functools.cache

@@ -145,7 +145,7 @@ def add_product(
     centered, eps = statistics_of or (False, 0.0)
     blocks = triton.cdiv(d_out, statistics.COLUMNS) * (2 if centered else 1)
     shares = out.new_empty(blocks, tokens, dtype=torch.float32) if statistics_of else None
-    config = choice.config(choice.key("residual", width, x))
+    config = choice.config(choice.key("residual", width, x.dtype, x.device))
     if tokens:
         grid = triton.cdiv(tokens, config.block_m) * triton.cdiv(d_out, config.block_n)
         with on(x.device):
@@ -193,12 +193,13 @@ def product_with_delta(d: Tensor, weight: Tensor, o: Tensor, do: Tensor, delta: 
         )
     if tokens == 0:
         return
-    config = choice.config(choice.key("delta", width, d))
+    config = choice.config(choice.key("delta", width, d.dtype, d.device))
     dim = o.shape[1] // heads
     padded = max(16, triton.next_power_of_2(dim))
     together = max(1, config.block_n // padded)
+    block_m = config.rows(padded)
     with on(d.device):
-        delta_kernel_heads[(triton.cdiv(tokens, config.block_m) * triton.cdiv(heads, together),)](
+        delta_kernel_heads[(triton.cdiv(tokens, block_m) * triton.cdiv(heads, together),)](
             d,
             weight,
             o,
@@ -213,7 +214,7 @@ def product_with_delta(d: Tensor, weight: Tensor, o: Tensor, do: Tensor, delta: 
             do.stride(0),
             delta.stride(0),
             RAGGED=width % config.block_k != 0,
-            BLOCK_M=config.block_m,
+            BLOCK_M=block_m,
             BLOCK_K=config.block_k,
             HEADS=together,
             HEAD_DIM=dim,

@@ -302,7 +302,7 @@ def forward(
             check_matrix(name, t, shape, weights.up)
     if 0 in shape:
         return
-    config = choice.config(choice.key("mlp", normed.width, weights.up))
+    config = choice.config(choice.key("mlp", normed.width, weights.up.dtype, weights.up.device))
     with on(act.device):
         mlp_fwd_kernel_hidden[_grid(shape, config)](
             **normed.pointers(),
@@ -347,7 +347,7 @@ def backward(
             check_matrix(name, t, shape, weights.up)
     if 0 in shape:
         return
-    config = choice.config(choice.key("mlp", normed.width, weights.up))
+    config = choice.config(choice.key("mlp", normed.width, weights.up.dtype, weights.up.device))
     with on(act.device):
         mlp_bwd_kernel_hidden[_grid(shape, config)](
             **normed.pointers(),

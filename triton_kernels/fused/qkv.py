@@ -8,6 +8,7 @@ then between two accumulators of one layout. What RoPE leaves alone is paired to
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -322,7 +323,7 @@ class Finish:
             if t is not None and (tuple(t.shape) != (tokens, self.rotated // 2) or not t.is_contiguous()):
                 raise ValueError(f"{name} must be contiguous ({tokens}, {self.rotated // 2}), got {tuple(t.shape)}")
 
-    def constants(self, block_n: int) -> dict[str, object]:
+    def constants(self, block_n: int) -> dict[str, Any]:
         """The kernels' constants, for programs of about block_n columns."""
         half = max(16, triton.next_power_of_2(self.head_dim // 2))
         return {
@@ -361,11 +362,12 @@ def forward(
     heads = [0 if w is None else w.shape[0] // after.head_dim for w in weights]
     if tokens == 0:
         return
-    config = choice.config(choice.key("qkv", normed.width, weights[0]))
+    config = choice.config(choice.key("qkv", normed.width, weights[0].dtype, weights[0].device))
     constants = after.constants(config.block_n)
+    block_m = config.rows(2 * constants["HALF"])
     programs = sum(triton.cdiv(n, constants["HEADS"]) for n in heads)
     with on(normed.x.device):
-        qkv_fwd_kernel_heads[(triton.cdiv(tokens, config.block_m) * programs,)](
+        qkv_fwd_kernel_heads[(triton.cdiv(tokens, block_m) * programs,)](
             **normed.pointers(),
             **_named("p_w", weights),
             **_named("p_b", biases),
@@ -385,7 +387,7 @@ def forward(
             **_strides("stride_raw_", raw or (None, None)),
             CENTERED=normed.mean is not None,
             RAGGED=normed.width % config.block_k != 0,
-            BLOCK_M=config.block_m,
+            BLOCK_M=block_m,
             BLOCK_K=config.block_k,
             GROUP=GROUP,
             **constants,

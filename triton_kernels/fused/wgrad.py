@@ -69,7 +69,7 @@ def weight_gradient(dy: Tensor, normed: Normed, out: Tensor, *, add: bool) -> No
     normed.check()
     check_matrix("dy", dy, (normed.x.shape[0], d_out))
     check_matrix("out", out, (d_out, normed.width))
-    config = choice.config(choice.key("wgrad", normed.width, dy))
+    config = choice.config(choice.key("wgrad", normed.width, dy.dtype, dy.device))
     grid = triton.cdiv(d_out, config.block_m) * triton.cdiv(normed.width, config.block_n)
     if grid == 0:
         return
