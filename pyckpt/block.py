@@ -108,8 +108,10 @@ class CkptTransformerBlock(CheckpointedBlock):
             output projection's), "mlp".
         qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
-            of rope_type "linear" or "llama3".
-        causal, window, softcap: see `pyckpt.attention`.
+            of rope_type "linear" or "llama3". rope_dim: how many leading dims of each head it turns, default all (fewer
+            in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i, 2i + 1), as in GPT-J and Cohere, not (i,
+            i + rope_dim / 2).
+        causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, default head_dim ** -0.5.
         dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
             stream; attention_dropout: that on attention probabilities, by default the same. In training mode only.
             One seed a forward comes from PyTorch's default generator; what is dropped depends on it and on positions
@@ -142,9 +144,12 @@ class CkptTransformerBlock(CheckpointedBlock):
         qk_norm: bool = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
+        attention_scale: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
         save: str | SaveSet = "attention",
@@ -168,9 +173,12 @@ class CkptTransformerBlock(CheckpointedBlock):
             qk_norm=qk_norm,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
+            rope_dim=rope_dim,
+            rope_interleaved=rope_interleaved,
             causal=causal,
             window=window,
             softcap=softcap,
+            attention_scale=attention_scale,
             dropout=dropout,
             attention_dropout=attention_dropout,
         )

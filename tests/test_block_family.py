@@ -208,6 +208,28 @@ def test_biases_by_part(bias, biased):
     assert max(relative_errors(step(block, x, dy), truth).values()) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_dim": 2},
+        {"rope_dim": 12},
+        {"rope_interleaved": True},
+        {"rope_dim": 6, "rope_interleaved": True, "qk_norm": True},
+        {"head_dim": 7, "rope_dim": 4},
+        {"attention_scale": 0.7},
+    ],
+    ids=str,
+)
+def test_rope_and_scale(options):
+    block = make_block(**options, tile=7)
+    x, cu = make_input(True)
+    dy = torch.randn_like(x)
+    truth = step(plain_twin(block, torch.float64, **options), x, dy, cu)
+    for save in pyckpt.SAVE_SETS:
+        block.save = save
+        assert max(relative_errors(step(block, x, dy, cu), truth).values()) < 1e-12
+
+
 def dropped(plain: PlainBlock, x: torch.Tensor, seed: int) -> torch.Tensor:
     """The plain block with the masks that the seed stands for on what its sublayers add."""
     s, rows = plain.spec, x.shape[0] * x.shape[1]

@@ -34,6 +34,11 @@ BAD_OPTIONS = {
     ),
     "unknown bias": ((48, 4), {"bias": "o"}, r"bias must be True, False, or one of qkv, attention, mlp, got 'o'"),
     "bias no bool": ((48, 4), {"bias": 1}, r"bias must be True, False, or one of"),
+    "odd rope_dim": ((48, 4), {"rope_dim": 5}, r"rope_dim=5 must be even and at most head_dim=12"),
+    "wide rope_dim": ((48, 4), {"rope_dim": 14}, r"rope_dim=14 must be even and at most head_dim=12"),
+    "rope_dim no int": ((48, 4), {"rope_dim": 0.5}, r"rope_dim must be a positive int, got 0\.5"),
+    "rope_dim without RoPE": ((48, 4), {"rope_dim": 4, "rope_theta": None}, r"rope_dim was given with rope_theta=None"),
+    "negative scale": ((48, 4), {"attention_scale": -1.0}, r"attention_scale must be a positive finite number"),
     "unknown residual": (
         (48, 4),
         {"residual": "none"},

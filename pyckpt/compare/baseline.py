@@ -105,7 +105,7 @@ class PlainAttention(nn.Module):
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = _rotate(q, rope), _rotate(k, rope)
+            q, k = (_rotate(t, rope, self.spec.rope_interleaved) for t in (q, k))
         if cu_seqlens is None:
             o = _attention(self.spec, q, k, v)
         else:
@@ -202,16 +202,16 @@ class PlainCausalLM(nn.Module):
 def rope_tables(
     spec: BlockSpec, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> RopeTables | None:
-    """cos and sin (..., T, head_dim) of the rotary angles in the dtype of ``x``; None without RoPE."""
+    """cos and sin (..., T, dims that are turned) of the rotary angles in ``x``'s dtype; None without RoPE."""
     if spec.rope_theta is None:
         return None
     if positions is None:
         positions = _positions(x, cu_seqlens)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, spec.head_dim, 2, device=x.device, dtype=precise) / spec.head_dim
+    exponents = torch.arange(0, spec.d_rope, 2, device=x.device, dtype=precise) / spec.d_rope
     frequencies = _scaled(spec, spec.rope_theta**-exponents)
     angles = positions.to(precise).unsqueeze(-1) * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1) if spec.rope_interleaved else torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:
         angles = angles.unsqueeze(1)  # (B, 1, S, D), for every head
     return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -242,10 +242,15 @@ def _scaled(spec: BlockSpec, frequencies: Tensor) -> Tensor:
     return torch.where(wavelength < context / high, frequencies, scaled)
 
 
-def _rotate(x: Tensor, rope: RopeTables) -> Tensor:
+def _rotate(x: Tensor, rope: RopeTables, interleaved: bool) -> Tensor:
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    return torch.cat([x * cos + turned * sin, rest], dim=-1)
 
 
 def _attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -255,13 +260,15 @@ def _attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = spec.n_kv_heads != spec.n_heads
     mask = _window_mask(spec, q.shape[-2], q.device)
     causal = spec.causal and mask is None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=spec.scale, enable_gqa=grouped
+    )
 
 
 def _softcapped_attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group = spec.n_heads // spec.n_kv_heads
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = q @ k.transpose(-1, -2) * spec.head_dim**-0.5
+    scores = q @ k.transpose(-1, -2) * spec.scale
     scores = spec.softcap * torch.tanh(scores / spec.softcap)
     visible = _visible(spec, q.shape[-2], q.device)
     if visible is not None:

@@ -58,6 +58,8 @@ def arguments_of(model: CkptCausalLM) -> Arguments:
         "rope_scaling": dict(s.rope_scaling) if s.rope_scaling else None,
         "window": s.window[0] if s.window[0] >= 0 else None,
         "softcap": s.softcap or None,
+        "rope_dim": s.rope_dim,
+        "attention_scale": s.attention_scale,
         "tie_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
     }
 
@@ -101,6 +103,9 @@ def standard_type(spec: BlockSpec) -> str | None:
         or not isinstance(spec.bias, bool)
         or spec.mlp not in GATED_MLPS
         or spec.softcap
+        or spec.attention_scale is not None
+        or spec.rope_dim is not None
+        or spec.rope_interleaved
         or spec.rope_theta is None
         or not spec.causal
     ):

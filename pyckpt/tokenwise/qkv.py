@@ -41,7 +41,7 @@ class Qkv:
                 weight = w[f"{ATTENTION}.{name}.weight"]
                 heads.copy_(ops.rms_norm_fwd(self._by_head(source), weight, self.spec.norm_eps)[0])
             if tables is not None:
-                ops.rope_(heads, *tables, False, False)
+                ops.rope_(heads, *tables, False, self.spec.rope_interleaved)
 
     def backward(
         self,
@@ -59,8 +59,8 @@ class Qkv:
         h = h.to(dq.dtype)
         tables = self._rope_tables(tile.positions, dq.dtype)
         if tables is not None:
-            ops.rope_(self._by_head(dq), *tables, True, False)
-            ops.rope_(self._by_head(dk), *tables, True, False)
+            ops.rope_(self._by_head(dq), *tables, True, self.spec.rope_interleaved)
+            ops.rope_(self._by_head(dk), *tables, True, self.spec.rope_interleaved)
         if self.spec.qk_norm:
             for name, d in (("q", dq), ("k", dk)):
                 self._qk_norm_bwd(w, tile, name, h, d, grads, ws)
@@ -91,7 +91,7 @@ class Qkv:
             return None
         return rope_tables(
             positions,
-            self.spec.head_dim,
+            self.spec.d_rope,
             self.spec.rope_theta,
             self.spec.rope_scaling,
             torch.float64 if dtype == torch.float64 else torch.float32,
