@@ -96,7 +96,8 @@ class CkptTransformerBlock(CheckpointedBlock):
         n_heads, n_kv_heads: query heads, and key/value heads that they share (default: n_heads).
         head_dim: default d_model / n_heads.
         d_ff: width of the MLP; default 8/3 d_model rounded up to 128 for gated MLPs, 4 d_model for plain ones.
-        norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon.
+        norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon; `norm_offset` what is added, in float32, to the
+            weights of all norms, QK-norm's too (1.0 in Gemma, whose weights start at 0).
         mlp: gated "swiglu", "geglu", "geglu_tanh"; plain "gelu", "gelu_tanh", "relu2".
         norm_placement: where the norms stand around a sublayer f. "pre": x + f(norm(x)); "sandwich": x +
             norm(f(norm(x))), as in Gemma 2 and 3; "output": x + norm(f(x)), as in OLMo 2; "post": norm(x + f(x)), as
@@ -137,6 +138,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         d_ff: int | None = None,
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
@@ -166,6 +168,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             d_ff=d_ff,
             norm=norm,
             norm_eps=norm_eps,
+            norm_offset=norm_offset,
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,
@@ -196,7 +199,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
-                nn.init.ones_(p)
+                nn.init.constant_(p, 1.0 - self.spec.norm_offset)
 
     @property
     def drops(self) -> bool:

@@ -36,6 +36,7 @@ class BlockSpec:
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
     `rope_dim`: leading dims of a head that RoPE turns, None for all; `rope_interleaved`: pairs (2i, 2i + 1).
     `attention_scale` of the scores: None for head_dim ** -0.5.
+    `norm_offset` is added to the norms' weights.
     `norm_placement`: norms of a sublayer's input ("pre"), of its output, of both ("sandwich"), or of the sum ("post").
     `bias`: on all linear layers, on none, or on a part: "qkv", "attention" (those and the output's) or "mlp".
     `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
@@ -49,6 +50,7 @@ class BlockSpec:
     d_ff: int
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
     mlp: str = "swiglu"
     norm_placement: str = "pre"
     residual: str = "sequential"
@@ -130,6 +132,7 @@ class BlockSpec:
         d_ff: int | None = None,
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
@@ -174,6 +177,8 @@ class BlockSpec:
                 "before its sublayers; use norm_placement='pre' or residual='sequential'"
             )
         _positive_float("norm_eps", norm_eps)
+        if not isinstance(norm_offset, (int, float)) or isinstance(norm_offset, bool) or not math.isfinite(norm_offset):
+            raise ValueError(f"norm_offset must be a finite number, got {norm_offset!r}")
         if not (isinstance(bias, bool) or bias in BIASED_PARTS):
             raise ValueError(f"bias must be True, False, or one of {', '.join(BIASED_PARTS)}, got {bias!r}")
         if d_ff is None:
@@ -202,6 +207,7 @@ class BlockSpec:
             d_ff=int(d_ff),
             norm=norm,
             norm_eps=float(norm_eps),
+            norm_offset=float(norm_offset),
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,

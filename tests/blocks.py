@@ -44,7 +44,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "softcap-window": {"softcap": 3.0, "window": 7},
     "neox-like": {"residual": "parallel", "norm": "layernorm", "mlp": "gelu", "bias": True, "rope_dim": 6},
-    "gemma2-like": {"norm_placement": "sandwich", "mlp": "geglu_tanh", "softcap": 3.0, "attention_scale": 0.2},
+    "gemma2-like": {
+        "norm_placement": "sandwich",
+        "norm_offset": 1.0,
+        "mlp": "geglu_tanh",
+        "softcap": 3.0,
+        "attention_scale": 0.2,
+    },
     "output-norm": {"norm_placement": "output", "qk_norm": True},
     "bert-like": {
         "norm_placement": "post",

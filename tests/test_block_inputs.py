@@ -39,6 +39,8 @@ BAD_OPTIONS = {
     "rope_dim no int": ((48, 4), {"rope_dim": 0.5}, r"rope_dim must be a positive int, got 0\.5"),
     "rope_dim without RoPE": ((48, 4), {"rope_dim": 4, "rope_theta": None}, r"rope_dim was given with rope_theta=None"),
     "negative scale": ((48, 4), {"attention_scale": -1.0}, r"attention_scale must be a positive finite number"),
+    "offset no number": ((48, 4), {"norm_offset": "1"}, r"norm_offset must be a finite number, got '1'"),
+    "infinite offset": ((48, 4), {"norm_offset": float("inf")}, r"norm_offset must be a finite number, got inf"),
     "unknown residual": (
         (48, 4),
         {"residual": "none"},

@@ -93,8 +93,8 @@ class PlainAttention(nn.Module):
         options["bias"] = spec.bias in (True, "attention")
         self.o_proj = nn.Linear(spec.d_q, spec.d_model, **options)
         if spec.qk_norm:
-            self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
-            self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
+            self.q_norm = _rms_norm(spec, spec.head_dim, device, dtype)
+            self.k_norm = _rms_norm(spec, spec.head_dim, device, dtype)
 
     def forward(self, x: Tensor, rope: RopeTables | None, cu_seqlens: Tensor | None) -> Tensor:
         # (..., T, H * D) -> (..., H, T, D)
@@ -307,5 +307,40 @@ def _activation(kind: str, x: Tensor) -> Tensor:
 
 
 def _norm(spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
-    return kind(spec.d_model, eps=spec.norm_eps, device=device, dtype=dtype)
+    if spec.norm == "rmsnorm":
+        return _rms_norm(spec, spec.d_model, device, dtype)
+    options: dict[str, Any] = {"eps": spec.norm_eps, "device": device, "dtype": dtype}
+    return OffsetLayerNorm(spec, **options) if spec.norm_offset else nn.LayerNorm(spec.d_model, **options)
+
+
+def _rms_norm(spec: BlockSpec, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.RMSNorm:
+    options: dict[str, Any] = {"eps": spec.norm_eps, "device": device, "dtype": dtype}
+    return OffsetRMSNorm(spec, width, **options) if spec.norm_offset else nn.RMSNorm(width, **options)
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """An RMSNorm whose weight is ``norm_offset`` less than what it multiplies by, in float32 or better."""
+
+    def __init__(self, spec: BlockSpec, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.offset = spec.norm_offset
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset
+        return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class OffsetLayerNorm(nn.LayerNorm):
+    """The same of a LayerNorm."""
+
+    def __init__(self, spec: BlockSpec, **options: Any) -> None:
+        super().__init__(spec.d_model, **options)
+        self.offset = spec.norm_offset
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide) + self.offset, self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

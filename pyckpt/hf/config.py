@@ -54,6 +54,7 @@ def arguments_of(model: CkptCausalLM) -> Arguments:
     return {
         **model.config,
         "norm_eps": s.norm_eps,
+        "norm_offset": s.norm_offset,
         "rope_theta": s.rope_theta,
         "rope_scaling": dict(s.rope_scaling) if s.rope_scaling else None,
         "window": s.window[0] if s.window[0] >= 0 else None,
@@ -98,6 +99,7 @@ def standard_type(spec: BlockSpec) -> str | None:
     """The model_type in transformers that computes the same as blocks of this spec; None if none does."""
     if (
         spec.norm != "rmsnorm"
+        or spec.norm_offset
         or spec.norm_placement != "pre"
         or spec.parallel
         or not isinstance(spec.bias, bool)

@@ -36,7 +36,7 @@ class Tokenwise(Protocol):
     """`pre` and `post` of a block, and their backwards. All run without autograd and write into the tensors given."""
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights as the products take them, in `dtype`; norm weights stay as they are."""
+        """The weights as the products take them, in `dtype`, and those of norms as norms take them."""
 
     def pre(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor, ws: Workspace) -> None:
         """Fill q, k, v with what attention reads."""
