@@ -107,7 +107,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             `input_layernorm`, for both (as in GPT-J and Cohere).
         bias: biases on all linear layers (True), on none, or on a part: "qkv" (as in Qwen2), "attention" (those and the
             output projection's), "mlp".
-        qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
+        qk_norm: RMSNorm over each head of q and k before RoPE (Qwen3), or, "full", over all heads at once (OLMo 2).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
             of rope_type "linear" or "llama3". rope_dim: how many leading dims of each head it turns, default all (fewer
             in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i, 2i + 1), as in GPT-J and Cohere, not (i,
@@ -143,7 +143,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         norm_placement: str = "pre",
         residual: str = "sequential",
         bias: bool | str = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
         rope_dim: int | None = None,

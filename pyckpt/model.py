@@ -114,7 +114,7 @@ class CkptCausalLM(nn.Module):
         norm_placement: str = "pre",
         residual: str = "sequential",
         bias: bool | str = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
         rope_dim: int | None = None,

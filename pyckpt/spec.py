@@ -39,6 +39,7 @@ class BlockSpec:
     `norm_offset` is added to the norms' weights.
     `norm_placement`: norms of a sublayer's input ("pre"), of its output, of both ("sandwich"), or of the sum ("post").
     `bias`: on all linear layers, on none, or on a part: "qkv", "attention" (those and the output's) or "mlp".
+    `qk_norm`: over each head of q and k (True) or over all of them ("full").
     `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
@@ -55,7 +56,7 @@ class BlockSpec:
     norm_placement: str = "pre"
     residual: str = "sequential"
     bias: bool | str = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     rope_theta: float | None = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_dim: int | None = None
@@ -137,7 +138,7 @@ class BlockSpec:
         norm_placement: str = "pre",
         residual: str = "sequential",
         bias: bool | str = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
         rope_dim: int | None = None,
@@ -184,6 +185,10 @@ class BlockSpec:
         if d_ff is None:
             d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
         _positive_int("d_ff", d_ff)
+        if not (isinstance(qk_norm, bool) or qk_norm == "full"):
+            raise ValueError(
+                f"qk_norm must be True (over each head), 'full' (over all of them) or False, got {qk_norm!r}"
+            )
         if rope_theta is not None:
             _positive_float("rope_theta", rope_theta)
             if head_dim % 2 and rope_dim is None:
@@ -212,7 +217,7 @@ class BlockSpec:
             norm_placement=norm_placement,
             residual=residual,
             bias=bias,
-            qk_norm=bool(qk_norm),
+            qk_norm=qk_norm,
             rope_theta=None if rope_theta is None else float(rope_theta),
             rope_scaling=canonical_rope_scaling(rope_scaling, rope_theta),
             rope_dim=None if rope_dim == head_dim else rope_dim,

@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "softcap": 3.0,
         "attention_scale": 0.2,
     },
-    "output-norm": {"norm_placement": "output", "qk_norm": True},
+    "olmo2-like": {"norm_placement": "output", "qk_norm": "full"},
     "bert-like": {
         "norm_placement": "post",
         "norm": "layernorm",

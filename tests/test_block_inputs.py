@@ -41,6 +41,7 @@ BAD_OPTIONS = {
     "negative scale": ((48, 4), {"attention_scale": -1.0}, r"attention_scale must be a positive finite number"),
     "offset no number": ((48, 4), {"norm_offset": "1"}, r"norm_offset must be a finite number, got '1'"),
     "infinite offset": ((48, 4), {"norm_offset": float("inf")}, r"norm_offset must be a finite number, got inf"),
+    "unknown qk_norm": ((48, 4), {"qk_norm": "head"}, r"qk_norm must be True \(over each head\), 'full' .*got 'head'"),
     "unknown residual": (
         (48, 4),
         {"residual": "none"},

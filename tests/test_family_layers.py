@@ -150,6 +150,27 @@ def gpt_j() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
     return layer, run, renamed(layer.state_dict(), names), options
 
 
+def olmo2() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2Config, Olmo2DecoderLayer, Olmo2RotaryEmbedding
+
+    config = Olmo2Config(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=2,
+        intermediate_size=F,
+        rms_norm_eps=1e-5,
+        attn_implementation="eager",
+    )
+    layer, rope = Olmo2DecoderLayer(config, 0), Olmo2RotaryEmbedding(config)
+    randomise(layer)
+
+    def run(x: Tensor) -> Tensor:
+        out = layer(x, position_embeddings=rope(x, torch.arange(S)[None]), attention_mask=causal_mask())
+        return out[0] if isinstance(out, tuple) else out
+
+    return layer, run, layer.state_dict(), {"n_kv_heads": 2, "norm_placement": "output", "qk_norm": "full"}
+
+
 def qwen2() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
     from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
@@ -198,7 +219,7 @@ def torch_encoder() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
     return layer, layer, ours, options
 
 
-@pytest.mark.parametrize("make", [gemma2, gpt_neox, gpt_j, qwen2, torch_encoder])
+@pytest.mark.parametrize("make", [gemma2, gpt_neox, gpt_j, olmo2, qwen2, torch_encoder])
 def test_is_the_familys_layer(make):
     _, layer, state, options = make()
     options = {**SIZES, **options}

@@ -93,16 +93,17 @@ class PlainAttention(nn.Module):
         options["bias"] = spec.bias in (True, "attention")
         self.o_proj = nn.Linear(spec.d_q, spec.d_model, **options)
         if spec.qk_norm:
-            self.q_norm = _rms_norm(spec, spec.head_dim, device, dtype)
-            self.k_norm = _rms_norm(spec, spec.head_dim, device, dtype)
+            full = spec.qk_norm == "full"
+            self.q_norm = _rms_norm(spec, spec.d_q if full else spec.head_dim, device, dtype)
+            self.k_norm = _rms_norm(spec, spec.d_kv if full else spec.head_dim, device, dtype)
 
     def forward(self, x: Tensor, rope: RopeTables | None, cu_seqlens: Tensor | None) -> Tensor:
         # (..., T, H * D) -> (..., H, T, D)
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.spec.head_dim)).transpose(-3, -2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.spec.qk_norm:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.spec.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)).transpose(-3, -2) for t in (q, k, v))
+        if self.spec.qk_norm is True:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (_rotate(t, rope, self.spec.rope_interleaved) for t in (q, k))

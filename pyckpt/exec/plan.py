@@ -31,7 +31,7 @@ def standard_plan(
         tile=tile or choose_tile(tokens, _standard_token_bytes(spec, x_dtype, dtype), device, tile_bytes),
         pre_names=frozenset(pre_parameters(spec)),
         post_tensors=post_tensors(spec, save),
-        keeps_raw_qk=spec.qk_norm,
+        keeps_raw_qk=bool(spec.qk_norm),
     )
 
 

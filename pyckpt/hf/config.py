@@ -113,7 +113,7 @@ def standard_type(spec: BlockSpec) -> str | None:
     ):
         return None
     if spec.qk_norm:
-        return None if spec.bias else "qwen3"
+        return None if spec.bias or spec.qk_norm == "full" else "qwen3"
     # transformers refuses a Llama with such widths, and takes a Mistral.
     uneven = spec.d_model % spec.n_heads != 0
     if spec.window[0] >= 0 or uneven:
@@ -402,8 +402,7 @@ def _own(config: Config, where: str) -> Arguments:
     fields = _Fields(f"{where}: in {OWN_KEY!r}", given)
     for name in ("vocab_size", "n_layers", "d_model", "n_heads"):
         fields.count(name)
-    for name in ("qk_norm", "tie_embeddings"):
-        fields.flag(name)
+    fields.flag("tie_embeddings")
     try:
         spec_of(given)
     except (ValueError, TypeError, AttributeError) as error:
