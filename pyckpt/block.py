@@ -96,7 +96,8 @@ class CkptTransformerBlock(CheckpointedBlock):
         n_heads, n_kv_heads: query heads, and key/value heads that they share (default: n_heads).
         head_dim: default d_model / n_heads.
         d_ff: width of the MLP; default 8/3 d_model rounded up to 128 for gated MLPs, 4 d_model for plain ones.
-        norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon.
+        norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon; `norm_offset` what is added, in float32, to the
+            weights of all norms, QK-norm's too (1.0 in Gemma, whose weights start at 0).
         mlp: gated "swiglu", "geglu", "geglu_tanh"; plain "gelu", "gelu_tanh", "relu2".
         norm_placement: where the norms stand around a sublayer f. "pre": x + f(norm(x)); "sandwich": x +
             norm(f(norm(x))), as in Gemma 2 and 3; "output": x + norm(f(x)), as in OLMo 2; "post": norm(x + f(x)), as
@@ -106,10 +107,12 @@ class CkptTransformerBlock(CheckpointedBlock):
             `input_layernorm`, for both (as in GPT-J and Cohere).
         bias: biases on all linear layers (True), on none, or on a part: "qkv" (as in Qwen2), "attention" (those and the
             output projection's), "mlp".
-        qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
+        qk_norm: RMSNorm over each head of q and k before RoPE (Qwen3), or, "full", over all heads at once (OLMo 2).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
-            of rope_type "linear" or "llama3".
-        causal, window, softcap: see `pyckpt.attention`.
+            of rope_type "linear" or "llama3". rope_dim: how many leading dims of each head it turns, default all (fewer
+            in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i, 2i + 1), as in GPT-J and Cohere, not (i,
+            i + rope_dim / 2).
+        causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, default head_dim ** -0.5.
         dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
             stream; attention_dropout: that on attention probabilities, by default the same. In training mode only.
             One seed a forward comes from PyTorch's default generator; what is dropped depends on it and on positions
@@ -135,16 +138,20 @@ class CkptTransformerBlock(CheckpointedBlock):
         d_ff: int | None = None,
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
         bias: bool | str = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
+        attention_scale: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
         save: str | SaveSet = "attention",
@@ -161,6 +168,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             d_ff=d_ff,
             norm=norm,
             norm_eps=norm_eps,
+            norm_offset=norm_offset,
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,
@@ -168,9 +176,12 @@ class CkptTransformerBlock(CheckpointedBlock):
             qk_norm=qk_norm,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
+            rope_dim=rope_dim,
+            rope_interleaved=rope_interleaved,
             causal=causal,
             window=window,
             softcap=softcap,
+            attention_scale=attention_scale,
             dropout=dropout,
             attention_dropout=attention_dropout,
         )
@@ -188,7 +199,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
-                nn.init.ones_(p)
+                nn.init.constant_(p, 1.0 - self.spec.norm_offset)
 
     @property
     def drops(self) -> bool:

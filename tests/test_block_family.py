@@ -15,6 +15,7 @@ from blocks import (
     make_input,
     plain_twin,
     randomise,
+    relative_error,
     relative_errors,
     step,
 )
@@ -22,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyckpt
-from pyckpt.compare.baseline import PlainBlock, rope_tables
+from pyckpt.compare.baseline import PlainBlock, PlainCausalLM, rope_tables
 from pyckpt.ops import philox
 from pyckpt.save import bytes_per_token
 from pyckpt.spec import BlockSpec
@@ -34,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sandwich": {"norm_placement": "sandwich"},
     "output": {"norm_placement": "output"},
     "post": {"norm_placement": "post"},
+    "offset": {"norm_offset": 1.0, "qk_norm": True},
     "post-layernorm": {"norm_placement": "post", "norm": "layernorm", "mlp": "gelu"},
 }
 ALL_FAMILIES = pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES.keys())
@@ -208,6 +210,55 @@ def test_biases_by_part(bias, biased):
     assert max(relative_errors(step(block, x, dy), truth).values()) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_dim": 2},
+        {"rope_dim": 12},
+        {"rope_interleaved": True},
+        {"rope_dim": 6, "rope_interleaved": True, "qk_norm": True},
+        {"head_dim": 7, "rope_dim": 4},
+        {"attention_scale": 0.7},
+    ],
+    ids=str,
+)
+def test_rope_and_scale(options):
+    block = make_block(**options, tile=7)
+    x, cu = make_input(True)
+    dy = torch.randn_like(x)
+    truth = step(plain_twin(block, torch.float64, **options), x, dy, cu)
+    for save in pyckpt.SAVE_SETS:
+        block.save = save
+        assert max(relative_errors(step(block, x, dy, cu), truth).values()) < 1e-12
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_the_norms_offset_is_a_shift_of_the_weights(norm):
+    """The same block as one whose norms' weights are greater by the offset, in float32."""
+    block = make_block(norm=norm, norm_offset=1.0, qk_norm=True)
+    shifted = pyckpt.CkptTransformerBlock(48, 4, **SMALL, norm=norm, qk_norm=True, dtype=torch.float64)
+    is_norm = {n: "norm" in n and n.endswith("weight") for n in block.state_dict()}
+    shifted.load_state_dict({n: t + 1.0 if is_norm[n] else t for n, t in block.state_dict().items()})
+    x, _ = make_input(False)
+    dy = torch.randn_like(x)
+    assert_same_bits(step(block, x, dy), step(shifted, x, dy))
+
+
+def test_the_models_last_norm_has_the_offset():
+    sizes = {"vocab_size": 30, "n_layers": 2, "d_model": 16, "n_heads": 2, "d_ff": 24, "dtype": torch.float64}
+    model, plain = pyckpt.CkptCausalLM(**sizes, norm_offset=1.0), PlainCausalLM(**sizes, norm_offset=1.0)
+    assert not model.model.norm.weight.any()
+    randomise(model)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 30, (2, 9))
+    logits = [m(tokens) for m in (model, plain)]
+    assert relative_error(*(t.detach() for t in logits)) < 1e-12
+    for m in (model, plain):
+        m.loss(tokens).backward()
+    grads = [{n: p.grad for n, p in m.named_parameters()} for m in (model, plain)]
+    assert max(relative_errors(*grads).values()) < 1e-6  # ours is a float32 loss
+
+
 def dropped(plain: PlainBlock, x: torch.Tensor, seed: int) -> torch.Tensor:
     """The plain block with the masks that the seed stands for on what its sublayers add."""
     s, rows = plain.spec, x.shape[0] * x.shape[1]
@@ -231,8 +282,9 @@ def dropped(plain: PlainBlock, x: torch.Tensor, seed: int) -> torch.Tensor:
     if s.norm_placement == "sandwich":
         mid = x + drop(normed(after[0], attended), 1)
         return mid + drop(normed(after[1], plain.mlp(normed("pre_feedforward_layernorm", mid))), 2)
+    mid = x + drop(attended, 1)
     norm = "input_layernorm" if s.residual == "parallel_shared" else after[0]
-    return x + drop(attended, 1) + drop(plain.mlp(normed(norm, x)), 2)
+    return mid + drop(plain.mlp(normed(norm, mid if s.residual == "sequential" else x)), 2)
 
 
 @ALL_FAMILIES

@@ -93,19 +93,20 @@ class PlainAttention(nn.Module):
         options["bias"] = spec.bias in (True, "attention")
         self.o_proj = nn.Linear(spec.d_q, spec.d_model, **options)
         if spec.qk_norm:
-            self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
-            self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
+            full = spec.qk_norm == "full"
+            self.q_norm = _rms_norm(spec, spec.d_q if full else spec.head_dim, device, dtype)
+            self.k_norm = _rms_norm(spec, spec.d_kv if full else spec.head_dim, device, dtype)
 
     def forward(self, x: Tensor, rope: RopeTables | None, cu_seqlens: Tensor | None) -> Tensor:
         # (..., T, H * D) -> (..., H, T, D)
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.spec.head_dim)).transpose(-3, -2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.spec.qk_norm:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.spec.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)).transpose(-3, -2) for t in (q, k, v))
+        if self.spec.qk_norm is True:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = _rotate(q, rope), _rotate(k, rope)
+            q, k = (_rotate(t, rope, self.spec.rope_interleaved) for t in (q, k))
         if cu_seqlens is None:
             o = _attention(self.spec, q, k, v)
         else:
@@ -202,16 +203,16 @@ class PlainCausalLM(nn.Module):
 def rope_tables(
     spec: BlockSpec, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> RopeTables | None:
-    """cos and sin (..., T, head_dim) of the rotary angles in the dtype of ``x``; None without RoPE."""
+    """cos and sin (..., T, dims that are turned) of the rotary angles in ``x``'s dtype; None without RoPE."""
     if spec.rope_theta is None:
         return None
     if positions is None:
         positions = _positions(x, cu_seqlens)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, spec.head_dim, 2, device=x.device, dtype=precise) / spec.head_dim
+    exponents = torch.arange(0, spec.d_rope, 2, device=x.device, dtype=precise) / spec.d_rope
     frequencies = _scaled(spec, spec.rope_theta**-exponents)
     angles = positions.to(precise).unsqueeze(-1) * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1) if spec.rope_interleaved else torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:
         angles = angles.unsqueeze(1)  # (B, 1, S, D), for every head
     return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -242,10 +243,15 @@ def _scaled(spec: BlockSpec, frequencies: Tensor) -> Tensor:
     return torch.where(wavelength < context / high, frequencies, scaled)
 
 
-def _rotate(x: Tensor, rope: RopeTables) -> Tensor:
+def _rotate(x: Tensor, rope: RopeTables, interleaved: bool) -> Tensor:
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    return torch.cat([x * cos + turned * sin, rest], dim=-1)
 
 
 def _attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -255,13 +261,15 @@ def _attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = spec.n_kv_heads != spec.n_heads
     mask = _window_mask(spec, q.shape[-2], q.device)
     causal = spec.causal and mask is None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=spec.scale, enable_gqa=grouped
+    )
 
 
 def _softcapped_attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group = spec.n_heads // spec.n_kv_heads
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = q @ k.transpose(-1, -2) * spec.head_dim**-0.5
+    scores = q @ k.transpose(-1, -2) * spec.scale
     scores = spec.softcap * torch.tanh(scores / spec.softcap)
     visible = _visible(spec, q.shape[-2], q.device)
     if visible is not None:
@@ -300,5 +308,40 @@ def _activation(kind: str, x: Tensor) -> Tensor:
 
 
 def _norm(spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
-    return kind(spec.d_model, eps=spec.norm_eps, device=device, dtype=dtype)
+    if spec.norm == "rmsnorm":
+        return _rms_norm(spec, spec.d_model, device, dtype)
+    options: dict[str, Any] = {"eps": spec.norm_eps, "device": device, "dtype": dtype}
+    return OffsetLayerNorm(spec, **options) if spec.norm_offset else nn.LayerNorm(spec.d_model, **options)
+
+
+def _rms_norm(spec: BlockSpec, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.RMSNorm:
+    options: dict[str, Any] = {"eps": spec.norm_eps, "device": device, "dtype": dtype}
+    return OffsetRMSNorm(spec, width, **options) if spec.norm_offset else nn.RMSNorm(width, **options)
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """An RMSNorm whose weight is ``norm_offset`` less than what it multiplies by, in float32 or better."""
+
+    def __init__(self, spec: BlockSpec, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.offset = spec.norm_offset
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset
+        return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class OffsetLayerNorm(nn.LayerNorm):
+    """The same of a LayerNorm."""
+
+    def __init__(self, spec: BlockSpec, **options: Any) -> None:
+        super().__init__(spec.d_model, **options)
+        self.offset = spec.norm_offset
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide) + self.offset, self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

@@ -17,16 +17,8 @@ if TYPE_CHECKING:
 
 
 _NAMED_OPTIONS = (
-    "norm",
-    "mlp",
-    "norm_placement",
-    "residual",
-    "bias",
-    "qk_norm",
-    "rope_theta",
-    "causal",
-    "window",
-    "softcap",
+    *("norm", "norm_offset", "norm_placement", "mlp", "residual", "bias", "qk_norm"),
+    *("rope_theta", "rope_dim", "rope_interleaved", "causal", "window", "softcap", "attention_scale"),
 )
 UNSTEADY = 0.25  # interquartile range over median
 Scale = tuple[str, float]  # a unit's name and size

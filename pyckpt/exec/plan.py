@@ -32,7 +32,7 @@ def standard_plan(
         tile=tile or choose_tile(tokens, _standard_token_bytes(spec, x_dtype, dtype), device, tile_bytes),
         pre_names=frozenset(pre_parameters(spec)),
         post_tensors=post_tensors(spec, save),
-        keeps_raw_qk=spec.qk_norm,
+        keeps_raw_qk=bool(spec.qk_norm),
     )
 
 
@@ -67,5 +67,5 @@ def _standard_token_bytes(spec: BlockSpec, x_dtype: torch.dtype, dtype: torch.dt
     attention = spec.d_model * (x_dtype.itemsize + 2 * dtype.itemsize)  # the norm, its cast, dh
     if spec.qk_norm:
         attention += 2 * (spec.d_q + spec.d_kv) * dtype.itemsize  # raw q and k, and their gradients
-    angles = 4 * spec.head_dim * 8 if spec.rope_theta is not None else 0  # float64 while they are made
+    angles = 4 * spec.d_rope * 8 if spec.rope_theta is not None else 0  # float64 while they are made
     return max(mlp, attention + angles)

@@ -100,11 +100,14 @@ def _add_gradients(fused: Fused, grads: WeightGradients, name: str, dy: Tensor, 
 
 
 class FusedQkv(Qkv):
-    """`Qkv` by `norm_qkv_`, where "qkv" is chosen, and `norm_wgrad_`, where "wgrad" is."""
+    """`Qkv` by `norm_qkv_`, where "qkv" is chosen, and `norm_wgrad_`, where "wgrad" is.
+
+    A program has some heads: QK-norm over all of them at once stays with the library.
+    """
 
     def __init__(self, spec: BlockSpec, fused: Fused) -> None:
         super().__init__(spec)
-        self._fused = fused
+        self._fused = fused - {"qkv"} if spec.qk_norm == "full" else fused
 
     def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
         if "qkv" not in self._fused:
@@ -146,7 +149,7 @@ class FusedQkv(Qkv):
 
     def _options(self, positions: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
         tables = self._rope_tables(positions, dtype) or (None, None)
-        return self.spec.norm_eps, *tables, False, self.spec.head_dim
+        return self.spec.norm_eps, *tables, self.spec.rope_interleaved, self.spec.head_dim
 
 
 @dataclasses.dataclass

@@ -46,7 +46,7 @@ class Tokenwise(Protocol):
     def makes_delta(self) -> bool: ...
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights as the products take them, in `dtype`; norm weights stay as they are."""
+        """The weights as the products take them, in `dtype`, and those of norms as norms take them."""
 
     def pre(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor, ws: Workspace) -> None:
         """Fill q, k, v with what attention reads."""

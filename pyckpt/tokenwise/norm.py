@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyckpt.ops.chunks import acc_dtype
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Weights
@@ -95,6 +96,11 @@ class LayerNorm:
         grads.add(self._weight, dw)
         grads.add(self._bias, db)
         return dx
+
+
+def with_offset(weight: Tensor, offset: float) -> Tensor:
+    """A norm's weight as it multiplies: the sum is in the accumulation dtype, where 1 + w keeps w's bits."""
+    return weight.to(acc_dtype(weight.dtype)) + offset if offset else weight
 
 
 def norm_of(spec: BlockSpec, name: str | None) -> Norm:

@@ -34,7 +34,8 @@ def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
         if spec.bias is True or name in _BIASED.get(str(spec.bias), ()):
             shapes[f"{name}.bias"] = shape[:1]
     if spec.qk_norm:
-        shapes[f"{ATTENTION}.q_norm.weight"] = shapes[f"{ATTENTION}.k_norm.weight"] = (spec.head_dim,)
+        for n, width in (("q", spec.d_q), ("k", spec.d_kv)):
+            shapes[f"{ATTENTION}.{n}_norm.weight"] = (width if spec.qk_norm == "full" else spec.head_dim,)
     for name in dict.fromkeys(n for n in dataclasses.astuple(norm_names(spec)) if n is not None):
         shapes[f"{name}.weight"] = (d,)
         if spec.norm == "layernorm":

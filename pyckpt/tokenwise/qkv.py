@@ -36,12 +36,11 @@ class Qkv:
         """Fill the q and k that attention reads from the projections' own, which may be the same tensors."""
         tables = self._rope_tables(positions, out[0].dtype)
         for name, source, target in zip(("q_norm", "k_norm"), raw, out, strict=True):
-            heads = self._by_head(target)
             if self.spec.qk_norm:
                 weight = w[f"{ATTENTION}.{name}.weight"]
-                heads.copy_(ops.rms_norm_fwd(self._by_head(source), weight, self.spec.norm_eps)[0])
+                self._norm_rows(target).copy_(ops.rms_norm_fwd(self._norm_rows(source), weight, self.spec.norm_eps)[0])
             if tables is not None:
-                ops.rope_(heads, *tables, False, False)
+                ops.rope_(self._by_head(target), *tables, False, self.spec.rope_interleaved)
 
     def backward(
         self,
@@ -58,8 +57,8 @@ class Qkv:
         normed = self._normed(w, tile.x, dq.dtype)
         tables = self._rope_tables(tile.positions, dq.dtype)
         if tables is not None:
-            ops.rope_(self._by_head(dq), *tables, True, False)
-            ops.rope_(self._by_head(dk), *tables, True, False)
+            ops.rope_(self._by_head(dq), *tables, True, self.spec.rope_interleaved)
+            ops.rope_(self._by_head(dk), *tables, True, self.spec.rope_interleaved)
         if self.spec.qk_norm:
             raws = self._raw(w, tile, normed, (dq, dk), ws)
             for name, raw, d in zip("qk", raws, (dq, dk), strict=True):
@@ -91,11 +90,11 @@ class Qkv:
 
     def _qk_norm_bwd(self, w: Weights, name: str, raw: Tensor, d: Tensor, grads: WeightGradients) -> None:
         """Turn d, the gradient of the normalised q or k, into that of the raw one."""
-        heads, dheads = self._by_head(raw), self._by_head(d)
+        rows, drows = self._norm_rows(raw), self._norm_rows(d)
         key = f"{ATTENTION}.{name}_norm.weight"
-        rstd = ops.rms_norm_fwd(heads, None, self.spec.norm_eps)[1]
-        made, dw = ops.rms_norm_bwd(dheads, heads, w[key], rstd, grads.wants(key))
-        dheads.copy_(made)
+        rstd = ops.rms_norm_fwd(rows, None, self.spec.norm_eps)[1]
+        made, dw = ops.rms_norm_bwd(drows, rows, w[key], rstd, grads.wants(key))
+        drows.copy_(made)
         grads.add(key, dw)
 
     def _rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -103,11 +102,15 @@ class Qkv:
             return None
         return rope_tables(
             positions,
-            self.spec.head_dim,
+            self.spec.d_rope,
             self.spec.rope_theta,
             self.spec.rope_scaling,
             torch.float64 if dtype == torch.float64 else torch.float32,
         )
+
+    def _norm_rows(self, t: Tensor) -> Tensor:
+        """(t, rows, width) as QK-norm sees it."""
+        return t.unsqueeze(1) if self.spec.qk_norm == "full" else self._by_head(t)
 
     def _by_head(self, t: Tensor) -> Tensor:
         return t.view(t.shape[0], -1, self.spec.head_dim)

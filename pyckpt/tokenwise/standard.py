@@ -22,6 +22,7 @@ from pyckpt.tokenwise.branch import Branch
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.mlp import DOWN
+from pyckpt.tokenwise.norm import with_offset
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.workspace import Workspace
 
@@ -51,7 +52,10 @@ class StandardTokenwise:
             self.mlp_end = fused.FusedBranch(*ends[1])
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {n: t if "norm" in n else t.to(dtype) for n, t in w.items()}
+        return {n: self._norm_weight(n, t) if "norm" in n else t.to(dtype) for n, t in w.items()}
+
+    def _norm_weight(self, name: str, t: Tensor) -> Tensor:
+        return with_offset(t, self.spec.norm_offset) if name.endswith(".weight") else t
 
     # --- forward ---
 
