@@ -18,7 +18,7 @@ OPS = ("qkv", "residual", "mlp", "delta", "wgrad")
 # Those that change what a fused part does; attention's own options change nothing here.
 NAMES = ("llama", "mqa", "wide-heads", "layernorm", "bias", "gpt2-like", "relu2", "geglu_tanh", "qk_norm")
 NAMES += ("qk_norm-bias-norope", "rope-llama3", "softcap-window")
-NAMES += tuple(n for n in OPTIONS if any(w in n for w in ("parallel", "sandwich", "output", "post")))
+FAMILIES = tuple(n for n, o in OPTIONS.items() if o.keys() & {"norm_placement", "residual", "norm_offset", "rope_dim"})
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_the_choice(monkeypatch):
         make_block(torch.float32)(torch.randn(1, 4, 48))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + FAMILIES)
 def test_parity(name):
     options = OPTIONS[name]
     block = make_block(**options).to(DEVICE)
@@ -61,7 +61,7 @@ def test_parity(name):
     assert_as_good(step(block.to(dtype), x.to(dtype), dy.to(dtype), cu), plain, truth, dtype)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2-like", "qk_norm", "qk_norm-bias-norope", *NAMES[12:]])
+@pytest.mark.parametrize("name", ["llama", "gpt2-like", "qk_norm", "qk_norm-bias-norope", *FAMILIES])
 def test_the_same_bits_for_every_save_set(name):
     block = make_block(torch.float32, **OPTIONS[name], tile=16).to(DEVICE)
     x, _ = on_device(False, torch.float32)
