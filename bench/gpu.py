@@ -1,15 +1,19 @@
-"""Everything there is to learn from a GPU, unattended, in 8 minutes: its tests, then norms and attention timed.
+"""Everything there is to learn from a GPU, unattended, in 8 minutes: its tests, then every benchmark at a few sizes.
 
-    make gpu        or        python3 bench/gpu.py [--minutes 8] [--tune]
+    make gpu        or        python3 bench/gpu.py [--minutes 8] [--tune] [--only mlp loss]
 
-Runs from the source tree, with python3, torch, triton and pytest, and no network. Writes one JSON (device, versions,
-commit, tests, every figure) to bench/results/gpu_<device>.json, and a short table to the screen. If the folder $OUT
-is there, the JSON and the tests' output are copied to it. Exits with 1 when a test failed or a result was wrong.
+Runs from the source tree, with python3, torch, triton and pytest, and no network. Each benchmark is a process of its
+own with a share of the time: what goes wrong in one, to a hang or a lost device, costs no other. Each writes its JSON
+to bench/results/<benchmark>_<device>.json, and all of it (device, versions, commit, tests, every figure) goes to
+bench/results/gpu_<device>.json, with a short table to the screen. If the folder $OUT is there, the JSON files and the
+tests' output are copied to it. Exits with 1 when a test failed, a result was wrong or a benchmark broke.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -24,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import attention, common, norm
+from bench import attention, common
 
 ROOT = common.ROOT
 # Tests whose kernels run on the GPU; they need nothing but pytest.
@@ -36,10 +40,35 @@ _WORKERS = 12
 _SHARE_OF_TESTS = 0.55
 
 
+# Starting and ending a process; a benchmark that has overrun its budget by this much more is ended.
+_GRACE = 40.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A script, its options on a GPU and when only tried, and its share of the time left at its turn."""
+
+    share: float
+    gpu: tuple[str, ...] = ("--quick",)
+    dry: tuple[str, ...] = ("--quick", "--no-compile", "--repeats", "1")
+
+
+# In this order; what one leaves of its time is the next ones'. torch.compile of a block takes longer than all the rest.
+BENCHMARKS = {
+    "norm": Benchmark(0.2, gpu=(), dry=("--repeats", "2")),
+    "block": Benchmark(0.2, gpu=("--quick", "--no-compile"), dry=("--dry-run", "--no-compile", "--repeats", "1")),
+    "mlp": Benchmark(0.25),
+    "loss": Benchmark(0.3),
+    "attention": Benchmark(0.9, dry=()),
+}
+PARTS = ("tests", *BENCHMARKS)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
     parser.add_argument("--tune", action="store_true", help="time candidate tiles too, with a third of the time")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts, with all the time")
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: a few tests and CPU sizes, to try this script"
     )
@@ -51,34 +80,76 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, Any] = common.stamp(device)
     print(f"{figures['device']}, torch {torch.__version__}, commit {figures['commit']}", flush=True)
+    bad = False
+    if "tests" in options.only:
+        share = _SHARE_OF_TESTS if len(options.only) > 1 else 0.9
+        figures["tests"] = run_tests(share * 60 * options.minutes, options.dry_run)
+        bad = show_tests(figures["tests"])
 
-    figures["tests"] = run_tests(_SHARE_OF_TESTS * 60 * options.minutes, options.dry_run)
-    tests = figures["tests"]
-    counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
-    print(f"tests: {counts} of {tests['collected']}, in {tests['seconds']:.0f} s")
-    if tests["unfinished"]:
-        print(f"  {tests['unfinished']} processes of tests ran out of time and were ended")
-    for name in tests["failures"]:
-        print(f"  FAILED {name}")
-
-    if device.type == "cpu" or deadline - time.monotonic() > 60:  # a few seconds, but for what torch.compile takes
-        figures["norm"] = norm.run(device.type)
-    left = deadline - time.monotonic()
-    share = 0.6 if options.tune else 0.9
-    which = "cpu" if device.type == "cpu" else "quick"
-    figures["attention"] = attention.run(which, flex=True, budget=share * left, device=device.type)
-    if options.tune and device.type == "cuda":
-        figures |= attention.tune(0.9 * (deadline - time.monotonic()))
-
+    folder = Path(tempfile.mkdtemp()) if options.dry_run else common.RESULTS
     name = f"gpu_{common.short_name(device)}"
-    path = Path(tempfile.mkdtemp()) / f"{name}.json" if options.dry_run else common.RESULTS / f"{name}.json"
-    common.write_to(path, figures)
-    print("\n".join(summary(figures["attention"])))
+    for benchmark in (b for b in BENCHMARKS if b in options.only):
+        left = deadline - time.monotonic()
+        share = 1.0 if len(options.only) == 1 else BENCHMARKS[benchmark].share
+        if options.tune and benchmark == "attention":
+            share *= 0.6
+        found = run_benchmark(benchmark, share * left, left, folder, device)
+        figures[benchmark] = found
+        bad |= "broke" in found or _ours_failed(found)
+        common.write_to(folder / f"{name}.json", figures)
+    if options.tune and device.type == "cuda":
+        left = deadline - time.monotonic()
+        found = run_script("attention", ("--tune",), 0.8 * left, left, folder / f"attention_tuning_{name[4:]}.json")
+        figures |= {k: v for k, v in found.items() if k in ("tuned", "broke", "unfinished")}
+
+    path = common.write_to(folder / f"{name}.json", figures)
+    if "attention" in figures:
+        print("\n".join(summary(figures["attention"])))
     print(f"written to {path}")
     hand_over(path)
-    rows = [*figures["attention"]["rows"], *figures.get("norm", {}).get("rows", ())]
-    wrong = any(r["variant"] == attention.OURS and "failed" in r for r in rows)
-    return int(bool(tests["failed"] or tests["unfinished"] or not tests["passed"] or wrong))
+    return int(bad)
+
+
+def _ours_failed(found: dict[str, Any]) -> bool:
+    # The other benchmarks have sizes that may be too large for a device, and say by their exit status what was wrong.
+    return any(r["variant"] == attention.OURS and "wrong" in str(r.get("failed")).lower() for r in found["rows"])
+
+
+# --- benchmarks ---------------------------------------------------------------------------------------------
+
+
+def run_benchmark(name: str, budget: float, left: float, folder: Path, device: torch.device) -> dict[str, Any]:
+    """What a benchmark found in its budget: `rows`, and `broke` or `unfinished` with the reason if it did not end."""
+    if left < _GRACE / 2:
+        print(f"\n{name}: not begun, no time is left")
+        return {"rows": [], "unfinished": "no time was left"}
+    options = BENCHMARKS[name].dry if device.type == "cpu" else BENCHMARKS[name].gpu
+    return run_script(name, options, budget, left, folder / f"{name}_{common.short_name(device)}.json")
+
+
+def run_script(name: str, options: tuple[str, ...], budget: float, left: float, path: Path) -> dict[str, Any]:
+    """Run bench/<name>.py, at most until nothing is left of the time, and read what it wrote up to there."""
+    print(f"\n{name}: {budget:.0f} s", flush=True)
+    path.unlink(missing_ok=True)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYCKPT_BACKEND", "TRITON_INTERPRET")}
+    command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), *options]
+    command += ["--budget", f"{budget:.0f}", "--out", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=env)
+    ended: dict[str, Any] = {}
+    try:
+        status = process.wait(max(1.0, min(left, budget + _GRACE)))
+        if status:
+            ended["broke"] = f"exit status {status}"
+    except subprocess.TimeoutExpired:
+        ended["unfinished"] = f"ended after {budget + _GRACE:.0f} s"
+    finally:
+        process.kill()
+        process.wait()
+    for kind, why in ended.items():
+        print(f"{name} {kind}: {why}", flush=True)
+    if path.exists():
+        hand_over(path)
+    return {"rows": [], **(json.loads(path.read_text()) if path.exists() else {}), **ended}
 
 
 # --- tests --------------------------------------------------------------------------------------------------
@@ -117,6 +188,17 @@ def run_tests(seconds: float, dry_run: bool = False) -> dict[str, Any]:
         "failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE),
         "seconds": time.monotonic() - start,
     }
+
+
+def show_tests(tests: dict[str, Any]) -> bool:
+    """Print how the tests went; whether any failed, none passed or some did not end."""
+    counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
+    print(f"tests: {counts} of {tests['collected']}, in {tests['seconds']:.0f} s")
+    if tests["unfinished"]:
+        print(f"  {tests['unfinished']} processes of tests ran out of time and were ended")
+    for name in tests["failures"]:
+        print(f"  FAILED {name}")
+    return bool(tests["failed"] or tests["unfinished"] or not tests["passed"])
 
 
 def collect(dry_run: bool) -> list[str]:

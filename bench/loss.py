@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pyckpt
 from bench import common, steps
 from bench.steps import Row, UnavailableError, Variant, Work
-from pyckpt.measure.units import format_bytes, format_seconds
+from pyckpt.measure.units import format_seconds
 
 OURS, RECOMPUTE = "pyckpt", "pyckpt_recompute"
 EAGER, EAGER_FP32, COMPILED = "eager", "eager_fp32", "compiled"
@@ -204,16 +204,11 @@ def line(case: Case, row: Row) -> str:
     if "failed" in row:
         return f"{start} {row['failed']}"[:118]
     ours = row["variant"] in (OURS, RECOMPUTE)
-    time = _ratio(row.get("seconds_over_eager"))
+    time, share = (steps.shown_ratio(row, f"{k}_over_eager") for k in ("seconds", "beyond_bytes"))
     aim = f" < {AIMS['time_over_eager']:.2f}" if ours and case.tokens >= AIMS["from_tokens"] else ""
-    memory = "–" if "beyond_bytes" not in row else format_bytes(row["beyond_bytes"])
-    share = _ratio(row.get("beyond_bytes_over_eager"))
+    memory = steps.shown_bytes(row, "beyond_bytes")
     limit = f" ≤ {AIMS['memory_over_eager']:.2f}" if ours and case.tokens == AIMS["at_tokens"] else ""
     return f"{start} {format_seconds(row['seconds']):>8} {time:>8}{aim:7} {memory:>9} {share:>8}{limit}".rstrip()
-
-
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def main(argv: list[str] | None = None) -> int:

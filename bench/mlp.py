@@ -34,10 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import common, steps
-from bench.steps import Row, UnavailableError, Variant, Work
+from bench.steps import Context, Row, UnavailableError, Variant, Work
 from pyckpt.exec import tiling
 from pyckpt.exec.plan import standard_plan
-from pyckpt.measure.units import format_bytes, format_seconds
+from pyckpt.measure.units import format_seconds
 from pyckpt.save import save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
@@ -48,7 +48,6 @@ from pyckpt.tokenwise.workspace import Workspace
 EAGER, COMPILED, CHECKPOINT, LIGER = "eager", "compiled", "checkpoint", "liger"
 _EPS = 1e-5
 _COUNTED_TOKENS = 16
-Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @contextlib.contextmanager
@@ -294,11 +293,11 @@ def line(case: Case, row: Row) -> str:
         return f"{start} {row['failed']}"[:118]
     made = row.get("products")
     count = f"{made:.3g}" if isinstance(made, float) else "–"
-    over = f"{row['seconds_over_eager']:.3f}" if "seconds_over_eager" in row else "–"
-    beyond = format_bytes(row["beyond_bytes"]) if "beyond_bytes" in row else "–"
+    over = steps.shown_ratio(row, "seconds_over_eager")
+    beyond, saved = (steps.shown_bytes(row, k) for k in ("beyond_bytes", "saved_bytes"))
     return (
         f"{start} {count:>8} {format_seconds(row['seconds']):>8} {over:>8} {row['tflops']:8.3g} "
-        f"{row['of_product']:4.0%} {beyond:>9} {format_bytes(row['saved_bytes']):>9}"
+        f"{row['of_product']:4.0%} {beyond:>9} {saved:>9}"
     )
 
 

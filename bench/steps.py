@@ -22,13 +22,16 @@ from bench import common
 from pyckpt import measure
 from pyckpt.compare.results import OUT_OF_MEMORY
 from pyckpt.compare.runner import out_of_memory
+from pyckpt.measure.units import format_bytes
 
 Function = Callable[..., Tensor]
 Row = dict[str, Any]
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 # An output passes when its error is at most this many times plain PyTorch's of the same dtype. Peers are let off more:
 # some sum weight gradients in bf16, which is less exact and not wrong.
 OWN, PEER = 2.0, 10.0
 _FEWEST = 3
+EVERY = "every variant"  # of a case that failed as a whole
 
 
 class UnavailableError(Exception):
@@ -44,7 +47,7 @@ class Variant:
     """How to come by a variant's function (raises where it cannot run), and the context that is on while it runs."""
 
     build: Callable[[], Function]
-    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    within: Context = contextlib.nullcontext
     slack: float = PEER
     compiled: bool = False
 
@@ -110,8 +113,9 @@ def run(
     """A row for each variant: error, bytes and seconds of a step, or why there are none.
 
     `peak_bytes` is the most that is alive above what was there before; `beyond_bytes` the same without the output and
-    the gradients, which every variant has to make; `saved_bytes` what autograd keeps from forward to backward. On a CPU
-    code of torch.compile allocates unseen, and has no peak. About `seconds` are spent on the times, `repeats` at most.
+    the gradients, which every variant has to make; `saved_bytes` what autograd keeps from forward to backward. Code of
+    torch.compile is not watched: it has a peak on CUDA only, and no saved bytes. The times take about `seconds` and at
+    most `repeats` rounds.
     """
     rows: dict[str, Row] = {name: {"variant": name} for name in variants}
     steps: dict[str, Callable[[], Any]] = {}
@@ -137,13 +141,27 @@ def _prepare(variant: Variant, work: Work, gate: Gate | None, device: torch.devi
         gate.check(row, results, variant.slack)
     made = sum(t.nbytes for t in results)
     del results
-    weights = nn.ParameterList(p for p in work.leaves if isinstance(p, nn.Parameter))
-    with measure.memory(weights, device=device) as m:
-        step()
-    row["saved_bytes"] = m.saved_bytes
-    if not (variant.compiled and device.type == "cpu"):
-        row |= {"peak_bytes": m.peak_bytes, "beyond_bytes": max(0, m.peak_bytes - made)}
+    row |= _memory(step, variant, work, device)
+    if "peak_bytes" in row:
+        row["beyond_bytes"] = max(0, row["peak_bytes"] - made)
     return step
+
+
+def _memory(step: Callable[[], Any], variant: Variant, work: Work, device: torch.device) -> Row:
+    if not variant.compiled:
+        weights = nn.ParameterList(p for p in work.leaves if isinstance(p, nn.Parameter))
+        with measure.memory(weights, device=device) as m:
+            step()
+        return {"peak_bytes": m.peak_bytes, "saved_bytes": m.saved_bytes}
+    # The hooks and modes of measure.memory would have it compiled once more, for them, or not at all.
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device) - before}
 
 
 def _times(
@@ -206,6 +224,14 @@ def compiled(fn: Function) -> Function:
     return torch.compile(fn, dynamic=False, fullgraph=True)
 
 
+def shown_bytes(row: Row, figure: str) -> str:
+    return format_bytes(row[figure]) if figure in row else "–"
+
+
+def shown_ratio(row: Row, figure: str) -> str:
+    return f"{row[figure]:.3f}" if figure in row else "–"
+
+
 # --- over cases ---------------------------------------------------------------------------------------------
 
 
@@ -227,7 +253,7 @@ def sweep(
         if figures["rows"] and time.monotonic() - start > budget:
             figures["left_out"].append(str(case))
             continue
-        whole: Row = {"variant": "all"}
+        whole: Row = {"variant": EVERY}
         rows = [whole]
         with noting_failure(whole):
             rows = one(case)
@@ -252,7 +278,7 @@ def over(rows: Sequence[Row], figure: str, base: str) -> None:
 
 def count_wrong(figures: dict[str, Any], ours: Iterable[str]) -> int:
     """How many results of ours failed, but for want of memory or of what they need; others' are theirs to mend."""
-    names = {*ours, "all"}
+    names = {*ours, EVERY}
     failed = [
         r["failed"] for r in figures["rows"] if r["variant"] in names and "failed" in r and "unavailable" not in r
     ]
@@ -262,7 +288,7 @@ def count_wrong(figures: dict[str, Any], ours: Iterable[str]) -> int:
 # --- the command line of a benchmark ------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser, name: str, repeats: int = 20) -> None:
+def add_options(parser: argparse._ActionsContainer, name: str, repeats: int = 20) -> None:
     parser.add_argument("--quick", action="store_true", help="few sizes, as for `make gpu`")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no case is begun")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each variant, at most")

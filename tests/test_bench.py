@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,13 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pyckpt
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import loss, mlp, steps  # noqa: E402
+from bench import block, block_gpu, common, gpu, loss, mlp, report, steps  # noqa: E402
 from bench.steps import Variant, Work  # noqa: E402
+from pyckpt.save import bytes_per_token  # noqa: E402
 
 CPU = torch.device("cpu")
+LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 
 def script(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -254,6 +259,127 @@ def test_mlp_counts_its_products_and_keeps_only_x(tmp_path, capsys):
     assert all(len(line) <= 118 for line in capsys.readouterr().out.splitlines()[:-1])
 
 
+# --- the block as on a GPU, small ---------------------------------------------------------------------------
+
+
+def test_block_measures_every_save_set_against_the_plain_ones(tmp_path, capsys):
+    result = tmp_path / "block_test.json"
+    options = ["--no-compile", "--repeats", "1", "--out", str(result)]
+    assert block.main(["65", "--dry-run", "--layers", "2", *options]) == 0
+    figures = json.loads(result.read_text())
+    rows = {r["variant"]: r for r in figures["rows"]}
+    assert set(rows) == {"plain", "checkpoint", *pyckpt.SAVE_SETS}
+    for row in rows.values():
+        assert "failed" not in row, row
+        assert row["error"] < 1e-4 and row["seconds_over_all"] > 0 and row["beyond_bytes_over_plain"] > 0
+    kept = [rows[save]["saved_bytes"] for save in pyckpt.SAVE_SETS]
+    assert kept == sorted(kept, reverse=True)
+    # Blocks after the first have their input besides; the last one's output is y.
+    spec = block_gpu.Setup.of(CPU, small=True).spec
+    assert rows["attention"]["saved_bytes"] == 2 * 65 * bytes_per_token(spec, "attention", torch.float32)
+    assert "unchecked" not in figures and figures["aims"] == block_gpu.AIMS
+    assert all(len(line) <= 118 for line in capsys.readouterr().out.splitlines()[:-1])
+
+
+def test_a_wrong_save_set_is_not_timed(monkeypatch):
+    right = block_gpu.Models._ours
+
+    def ours(self, save):
+        fn = right(self, save)
+        return fn if save != "input" else lambda x, *rest: fn(x, *rest) * 1.001
+
+    monkeypatch.setattr(block_gpu.Models, "_ours", ours)
+    setup = block_gpu.Setup.of(CPU, small=True)
+    figures = block_gpu.run(setup, [20], repeats=1, compile_too=False)
+    failed = {r["variant"]: r["failed"] for r in figures["rows"] if "failed" in r}
+    assert list(failed) == ["input"] and failed["input"].startswith("wrong: relative error")
+    assert steps.count_wrong(figures, pyckpt.SAVE_SETS) == 1
+
+
+def test_a_block_without_memory_for_plain_goes_on(monkeypatch):
+    right = block_gpu.Models._plain
+
+    def plain(self, checkpointed):
+        fn = right(self, checkpointed)
+        return lambda x, *rest: _out_of_memory(x) if x.shape[1] == 50 and not checkpointed else fn(x, *rest)
+
+    monkeypatch.setattr(block_gpu.Models, "_plain", plain)
+    figures = block_gpu.run(block_gpu.Setup.of(CPU, small=True), [50], repeats=1, compile_too=False)
+    failed = {r["variant"]: r["failed"] for r in figures["rows"] if "failed" in r}
+    assert failed == {"plain": "out of memory"}
+    assert steps.count_wrong(figures, pyckpt.SAVE_SETS) == 0
+
+
+def test_a_dry_run_of_the_block_writes_no_result():
+    with pytest.raises(SystemExit):
+        block.main(["--dry-run"])
+
+
+# --- the tables of what they write --------------------------------------------------------------------------
+
+
+def test_tables_come_from_the_results_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "ceiling", lambda device: 1.0)
+    tables = {"loss": "bench/loss.py", "mlp": "bench/mlp.py", "block-gpu": "bench/block.py"}
+    for name, script in tables.items():
+        assert report.TABLES[name]().startswith("Not run") and script in report.TABLES[name]()
+    monkeypatch.setattr(loss, "cases", lambda device, quick: [loss.Case(7, 8, 16)])
+    loss.main(["--no-compile", "--repeats", "1", "--out", str(tmp_path / "loss_cpu.json")])
+    monkeypatch.setattr(mlp, "cases", lambda device, quick: [mlp.Case(7, 8, 16, "swiglu")])
+    mlp.main(["--no-compile", "--repeats", "1", "--out", str(tmp_path / "mlp_cpu.json")])
+    block.main(["20", "--dry-run", "--no-compile", "--repeats", "1", "--out", str(tmp_path / "block_small.json")])
+    for name, script in tables.items():
+        table = report.TABLES[name]()
+        assert f"`python {script}` on " in table
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len(rows) > 5 and len({row.count("|") for row in rows}) == 1
+    assert "| 7 × 8 × 16 | liger | Liger-Kernel is not installed |" in report.TABLES["loss"]() or LIGER
+
+
+def test_the_aims_stand_beside_the_row_they_are_about():
+    case = loss.Case(32768, 4096, 128256)
+    row = {"variant": "pyckpt", "seconds": 0.1, "seconds_over_eager": 0.9, "beyond_bytes": 1e9}
+    line = loss.line(case, {**row, "beyond_bytes_over_eager": 0.04})
+    assert line.endswith("0.900 < 1.00   954 MiB    0.040 ≤ 0.05")
+    assert "<" not in loss.line(loss.Case(1024, 4096, 128256), row)
+    assert "<" not in loss.line(case, {**row, "variant": "eager"})
+
+
+# --- make gpu -----------------------------------------------------------------------------------------------
+
+
+class TestGpuScript:
+    """A benchmark is a process of its own, and whatever becomes of it is noted."""
+
+    def _run(self, tmp_path, monkeypatch, body, left=60.0):
+        (tmp_path / "bench").mkdir()
+        (tmp_path / "bench" / "fake.py").write_text(f"import json, os, sys, time\npath = sys.argv[-1]\n{body}\n")
+        monkeypatch.setattr(gpu, "ROOT", tmp_path)
+        return gpu.run_script("fake", ("--quick",), 1.0, left, tmp_path / "fake.json")
+
+    def test_what_it_wrote_is_read(self, tmp_path, monkeypatch):
+        body = 'json.dump({"rows": [{"options": sys.argv[1:-1]}]}, open(path, "w"))'
+        found = self._run(tmp_path, monkeypatch, body)
+        assert found == {"rows": [{"options": ["--quick", "--budget", "1", "--out"]}]}
+
+    def test_a_crash_keeps_what_was_written_before(self, tmp_path, monkeypatch):
+        body = 'json.dump({"rows": [1]}, open(path, "w")); os.abort()'
+        assert self._run(tmp_path, monkeypatch, body) == {"rows": [1], "broke": "exit status -6"}
+
+    def test_a_crash_before_anything_is_written(self, tmp_path, monkeypatch):
+        assert self._run(tmp_path, monkeypatch, "sys.exit(3)") == {"rows": [], "broke": "exit status 3"}
+
+    def test_one_that_hangs_is_ended(self, tmp_path, monkeypatch):
+        body = 'json.dump({"rows": [1]}, open(path, "w")); time.sleep(600)'
+        found = self._run(tmp_path, monkeypatch, body, left=2.0)
+        assert found["unfinished"].startswith("ended after") and "broke" not in found
+
+    def test_an_old_result_is_not_taken_for_a_new_one(self, tmp_path, monkeypatch):
+        (tmp_path / "fake.json").write_text('{"rows": [2]}')
+        assert self._run(tmp_path, monkeypatch, "sys.exit(1)")["rows"] == []
+
+
 def test_gpu_script_needs_only_pytest_and_says_when_there_is_no_gpu(tmp_path):
     done = script("bench/gpu.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
@@ -268,5 +394,8 @@ def test_gpu_script_runs_tests_and_benchmark(tmp_path):
     assert figures["tests"]["passed"] == figures["tests"]["collected"] > 0
     assert figures["attention"]["rows"]
     assert {r["op"] for r in figures["norm"]["rows"]} == {"rms_norm", "layer_norm", "swiglu", "rope"}
+    for benchmark in ("block", "mlp", "loss"):
+        assert any("seconds" in r for r in figures[benchmark]["rows"])
+        assert (tmp_path / f"{benchmark}_cpu.json").exists()
     assert "passed" in (tmp_path / "tests.txt").read_text()
     assert "more than 1 is faster" in done.stdout
