@@ -197,8 +197,14 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
 
 
-def run(which: str, flex: bool, budget: float, device: str) -> dict[str, Any]:
-    """All figures. Cases that do not fit the budget (seconds) are left out, and named."""
+def run(
+    which: str,
+    flex: bool,
+    budget: float,
+    device: str,
+    save: Callable[[dict[str, Any]], Any] = lambda figures: None,
+) -> dict[str, Any]:
+    """All figures, saved after every case. Cases that do not fit the budget (seconds) are left out, and named."""
     start = time.monotonic()
     rows, left_out = [], []
     top = common.ceiling(device)
@@ -212,6 +218,7 @@ def run(which: str, flex: bool, budget: float, device: str) -> dict[str, Any]:
         rows += new
         for row in new:
             print(line(case, row, top), flush=True)
+        save({"product_tflops": top, "rows": rows, "left_out": left_out})
         if device == "cuda":
             torch.cuda.empty_cache()
     return {"product_tflops": top, "rows": rows, "left_out": left_out}
@@ -324,11 +331,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.tune and device == "cpu":
         parser.error("--tune needs a GPU")
     which = "cpu" if device == "cpu" else "quick" if options.quick else "full"
-    found = tune(options.budget) if options.tune else run(which, not options.no_flex, options.budget, device)
-    figures = {**common.stamp(device), **found}
     name = f"attention_{'tuning_' if options.tune else ''}{common.short_name(torch.device(device))}"
     path = options.out or common.RESULTS / f"{name}.json"
-    common.write_to(path, figures)
+    stamp = common.stamp(device)
+
+    def save(found: dict[str, Any]) -> None:
+        common.write_to(path, {**stamp, **found})
+
+    found = tune(options.budget) if options.tune else run(which, not options.no_flex, options.budget, device, save)
+    save(found)
     print(f"written to {path}")
     return int(any("wrong" in r.get("failed", "") and r["variant"] == OURS for r in found.get("rows", [])))
 

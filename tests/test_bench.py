@@ -310,6 +310,13 @@ def test_a_block_without_memory_for_plain_goes_on(monkeypatch):
     assert steps.count_wrong(figures, pyckpt.SAVE_SETS) == 0
 
 
+def test_the_fastest_backend_of_sdpa_is_one_that_runs():
+    found = block_gpu.best_sdpa(block_gpu.Setup.of(CPU, small=True), 40)
+    assert found["best"] in found["seconds"] and "cudnn" not in found["seconds"]
+    with block_gpu.sdpa_context(found)():
+        assert torch.backends.cuda.flash_sdp_enabled() == (found["best"] == "flash")
+
+
 def test_a_dry_run_of_the_block_writes_no_result():
     with pytest.raises(SystemExit):
         block.main(["--dry-run"])
@@ -372,12 +379,14 @@ class TestGpuScript:
 
     def test_one_that_hangs_is_ended(self, tmp_path, monkeypatch):
         body = 'json.dump({"rows": [1]}, open(path, "w")); time.sleep(600)'
-        found = self._run(tmp_path, monkeypatch, body, left=2.0)
+        found = self._run(tmp_path, monkeypatch, body, left=5.0)
         assert found["unfinished"].startswith("ended after") and "broke" not in found
+        assert found["rows"] == json.loads((tmp_path / "fake.json").read_text())["rows"] == [1]
 
     def test_an_old_result_is_not_taken_for_a_new_one(self, tmp_path, monkeypatch):
         (tmp_path / "fake.json").write_text('{"rows": [2]}')
         assert self._run(tmp_path, monkeypatch, "sys.exit(1)")["rows"] == []
+        assert json.loads((tmp_path / "fake.json").read_text()) == {"rows": [2]}
 
 
 def test_gpu_script_needs_only_pytest_and_says_when_there_is_no_gpu(tmp_path):
