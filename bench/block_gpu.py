@@ -6,7 +6,8 @@
 
 bf16, batch 1, forward and backward. PyTorch's block takes the SDPA backend that is fastest at the length, in this run.
 Gradients are held against float32 at a short length, and against plain PyTorch's at each length, before any is timed.
-Variants take turns in one process; medians. Writes bench/results/block_<device>.json after every length.
+Variants take turns in one process; medians. Writes bench/results/block_<device>.json (block_<device>_x4.json for four
+blocks) after every length.
 
 Variants: plain (everything stored), compiled (plain under torch.compile), checkpoint (plain in torch.utils.checkpoint),
 and ours by save set; "all" stores everything too, from the same kernels as the others.
@@ -297,7 +298,7 @@ def main(options: argparse.Namespace) -> int:
     setup = Setup.of(device, options.dry_run)
     # The length of the aims first, in case time runs out.
     lengths = (65, 130) if options.dry_run else (32768, 8192) if options.quick else (32768, 4096, 8192, 16384, 65536)
-    path = steps.out(options, "block", device)
+    path = steps.out(options, "block", device, f"_x{options.layers}" if options.layers > 1 else "")
     figures = run(
         setup,
         options.lengths or lengths,

@@ -297,5 +297,5 @@ def add_options(parser: argparse._ActionsContainer, name: str, repeats: int = 20
     parser.add_argument("--out", type=Path, help=f"instead of bench/results/{name}_<device>.json")
 
 
-def out(options: argparse.Namespace, name: str, device: torch.device) -> Path:
-    return options.out or common.RESULTS / f"{name}_{common.short_name(device)}.json"
+def out(options: argparse.Namespace, name: str, device: torch.device, suffix: str = "") -> Path:
+    return options.out or common.RESULTS / f"{name}_{common.short_name(device)}{suffix}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -315,6 +316,32 @@ def test_the_fastest_backend_of_sdpa_is_one_that_runs():
     assert found["best"] in found["seconds"] and "cudnn" not in found["seconds"]
     with block_gpu.sdpa_context(found)():
         assert torch.backends.cuda.flash_sdp_enabled() == (found["best"] == "flash")
+
+
+def test_on_a_cpu_the_block_is_timed_as_before(monkeypatch, capsys):
+    written = {}
+
+    def write(name, figures):
+        written[name] = figures
+        return common.RESULTS / f"{name}.json"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common, "write", write)
+    monkeypatch.setattr(block, "CONFIG", {"d_model": 32, "n_heads": 2, "d_ff": 48})
+    monkeypatch.setattr(block, "AIMS", {20: (1, 1.0, 1.2), 40: (1, 0.8, 1.1)})
+    assert block.main([]) == 0
+    figures = written["block_cpu"]
+    assert [(r["length"], r["variant"]) for r in figures["rows"]] == [
+        (length, variant) for length in (20, 40) for variant in ("plain", "checkpoint", "attention")
+    ]
+    assert figures["aims"] == {"20": (1.0, 1.2), "40": (0.8, 1.1)}
+    assert "≤ 0.80" in capsys.readouterr().out
+
+
+def test_results_of_a_stack_have_a_name_of_their_own():
+    given = argparse.Namespace(out=None)
+    assert steps.out(given, "block", CPU, "_x4") == common.RESULTS / "block_cpu_x4.json"
+    assert steps.out(argparse.Namespace(out=Path("a.json")), "block", CPU, "_x4") == Path("a.json")
 
 
 def test_a_dry_run_of_the_block_writes_no_result():
