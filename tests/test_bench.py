@@ -423,6 +423,7 @@ def test_gpu_script_needs_only_pytest_and_says_when_there_is_no_gpu(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # six processes, each of which imports torch
 def test_gpu_script_runs_tests_and_benchmark(tmp_path):
     done = script("bench/gpu.py", "--dry-run", OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
