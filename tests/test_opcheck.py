@@ -145,6 +145,10 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: loss_case("none", True),
         lambda: loss_case("sum", False),
     ],
+    "linear_cross_entropy_tile_": [
+        lambda: (*loss_case("sum", False)[:8], rand(6, 8), rand(5, 8)),
+        lambda: (*loss_case("sum", False)[:8], None, None),
+    ],
     "linear_cross_entropy_bwd": [loss_bwd_case],
     "block_fwd": [
         *[lambda save=save: block_case(save, grad=True) for save in pyckpt.SAVE_SETS],

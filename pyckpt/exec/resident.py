@@ -73,13 +73,7 @@ class Inputs:
         return None if self.seed is None else philox.derive(self.seed, 0)
 
     def _positions(self, sl: slice) -> Tensor:
-        if self.positions is not None:
-            return self.positions[sl]
-        tokens = torch.arange(sl.start, sl.stop, device=self.x.device)
-        cu = self.layout.cu_seqlens
-        if cu is None:
-            return tokens % self.layout.seq
-        return tokens - cu[torch.searchsorted(cu, tokens, right=True) - 1]
+        return self.layout.positions(sl, self.x.device) if self.positions is None else self.positions[sl]
 
     def of_block(self, x: Tensor, seed: int | None) -> Inputs:
         """The inputs of another block of the same run."""

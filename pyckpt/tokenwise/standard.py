@@ -17,6 +17,7 @@ from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.norm import norm_bwd_add_, norm_fwd
 from pyckpt.tokenwise.workspace import Workspace
 
 ops = torch.ops.pyckpt
@@ -70,23 +71,25 @@ class StandardTokenwise:
 
     # --- forward ---
 
-    def pre(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor, ws: Workspace) -> None:
-        h = _norm(self.spec, w, INPUT_NORM, tile.x)[0].to(q.dtype)
-        raw = (tile.kept.get("q", q), tile.kept.get("k", k))
-        for name, out in (("q_proj", raw[0]), ("k_proj", raw[1]), ("v_proj", v)):
-            _linear(w, f"{ATTENTION}.{name}", h, out)
-        self._finish_qk(w, tile.positions, raw, (q, k))
+    def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
+        wanted = {name: out for name, out in (("q", q), ("k", k), ("v", v)) if out is not None}
+        raw = {name: tile.kept.get(name, out) for name, out in wanted.items()}
+        h = norm_fwd(self.spec, w, INPUT_NORM, tile.x)[0].to(next(iter(wanted.values())).dtype)
+        for name, out in raw.items():
+            _linear(w, f"{ATTENTION}.{name}_proj", h, out)
+        self._finish_qk(w, tile.positions, [(n, raw[n], out) for n, out in wanted.items() if n != "v"])
 
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
         """Fill the q and k that attention reads from the raw ones in `tile.kept`."""
-        self._finish_qk(w, tile.positions, (tile.kept["q"], tile.kept["k"]), (q, k))
+        self._finish_qk(w, tile.positions, [("q", tile.kept["q"], q), ("k", tile.kept["k"], k)])
 
-    def _finish_qk(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
-        tables = self._rope_tables(positions, out[0].dtype)
-        for name, source, target in zip(("q_norm", "k_norm"), raw, out, strict=True):
+    def _finish_qk(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
+        """From raw to finished, each (name, raw, finished)."""
+        tables = self._rope_tables(positions, parts[0][1].dtype) if parts else None
+        for name, source, target in parts:
             heads = _by_head(target, self.spec.head_dim)
             if self.spec.qk_norm:
-                weight = w[f"{ATTENTION}.{name}.weight"]
+                weight = w[f"{ATTENTION}.{name}_norm.weight"]
                 heads.copy_(ops.rms_norm_fwd(_by_head(source, self.spec.head_dim), weight, self.spec.norm_eps)[0])
             if tables is not None:
                 ops.rope_(heads, *tables, False, False)
@@ -104,7 +107,7 @@ class StandardTokenwise:
 
     def post(self, w: Weights, tile: Tile, o: Tensor, y: Tensor, ws: Workspace) -> None:
         mid = self._mid(w, tile, o, ws)
-        h = _norm(self.spec, w, POST_NORM, mid)[0].to(o.dtype)
+        h = norm_fwd(self.spec, w, POST_NORM, mid)[0].to(o.dtype)
         gate, up = self._pre_activations(w, tile, h, ws)
         if "up" in tile.kept:
             act = ws.get("act", tuple(up.shape), up.dtype)
@@ -213,7 +216,7 @@ class StandardTokenwise:
         grads.add_rows("mlp.down_proj.bias", dy)
         if not (inward or grads.wants("mlp.down_proj.weight", *hidden)):
             return
-        h, stats = _norm(self.spec, w, POST_NORM, mid)
+        h, stats = norm_fwd(self.spec, w, POST_NORM, mid)
         h = h.to(dy.dtype)
         gate, up = self._kept_or_made(w, tile, h, ws)
         dact = ws.get("dact", tuple(up.shape), up.dtype)
@@ -230,7 +233,7 @@ class StandardTokenwise:
         if inward:
             dh = ws.get("dh", tuple(h.shape), h.dtype)
             _sum_of_products(inner, [w[f"{n}.weight"] for n in names], dh)
-            _norm_bwd_add(self.spec, w, POST_NORM, dh, mid, stats, dmid, grads)
+            norm_bwd_add_(self.spec, w, POST_NORM, dh, mid, stats, dmid, grads)
 
     def _kept_or_made(self, w: Weights, tile: Tile, h: Tensor, ws: Workspace) -> tuple[Tensor | None, Tensor]:
         """gate and up in scratch memory, free to be overwritten."""
@@ -254,7 +257,7 @@ class StandardTokenwise:
         grads: WeightGradients,
         ws: Workspace,
     ) -> None:
-        h, stats = _norm(self.spec, w, INPUT_NORM, tile.x)
+        h, stats = norm_fwd(self.spec, w, INPUT_NORM, tile.x)
         h = h.to(dq.dtype)
         tables = self._rope_tables(tile.positions, dq.dtype)
         dim = self.spec.head_dim
@@ -272,7 +275,7 @@ class StandardTokenwise:
             dh = ws.get("dh", tuple(h.shape), h.dtype)
             _sum_of_products([dq, dk, dv], [w[f"{n}.weight"] for n in names], dh)
             target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
-            _norm_bwd_add(self.spec, w, INPUT_NORM, dh, tile.x, stats, target, grads)
+            norm_bwd_add_(self.spec, w, INPUT_NORM, dh, tile.x, stats, target, grads)
 
     def _qk_norm_bwd(
         self, w: Weights, tile: Tile, name: str, h: Tensor, d: Tensor, grads: WeightGradients, ws: Workspace
@@ -316,32 +319,3 @@ def _sum_of_products(lefts: list[Tensor], rights: list[Tensor], out: Tensor) -> 
     for left, right in zip(lefts[1:], rights[1:], strict=True):
         # As an out= overload: FLOP counters know addmm and do not know addmm_.
         torch.addmm(out, left, right, out=out)
-
-
-def _norm(spec: BlockSpec, w: Weights, name: str, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The normalised tile and its row statistics."""
-    weight = w[f"{name}.weight"]
-    if spec.norm == "rmsnorm":
-        y, rstd = ops.rms_norm_fwd(x, weight, spec.norm_eps)
-        return y, (rstd,)
-    y, mean, rstd = ops.layer_norm_fwd(x, weight, w[f"{name}.bias"], spec.norm_eps)
-    return y, (mean, rstd)
-
-
-def _norm_bwd_add(
-    spec: BlockSpec,
-    w: Weights,
-    name: str,
-    dy: Tensor,
-    x: Tensor,
-    stats: tuple[Tensor, ...],
-    dx: Tensor,
-    grads: WeightGradients,
-) -> None:
-    weight, need = w[f"{name}.weight"], grads.wants(f"{name}.weight", f"{name}.bias")
-    if spec.norm == "rmsnorm":
-        grads.add(f"{name}.weight", ops.rms_norm_bwd_add_(dy, x, weight, *stats, dx, need))
-        return
-    dw, db = ops.layer_norm_bwd_add_(dy, x, weight, *stats, dx, need)
-    grads.add(f"{name}.weight", dw)
-    grads.add(f"{name}.bias", db)
