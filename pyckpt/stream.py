@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Embedding, Given, Loss, LossOptions, Whole
 from pyckpt.exec.node import NO_SEED
-from pyckpt.exec.schedule import Schedule, by_segments, without_gradient
-from pyckpt.exec.streamed import Stack
+from pyckpt.exec.resident import NOTHING
+from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
+from pyckpt.exec.streamed import Stack, store_plan
 from pyckpt.exec.streamed_node import ENDS, Session, execute
 from pyckpt.store import Store, make_store
 
@@ -36,7 +38,9 @@ class Stream:
         store: "host" (page-locked memory; on a CPU the device's own), "device", "file" (a scratch file that is gone
             when the process ends, however it ends), or a `pyckpt.store.Store`.
         path: folder of the scratch file; default the system's temporary one.
-        limit: the most bytes that one run may take of the store. A run that needs more is refused before it starts.
+        limit: the most bytes that one run may take of the store. Where what the blocks' save sets and `segments` keep
+            does not fit, less is kept and more made again: x of every block, then of fewer and fewer blocks, by the
+            schedule with the fewest repeats. Gradients are the same. A run that can't fit is refused before it starts.
         progress: called between tiles with ("embed", "forward", "head" or "backward", block, tile). What it raises
             ends the run and leaves no gradient: Ctrl-C between two tiles changes nothing.
 
@@ -145,27 +149,55 @@ def _stack(
             if w.dim() == 2:
                 errors.check_matches(x, w, name, compute)
     tile = min(stream.tile, layout.tokens)
-    seeds = draw_seeds(blocks)
-    return Stack(
+    first = _first_trained(blocks, source_trained)
+    stack = Stack(
         plans=[block.plan(tile, x.dtype, compute, x.device) for block in blocks],
         layout=layout,
         positions=positions,
-        seeds=[None] * len(blocks) if seeds is None else [None if s == NO_SEED else s for s in seeds.tolist()],
+        seeds=[None] * len(blocks),
         x_dtype=x.dtype,
         dtype=compute,
         device=x.device,
         d_model=blocks[0].d_model,
         tile=tile,
-        schedule=_schedule(blocks, segments, source_trained),
+        schedule=without_gradient(len(blocks)) if first is None else by_segments(len(blocks), segments, first),
     )
+    fitting = _fit(stack, first, stream.store.limit)
+    seeds = draw_seeds(blocks)  # last: a run that is refused draws nothing
+    if seeds is None:
+        return fitting
+    return dataclasses.replace(fitting, seeds=[None if s == NO_SEED else s for s in seeds.tolist()])
 
 
-def _schedule(blocks: list[CheckpointedBlock], segments: int, source_trained: bool) -> Schedule:
-    trained = [i for i, block in enumerate(blocks) if any(w.requires_grad for w in block.weights().values())]
-    first = 0 if source_trained else trained[0] if trained else len(blocks)
-    if not torch.is_grad_enabled() or first == len(blocks):
-        return without_gradient(len(blocks))
-    return by_segments(len(blocks), segments, first)
+def _first_trained(blocks: list[CheckpointedBlock], source_trained: bool) -> int | None:
+    """The first block whose backward runs; None where none does."""
+    if not torch.is_grad_enabled():
+        return None
+    if source_trained:
+        return 0
+    return next((i for i, b in enumerate(blocks) if any(w.requires_grad for w in b.weights().values())), None)
+
+
+def _fit(stack: Stack, first: int | None, limit: int | None) -> Stack:
+    """The run as its blocks want it or, where that is too much for the store, the one that repeats the least.
+
+    That is: x of every block; then of fewer and fewer blocks (`by_slots`). Raises ValueError where the least is too
+    much.
+    """
+    if limit is None or store_plan(stack).store_bytes <= limit:
+        return stack
+    least = stack
+    if first is not None:
+        blocks = len(stack.plans)
+        bare = [dataclasses.replace(plan, save=NOTHING) for plan in stack.plans]
+        for slots in range(blocks - first, 0, -1):
+            least = dataclasses.replace(stack, plans=bare, schedule=by_slots(blocks, slots, first))
+            if store_plan(least).store_bytes <= limit:
+                return least
+    raise ValueError(
+        f"this run needs at least {store_plan(least).store_bytes:,} bytes of the store, and the limit is {limit:,} "
+        f"({store_plan(stack).store_bytes:,} would be best); raise the limit or take a shorter sequence"
+    )
 
 
 def _loss_options(

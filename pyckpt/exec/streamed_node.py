@@ -115,7 +115,7 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, session: Session, x: Tensor | None, *weights: Tensor) -> Tensor:
         result = session.forward(weights, keeping=True)
-        ctx.session = session
+        ctx.session, ctx.shape = session, None if x is None else x.shape
         ctx.save_for_backward(*weights)
         return result
 
@@ -136,7 +136,7 @@ class _Streamed(torch.autograd.Function):
         embed = any(n and (ENDS, "embed") in uses for n, uses in zip(need[2:], session._uses, strict=True))
         grads = session.backward(weights, upstream, tuple(need[2:]), need[1] or embed)
         dx = source.dx if isinstance(source, Given) else None
-        return None, None if dx is None else dx.view(grad_outputs[0].shape), *grads
+        return None, None if dx is None else dx.view(ctx.shape), *grads
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
