@@ -14,11 +14,13 @@ from pyckpt import errors
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Embedding, Given, Loss, LossOptions, Whole
+from pyckpt.exec.estimate import Estimate, estimate
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
 from pyckpt.exec.streamed import Stack, store_plan
 from pyckpt.exec.streamed_node import ENDS, Session, execute
+from pyckpt.measure.flops import attention_pairs, block_flops
 from pyckpt.store import Store, make_store
 
 if TYPE_CHECKING:
@@ -60,6 +62,24 @@ class Stream:
         self.tile = tile
         self.store = make_store(store, path, limit)
         self.progress = progress
+
+    def estimate(self, model: CkptCausalLM, tokens: int, batch: int = 1) -> Estimate:
+        """What `model.loss` of (batch, tokens) and its backward will take: see `pyckpt.exec.estimate.Estimate`.
+
+        Raises ValueError, as the run would, where the store's limit is too small for it.
+        """
+        embed, head = model.model.embed_tokens.weight, model.lm_head.weight
+        blocks, segments = _blocks(model.model.layers)
+        layout = Layout(batch, tokens)
+        stack = _stack(blocks, segments, layout, None, embed.new_empty(0), embed.requires_grad, self, seeded=False)
+        spec = model.spec
+        attention = 4.0 * batch * attention_pairs(tokens, causal=spec.causal, window=spec.window) * spec.d_q
+        hidden = spec.d_ff * (2 if spec.gated else 1)
+        repeated = 2.0 * layout.tokens * spec.d_model * (2 * spec.d_q + 2 * spec.d_kv + hidden)
+        flops = (block_flops(spec, tokens, batch, backward=False), repeated, attention)
+        of_ends = head.numel() + (0 if head is embed else embed.numel())
+        of_block = sum(w.numel() for w in blocks[0].weights().values())
+        return estimate(stack, self.store, of_block, of_ends, model.vocab_size, flops)
 
 
 def run_loss(
@@ -141,8 +161,9 @@ def _stack(
     x: Tensor,
     source_trained: bool,
     stream: Stream,
+    seeded: bool = True,
 ) -> Stack:
-    """x has the dtype and the device of the residual stream."""
+    """x has the dtype and the device of the residual stream. `seeded`: draw the seeds of what drops."""
     compute = compute_dtype(x)
     for block in blocks:
         for name, w in block.weights().items():
@@ -163,7 +184,7 @@ def _stack(
         schedule=without_gradient(len(blocks)) if first is None else by_segments(len(blocks), segments, first),
     )
     fitting = _fit(stack, first, stream.store.limit)
-    seeds = draw_seeds(blocks)  # last: a run that is refused draws nothing
+    seeds = draw_seeds(blocks) if seeded else None  # last: a run that is refused draws nothing
     if seeds is None:
         return fitting
     return dataclasses.replace(fitting, seeds=[None if s == NO_SEED else s for s in seeds.tolist()])

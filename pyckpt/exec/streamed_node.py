@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Session:
 
     def forward(self, weights: tuple[Tensor, ...], keeping: bool) -> Tensor:
         try:
-            with torch.no_grad(), torch.autocast(self._stack.device.type, enabled=False):
+            with torch.no_grad(), _own_precision(self._stack.device):
                 self._weights = weights
                 result = self._run.forward(self._named(ENDS))
         except BaseException:
@@ -61,7 +62,7 @@ class Session:
                 "along, also under retain_graph=True. Run the forward again"
             )
         try:
-            with torch.no_grad(), torch.autocast(self._stack.device.type, enabled=False):
+            with torch.no_grad(), _own_precision(self._stack.device):
                 self._weights = weights
                 self.sink.take(upstream)
                 ends, blocks = self._run.backward(self._named(ENDS), self._wanted(need), need_dx)
@@ -95,6 +96,13 @@ class Session:
 
     def _named(self, owner: int) -> Named:
         return {name: w for uses, w in zip(self._uses, self._weights, strict=True) for of, name in uses if of == owner}
+
+
+def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it: the executor casts by itself."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @torch.compiler.disable
