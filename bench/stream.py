@@ -2,6 +2,7 @@
 
     python bench/stream.py             # about 20 minutes on 2 cores
     python bench/stream.py flat        # or one part: flat, time
+    python bench/stream.py time --layers 1 --repeats 1    # less of it; the results say how much
 
 "flat": a small causal language model, forward and backward with the store in a file, each length in a process of its
 own. Live bytes are those of pyckpt.measure.memory, above weights, gradients and token ids. Resident memory is the
@@ -12,6 +13,7 @@ Writes bench/results/stream_cpu.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -30,8 +32,7 @@ NAME = "stream_cpu"
 LENGTHS = (8192, 16384, 32768, 65536)
 FLAT: dict[str, Any] = {"vocab_size": 256, "n_layers": 2, "d_model": 64, "n_heads": 1, "d_ff": 192}
 TILE = 1024
-TIME: dict[str, Any] = {"d_model": 512, "n_heads": 8, "n_layers": 4, "length": 16384}
-REPEATS = 3
+TIME: dict[str, Any] = {"d_model": 512, "n_heads": 8, "n_layers": 4, "length": 16384, "repeats": 3}
 AIMS = {"flat": 0.01, "rss": 0.05, "time": 1.05}
 
 
@@ -69,8 +70,9 @@ def flat() -> dict[str, Any]:
     return {"config": {**FLAT, "tile": TILE}, "rows": rows, "spread": spread}
 
 
-def time() -> dict[str, Any]:
-    config, length = TIME, TIME["length"]
+def time(**changes: int) -> dict[str, Any]:
+    config = {**TIME, **changes}
+    length = config["length"]
     blocks = [pyckpt.CkptTransformerBlock(config["d_model"], config["n_heads"]) for _ in range(config["n_layers"])]
     stack = pyckpt.CkptTransformer(blocks)
     x = torch.randn(1, length, config["d_model"], requires_grad=True)
@@ -80,7 +82,7 @@ def time() -> dict[str, Any]:
     for stream in streams.values():
         stack(x[:, : 2 * TILE], stream=stream).backward(dy[:, : 2 * TILE])
     steps = {name: lambda stream=stream: stack(x, stream=stream).backward(dy) for name, stream in streams.items()}
-    stats = pyckpt.measure.interleaved(steps, REPEATS, warmup=0)
+    stats = pyckpt.measure.interleaved(steps, config["repeats"], warmup=0)
     rows = [
         {
             "executor": name,
@@ -95,18 +97,24 @@ def time() -> dict[str, Any]:
     return {"config": {**config, "tile": TILE, "dtype": "float32"}, "rows": rows}
 
 
-def main(parts: list[str]) -> None:
+def main(parts: list[str], **changes: int) -> None:
     path = common.RESULTS / f"{NAME}.json"
     figures = json.loads(path.read_text()) if path.exists() else {}
     for part in parts:
-        figures[part] = {**common.stamp(), **{"flat": flat, "time": time}[part]()}
+        figures[part] = {**common.stamp(), **(flat() if part == "flat" else time(**changes))}
         figures = {**common.stamp(), "aims": AIMS, **{k: v for k, v in figures.items() if k in ("flat", "time")}}
         common.write(NAME, figures)
     print(f"\nwritten to {path.relative_to(common.ROOT)}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--length"]:
-        print(json.dumps(flat_row(int(sys.argv[2]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["flat", "time"], default=["flat", "time"])
+    parser.add_argument("--layers", type=int, default=TIME["n_layers"])
+    parser.add_argument("--repeats", type=int, default=TIME["repeats"])
+    parser.add_argument("--length", type=int, help="measure memory at this length only, and print it")
+    given = parser.parse_args()
+    if given.length:
+        print(json.dumps(flat_row(given.length)))
     else:
-        main(sys.argv[1:] or ["flat", "time"])
+        main(given.parts, n_layers=given.layers, repeats=given.repeats)
