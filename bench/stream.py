@@ -99,11 +99,10 @@ def time(**changes: int) -> dict[str, Any]:
 
 def main(parts: list[str], **changes: int) -> None:
     path = common.RESULTS / f"{NAME}.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
     for part in parts:
-        figures[part] = {**common.stamp(), **(flat() if part == "flat" else time(**changes))}
-        figures = {**common.stamp(), "aims": AIMS, **{k: v for k, v in figures.items() if k in ("flat", "time")}}
-        common.write(NAME, figures)
+        made = {**common.stamp(), **(flat() if part == "flat" else time(**changes))}
+        before = common.read(NAME) if path.exists() else {}
+        common.write(NAME, {**before, "aims": AIMS, part: made})
     print(f"\nwritten to {path.relative_to(common.ROOT)}")
 
 
