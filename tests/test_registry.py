@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pyckpt.save import SAVE_SETS, save_set
 from pyckpt.spec import GATED_MLPS, PLAIN_MLPS, BlockSpec
 from pyckpt.tokenwise.standard import parameter_shapes
 
+ROOT = Path(__file__).resolve().parent.parent
 ops = torch.ops.pyckpt
 Sample = tuple[Any, ...]
 
@@ -313,9 +315,29 @@ class TestChoice:
         monkeypatch.setenv("PYCKPT_BACKEND", "torch")
         assert registry.choose("act_fwd", "cpu") == ("torch", "PYCKPT_BACKEND=torch")
 
-    def test_cuda_prefers_its_own(self, more_backends):
+    def test_cuda_prefers_triton(self, more_backends):
         assert registry.choose("act_fwd", "cuda")[0] == "triton"
         assert registry.choose("linear_cross_entropy_fwd", "cuda")[0] == "triton"
+
+    def test_the_extension_has_to_be_measured_faster(self, monkeypatch, more_backends):
+        registry.implement("act_fwd", "cuda")(lambda x, kind: x)
+        assert registry.choose("act_fwd", "cuda") == ("triton", "default on cuda")
+        monkeypatch.setattr(registry, "measured", lambda: {"results": "norm_x.json", "cuda_first": ["act_fwd"]})
+        assert registry.choose("act_fwd", "cuda") == ("cuda", "measured faster: norm_x.json")
+        assert registry.choose("act_fwd", "cpu")[0] == "torch"
+        assert registry.choose("rms_norm_fwd", "cuda")[0] == "triton"
+        del registry.IMPLEMENTATIONS["act_fwd"]["cuda"]
+        assert registry.choose("act_fwd", "cuda") == ("triton", "default on cuda")
+        monkeypatch.setenv("PYCKPT_BACKEND", "cuda")
+        registry.implement("act_fwd", "cuda")(lambda x, kind: x)
+        assert registry.choose("act_fwd", "cuda") == ("cuda", "PYCKPT_BACKEND=cuda")
+
+    def test_what_was_measured_is_there_to_read(self):
+        """The table names ops that exist, and a file with figures wherever it names any."""
+        table = registry.measured()
+        assert set(table) == {"results", "cuda_first"}
+        assert set(table["cuda_first"]) <= set(registry.IMPLEMENTATIONS)
+        assert not table["cuda_first"] or (ROOT / table["results"]).is_file()
 
     def test_no_implementation(self, monkeypatch):
         monkeypatch.setitem(registry.IMPLEMENTATIONS, "act_fwd", {"cuda": None})
