@@ -22,16 +22,6 @@ struct Place {
   }
 };
 
-template <class T>
-__device__ __forceinline__ const T* at(Input rows, int64_t row) {
-  return static_cast<const T*>(rows.p) + row * rows.stride;
-}
-
-template <class T>
-__device__ __forceinline__ T* at(Output rows, int64_t row) {
-  return static_cast<T*>(rows.p) + row * rows.stride;
-}
-
 template <class T, int N, Activation F>
 __global__ void __launch_bounds__(kThreads) glu_fwd_kernel(const GluForward a, const unsigned blocks_a_row) {
   const Place<N> place(blocks_a_row);
@@ -145,7 +135,7 @@ void glu_forward(const GluForward& a, Dtype dtype, int function, cudaStream_t st
   const bool vectors = wide(a.width * size, {{a.gate, size}, {a.up, size}, {a.act, size}});
   with_kernel(dtype, vectors, function, [&](auto t, auto n, auto f) {
     const unsigned each = blocks_a_row(a.width, n.value);
-    glu_fwd_kernel<decltype(t), n.value, f.value><<<grid_of(a.rows * each), kThreads, 0, stream>>>(a, each);
+    launch(glu_fwd_kernel<decltype(t), n.value, f.value>, a.rows * each, kThreads, 0, stream, a, each);
   });
 }
 
@@ -155,7 +145,7 @@ void glu_backward(const GluBackward& a, Dtype dtype, int function, cudaStream_t 
                                              {a.dup, size}});
   with_kernel(dtype, vectors, function, [&](auto t, auto n, auto f) {
     const unsigned each = blocks_a_row(a.width, n.value);
-    glu_bwd_kernel<decltype(t), n.value, f.value><<<grid_of(a.rows * each), kThreads, 0, stream>>>(a, each);
+    launch(glu_bwd_kernel<decltype(t), n.value, f.value>, a.rows * each, kThreads, 0, stream, a, each);
   });
 }
 

@@ -15,6 +15,14 @@
 
 #include "launch.h"
 
+#ifdef PYCKPT_EMULATED  // tests: the kernels run on CPU tensors (emulator.h)
+#define PYCKPT_KEY CPU
+#define PYCKPT_DEVICE_TYPE "cpu"
+#else
+#define PYCKPT_KEY CUDA
+#define PYCKPT_DEVICE_TYPE "cuda"
+#endif
+
 // Only a PyTorch that was built with CUDA has it; without this the extension could not be loaded elsewhere.
 #pragma weak aoti_torch_get_current_cuda_stream
 
@@ -50,9 +58,10 @@ Tensor make(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& l
   }
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         strides.data(), code, aoti_torch_device_type_cuda(),
-                                                         like.get_device_index(), &handle));
+                                                         strides.data(), code, device, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -71,8 +80,16 @@ Dtype dtype_of(const char* name, const Tensor& t) {
   }
 }
 
+bool is_ours(const Tensor& t) {
+#ifdef PYCKPT_EMULATED
+  return t.is_cpu();
+#else
+  return t.is_cuda();
+#endif
+}
+
 void check_cuda(const char* name, const Tensor& t) {
-  if (!t.is_cuda()) fail(name, " is not on a CUDA device");
+  if (!is_ours(t)) fail(name, " is not on a " PYCKPT_DEVICE_TYPE " device");
 }
 
 // The device and dtype of the first argument, which the others must share.
@@ -175,10 +192,12 @@ class Launch {
     check(cudaGetDevice(&previous_), device);
     if (previous_ != device) check(cudaSetDevice(device), device);
     device_ = device;
+#ifndef PYCKPT_EMULATED
     if (!aoti_torch_get_current_cuda_stream) fail("this PyTorch is built without CUDA");
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
+#endif
   }
 
   Launch(const Launch&) = delete;
@@ -311,9 +330,206 @@ void act_bwd_(const Tensor& dact, const Tensor& x, const std::string& kind) {
   act_backward_into(dact, x, std::nullopt, kind, dact, x, std::nullopt);
 }
 
+// --- norms ---
+
+// What a weight and a bias (D,) are for the kernels: in float32 or in x's dtype, both alike.
+struct Weights {
+  Weights(const Like& x, const MaybeTensor& weight, const MaybeTensor& bias) {
+    const int64_t width = width_of("x", x.tensor);
+    bool as_x = true, as_float = true;
+    for (const auto& [name, t] : {std::make_pair("weight", &weight), std::make_pair("bias", &bias)}) {
+      if (!*t) continue;
+      x.check_device(name, **t);
+      if ((*t)->dim() != 1 || (*t)->size(0) != width) {
+        fail(name, " has shape ", shape_of(**t), "; expected (", width, ") for x of shape ", shape_of(x.tensor));
+      }
+      as_x &= (*t)->scalar_type() == x.tensor.scalar_type();
+      as_float &= (*t)->scalar_type() == ScalarType::Float;
+    }
+    is_float = !as_x;
+    const bool convert = !as_x && !as_float;
+    if (weight) p_weight = ready(*weight, convert);
+    if (bias) p_bias = ready(*bias, convert);
+  }
+
+  const void *p_weight = nullptr, *p_bias = nullptr;
+  bool is_float = false;
+
+ private:
+  const void* ready(const Tensor& t, bool convert) {
+    copies_.push_back(torch::stable::contiguous(convert ? torch::stable::to(t, ScalarType::Float) : t));
+    return copies_.back().const_data_ptr();
+  }
+
+  std::vector<Tensor> copies_;
+};
+
+std::vector<int64_t> shape_of_rows(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end() - 1);
+}
+
+struct Normed {
+  Tensor y;
+  MaybeTensor total, mean;
+  Tensor rstd;
+};
+
+Normed norm(const Tensor& x, const MaybeTensor& residual, const MaybeTensor& weight, const MaybeTensor& bias,
+            double eps, bool centered) {
+  const Like like("x", x);
+  const int64_t width = width_of("x", x);
+  if (residual) like.check("residual", *residual);
+  const Weights weights(like, weight, bias);
+  const auto statistic = [&] { return make(shape_of_rows(x), ScalarType::Float, x); };
+  Normed made{like.made(), std::nullopt, std::nullopt, statistic()};
+  if (residual) made.total = like.made();
+  if (centered) made.mean = statistic();
+  NormForward a{};
+  a.rows = rows_in(x);
+  a.width = width;
+  if (a.rows == 0 || width == 0) return made;
+  std::vector<Tensor> copies;
+  a.x = read_rows(x, copies);
+  a.y = write_rows("y", made.y);
+  if (residual) {
+    a.residual = read_rows(*residual, copies);
+    a.total = write_rows("total", *made.total);
+  }
+  a.weight = weights.p_weight;
+  a.bias = weights.p_bias;
+  a.float_weights = weights.is_float;
+  a.rstd = static_cast<float*>(made.rstd.mutable_data_ptr());
+  if (centered) a.mean = static_cast<float*>(made.mean->mutable_data_ptr());
+  a.eps = static_cast<float>(eps);
+  const Launch launch(x);
+  norm_forward(a, like.dtype, launch.stream);
+  launch.check();
+  return made;
+}
+
+// One number a row, as float32 in a row.
+const float* statistic_of(const char* name, const Tensor& t, const Like& x, std::vector<Tensor>& copies) {
+  x.check_device(name, t);
+  if (t.scalar_type() != ScalarType::Float || t.numel() != rows_in(x.tensor)) {
+    fail(name, " has shape ", shape_of(t), "; expected one float32 for each row of x of shape ", shape_of(x.tensor));
+  }
+  copies.push_back(torch::stable::contiguous(t));
+  return static_cast<const float*>(copies.back().const_data_ptr());
+}
+
+// dw and db, empty if not needed; dx is written, or added to.
+std::tuple<Tensor, Tensor> norm_backward_into(const Tensor& dy, const Tensor& x, const MaybeTensor& weight,
+                                              const MaybeTensor& mean, const Tensor& rstd, const Tensor& dx, bool add,
+                                              bool need_dw) {
+  const Like like("x", x);
+  const int64_t width = width_of("x", x);
+  like.check("dy", dy);
+  like.check("dx", dx);
+  const Weights weights(like, weight, std::nullopt);
+  const bool need_db = need_dw && mean;
+  Tensor dw = make({need_dw ? width : 0}, ScalarType::Float, x);
+  Tensor db = make({need_db ? width : 0}, ScalarType::Float, x);
+  NormBackward a{};
+  a.rows = rows_in(x);
+  a.width = width;
+  if (a.rows == 0 || width == 0) {
+    torch::stable::zero_(dw);
+    torch::stable::zero_(db);
+    return {dw, db};
+  }
+  std::vector<Tensor> copies;
+  a.dy = read_rows(dy, copies);
+  a.x = read_rows(x, copies);
+  a.dx = write_rows("dx", dx);
+  a.weight = weights.p_weight;
+  a.float_weights = weights.is_float;
+  a.rstd = statistic_of("rstd", rstd, like, copies);
+  if (mean) a.mean = statistic_of("mean", *mean, like, copies);
+  a.add = add;
+  const int device = x.get_device_index();
+  const Launch launch(x);
+  if (!need_dw) {
+    norm_backward(a, like.dtype, device, launch.stream);
+    launch.check();
+    return {dw, db};
+  }
+  const int64_t blocks = norm_backward_blocks(a, like.dtype, device);
+  const Tensor shares = make({need_db ? 2 : 1, blocks, width}, ScalarType::Float, x);
+  a.dw_shares = static_cast<float*>(shares.mutable_data_ptr());
+  if (need_db) a.db_shares = a.dw_shares + blocks * width;
+  norm_backward(a, like.dtype, device, launch.stream);
+  launch.check();
+  sum_shares(a.dw_shares, blocks, width, static_cast<float*>(dw.mutable_data_ptr()), launch.stream);
+  if (need_db) sum_shares(a.db_shares, blocks, width, static_cast<float*>(db.mutable_data_ptr()), launch.stream);
+  launch.check();
+  return {dw, db};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const MaybeTensor& weight, double eps) {
+  const Normed n = norm(x, std::nullopt, weight, std::nullopt, eps, false);
+  return {n.y, n.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                                                  double eps) {
+  const Normed n = norm(x, std::nullopt, weight, bias, eps, true);
+  return {n.y, *n.mean, n.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(const Tensor& x, const Tensor& residual, const MaybeTensor& weight,
+                                                    double eps) {
+  const Normed n = norm(x, residual, weight, std::nullopt, eps, false);
+  return {n.y, *n.total, n.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Tensor& residual,
+                                                              const MaybeTensor& weight, const MaybeTensor& bias,
+                                                              double eps) {
+  const Normed n = norm(x, residual, weight, bias, eps, true);
+  return {n.y, *n.total, *n.mean, n.rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const MaybeTensor& weight, const Tensor& rstd,
+                                        bool need_dw) {
+  const Tensor dx = Like("x", x).made();
+  return {dx, std::get<0>(norm_backward_into(dy, x, weight, std::nullopt, rstd, dx, false, need_dw))};
+}
+
+Tensor rms_norm_bwd_add_(const Tensor& dy, const Tensor& x, const MaybeTensor& weight, const Tensor& rstd,
+                         const Tensor& dx, bool need_dw) {
+  return std::get<0>(norm_backward_into(dy, x, weight, std::nullopt, rstd, dx, true, need_dw));
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const MaybeTensor& weight,
+                                                  const Tensor& mean, const Tensor& rstd, bool need_dw) {
+  const Tensor dx = Like("x", x).made();
+  const auto [dw, db] = norm_backward_into(dy, x, weight, mean, rstd, dx, false, need_dw);
+  return {dx, dw, db};
+}
+
+std::tuple<Tensor, Tensor> layer_norm_bwd_add_(const Tensor& dy, const Tensor& x, const MaybeTensor& weight,
+                                               const Tensor& mean, const Tensor& rstd, const Tensor& dx, bool need_dw) {
+  return norm_backward_into(dy, x, weight, mean, rstd, dx, true, need_dw);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pyckpt_cuda, m) {
+  m.def("rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)");
+  m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool need_dw) -> (Tensor, Tensor)");
+  m.def("rms_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor(a!) dx, bool need_dw) -> Tensor");
+  m.def(
+      "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool need_dw) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_bwd_add_(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor(a!) dx, "
+      "bool need_dw) -> (Tensor, Tensor)");
   m.def("glu_fwd(Tensor gate, Tensor up, str kind) -> Tensor");
   m.def("glu_fwd_(Tensor(a!) gate, Tensor up, str kind) -> ()");
   m.def("glu_bwd(Tensor dact, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor, Tensor)");
@@ -324,7 +540,15 @@ STABLE_TORCH_LIBRARY(pyckpt_cuda, m) {
   m.def("act_bwd_(Tensor(a!) dact, Tensor(b!) x, str kind) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyckpt_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(pyckpt_cuda, PYCKPT_KEY, m) {
+  m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
+  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
+  m.impl("add_rms_norm_fwd", TORCH_BOX(&add_rms_norm_fwd));
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
+  m.impl("rms_norm_bwd_add_", TORCH_BOX(&rms_norm_bwd_add_));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
+  m.impl("layer_norm_bwd_add_", TORCH_BOX(&layer_norm_bwd_add_));
   m.impl("glu_fwd", TORCH_BOX(&glu_fwd));
   m.impl("glu_fwd_", TORCH_BOX(&glu_fwd_));
   m.impl("glu_bwd", TORCH_BOX(&glu_bwd));
@@ -344,6 +568,9 @@ PyMODINIT_FUNC PyInit__cuda() {
   definition.m_name = "_cuda";
   definition.m_size = -1;
   PyObject* module = PyModule_Create(&definition);
-  if (module) PyModule_AddStringConstant(module, "ARCHITECTURES", PYCKPT_ARCHITECTURES);
+  if (module) {
+    PyModule_AddStringConstant(module, "ARCHITECTURES", PYCKPT_ARCHITECTURES);
+    PyModule_AddStringConstant(module, "DEVICE_TYPE", PYCKPT_DEVICE_TYPE);
+  }
   return module;
 }

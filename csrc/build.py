@@ -1,6 +1,6 @@
 """Builds the CUDA extension: nvcc for each csrc/*.cu, the host compiler for the bindings, one link.
 
-    python csrc/build.py [FOLDER] [--arch "9.0"] [--jobs 2] [--werror]
+    python csrc/build.py [FOLDER] [--arch "9.0"] [--jobs 2] [--werror] [--emulated]
 
 Without a folder it is built in place, as pyckpt/_cuda.abi3.so. setup.py calls `build`. Needs no GPU and no CUDA build
 of PyTorch: the bindings see PyTorch's stable ABI alone, and the library is linked to what every build of PyTorch has.
@@ -89,20 +89,23 @@ def build(
     arch: str | None = None,
     jobs: int | None = None,
     werror: bool = False,
+    emulated: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Build `out` / _cuda.abi3.so, with objects and the compilers' output (*.log) in `temporary`.
 
-    `jobs` compilers run at once: MAX_JOBS, else the number of cores. Raises BuildError.
+    `jobs` compilers run at once: MAX_JOBS, else the number of cores. Emulated, the kernels run on CPU tensors, for
+    tests: by the host compiler, from the toolkit's headers alone. Raises BuildError.
     """
     if reason := missing():
         raise BuildError(reason)
     wanted = architectures(arch)
     out.mkdir(parents=True, exist_ok=True)
     temporary.mkdir(parents=True, exist_ok=True)
-    commands = _compile_commands(temporary, wanted, werror)
+    commands = _emulated_commands(temporary) if emulated else _compile_commands(temporary, wanted, werror)
     jobs = jobs or int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    say(f"building {MODULE} for {', '.join(map(str, wanted))}: {len(commands)} files, {jobs} at a time")
+    what = "a CPU" if emulated else ", ".join(map(str, wanted))
+    say(f"building {MODULE} for {what}: {len(commands)} files, {jobs} at a time")
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(_run, command, target.with_suffix(".log")): target for target, command in commands}
@@ -115,7 +118,7 @@ def build(
             pool.shutdown(cancel_futures=True)
             raise
     library, aside = out / FILE, temporary / f"{FILE}.tmp"
-    _run(_link_command([target for target, _ in commands], aside), temporary / "link.log")
+    _run(_link_command([target for target, _ in commands], aside, emulated), temporary / "link.log")
     shutil.move(aside, library)  # a process that has the old one loaded keeps it
     say(f"built {library} in {time.monotonic() - start:.0f} s")
     return library
@@ -129,28 +132,43 @@ def _compile_commands(temporary: Path, wanted: Sequence[Architecture], werror: b
     # The longest first, so that none is left alone at the end.
     sources = sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size)
     commands = [(temporary / f"{s.stem}.o", [*cuda, str(s), "-o", str(temporary / f"{s.stem}.o")]) for s in sources]
-    built_for = " ".join(map(str, wanted))
-    includes = [CSRC, _cuda_include(nvcc), *_torch_includes(), Path(sysconfig.get_path("include"))]
+    return [*commands, _bindings_command(temporary, " ".join(map(str, wanted)), host)]
+
+
+def _emulated_commands(temporary: Path) -> list[tuple[Path, list[str]]]:
+    flags = ["-DPYCKPT_EMULATED", "-fPIC", "-fvisibility=hidden", *_WARNINGS, "-Werror", "-Wno-unknown-pragmas"]
+    command = [_host_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-c", *flags]
+    command += [f"-I{CSRC}", f"-isystem{_cuda_include(find_nvcc() or 'nvcc')}"]
+    sources = [*sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size), CSRC / "emulator.cpp"]
+    targets = [temporary / f"{s.stem}.o" for s in sources]
+    commands = [(t, [*command, "-xc++", str(s), "-o", str(t)]) for s, t in zip(sources, targets, strict=True)]
+    return [*commands, _bindings_command(temporary, "emulated", flags)]
+
+
+def _bindings_command(temporary: Path, built_for: str, flags: list[str]) -> tuple[Path, list[str]]:
+    includes = [CSRC, _cuda_include(find_nvcc() or "nvcc"), *_torch_includes(), Path(sysconfig.get_path("include"))]
     defines = {
         "USE_CUDA": None,
         "TORCH_TARGET_VERSION": _TORCH,
         "Py_LIMITED_API": _PYTHON,
         "PYCKPT_ARCHITECTURES": f'"{built_for}"',
     }
-    flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
     target = temporary / "bindings.o"
-    bindings = [_host_compiler(), "-std=c++17", "-O2", "-c", *host, *flags]
+    command = [_host_compiler(), "-std=c++17", "-O2", "-c", *flags]
+    command += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
     # Not ours to mend: what other people's headers are warned of.
-    bindings += [f"-isystem{path}" if path != CSRC else f"-I{path}" for path in includes]
-    return [*commands, (target, [*bindings, str(CSRC / "bindings.cpp"), "-o", str(target)])]
+    command += [f"-isystem{path}" if path != CSRC else f"-I{path}" for path in includes]
+    return target, [*command, str(CSRC / "bindings.cpp"), "-o", str(target)]
 
 
-def _link_command(objects: list[Path], library: Path) -> list[str]:
+def _link_command(objects: list[Path], library: Path, emulated: bool) -> list[str]:
     # libtorch.so is in every build of PyTorch, and brings libtorch_cuda.so where there is one. The CUDA runtime is
     # linked in, so that the toolkit need not be the one PyTorch was built with.
     torch = _torch_folder() / "lib"
-    libraries = [f"-L{torch}", f"-Xlinker=-rpath-link,{torch}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    command = [find_nvcc() or "nvcc", "-shared", "-cudart=static", "-Xlinker=-s"]
+    libraries = [f"-L{torch}", "-Xlinker", f"-rpath-link={torch}", "-Xlinker", "--no-as-needed"]
+    libraries += ["-ltorch", "-ltorch_cpu"]
+    linker = _host_compiler() if emulated else find_nvcc() or "nvcc"
+    command = [linker, "-shared", "-Xlinker", "-s", *([] if emulated else ["-cudart=static"])]
     return [*command, *map(str, objects), *libraries, "-o", str(library)]
 
 
@@ -196,12 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", help="instead of TORCH_CUDA_ARCH_LIST")
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--werror", action="store_true", help="warnings are errors")
+    parser.add_argument("--emulated", action="store_true", help="for tests: kernels that run on CPU tensors")
     options = parser.parse_args(argv)
-    out, temporary = (
-        (options.folder,) * 2 if options.folder else (CSRC.parent / "pyckpt", CSRC.parent / "build" / "csrc")
-    )
+    how = {name: getattr(options, name) for name in ("arch", "jobs", "werror", "emulated")}
+    out = options.folder or CSRC.parent / "pyckpt"
+    temporary = options.folder or CSRC.parent / "build" / "csrc"
     try:
-        build(out, temporary, arch=options.arch, jobs=options.jobs, werror=options.werror)
+        build(out, temporary, **how)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,8 +6,15 @@
 
 #ifdef __CUDACC__
 #define PYCKPT_FUNCTION __host__ __device__ __forceinline__
+#define PYCKPT_DEVICE __device__ __forceinline__
 #else
 #define PYCKPT_FUNCTION inline
+#define PYCKPT_DEVICE inline
+#endif
+
+// What only kernels need, on a GPU or emulated.
+#if defined(__CUDACC__) || defined(PYCKPT_EMULATED)
+#define PYCKPT_KERNELS
 #endif
 
 namespace pyckpt {

@@ -13,34 +13,38 @@ from typing import Any
 import torch
 
 # The ops are declared, and have their other implementations, before this module adds its own.
-from pyckpt.ops import attention_triton, dropout, linear_cross_entropy_triton, pointwise_triton  # noqa: F401
+from pyckpt.ops import attention_triton, dropout, linear_cross_entropy_triton, pointwise_triton, registry  # noqa: F401
 from pyckpt.ops.registry import IMPLEMENTATIONS, implement
 
 MODULE = "pyckpt._cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Those that the extension serves as they are, given the first argument's dtype.
-OPS = ("glu_fwd", "glu_fwd_", "glu_bwd", "glu_bwd_", "act_fwd", "act_fwd_", "act_bwd", "act_bwd_")
+OPS = (
+    *("rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_add_"),
+    *("layer_norm_fwd", "layer_norm_bwd", "layer_norm_bwd_add_"),
+    *("add_rms_norm_fwd", "add_layer_norm_fwd"),
+    *("glu_fwd", "glu_fwd_", "glu_bwd", "glu_bwd_", "act_fwd", "act_fwd_", "act_bwd", "act_bwd_"),
+)
 
 
-def _load() -> str:
-    """Load the extension; "" if that went well, else why not."""
+def register() -> str:
+    """Load the extension and register what it serves. Returns "" if that went well, else why there is none."""
     try:
-        importlib.import_module(MODULE)
+        module = importlib.import_module(MODULE)
     except ModuleNotFoundError as error:
         return "not built" if error.name == MODULE else str(error)
     except ImportError as error:  # built for another PyTorch or Python
         return str(error)
+    registry.extension_device_type = module.DEVICE_TYPE
+    for name in OPS:
+        implement(name, "cuda")(_by_dtype(name))
     return ""
 
 
-def _other(name: str) -> Callable[..., Any]:
-    """The implementation that takes what the extension does not."""
-    have = IMPLEMENTATIONS[name]
-    return have.get("triton", have["torch"])
-
-
 def _by_dtype(name: str) -> Callable[..., Any]:
-    ours, other = getattr(torch.ops.pyckpt_cuda, name).default, _other(name)
+    """The extension's op for the dtypes that it takes, the next backend's for others."""
+    ours, have = getattr(torch.ops.pyckpt_cuda, name).default, IMPLEMENTATIONS[name]
+    other = have.get("triton", have["torch"])
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return (ours if args[0].dtype in DTYPES else other)(*args, **kwargs)
@@ -48,7 +52,4 @@ def _by_dtype(name: str) -> Callable[..., Any]:
     return run
 
 
-problem = _load()
-if not problem:
-    for _name in OPS:
-        implement(_name, "cuda")(_by_dtype(_name))
+problem = register()

@@ -29,6 +29,9 @@ DEVICE_TYPES = ("cpu", "cuda")
 _PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "cuda", "torch")}
 _CUDA_FIRST = ("cuda", "triton", "torch")
 
+# Where the extension's kernels run; tests build it for the CPU (csrc/emulator.h).
+extension_device_type = "cuda"
+
 LIBRARY = torch.library.Library("pyckpt", "DEF")
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 
@@ -51,6 +54,8 @@ def _has_triton() -> bool:
 def _runs_on(backend: str, device_type: str) -> bool:
     if backend == "triton" and not _has_triton():
         return False
+    if backend == "cuda":
+        return device_type == extension_device_type
     if device_type == "cpu":
         return backend == "torch" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
     return True
