@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -513,9 +514,303 @@ std::tuple<Tensor, Tensor> layer_norm_bwd_add_(const Tensor& dy, const Tensor& x
   return norm_backward_into(dy, x, weight, mean, rstd, dx, true, need_dw);
 }
 
+// --- RoPE ---
+
+// Tensors (..., H, D) as tokens of heads.
+struct HeadRows {
+  int64_t tokens, heads, dim, token_stride, head_stride;
+};
+
+std::optional<HeadRows> head_rows(const char* name, const Tensor& t) {
+  const int64_t n = t.dim();
+  if (n < 2) fail(name, " has shape ", shape_of(t), "; expected (..., H, D)");
+  const auto sizes = t.sizes(), strides = t.strides();
+  HeadRows h{1, sizes[n - 2], sizes[n - 1], 0, strides[n - 2]};
+  if (t.numel() == 0) {  // strides say nothing then
+    for (int64_t i = 0; i < n - 2; ++i) h.tokens *= sizes[i];
+    return h;
+  }
+  if (h.dim != 1 && strides[n - 1] != 1) return std::nullopt;
+  bool any = false;
+  for (int64_t i = n - 3; i >= 0; --i) {
+    if (sizes[i] != 1) {
+      if (any && strides[i] != h.token_stride * h.tokens) return std::nullopt;
+      if (!any) h.token_stride = strides[i];
+      any = true;
+    }
+    h.tokens *= sizes[i];
+  }
+  return h;
+}
+
+// cos or sin (..., r/2), as float32 rows.
+const float* table(const char* name, const Tensor& t, const Like& x, int64_t half, std::vector<Tensor>& copies) {
+  x.check_device(name, t);
+  if (t.dim() == 0 || t.size(t.dim() - 1) != half) {
+    fail(name, " has shape ", shape_of(t), "; expected (..., ", half, "), as cos");
+  }
+  const bool convert = t.scalar_type() != ScalarType::Float;
+  copies.push_back(torch::stable::contiguous(convert ? torch::stable::to(t, ScalarType::Float) : t));
+  return static_cast<const float*>(copies.back().const_data_ptr());
+}
+
+Heads heads_of(const HeadRows& in, const void* p_in, const HeadRows& out, void* p_out) {
+  return {p_in, p_out, static_cast<int>(in.heads), in.token_stride, in.head_stride, out.token_stride, out.head_stride};
+}
+
+HeadRows heads_to_write(const char* name, const Tensor& t) {
+  const auto h = head_rows(name, t);
+  if (!h) fail(name, " is written in place; expected to be viewable as (tokens, H, D) with a unit last stride");
+  return *h;
+}
+
+// Turn x into out, and, in the same launch, k into itself. x may be out.
+void rope_into(const char* name, const Tensor& x, const MaybeTensor& k, const Tensor& cos, const Tensor& sin,
+               bool inverse, bool interleaved, const Tensor& out) {
+  const Like like(name, x);
+  std::vector<Tensor> copies;
+  const HeadRows written = heads_to_write(name, out);
+  auto read = head_rows(name, x);
+  const void* p_in = x.const_data_ptr();
+  if (!read) {
+    copies.push_back(torch::stable::contiguous(x));
+    read = head_rows(name, copies.back());
+    p_in = copies.back().const_data_ptr();
+  }
+  Rope a{};
+  a.tokens = read->tokens;
+  a.dim = static_cast<int>(read->dim);
+  if (cos.dim() == 0 || 2 * cos.size(cos.dim() - 1) > read->dim) {
+    fail("cos has shape ", shape_of(cos), "; expected (..., r/2) with r no more than the ", read->dim, " dims of ", name);
+  }
+  a.half = static_cast<int>(cos.size(cos.dim() - 1));
+  a.first = heads_of(*read, p_in, written, out.mutable_data_ptr());
+  if (k) {
+    like.check_device("k", *k);
+    like.check_dtype("k", *k);
+    const HeadRows rows = heads_to_write("k", *k);
+    if (rows.tokens != a.tokens || rows.dim != read->dim) {
+      fail("k has shape ", shape_of(*k), "; expected the tokens and dims of ", name, ", ", shape_of(x));
+    }
+    a.second = heads_of(rows, k->const_data_ptr(), rows, k->mutable_data_ptr());
+  }
+  a.cos = table("cos", cos, like, a.half, copies);
+  a.sin = table("sin", sin, like, a.half, copies);
+  a.inverse = inverse;
+  a.copy_rest = a.first.in != a.first.out && 2 * a.half < a.dim;
+  if (a.tokens == 0 || a.dim == 0 || a.first.heads + a.second.heads == 0 || (a.half == 0 && !a.copy_rest)) return;
+  a.angles = a.half ? cos.numel() / a.half : 1;
+  if (a.half && (a.angles == 0 || a.tokens % a.angles || sin.numel() != cos.numel())) {
+    fail("cos has shape ", shape_of(cos), " and sin ", shape_of(sin), "; expected rows for every token of ", name, ", ",
+         shape_of(x), ", or for equal parts of them");
+  }
+  const Launch launch(x);
+  rope(a, like.dtype, interleaved, launch.stream);
+  launch.check();
+}
+
+Tensor apply_rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse, bool interleaved) {
+  const Tensor out = Like("x", x).made();
+  rope_into("x", x, std::nullopt, cos, sin, inverse, interleaved, out);
+  return out;
+}
+
+void rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse, bool interleaved) {
+  rope_into("x", x, std::nullopt, cos, sin, inverse, interleaved, x);
+}
+
+void rope_qk_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse, bool interleaved) {
+  rope_into("q", q, k, cos, sin, inverse, interleaved, q);
+}
+
+// --- dropout ---
+
+// Whether t is float32 (or of x's dtype).
+bool is_float_or_like(const char* name, const Tensor& t, const Like& x) {
+  if (t.scalar_type() == x.tensor.scalar_type()) return false;
+  if (t.scalar_type() != ScalarType::Float) fail(name, " has a dtype that is neither float32 nor that of ", x.name);
+  return true;
+}
+
+void dropout_(const Tensor& x, const MaybeTensor& residual, const Tensor& out, double rate, int64_t seed, int64_t first) {
+  const Like like("x", x);
+  like.check_device("out", out);
+  like.check_shape("out", out);
+  const bool float_out = is_float_or_like("out", out, like);
+  if (!(rate >= 0.0 && rate < 1.0)) fail("rate is ", rate, "; expected at least 0 and less than 1");
+  if (residual) {
+    like.check_device("residual", *residual);
+    like.check_shape("residual", *residual);
+    if (residual->scalar_type() != out.scalar_type()) fail("residual has another dtype than out");
+  }
+  if (x.numel() == 0) return;
+  std::vector<Tensor> copies;
+  Dropout a{};
+  a.rows = rows_in(x);
+  a.width = width_of("x", x);
+  a.x = read_rows(x, copies);
+  if (residual) a.residual = read_rows(*residual, copies);
+  a.out = write_rows("out", out);
+  a.seed = static_cast<uint64_t>(seed);
+  a.first = first;
+  // As pyckpt.ops.philox.threshold: to the nearest, ties to even.
+  const double most = 2147483647.0, threshold = std::nearbyint(rate * 2147483648.0);
+  a.threshold = static_cast<uint32_t>(threshold < most ? threshold : most);
+  a.factor = static_cast<float>(1.0 / (1.0 - rate));
+  const Launch launch(x);
+  dropout(a, like.dtype, float_out, launch.stream);
+  launch.check();
+}
+
+// --- beside attention ---
+
+// (B, S, H, D), or packed (T, H, D), as the kernels see it.
+struct AttentionShape {
+  AttentionShape(const char* name, const Tensor& o) {
+    const int64_t n = o.dim();
+    if (n != 3 && n != 4) fail(name, " has shape ", shape_of(o), "; expected (B, S, H, D) or (T, H, D)");
+    batch = n == 4 ? o.size(0) : 1;
+    tokens = o.size(n - 3);
+    heads = o.size(n - 2);
+    dim = o.size(n - 1);
+    lse = n == 4 ? std::vector<int64_t>{batch, heads, tokens} : std::vector<int64_t>{heads, tokens};
+  }
+
+  // Checks a statistic (B, H, S), or (H, T), in float32.
+  void check_lse(const char* name, const Tensor& t, const Like& o) const {
+    o.check_device(name, t);
+    bool same = t.dim() == static_cast<int64_t>(lse.size()) && t.scalar_type() == ScalarType::Float;
+    for (size_t i = 0; same && i < lse.size(); ++i) same = t.size(i) == lse[i];
+    if (!same) fail(name, " has shape ", shape_of(t), "; expected float32 (B, H, S), or (H, T), for ", o.name, " of ",
+                    shape_of(o.tensor));
+  }
+
+  template <class Arguments>
+  void fill(Arguments& a) const {
+    a.batch = batch;
+    a.tokens = tokens;
+    a.heads = heads;
+    a.dim = static_cast<int>(dim);
+  }
+
+  int64_t batch, tokens, heads, dim;
+  std::vector<int64_t> lse;
+};
+
+Layout layout_of(const Tensor& t) {
+  const auto strides = t.strides();
+  const int64_t n = t.dim();
+  return {n == 4 ? strides[0] : 0, strides[n - 3], strides[n - 2]};
+}
+
+bool unit(const Tensor& t) { return t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1; }
+
+Tensor with_unit_stride(const Tensor& t) { return unit(t) ? t : torch::stable::contiguous(t); }
+
+Tensor delta_of(const Tensor& dout, const Tensor& o, const MaybeTensor& dlse) {
+  const Like like("o", o);
+  like.check("do", dout);
+  const AttentionShape shape("o", o);
+  if (dlse) shape.check_lse("dlse", *dlse, like);
+  const Tensor delta = make(shape.lse, ScalarType::Float, o);
+  if (delta.numel() == 0) return delta;
+  const Tensor x = with_unit_stride(dout), y = with_unit_stride(o);
+  const MaybeTensor of_lse = dlse ? MaybeTensor(torch::stable::contiguous(*dlse)) : std::nullopt;
+  Delta a{};
+  shape.fill(a);
+  a.dout = x.const_data_ptr();
+  a.o = y.const_data_ptr();
+  a.of_dout = layout_of(x);
+  a.of_o = layout_of(y);
+  a.dlse = of_lse ? static_cast<const float*>(of_lse->const_data_ptr()) : nullptr;
+  a.delta = static_cast<float*>(delta.mutable_data_ptr());
+  const Launch launch(o);
+  attention_delta(a, like.dtype, launch.stream);
+  launch.check();
+  return delta;
+}
+
+void attention_merge_(const Tensor& o, const Tensor& lse, const Tensor& part_o, const Tensor& part_lse) {
+  const Like like("part_o", part_o);
+  like.check_device("o", o);
+  like.check_shape("o", o);
+  const bool float_out = is_float_or_like("o", o, like);
+  const AttentionShape shape("part_o", part_o);
+  shape.check_lse("lse", lse, like);
+  shape.check_lse("part_lse", part_lse, like);
+  if (!unit(o)) fail("o is written in place; expected a unit last stride");
+  if (!lse.is_contiguous()) fail("lse is written in place; expected it contiguous");
+  if (lse.numel() == 0) return;
+  const Tensor part = with_unit_stride(part_o), of_part = torch::stable::contiguous(part_lse);
+  MergeParts a{};
+  shape.fill(a);
+  a.o = o.mutable_data_ptr();
+  a.part_o = part.const_data_ptr();
+  a.of_o = layout_of(o);
+  a.of_part = layout_of(part);
+  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  a.part_lse = static_cast<const float*>(of_part.const_data_ptr());
+  const Launch launch(o);
+  attention_merge(a, like.dtype, float_out, launch.stream);
+  launch.check();
+}
+
+// --- cross entropy ---
+
+// One float32 a row, in a row.
+float* of_rows(const char* name, const Tensor& t, const Like& logits) {
+  logits.check_device(name, t);
+  if (t.scalar_type() != ScalarType::Float || t.dim() != 1 || t.size(0) != logits.tensor.size(0) || !t.is_contiguous()) {
+    fail(name, " has shape ", shape_of(t), "; expected contiguous float32 (", logits.tensor.size(0), ")");
+  }
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+void cross_entropy_(const Tensor& logits, const MaybeTensor& bias, const Tensor& target, const MaybeTensor& upstream,
+                    const MaybeTensor& loss, const Tensor& lse, int64_t ignore_index, double softcap, double z_loss,
+                    double smoothing, bool gradient) {
+  const Like like("logits", logits);
+  if (logits.dim() != 2) fail("logits has shape ", shape_of(logits), "; expected (t, V)");
+  const Weights weights(like, std::nullopt, bias);
+  like.check_device("target", target);
+  if (target.scalar_type() != ScalarType::Long || target.dim() != 1 || target.size(0) != logits.size(0)) {
+    fail("target has shape ", shape_of(target), "; expected int64 (", logits.size(0), ")");
+  }
+  CrossEntropy a{};
+  a.rows = logits.size(0);
+  a.vocab = logits.size(1);
+  a.loss = loss ? of_rows("loss", *loss, like) : nullptr;
+  a.lse = of_rows("lse", lse, like);
+  if (logits.numel() == 0) return;
+  a.logits = write_rows("logits", logits);
+  a.bias = weights.p_bias;
+  a.float_bias = weights.is_float;
+  const Tensor labels = torch::stable::contiguous(target);
+  a.target = static_cast<const int64_t*>(labels.const_data_ptr());
+  const MaybeTensor from = upstream ? MaybeTensor(torch::stable::contiguous(*upstream)) : std::nullopt;
+  a.upstream = from ? of_rows("upstream", *from, like) : nullptr;
+  a.ignore_index = ignore_index;
+  a.softcap = static_cast<float>(softcap);
+  a.z_loss = static_cast<float>(z_loss);
+  a.smoothing = static_cast<float>(smoothing);
+  a.gradient = gradient;
+  const Launch launch(logits);
+  cross_entropy(a, like.dtype, launch.stream);
+  launch.check();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pyckpt_cuda, m) {
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> Tensor");
+  m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> ()");
+  m.def("rope_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> ()");
+  m.def("dropout_(Tensor x, Tensor? residual, Tensor(a!) out, float rate, int seed, int first) -> ()");
+  m.def("attention_delta(Tensor do, Tensor o, Tensor? dlse) -> Tensor");
+  m.def("attention_merge_(Tensor(a!) o, Tensor(b!) lse, Tensor part_o, Tensor part_lse) -> ()");
+  m.def(
+      "cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor? upstream, Tensor(b!)? loss, "
+      "Tensor(c!) lse, int ignore_index, float softcap, float z_loss, float smoothing, bool gradient) -> ()");
   m.def("rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)");
   m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)");
@@ -541,6 +836,13 @@ STABLE_TORCH_LIBRARY(pyckpt_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyckpt_cuda, PYCKPT_KEY, m) {
+  m.impl("rope", TORCH_BOX(&apply_rope));
+  m.impl("rope_", TORCH_BOX(&rope_));
+  m.impl("rope_qk_", TORCH_BOX(&rope_qk_));
+  m.impl("dropout_", TORCH_BOX(&dropout_));
+  m.impl("attention_delta", TORCH_BOX(&delta_of));
+  m.impl("attention_merge_", TORCH_BOX(&attention_merge_));
+  m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
   m.impl("add_rms_norm_fwd", TORCH_BOX(&add_rms_norm_fwd));

@@ -71,6 +71,12 @@ def attention_tile_bwd_samples() -> Iterator[Sample]:
         yield torch.randn_like(o), q, k, v, lse, torch.randn_like(lse), *grads, *options
 
 
+def merge_samples() -> Iterator[Sample]:
+    for lead, stat in (((2, 5), (2, 4, 5)), ((5,), (4, 5))):
+        for dtype in (torch.float32, torch.float16):
+            yield randn(*lead, 4, 3), randn(*stat), randn(*lead, 4, 3, dtype=dtype), randn(*stat)
+
+
 def norm_samples(params: int, grad: bool) -> Iterator[Sample]:
     yield randn(3, 5, grad=grad), *(randn(5, grad=grad) for _ in range(params)), 1e-5
     yield randn(2, 3, 5, grad=grad), *(None for _ in range(params)), 1e-5
@@ -93,6 +99,11 @@ def rope_samples(grad: bool) -> Iterator[Sample]:
     if grad:
         yield randn(2, 3, 5, 4, grad=True).transpose(1, 2), cos, sin, False, False
     yield randn(5, 3, 4, dtype=torch.float16, grad=grad), cos, sin, False, False
+
+
+def rope_qk_samples() -> Iterator[Sample]:
+    for q, *options in rope_samples(False):
+        yield q, randn(*q.shape[:-2], 2, q.shape[-1], dtype=q.dtype), *options
 
 
 def pointwise_samples(kinds: tuple[str, ...], tensors: int, grad: bool) -> Iterator[Sample]:
@@ -145,6 +156,8 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "attention_fwd": attention_samples,
     "attention_bwd": lambda grad: attention_bwd_samples(),
     "attention_delta": lambda grad: attention_delta_samples(),
+    "attention_merge_": lambda grad: merge_samples(),
+    "rope_qk_": lambda grad: rope_qk_samples(),
     "attention_tile_fwd_": lambda grad: attention_tile_samples(),
     "attention_tile_bwd_": lambda grad: attention_tile_bwd_samples(),
     "add_rms_norm_fwd": lambda grad: (

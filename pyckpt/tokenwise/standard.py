@@ -83,13 +83,13 @@ class StandardTokenwise:
 
     def _finish_qk(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
         tables = self._rope_tables(positions, out[0].dtype)
-        for name, source, target in zip(("q_norm", "k_norm"), raw, out, strict=True):
-            heads = _by_head(target, self.spec.head_dim)
-            if self.spec.qk_norm:
+        q, k = (_by_head(t, self.spec.head_dim) for t in out)
+        if self.spec.qk_norm:
+            for name, source, heads in zip(("q_norm", "k_norm"), raw, (q, k), strict=True):
                 weight = w[f"{ATTENTION}.{name}.weight"]
                 heads.copy_(ops.rms_norm_fwd(_by_head(source, self.spec.head_dim), weight, self.spec.norm_eps)[0])
-            if tables is not None:
-                ops.rope_(heads, *tables, False, False)
+        if tables is not None:
+            ops.rope_qk_(q, k, *tables, False, False)
 
     def _rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.spec.rope_theta is None:
@@ -259,8 +259,7 @@ class StandardTokenwise:
         tables = self._rope_tables(tile.positions, dq.dtype)
         dim = self.spec.head_dim
         if tables is not None:
-            ops.rope_(_by_head(dq, dim), *tables, True, False)
-            ops.rope_(_by_head(dk, dim), *tables, True, False)
+            ops.rope_qk_(_by_head(dq, dim), _by_head(dk, dim), *tables, True, False)
         if self.spec.qk_norm:
             for name, d in (("q", dq), ("k", dk)):
                 self._qk_norm_bwd(w, tile, name, h, d, grads, ws)
