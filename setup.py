@@ -95,7 +95,12 @@ setup(
     ],
     # The import name `triton_kernels` is the Triton project's, so the folder is installed below pyckpt.
     package_dir={"pyckpt": "pyckpt", "pyckpt.triton_kernels": "triton_kernels"},
-    package_data={"pyckpt": ["py.typed"], "pyckpt.ops": ["*.json"], "pyckpt.triton_kernels": ["*.json"]},
+    package_data={
+        "pyckpt": ["py.typed"],
+        "pyckpt.ops": ["*.json"],
+        "pyckpt.triton_kernels": ["*.json"],
+        "pyckpt.triton_kernels.fused": ["*.json"],
+    },
     ext_modules=EXTENSIONS,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},

@@ -15,7 +15,6 @@ Needs nothing beyond torch and triton (and matplotlib to plot).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -23,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,7 @@ def _truth(leaves: list[Tensor], do: Tensor, case: Case) -> list[Tensor]:
     scale, n = case.head_dim**-0.5, case.length
     o, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     j = torch.arange(n, device=q.device)
-    with _exact():
+    with common.exact():
         for rows in torch.arange(n, device=q.device).split(2048):
             i = slice(int(rows[0]), int(rows[-1]) + 1)
             s = q[:, :, i] @ k.transpose(-1, -2) * scale
@@ -193,36 +192,22 @@ def _truth(leaves: list[Tensor], do: Tensor, case: Case) -> list[Tensor]:
     return [t.transpose(1, 2) for t in (o, dq, dk, dv)]
 
 
-@contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    """float32 products as they are, whatever the user set."""
-    was = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(was)
-
-
 def _relative(got: Tensor, want: Tensor) -> float:
     got = got[: want.shape[0], :, : want.shape[2]].float()
     return float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
 
 
-def ceiling(device: str) -> float:
-    """TFLOP/s of a large matrix product."""
-    n = 8192 if device != "cpu" else 1024
-    dtype = torch.bfloat16 if device != "cpu" else torch.float32
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = interleaved({"product": lambda: a @ b}, 20, warmup=5, device=device)["product"].median
-    return 2 * n**3 / seconds / 1e12
-
-
-def run(which: str, flex: bool, budget: float, device: str) -> dict[str, Any]:
-    """All figures. Cases that do not fit the budget (seconds) are left out, and named."""
+def run(
+    which: str,
+    flex: bool,
+    budget: float,
+    device: str,
+    save: Callable[[dict[str, Any]], Any] = lambda figures: None,
+) -> dict[str, Any]:
+    """All figures, saved after every case. Cases that do not fit the budget (seconds) are left out, and named."""
     start = time.monotonic()
     rows, left_out = [], []
-    top = ceiling(device)
+    top = common.ceiling(device)
     print(f"{common.device_name(torch.device(device))}: matrix product {top:.3g} TFLOP/s\n{HEADER}", flush=True)
     for case in cases(which):
         if time.monotonic() - start > budget:
@@ -233,6 +218,7 @@ def run(which: str, flex: bool, budget: float, device: str) -> dict[str, Any]:
         rows += new
         for row in new:
             print(line(case, row, top), flush=True)
+        save({"product_tflops": top, "rows": rows, "left_out": left_out})
         if device == "cuda":
             torch.cuda.empty_cache()
     return {"product_tflops": top, "rows": rows, "left_out": left_out}
@@ -345,11 +331,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.tune and device == "cpu":
         parser.error("--tune needs a GPU")
     which = "cpu" if device == "cpu" else "quick" if options.quick else "full"
-    found = tune(options.budget) if options.tune else run(which, not options.no_flex, options.budget, device)
-    figures = {**common.stamp(device), **found}
     name = f"attention_{'tuning_' if options.tune else ''}{common.short_name(torch.device(device))}"
     path = options.out or common.RESULTS / f"{name}.json"
-    common.write_to(path, figures)
+    stamp = common.stamp(device)
+
+    def save(found: dict[str, Any]) -> None:
+        common.write_to(path, {**stamp, **found})
+
+    found = tune(options.budget) if options.tune else run(which, not options.no_flex, options.budget, device, save)
+    save(found)
     print(f"written to {path}")
     return int(any("wrong" in r.get("failed", "") and r["variant"] == OURS for r in found.get("rows", [])))
 

@@ -1,21 +1,23 @@
-"""Time of one block's forward and backward on a CPU, against plain PyTorch and torch.utils.checkpoint.
+"""Time of one block's forward and backward, against plain PyTorch and torch.utils.checkpoint.
 
     python bench/block.py              # three lengths, about 15 minutes on 2 cores
     python bench/block.py 512 4096     # some lengths
 
 The configuration and the aims are those of the design: fp32, d_model 1024, 16 heads, 4 key/value heads, d_ff 2816,
-batch 1. Variants take turns in one process; medians. Writes bench/results/block_cpu.json.
+batch 1. Variants take turns in one process; medians. Writes bench/results/block_cpu.json. On a GPU it is Llama-8B's
+block with more variants and options: see bench/block_gpu.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
 
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
 
-from bench import common
+from bench import block_gpu, common, steps
 from pyckpt import compare
 from pyckpt.compare.results import CHECKPOINT, PLAIN, Results, Row
 
@@ -25,7 +27,7 @@ CONFIG = {"d_model": 1024, "n_heads": 16, "n_kv_heads": 4, "d_ff": 2816}
 AIMS = {512: (15, 1.00, 1.20), 4096: (7, 0.82, 1.08), 16384: (3, 0.70, 0.92)}
 
 
-def main(lengths: list[int]) -> None:
+def cpu(lengths: list[int]) -> None:
     rows: list[Row] = []
     results: Results | None = None
     for length in lengths:
@@ -63,5 +65,21 @@ def table(results: Results) -> list[str]:
     return lines
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("lengths", type=int, nargs="*", help="tokens of the sequence")
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--layers", type=int, default=1, help="blocks, one after the other")
+    gpu.add_argument("--dry-run", action="store_true", help="the GPU's comparison of a small block, anywhere")
+    steps.add_options(gpu, "block")
+    options = parser.parse_args(argv)
+    if torch.cuda.is_available() or options.dry_run:
+        if options.dry_run and options.out is None:
+            parser.error("--dry-run needs --out FILE: its figures are no results")
+        return block_gpu.main(options)
+    cpu(options.lengths or list(AIMS))
+    return 0
+
+
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:]] or list(AIMS))
+    sys.exit(main())

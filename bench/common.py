@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyckpt.compare.runner import device_name, versions
+from pyckpt.measure.timing import interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -52,6 +55,26 @@ def write_to(path: Path, figures: dict[str, Any]) -> Path:
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def ceiling(device: str) -> float:
+    """TFLOP/s of a large matrix product."""
+    n = 8192 if device != "cpu" else 1024
+    dtype = torch.bfloat16 if device != "cpu" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = interleaved({"product": lambda: a @ b}, 20, warmup=5, device=device)["product"].median
+    return 2 * n**3 / seconds / 1e12
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """float32 products as they are, whatever the user set."""
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(was)
 
 
 def _commit() -> str:

@@ -1,15 +1,20 @@
-"""Everything there is to learn from a GPU, unattended, in 8 minutes: its tests, then norms and attention timed.
+"""Everything there is to learn from a GPU, unattended, in 8 minutes: its tests, then every benchmark at a few sizes.
 
-    make gpu        or        python3 bench/gpu.py [--minutes 8] [--tune]
+    make gpu        or        python3 bench/gpu.py [--minutes 8] [--tune] [--only mlp loss]
 
-Runs from the source tree, with python3, torch, triton and pytest, and no network. Writes one JSON (device, versions,
-commit, tests, every figure) to bench/results/gpu_<device>.json, and a short table to the screen. If the folder $OUT
-is there, the JSON and the tests' output are copied to it. Exits with 1 when a test failed or a result was wrong.
+Runs from the source tree, with python3, torch, triton and pytest, and no network. Each benchmark is a process of its
+own with a share of the time: what goes wrong in one, to a hang or a lost device, costs no other. Each writes its JSON
+to bench/results/<benchmark>_<device>.json, and all of it (device, versions, commit, tests, every figure) goes to
+bench/results/gpu_<device>.json (with the parts in its name, if `--only` some ran), with a short table to the screen. If
+the folder $OUT is there, the JSON files and the tests' output are copied to it. Exits with 1 when a test failed, a
+result was wrong or a benchmark broke.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import re
 import shutil
@@ -24,11 +29,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import attention, common, norm
+from bench import attention, common
+from pyckpt.compare.results import OUT_OF_MEMORY
 
 ROOT = common.ROOT
 # Tests whose kernels run on the GPU; they need nothing but pytest.
-TESTS = ("tests/test_triton_attention.py", "tests/test_triton_pointwise.py")
+TESTS = (
+    "tests/test_triton_attention.py",
+    "tests/test_triton_pointwise.py",
+    "tests/test_fused_ops.py",
+    "tests/test_fused_block.py",
+)
 # pyproject.toml's options name plugins that may be missing here.
 PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short")
 # Compiling the kernels is most of the tests' time, so they are dealt out to processes.
@@ -36,10 +47,37 @@ _WORKERS = 12
 _SHARE_OF_TESTS = 0.55
 
 
+# Starting and ending a process; a benchmark that has overrun its budget by this much more is ended.
+_GRACE = 40.0
+_USED = 0.9  # of what is left, or the last one would be ended in the middle of a case
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A script's share of the time, against those of the others still to come; its options on a GPU and when tried."""
+
+    share: float
+    gpu: tuple[str, ...] = ("--quick",)
+    dry: tuple[str, ...] = ("--quick", "--no-compile", "--repeats", "1")
+
+
+# In this order; what one leaves of its time is the next ones'. torch.compile of a block takes longer than all the rest.
+BENCHMARKS = {
+    "norm": Benchmark(2.0, gpu=(), dry=("--repeats", "2")),
+    "block": Benchmark(1.5, gpu=("--quick", "--no-compile"), dry=("--dry-run", "--no-compile", "--repeats", "1")),
+    "mlp": Benchmark(1.5),
+    "loss": Benchmark(2.0),
+    "attention": Benchmark(3.0, dry=()),
+}
+_TUNING_SHARE = 2.0
+PARTS = ("tests", *BENCHMARKS)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
     parser.add_argument("--tune", action="store_true", help="time candidate tiles too, with a third of the time")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts, with all the time")
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: a few tests and CPU sizes, to try this script"
     )
@@ -51,34 +89,80 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, Any] = common.stamp(device)
     print(f"{figures['device']}, torch {torch.__version__}, commit {figures['commit']}", flush=True)
+    bad = False
+    if "tests" in options.only:
+        share = _SHARE_OF_TESTS if len(options.only) > 1 else 0.9
+        figures["tests"] = run_tests(share * 60 * options.minutes, options.dry_run)
+        bad = show_tests(figures["tests"])
 
-    figures["tests"] = run_tests(_SHARE_OF_TESTS * 60 * options.minutes, options.dry_run)
-    tests = figures["tests"]
-    counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
-    print(f"tests: {counts} of {tests['collected']}, in {tests['seconds']:.0f} s")
-    if tests["unfinished"]:
-        print(f"  {tests['unfinished']} processes of tests ran out of time and were ended")
-    for name in tests["failures"]:
-        print(f"  FAILED {name}")
-
-    if device.type == "cpu" or deadline - time.monotonic() > 60:  # a few seconds, but for what torch.compile takes
-        figures["norm"] = norm.run(device.type)
-    left = deadline - time.monotonic()
-    share = 0.6 if options.tune else 0.9
-    which = "cpu" if device.type == "cpu" else "quick"
-    figures["attention"] = attention.run(which, flex=True, budget=share * left, device=device.type)
+    folder = Path(tempfile.mkdtemp()) if options.dry_run else common.RESULTS
+    short = common.short_name(device)
+    parts = "" if set(options.only) == set(PARTS) else "_" + "_".join(p for p in PARTS if p in options.only)
+    name = f"gpu_{short}{parts}"
+    shares = {b: BENCHMARKS[b].share for b in BENCHMARKS if b in options.only}
+    later = sum(shares.values()) + (_TUNING_SHARE if options.tune else 0.0)
+    for benchmark, share in shares.items():
+        left = deadline - time.monotonic()
+        found = run_benchmark(benchmark, _USED * left * share / later, left, folder, device)
+        later -= share
+        figures[benchmark] = found
+        bad |= "broke" in found or _ours_failed(found)
+        common.write_to(folder / f"{name}.json", figures)
     if options.tune and device.type == "cuda":
-        figures |= attention.tune(0.9 * (deadline - time.monotonic()))
+        left = deadline - time.monotonic()
+        found = run_script("attention", ("--tune",), 0.8 * left, left, folder / f"attention_tuning_{short}.json")
+        figures |= {k: v for k, v in found.items() if k in ("tuned", "broke", "unfinished")}
 
-    name = f"gpu_{common.short_name(device)}"
-    path = Path(tempfile.mkdtemp()) / f"{name}.json" if options.dry_run else common.RESULTS / f"{name}.json"
-    common.write_to(path, figures)
-    print("\n".join(summary(figures["attention"])))
+    path = common.write_to(folder / f"{name}.json", figures)
+    if "attention" in figures:
+        print("\n".join(summary(figures["attention"])))
     print(f"written to {path}")
     hand_over(path)
-    rows = [*figures["attention"]["rows"], *figures.get("norm", {}).get("rows", ())]
-    wrong = any(r["variant"] == attention.OURS and "failed" in r for r in rows)
-    return int(bool(tests["failed"] or tests["unfinished"] or not tests["passed"] or wrong))
+    return int(bad)
+
+
+def _ours_failed(found: dict[str, Any]) -> bool:
+    # Some sizes may be too large for the device; benchmarks of other names for ours say it by their exit status.
+    reasons = [r["failed"] for r in found["rows"] if r["variant"] == attention.OURS and "failed" in r]
+    return any(r != OUT_OF_MEMORY for r in reasons)
+
+
+# --- benchmarks ---------------------------------------------------------------------------------------------
+
+
+def run_benchmark(name: str, budget: float, left: float, folder: Path, device: torch.device) -> dict[str, Any]:
+    """What a benchmark found in its budget: `rows`, and `broke` or `unfinished` with the reason if it did not end."""
+    if left < _GRACE / 2:
+        print(f"\n{name}: not begun, no time is left")
+        return {"rows": [], "unfinished": "no time was left"}
+    options = BENCHMARKS[name].dry if device.type == "cpu" else BENCHMARKS[name].gpu
+    return run_script(name, options, budget, left, folder / f"{name}_{common.short_name(device)}.json")
+
+
+def run_script(name: str, options: tuple[str, ...], budget: float, left: float, path: Path) -> dict[str, Any]:
+    """Run bench/<name>.py, at most until nothing is left of the time; what it wrote up to there is kept in `path`."""
+    print(f"\n{name}: {budget:.0f} s", flush=True)
+    out = Path(tempfile.mkdtemp()) / path.name  # an older result stays, until there is a new one
+    env = {k: v for k, v in os.environ.items() if k not in ("PYCKPT_BACKEND", "TRITON_INTERPRET")}
+    command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), *options]
+    command += ["--budget", f"{budget:.0f}", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, env=env)
+    ended: dict[str, Any] = {}
+    try:
+        status = process.wait(max(1.0, min(left, budget + _GRACE)))
+        if status:
+            ended["broke"] = f"exit status {status}"
+    except subprocess.TimeoutExpired:
+        ended["unfinished"] = f"ended after {budget + _GRACE:.0f} s"
+    finally:
+        process.kill()
+        process.wait()
+    for kind, why in ended.items():
+        print(f"{name} {kind}: {why}", flush=True)
+    found = {"rows": [], **(json.loads(out.read_text()) if out.exists() else {}), **ended}
+    if out.exists():
+        hand_over(common.write_to(path, found))
+    return found
 
 
 # --- tests --------------------------------------------------------------------------------------------------
@@ -117,6 +201,17 @@ def run_tests(seconds: float, dry_run: bool = False) -> dict[str, Any]:
         "failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE),
         "seconds": time.monotonic() - start,
     }
+
+
+def show_tests(tests: dict[str, Any]) -> bool:
+    """Print how the tests went; whether any failed, none passed or some did not end."""
+    counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
+    print(f"tests: {counts} of {tests['collected']}, in {tests['seconds']:.0f} s")
+    if tests["unfinished"]:
+        print(f"  {tests['unfinished']} processes of tests ran out of time and were ended")
+    for name in tests["failures"]:
+        print(f"  FAILED {name}")
+    return bool(tests["failed"] or tests["unfinished"] or not tests["passed"])
 
 
 def collect(dry_run: bool) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyckpt
-from bench import common
+from bench import common, steps
 from pyckpt.measure.timing import interleaved
 
 OURS, EAGER, COMPILED, LIGER = "pyckpt", "eager", "compiled", "liger"
@@ -149,8 +149,13 @@ def measure(case: Case, device: str, repeats: int, copy: float) -> list[dict[str
     found = variants(case, device)
     dout = torch.randn_like(found[EAGER](*given))
     truth = _step(found[EAGER], [t.detach().double().requires_grad_() for t in given], dout.double())
-    errors = {name: _error(_step(fn, given, dout), truth) for name, fn in found.items()}
-    outs = {name: fn(*given) for name, fn in found.items()}
+    started: dict[str, dict[str, Any]] = {name: {} for name in found}
+    outs: dict[str, Tensor] = {}
+    for name, fn in found.items():
+        with steps.noting_failure(started[name]):  # a compiler that fails, a library of another version
+            started[name]["error"] = _error(_step(fn, given, dout), truth)
+            outs[name] = fn(*given)
+    errors = {name: row["error"] for name, row in started.items() if name in outs}
 
     def forward(fn: Function) -> Callable[[], Any]:
         return lambda: _without_grad(fn, given)
@@ -159,19 +164,20 @@ def measure(case: Case, device: str, repeats: int, copy: float) -> list[dict[str
         return lambda: torch.autograd.grad(out, given, dout, retain_graph=True)
 
     times = {
-        "forward": interleaved(
-            {n: forward(fn) for n, fn in found.items()}, repeats, 3, device=device, head_start=_HEAD_START
-        ),
+        "forward": interleaved({n: forward(found[n]) for n in outs}, repeats, 3, device=device, head_start=_HEAD_START),
         "backward": interleaved(
             {n: backward(out) for n, out in outs.items()}, repeats, 3, device=device, head_start=_HEAD_START
         ),
     }
     rows = []
     for name in found:
-        row: dict[str, Any] = {**dataclasses.asdict(case), "variant": name, "error": errors[name]}
+        row: dict[str, Any] = {**dataclasses.asdict(case), "variant": name, **started[name]}
+        if name not in outs:
+            rows.append(row)
+            continue
         # A variant whose result is wrong has no time.
         if errors[name] > 2 * errors[EAGER] + torch.finfo(dtype).eps:
-            rows.append({**row, "failed": f"error {errors[name]:.2e}, PyTorch's {errors[EAGER]:.2e}"})
+            rows.append({**row, "failed": f"wrong: error {errors[name]:.2e}, PyTorch's {errors[EAGER]:.2e}"})
             continue
         for which, nbytes in zip(("forward", "backward"), moved(case, given), strict=True):
             seconds = times[which][name].median
@@ -196,22 +202,31 @@ def _error(got: list[Tensor], truth: list[Tensor]) -> float:
     return max(float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True))
 
 
-def run(device: str, repeats: int = 20) -> dict[str, Any]:
+def run(
+    device: str,
+    repeats: int = 20,
+    budget: float = 600.0,
+    save: Callable[[dict[str, Any]], Any] = lambda figures: None,
+) -> dict[str, Any]:
     """All figures."""
     copy = copy_bandwidth(device, repeats)
     print(f"copy: {copy / 1e9:.0f} GB/s (read and written)\n{'':26}{'variant':10}{'forward':>20}{'backward':>20}")
-    rows = []
-    for case in cases(device):
-        for row in measure(case, device, repeats, copy):
-            rows.append(row)
-            print(line(case, row), flush=True)
-    return {"copy_gbs": copy / 1e9, "aim_of_copy": AIM, "rows": rows}
+    head = {**common.stamp(device), "copy_gbs": copy / 1e9, "aim_of_copy": AIM}
+    found = steps.sweep(
+        cases(device),
+        lambda case: measure(case, device, repeats, copy),
+        line,
+        lambda figures: save({**head, **figures}),
+        budget,
+        torch.device(device),
+    )
+    return {**head, **found}
 
 
 def line(case: Case, row: dict[str, Any]) -> str:
     start = f"{case!s:26}{row['variant']:10}"
     if "failed" in row:
-        return f"{start}  WRONG: {row['failed']}"
+        return f"{start}  {row['failed']}"
     parts = (f"{row[f'{w}_gbs']:8.0f} GB/s {row[f'{w}_of_copy']:5.0%}" for w in ("forward", "backward"))
     return start + " ".join(f"{p:>19}" for p in parts)
 
@@ -220,12 +235,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="instead of bench/results/norm_<device>.json")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no case is begun")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = common.stamp(device) | run(device.type, options.repeats)
     path = options.out or common.RESULTS / f"norm_{common.short_name(device)}.json"
-    print(f"written to {common.write_to(path, figures)}")
-    return int(any("failed" in r for r in figures["rows"] if r["variant"] == OURS))
+    figures = run(device.type, options.repeats, options.budget, lambda found: common.write_to(path, found))
+    print(f"written to {path}")
+    return int(steps.count_wrong(figures, (OURS,)) > 0)
 
 
 if __name__ == "__main__":

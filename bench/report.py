@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
 
-from bench import common
+from bench import common, steps
+from pyckpt.measure.units import format_seconds
 
 PAGES = ("README.md", "ARCHITECTURE.md", "bench/NOTES.md")
 SAVE = "attention"
@@ -112,6 +113,96 @@ def attention_kernels() -> str:
     return "\n".join([*lines, "", source("bench/roofline.py", "attention_static", figures)])
 
 
+# --- tables of every device that a benchmark ran on ---------------------------------------------------------
+
+
+def loss() -> str:
+    """Linear cross entropy, for bench/NOTES.md."""
+    ratios = (
+        "seconds_over_eager",
+        "seconds_over_eager_fp32",
+        "beyond_bytes_over_eager",
+        "beyond_bytes_over_eager_fp32",
+    )
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        time, memory = [steps.shown_ratio(row, r) for r in ratios[:2]], [steps.shown_ratio(row, r) for r in ratios[2:]]
+        return [format_seconds(row["seconds"]), *time, steps.shown_bytes(row, "beyond_bytes"), *memory]
+
+    columns = ("time", "/ eager", "/ eager fp32", "memory beyond", "/ eager", "/ eager fp32")
+    return _by_device("loss", lambda r: f"{r['tokens']:,} × {r['d_model']:,} × {r['vocab']:,}", columns, cells)
+
+
+def mlp() -> str:
+    """A whole MLP, for bench/NOTES.md."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        made = row.get("products")
+        return [
+            f"{made:.3g}" if isinstance(made, float) else "–",
+            format_seconds(row["seconds"]),
+            *(steps.shown_ratio(row, f"seconds_over_{base}") for base in ("eager", "checkpoint")),
+            f"{row['tflops']:.3g}",
+            f"{row['of_product']:.0%}",
+            steps.shown_bytes(row, "beyond_bytes"),
+            steps.shown_bytes(row, "saved_bytes"),
+        ]
+
+    columns = ("products", "time", "/ eager", "/ checkpoint", "TFLOP/s", "of a product's", "memory beyond", "saved")
+    return _by_device(
+        "mlp", lambda r: f"{r['kind']}, {r['tokens']:,} × {r['d_model']:,} × {r['d_ff']:,}", columns, cells
+    )
+
+
+def block_gpu() -> str:
+    """Llama-8B's block, for README.md."""
+    ratios = ("seconds_over_all", "seconds_over_checkpoint", "beyond_bytes_over_plain")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        aimed = row["variant"] == SAVE and row["length"] == row["aims"]["at_length"]
+        aims = [f" (aim ≤ {row['aims'][r]:.2f})" if aimed else "" for r in ratios]
+        over = [steps.shown_ratio(row, r) + aim for r, aim in zip(ratios, aims, strict=True)]
+        memory = [steps.shown_bytes(row, k) for k in ("beyond_bytes", "saved_bytes")]
+        return [format_seconds(row["seconds"]), f"{row['tflops']:.3g}", *over[:2], memory[0], over[2], memory[1]]
+
+    columns = ("time", "TFLOP/s", "/ all", "/ checkpoint", "memory beyond", "/ plain", "saved")
+    return _by_device("block", lambda r: f"{r['length']:,}" + _blocks(r["layers"]), columns, cells)
+
+
+def _blocks(layers: int) -> str:
+    return f", {layers} blocks" if layers > 1 else ""
+
+
+def _by_device(
+    benchmark: str,
+    case: Callable[[dict[str, Any]], str],
+    columns: tuple[str, ...],
+    cells: Callable[[dict[str, Any]], list[str]],
+) -> str:
+    """A table for each result of a benchmark, a row for each variant; or that there is none."""
+    tables = []
+    for path in sorted(common.RESULTS.glob(f"{benchmark}_*.json")):
+        if path.stem == "block_cpu":  # of another form
+            continue
+        figures = common.read(path.stem)
+        lines = [f"| size | variant | {' | '.join(columns)} |", f"|---|---|{'--:|' * len(columns)}"]
+        for row in figures["rows"]:
+            shown = (
+                [row["failed"].replace("|", "\\|"), *[""] * (len(columns) - 1)]
+                if "failed" in row
+                else cells({**figures, **row})
+            )
+            lines.append(f"| {case(row)} | {row['variant']} | {' | '.join(shown)} |")
+        if figures["left_out"]:
+            lines += ["", f"Left out, for want of time: {'; '.join(figures['left_out'])}."]
+        tables.append("\n".join([*lines, "", source(f"bench/{benchmark}.py", path.stem, figures)]))
+    where = " on a GPU" if benchmark == "block" else ""
+    return (
+        "\n\n".join(tables)
+        or f"Not run{where} yet; `python bench/{benchmark}.py`{where and ' there'} writes this table."
+    )
+
+
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
@@ -126,6 +217,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "peak-slopes": peak_slopes,
     "attention-bounds": attention_bounds,
     "attention-kernels": attention_kernels,
+    "block-gpu": block_gpu,
+    "loss": loss,
+    "mlp": mlp,
 }
 
 

@@ -19,7 +19,7 @@ from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
 from pyckpt.tokenwise.generic import GenericTokenwise
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 INIT_STD = 0.02
 
@@ -89,20 +89,30 @@ class CheckpointedBlock(nn.Module):
 
 
 class CkptTransformerBlock(CheckpointedBlock):
-    """A pre-norm transformer block whose backward recomputes what its `save` set does not keep.
+    """A transformer block whose backward recomputes what its `save` set does not keep.
 
     Args:
         d_model: width of the residual stream.
         n_heads, n_kv_heads: query heads, and key/value heads that they share (default: n_heads).
         head_dim: default d_model / n_heads.
         d_ff: width of the MLP; default 8/3 d_model rounded up to 128 for gated MLPs, 4 d_model for plain ones.
-        norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon.
+        norm: "rmsnorm" or "layernorm"; `norm_eps` its epsilon; `norm_offset` what is added, in float32, to the
+            weights of all norms, QK-norm's too (1.0 in Gemma, whose weights start at 0).
         mlp: gated "swiglu", "geglu", "geglu_tanh"; plain "gelu", "gelu_tanh", "relu2".
-        bias: biases on all linear layers.
-        qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
+        norm_placement: where the norms stand around a sublayer f. "pre": x + f(norm(x)); "sandwich": x +
+            norm(f(norm(x))), as in Gemma 2 and 3; "output": x + norm(f(x)), as in OLMo 2; "post": norm(x + f(x)), as
+            in the original transformer and BERT.
+        residual: "sequential", mid = x + attention(norm(x)), y = mid + mlp(norm(mid)); "parallel", y = x +
+            attention(norm(x)) + mlp(norm(x)) with a norm for each (as in GPT-NeoX); "parallel_shared", with one norm,
+            `input_layernorm`, for both (as in GPT-J and Cohere).
+        bias: biases on all linear layers (True), on none, or on a part: "qkv" (as in Qwen2), "attention" (those and the
+            output projection's), "mlp".
+        qk_norm: RMSNorm over each head of q and k before RoPE (Qwen3), or, "full", over all heads at once (OLMo 2).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
-            of rope_type "linear" or "llama3".
-        causal, window, softcap: see `pyckpt.attention`.
+            of rope_type "linear" or "llama3". rope_dim: how many leading dims of each head it turns, default all (fewer
+            in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i, 2i + 1), as in GPT-J and Cohere, not (i,
+            i + rope_dim / 2).
+        causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, default head_dim ** -0.5.
         dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
             stream; attention_dropout: that on attention probabilities, by default the same. In training mode only.
             One seed a forward comes from PyTorch's default generator; what is dropped depends on it and on positions
@@ -113,6 +123,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         tile_bytes: what these parts may take for a tile, beside the tensors of the whole sequence.
 
     Parameter names are those of a Hugging Face Llama decoder layer, so `load_state_dict(layer.state_dict())` works.
+    Norms after the sublayers have the names of Gemma 2 ("sandwich") and of OLMo 2 ("output", and "post" too).
     Weights start normal with standard deviation 0.02, biases at zero. Forward hooks on the inner modules
     (`self_attn.q_proj` and so on) do not run: the block reads their parameters and calls its own kernels.
     """
@@ -127,14 +138,20 @@ class CkptTransformerBlock(CheckpointedBlock):
         d_ff: int | None = None,
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
         mlp: str = "swiglu",
-        bias: bool = False,
-        qk_norm: bool = False,
+        norm_placement: str = "pre",
+        residual: str = "sequential",
+        bias: bool | str = False,
+        qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
+        attention_scale: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
         save: str | SaveSet = "attention",
@@ -151,14 +168,20 @@ class CkptTransformerBlock(CheckpointedBlock):
             d_ff=d_ff,
             norm=norm,
             norm_eps=norm_eps,
+            norm_offset=norm_offset,
             mlp=mlp,
+            norm_placement=norm_placement,
+            residual=residual,
             bias=bias,
             qk_norm=qk_norm,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
+            rope_dim=rope_dim,
+            rope_interleaved=rope_interleaved,
             causal=causal,
             window=window,
             softcap=softcap,
+            attention_scale=attention_scale,
             dropout=dropout,
             attention_dropout=attention_dropout,
         )
@@ -176,7 +199,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
-                nn.init.ones_(p)
+                nn.init.constant_(p, 1.0 - self.spec.norm_offset)
 
     @property
     def drops(self) -> bool:
@@ -200,7 +223,8 @@ class CkptTransformerBlock(CheckpointedBlock):
         s = self.spec
         return (
             f"d_model={s.d_model}, n_heads={s.n_heads}, n_kv_heads={s.n_kv_heads}, head_dim={s.head_dim}, "
-            f"d_ff={s.d_ff}, norm={s.norm!r}, mlp={s.mlp!r}, save={self.save!r}, tile={self.tile}"
+            f"d_ff={s.d_ff}, norm={s.norm!r}, mlp={s.mlp!r}, "
+            f"norm_placement={s.norm_placement!r}, residual={s.residual!r}, save={self.save!r}, tile={self.tile}"
         )
 
 

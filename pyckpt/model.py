@@ -16,6 +16,7 @@ from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, rms_norm
 from pyckpt.save import SaveSet
 from pyckpt.spec import Window
+from pyckpt.tokenwise.norm import with_offset
 
 Segments = int | str | None
 
@@ -108,13 +109,19 @@ class CkptCausalLM(nn.Module):
         d_ff: int | None = None,
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
         mlp: str = "swiglu",
-        bias: bool = False,
-        qk_norm: bool = False,
+        norm_placement: str = "pre",
+        residual: str = "sequential",
+        bias: bool | str = False,
+        qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
         window: int | Window | None = None,
         softcap: float | None = None,
+        attention_scale: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
         tie_embeddings: bool = False,
@@ -135,13 +142,19 @@ class CkptCausalLM(nn.Module):
             "d_ff": d_ff,
             "norm": norm,
             "norm_eps": norm_eps,
+            "norm_offset": norm_offset,
             "mlp": mlp,
+            "norm_placement": norm_placement,
+            "residual": residual,
             "bias": bias,
             "qk_norm": qk_norm,
             "rope_theta": rope_theta,
             "rope_scaling": rope_scaling,
+            "rope_dim": rope_dim,
+            "rope_interleaved": rope_interleaved,
             "window": window,
             "softcap": softcap,
+            "attention_scale": attention_scale,
             "dropout": dropout,
             "attention_dropout": attention_dropout,
         }
@@ -177,6 +190,7 @@ class CkptCausalLM(nn.Module):
         (Radford et al. 2019, section 2.3.)
         """
         nn.init.normal_(self.model.embed_tokens.weight, std=INIT_STD)
+        nn.init.constant_(cast(Tensor, self.model.norm.weight), 1.0 - self.spec.norm_offset)
         for block in self.blocks:
             block.reset_parameters()
             for linear in (block.self_attn.o_proj, block.mlp.down_proj):  # type: ignore[union-attr]
@@ -207,9 +221,10 @@ class CkptCausalLM(nn.Module):
         errors.check_tokens(tokens, self.vocab_size, self.model.embed_tokens.weight.device, cu_seqlens is not None)
         x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens)
         norm = self.model.norm
+        weight = with_offset(cast(Tensor, norm.weight), self.spec.norm_offset)
         if isinstance(norm, nn.LayerNorm):
-            return layer_norm(x, norm.weight, norm.bias, self.spec.norm_eps)
-        return rms_norm(x, cast(Tensor, norm.weight), self.spec.norm_eps)
+            return layer_norm(x, weight, norm.bias, self.spec.norm_eps)
+        return rms_norm(x, weight, self.spec.norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (*tokens.shape, vocab_size). Tokens (B, S) int64, or packed (T,) with cu_seqlens.

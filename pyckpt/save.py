@@ -14,7 +14,9 @@ class SaveSet:
     """What one block keeps besides its input x, which every save set keeps.
 
     attention: o and lse (so that the attention forward never runs twice); qkv: q, k, v; mid: the residual stream
-    between attention and MLP; mlp: the MLP's pre-activations (gate and up).
+    between attention and MLP (a parallel block has none); mlp: the MLP's pre-activations (gate and up). Where a norm
+    stands after a sublayer its input is kept instead of mid, from which it makes mid again, and with mlp that of the
+    norm after the MLP too, called down.
     """
 
     name: str
@@ -47,6 +49,28 @@ def save_set(name: str | SaveSet) -> SaveSet:
     return _TABLE[name]
 
 
+@dataclasses.dataclass(frozen=True)
+class KeptTensor:
+    """A tensor (t, width) that `post` keeps: in the residual stream's dtype, or in that of the products."""
+
+    name: str
+    width: int
+    residual: bool = False
+
+
+def post_tensors(spec: BlockSpec, save: SaveSet) -> tuple[KeptTensor, ...]:
+    """What `post` keeps with this save set."""
+    kept: list[KeptTensor] = []
+    # What a norm of a sublayer's output reads is a product's, and in its dtype.
+    residual = spec.norms_sum or not spec.norms_after
+    if save.mid and not spec.parallel:
+        kept.append(KeptTensor("mid", spec.d_model, residual))
+    if save.mlp:
+        kept += [KeptTensor(name, spec.d_ff) for name in (("gate", "up") if spec.gated else ("up",))]
+        kept += [KeptTensor("down", spec.d_model, residual)] if spec.norms_after else []
+    return tuple(kept)
+
+
 def bytes_per_token(spec: BlockSpec, save: str | SaveSet, dtype: torch.dtype) -> int:
     """Bytes that one block keeps from forward to backward for each token, by arithmetic.
 
@@ -58,9 +82,6 @@ def bytes_per_token(spec: BlockSpec, save: str | SaveSet, dtype: torch.dtype) ->
         width += spec.d_q
     if keeps.qkv:
         width += spec.d_q + 2 * spec.d_kv
-    if keeps.mid:
-        width += spec.d_model
-    if keeps.mlp:
-        width += spec.d_ff * (2 if spec.gated else 1)
+    width += sum(t.width for t in post_tensors(spec, keeps))
     lse = spec.n_heads * (8 if dtype == torch.float64 else 4) if keeps.attention else 0
     return width * dtype.itemsize + lse

@@ -16,6 +16,9 @@ NORMS = ("rmsnorm", "layernorm")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
 PLAIN_MLPS = ("gelu", "gelu_tanh", "relu2")
 MLPS = GATED_MLPS + PLAIN_MLPS
+BIASED_PARTS = ("qkv", "attention", "mlp")
+NORM_PLACEMENTS = ("pre", "sandwich", "output", "post")
+RESIDUALS = ("sequential", "parallel", "parallel_shared")
 ROPE_TYPES = ("linear", "llama3")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -31,6 +34,13 @@ class BlockSpec:
 
     `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
+    `rope_dim`: leading dims of a head that RoPE turns, None for all; `rope_interleaved`: pairs (2i, 2i + 1).
+    `attention_scale` of the scores: None for head_dim ** -0.5.
+    `norm_offset` is added to the norms' weights.
+    `norm_placement`: norms of a sublayer's input ("pre"), of its output, of both ("sandwich"), or of the sum ("post").
+    `bias`: on all linear layers, on none, or on a part: "qkv", "attention" (those and the output's) or "mlp".
+    `qk_norm`: over each head of q and k (True) or over all of them ("full").
+    `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
 
@@ -41,14 +51,20 @@ class BlockSpec:
     d_ff: int
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
     mlp: str = "swiglu"
-    bias: bool = False
-    qk_norm: bool = False
+    norm_placement: str = "pre"
+    residual: str = "sequential"
+    bias: bool | str = False
+    qk_norm: bool | str = False
     rope_theta: float | None = 10000.0
     rope_scaling: RopeScaling | None = None
+    rope_dim: int | None = None
+    rope_interleaved: bool = False
     causal: bool = True
     window: Window = (-1, -1)
     softcap: float = 0.0
+    attention_scale: float | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
 
@@ -67,8 +83,33 @@ class BlockSpec:
         return self.mlp in GATED_MLPS
 
     @property
+    def parallel(self) -> bool:
+        """Attention and MLP read the same x: there is no residual stream between them."""
+        return self.residual != "sequential"
+
+    @property
+    def norms_input(self) -> bool:
+        """A norm stands before each sublayer."""
+        return self.norm_placement in ("pre", "sandwich")
+
+    @property
+    def norms_after(self) -> bool:
+        """A norm stands after each sublayer: of its output, or of the sum with the residual stream."""
+        return self.norm_placement != "pre"
+
+    @property
+    def norms_sum(self) -> bool:
+        """The norm after a sublayer is of the sum, so that the residual stream itself is normed."""
+        return self.norm_placement == "post"
+
+    @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def d_rope(self) -> int:
+        """Dims of a head that RoPE turns, where there is RoPE."""
+        return self.rope_dim or self.head_dim
 
     def to_string(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -92,14 +133,20 @@ class BlockSpec:
         d_ff: int | None = None,
         norm: str = "rmsnorm",
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
         mlp: str = "swiglu",
-        bias: bool = False,
-        qk_norm: bool = False,
+        norm_placement: str = "pre",
+        residual: str = "sequential",
+        bias: bool | str = False,
+        qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
+        attention_scale: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
     ) -> BlockSpec:
@@ -123,19 +170,37 @@ class BlockSpec:
         _positive_int("head_dim", head_dim)
         _one_of("norm", norm, NORMS)
         _one_of("mlp", mlp, MLPS)
+        _one_of("norm_placement", norm_placement, NORM_PLACEMENTS)
+        _one_of("residual", residual, RESIDUALS)
+        if residual != "sequential" and norm_placement != "pre":
+            raise ValueError(
+                f"residual={residual!r} with norm_placement={norm_placement!r}: the norms of a parallel block stand "
+                "before its sublayers; use norm_placement='pre' or residual='sequential'"
+            )
         _positive_float("norm_eps", norm_eps)
+        if not isinstance(norm_offset, (int, float)) or isinstance(norm_offset, bool) or not math.isfinite(norm_offset):
+            raise ValueError(f"norm_offset must be a finite number, got {norm_offset!r}")
+        if not (isinstance(bias, bool) or bias in BIASED_PARTS):
+            raise ValueError(f"bias must be True, False, or one of {', '.join(BIASED_PARTS)}, got {bias!r}")
         if d_ff is None:
             d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
         _positive_int("d_ff", d_ff)
+        if not (isinstance(qk_norm, bool) or qk_norm == "full"):
+            raise ValueError(
+                f"qk_norm must be True (over each head), 'full' (over all of them) or False, got {qk_norm!r}"
+            )
         if rope_theta is not None:
             _positive_float("rope_theta", rope_theta)
-            if head_dim % 2:
+            if head_dim % 2 and rope_dim is None:
                 raise ValueError(
                     f"head_dim={head_dim} is odd, and RoPE rotates pairs of dimensions; use an even head_dim or "
                     "rope_theta=None"
                 )
         if softcap is not None and not (math.isfinite(softcap) and softcap >= 0):
             raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+        _check_rope_dim(rope_dim, head_dim, rope_theta)
+        if attention_scale is not None:
+            _positive_float("attention_scale", attention_scale)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
         _rate("dropout", dropout)
         _rate("attention_dropout", attention_dropout)
@@ -147,14 +212,20 @@ class BlockSpec:
             d_ff=int(d_ff),
             norm=norm,
             norm_eps=float(norm_eps),
+            norm_offset=float(norm_offset),
             mlp=mlp,
-            bias=bool(bias),
-            qk_norm=bool(qk_norm),
+            norm_placement=norm_placement,
+            residual=residual,
+            bias=bias,
+            qk_norm=qk_norm,
             rope_theta=None if rope_theta is None else float(rope_theta),
             rope_scaling=canonical_rope_scaling(rope_scaling, rope_theta),
+            rope_dim=None if rope_dim == head_dim else rope_dim,
+            rope_interleaved=bool(rope_interleaved),
             causal=bool(causal),
             window=canonical_window(causal, window),
             softcap=float(softcap or 0.0),
+            attention_scale=None if attention_scale is None else float(attention_scale),
             dropout=float(dropout),
             attention_dropout=float(attention_dropout),
         )
@@ -205,6 +276,16 @@ def canonical_rope_scaling(scaling: dict[str, Any] | None, theta: float | None) 
             f"high_freq_factor={scaling['high_freq_factor']}"
         )
     return (("rope_type", kind), *((key, scaling[key]) for key in _ROPE_KEYS[kind]))
+
+
+def _check_rope_dim(rope_dim: Any, head_dim: int, theta: float | None) -> None:
+    if rope_dim is None:
+        return
+    _positive_int("rope_dim", rope_dim)
+    if rope_dim % 2 or rope_dim > head_dim:
+        raise ValueError(f"rope_dim={rope_dim} must be even and at most head_dim={head_dim}: RoPE turns pairs of dims")
+    if theta is None:
+        raise ValueError("rope_dim was given with rope_theta=None: there is no rotary embedding")
 
 
 def _positive_int(name: str, value: Any) -> None:

@@ -43,6 +43,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window-both": {"causal": False, "window": (5, 3)},
     "softcap": {"softcap": 3.0},
     "softcap-window": {"softcap": 3.0, "window": 7},
+    "neox-like": {"residual": "parallel", "norm": "layernorm", "mlp": "gelu", "bias": True, "rope_dim": 6},
+    "gemma2-like": {
+        "norm_placement": "sandwich",
+        "norm_offset": 1.0,
+        "mlp": "geglu_tanh",
+        "softcap": 3.0,
+        "attention_scale": 0.2,
+    },
+    "olmo2-like": {"norm_placement": "output", "qk_norm": "full"},
+    "bert-like": {
+        "norm_placement": "post",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "bias": True,
+        "rope_theta": None,
+        "causal": False,
+    },
+    "qwen2-like": {"bias": "qkv"},
+    "parallel_shared": {"residual": "parallel_shared", "qk_norm": True, "rope_interleaved": True},
 }
 CU_SEQLENS = [0, 5, 5, 23, 50]
 

@@ -40,6 +40,29 @@ def test_products_of_the_mlp(save, tile, mlp):
     assert mlp_products(pyckpt.CkptTransformerBlock, mlp, save=save, tile=tile) == stored + extra
 
 
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("placement", ["sandwich", "output", "post"])
+@pytest.mark.parametrize("save", pyckpt.SAVE_SETS)
+def test_a_norm_after_the_mlp_takes_the_down_projection_again(save, placement, mlp):
+    """Its backward needs what it read: kept by "all", else one product more."""
+    stored, again = (9, 3) if mlp in GATED_MLPS else (6, 2)
+    found = mlp_products(pyckpt.CkptTransformerBlock, mlp, save=save, tile=20, norm_placement=placement)
+    assert found == stored + (0 if save == "all" else again)
+
+
+@pytest.mark.parametrize(("placement", "save", "again"), [("pre", "attention", 1), ("pre", "all", 0)])
+@pytest.mark.parametrize("after", [False, True])
+def test_output_projections(placement, save, again, after):
+    """A save set with mid needs none again, with a norm after it neither: its input is what is kept."""
+    placement = "sandwich" if after else placement
+    options = {"d_ff": F, "save": save, "norm_placement": placement, "n_kv_heads": 1}
+    narrow, wide = (flops(pyckpt.CkptTransformerBlock(WIDTH, h, head_dim=12, **options)) for h in (2, 4))
+    # Two more query heads of 12: q and o projections, and attention's seven products.
+    attention = 7 * 2 * TOKENS * TOKENS * 2 * 12
+    q_again = 0 if save == "all" else 1
+    assert (wide - narrow - attention) / (2 * TOKENS * WIDTH * 2 * 12) == 6 + again + q_again
+
+
 @GATED
 def test_products_of_the_others(mlp):
     """What the figures above are compared with: storing everything, and running the layer again.

@@ -80,7 +80,28 @@ def test_slope_of_the_peak_over_the_length(save):
     assert slope == pytest.approx(kept + transient, rel=0.10)
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp": "gelu", "norm": "layernorm"}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize(("placement", "save"), [("post", "all"), ("sandwich", "attention+mid"), ("output", "input")])
+def test_slope_with_norms_after(placement, save):
+    options = {"norm_placement": placement}
+    s, keeps = spec(**options), save_set(save)
+    expected = bytes_per_token(s, save, torch.float32) - 4 * s.d_model
+    expected += 4 * (3 * s.d_q + 4 * s.d_kv) - (4 * (s.d_q + 2 * s.d_kv) if keeps.qkv else 0)
+    expected += 0 if keeps.attention else 4 * s.d_q + 4 * s.n_heads
+    model = block(save=save, **options)
+    slope = (step_peak(model, 3072) - step_peak(model, 1024)) / 2048
+    assert slope == pytest.approx(expected, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mlp": "gelu", "norm": "layernorm"},
+        {"qk_norm": True},
+        {"norm_placement": "sandwich"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tile_bytes", [3_000_000, 10_000_000])
 def test_a_tile_takes_its_budget_and_no_more(tile_bytes, options):
     options = {"d_ff": 1024, "tile": None, **options}

@@ -16,7 +16,7 @@ from pyckpt.compare.baseline import PlainBlock, PlainCausalLM, PlainStack
 from pyckpt.compare.plot import _spread
 from pyckpt.compare.results import Results, Row
 from pyckpt.save import SAVE_SETS
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 LLAMA3 = {
     "rope_type": "llama3",

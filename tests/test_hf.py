@@ -553,7 +553,7 @@ def test_configs_that_no_block_computes(change_of_config: dict[str, Any], messag
 OWN_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layer_scale": 0.1}, r"'pyckpt' has 'layer_scale', which this version of pyckpt does not know"),
     ({"vocab_size": DROP}, r"vocab_size is None"),
-    ({"bias": "no"}, r"bias is 'no', expected true or false"),
+    ({"bias": "no"}, r"bias must be True, False, or one of qkv, attention, mlp, got 'no'"),
     ({"mlp": "swish"}, r"arguments that make no model: mlp='swish' does not exist"),
     ({"softcap": "5"}, r"arguments that make no model"),
     ({"rope_scaling": "linear"}, r"arguments that make no model"),

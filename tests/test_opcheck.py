@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from op_samples import fused_samples
 from torch import Tensor
 
 import pyckpt
 from pyckpt.spec import BlockSpec
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 ops = torch.ops.pyckpt
 CU = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
@@ -122,6 +123,7 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (rand(5, 6), rand(5, 6), rand(5, 6), 0.3, 2**40 + 1, 12),
         lambda: (rand(5, 6).half(), None, rand(5, 6), 0.3, 3, 0),
     ],
+    **fused_samples(rand),
     "add_product_": [
         lambda: (rand(4, 6), rand(4, 5), rand(5, 6)),
         lambda: (rand(4, 6), rand(5, 4).bfloat16().t(), rand(5, 6).bfloat16()),

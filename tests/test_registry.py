@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import check_exact
+from op_samples import fused_samples
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -20,7 +21,7 @@ from pyckpt.ops import reference, registry
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import SAVE_SETS, save_set
 from pyckpt.spec import GATED_MLPS, PLAIN_MLPS, BlockSpec
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 ops = torch.ops.pyckpt
@@ -186,6 +187,10 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "add_product_": lambda grad: (
         (randn(4, 6), randn(5, 4).to(d).t(), randn(5, 6).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)
     ),
+    **{
+        name: lambda grad, makers=makers: (make() for make in makers)
+        for name, makers in fused_samples(lambda *shape: randn(*shape, dtype=torch.float32)).items()
+    },
     "linear_cross_entropy_fwd": lambda grad: loss_samples(("mean", "sum", "none"), grad),
     "linear_cross_entropy_bwd": lambda grad: loss_bwd_samples(),
     "block_fwd": block_samples,

@@ -38,7 +38,7 @@ def _store(p, b, o_r, o_c, stride, m):
 
 
 @triton.jit
-def _reciprocal_root(v, ACC: tl.constexpr):
+def reciprocal_root(v, ACC: tl.constexpr):
     # Rounded as IEEE has it: one number a row costs nothing, and its error is in every value of the row.
     if tl.float64 == ACC:
         r = 1.0 / tl.sqrt(v)
@@ -106,7 +106,7 @@ def norm_fwd_kernel_rows(
         if CENTERED:
             mean = tl.sum(x, 1) / width
         d = tl.where(m, x - mean[:, None], 0.0) if CENTERED else x
-        rstd = _reciprocal_root(tl.sum(d * d, 1) / width + EPS, ACC)
+        rstd = reciprocal_root(tl.sum(d * d, 1) / width + EPS, ACC)
         _store(p_y, _scaled(x, mean, rstd, p_w, p_b, o_c, mc, CENTERED, ACC), o_r, o_c, width, m)
     else:
         total = tl.zeros([ROWS, COLUMNS], ACC)
@@ -129,7 +129,7 @@ def norm_fwd_kernel_rows(
                 m = mr[:, None] & (c < width)[None, :]
                 d = tl.where(m, _load(p_in, o_r, c, stride_in, m, ACC) - mean[:, None], 0.0)
                 total += d * d
-        rstd = _reciprocal_root(tl.sum(total, 1) / width + EPS, ACC)
+        rstd = reciprocal_root(tl.sum(total, 1) / width + EPS, ACC)
         for start in range(0, width, COLUMNS):
             c = start + o_c
             mc = c < width

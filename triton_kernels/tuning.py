@@ -110,7 +110,7 @@ def rows() -> tuple[dict[str, Any], ...]:
 def lookup(key: Key) -> Config:
     """The table's configuration. An architecture that it lacks takes the rows of the nearest older one."""
     known = {row["arch"] for row in rows() if "arch" in row}
-    return next(_matching(dataclasses.replace(key, arch=_nearest(key.arch, known))))
+    return next(_matching(dataclasses.replace(key, arch=nearest(key.arch, known))))
 
 
 def _matching(key: Key) -> Iterator[Config]:
@@ -120,7 +120,8 @@ def _matching(key: Key) -> Iterator[Config]:
             yield Config(*row["config"])
 
 
-def _nearest(arch: str, known: set[str]) -> str:
+def nearest(arch: str, known: set[str]) -> str:
+    """The architecture whose rows of a table serve `arch`: its own, or the nearest older one's."""
     if arch in known or not arch.startswith("sm_") or arch in _SMALL:
         return arch
     older = [a for a in known if a.startswith("sm_") and int(a[3:]) <= int(arch[3:])]

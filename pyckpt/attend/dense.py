@@ -74,10 +74,13 @@ class DenseAttend:
         o: Tensor,
         lse: Tensor,
         seed: int | None = None,
+        delta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat dq, dk, dv."""
+        """Flat dq, dk, dv. `delta` (heads, T): the sums of do * o by head, where somebody has them already."""
         do, q, k, v, o = self._heads(layout, do, q, k, v, o)
-        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed))
+        if delta is not None and layout.cu_seqlens is None:
+            delta = delta.unflatten(1, (layout.batch, layout.seq)).transpose(0, 1)
+        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed), delta=delta)
         return dq.view(layout.tokens, -1), dk.view(layout.tokens, -1), dv.view(layout.tokens, -1)
 
     def _heads(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:

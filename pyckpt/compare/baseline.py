@@ -7,6 +7,7 @@ are compared with, in speed, in memory and in every number they give.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,9 @@ RopeTables = tuple[Tensor, Tensor]
 
 
 class PlainBlock(nn.Module):
-    """A pre-norm transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``.
+    """A transformer block: ``h = x + Attention(Norm(x))``, then ``h + MLP(Norm(h))``.
+
+    Or, by option, both side by side on ``x``, or with norms after the sublayers.
 
     Takes the options of `CkptTransformerBlock` and its ``state_dict``. ``x`` is (B, S, d_model), or packed
     (T, d_model) with ``cu_seqlens``; ``positions`` are the tokens' positions (S,), (B, S) or (T,), by default
@@ -39,9 +42,15 @@ class PlainBlock(nn.Module):
     ) -> None:
         super().__init__()
         spec = self.spec = BlockSpec.make(d_model, n_heads, **options)
-        self.input_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement in ("pre", "sandwich"):
+            self.input_layernorm = _norm(spec, device, dtype)
         self.self_attn = PlainAttention(spec, device, dtype)
-        self.post_attention_layernorm = _norm(spec, device, dtype)
+        if spec.residual != "parallel_shared":
+            self.post_attention_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement == "sandwich":
+            self.pre_feedforward_layernorm = _norm(spec, device, dtype)
+        if spec.norm_placement != "pre":
+            self.post_feedforward_layernorm = _norm(spec, device, dtype)
         self.mlp = PlainMLP(spec, device, dtype)
 
     def forward(
@@ -53,7 +62,21 @@ class PlainBlock(nn.Module):
     ) -> Tensor:
         if rope is None:
             rope = rope_tables(self.spec, x, positions, cu_seqlens)
-        x = x + self.self_attn(self.input_layernorm(x), rope, cu_seqlens)
+        attention = functools.partial(self.self_attn, rope=rope, cu_seqlens=cu_seqlens)
+        if self.spec.residual != "sequential":
+            h = self.input_layernorm(x)
+            shared = self.spec.residual == "parallel_shared"
+            return x + attention(h) + self.mlp(h if shared else self.post_attention_layernorm(x))
+        if self.spec.norm_placement == "post":
+            x = self.post_attention_layernorm(x + attention(x))
+            return self.post_feedforward_layernorm(x + self.mlp(x))
+        if self.spec.norm_placement == "output":
+            x = x + self.post_attention_layernorm(attention(x))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        if self.spec.norm_placement == "sandwich":
+            x = x + self.post_attention_layernorm(attention(self.input_layernorm(x)))
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + attention(self.input_layernorm(x))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -63,25 +86,27 @@ class PlainAttention(nn.Module):
     def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.spec = spec
-        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": spec.bias in (True, "qkv", "attention"), "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(spec.d_model, spec.d_q, **options)
         self.k_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
         self.v_proj = nn.Linear(spec.d_model, spec.d_kv, **options)
+        options["bias"] = spec.bias in (True, "attention")
         self.o_proj = nn.Linear(spec.d_q, spec.d_model, **options)
         if spec.qk_norm:
-            self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
-            self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps, device=device, dtype=dtype)
+            full = spec.qk_norm == "full"
+            self.q_norm = _rms_norm(spec, spec.d_q if full else spec.head_dim, device, dtype)
+            self.k_norm = _rms_norm(spec, spec.d_kv if full else spec.head_dim, device, dtype)
 
     def forward(self, x: Tensor, rope: RopeTables | None, cu_seqlens: Tensor | None) -> Tensor:
         # (..., T, H * D) -> (..., H, T, D)
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.spec.head_dim)).transpose(-3, -2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.spec.qk_norm:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.spec.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.spec.head_dim)).transpose(-3, -2) for t in (q, k, v))
+        if self.spec.qk_norm is True:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = _rotate(q, rope), _rotate(k, rope)
+            q, k = (_rotate(t, rope, self.spec.rope_interleaved) for t in (q, k))
         if cu_seqlens is None:
             o = _attention(self.spec, q, k, v)
         else:
@@ -96,7 +121,7 @@ class PlainMLP(nn.Module):
 
     def __init__(self, spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
-        options: dict[str, Any] = {"bias": spec.bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": spec.bias in (True, "mlp"), "device": device, "dtype": dtype}
         self.kind = spec.mlp
         self.gate_proj = nn.Linear(spec.d_model, spec.d_ff, **options) if spec.gated else None
         self.up_proj = nn.Linear(spec.d_model, spec.d_ff, **options)
@@ -178,16 +203,16 @@ class PlainCausalLM(nn.Module):
 def rope_tables(
     spec: BlockSpec, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> RopeTables | None:
-    """cos and sin (..., T, head_dim) of the rotary angles in the dtype of ``x``; None without RoPE."""
+    """cos and sin (..., T, dims that are turned) of the rotary angles in ``x``'s dtype; None without RoPE."""
     if spec.rope_theta is None:
         return None
     if positions is None:
         positions = _positions(x, cu_seqlens)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, spec.head_dim, 2, device=x.device, dtype=precise) / spec.head_dim
+    exponents = torch.arange(0, spec.d_rope, 2, device=x.device, dtype=precise) / spec.d_rope
     frequencies = _scaled(spec, spec.rope_theta**-exponents)
     angles = positions.to(precise).unsqueeze(-1) * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1) if spec.rope_interleaved else torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:
         angles = angles.unsqueeze(1)  # (B, 1, S, D), for every head
     return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -218,10 +243,15 @@ def _scaled(spec: BlockSpec, frequencies: Tensor) -> Tensor:
     return torch.where(wavelength < context / high, frequencies, scaled)
 
 
-def _rotate(x: Tensor, rope: RopeTables) -> Tensor:
+def _rotate(x: Tensor, rope: RopeTables, interleaved: bool) -> Tensor:
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    return torch.cat([x * cos + turned * sin, rest], dim=-1)
 
 
 def _attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -231,13 +261,15 @@ def _attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = spec.n_kv_heads != spec.n_heads
     mask = _window_mask(spec, q.shape[-2], q.device)
     causal = spec.causal and mask is None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=spec.scale, enable_gqa=grouped
+    )
 
 
 def _softcapped_attention(spec: BlockSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     group = spec.n_heads // spec.n_kv_heads
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = q @ k.transpose(-1, -2) * spec.head_dim**-0.5
+    scores = q @ k.transpose(-1, -2) * spec.scale
     scores = spec.softcap * torch.tanh(scores / spec.softcap)
     visible = _visible(spec, q.shape[-2], q.device)
     if visible is not None:
@@ -276,5 +308,40 @@ def _activation(kind: str, x: Tensor) -> Tensor:
 
 
 def _norm(spec: BlockSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
-    return kind(spec.d_model, eps=spec.norm_eps, device=device, dtype=dtype)
+    if spec.norm == "rmsnorm":
+        return _rms_norm(spec, spec.d_model, device, dtype)
+    options: dict[str, Any] = {"eps": spec.norm_eps, "device": device, "dtype": dtype}
+    return OffsetLayerNorm(spec, **options) if spec.norm_offset else nn.LayerNorm(spec.d_model, **options)
+
+
+def _rms_norm(spec: BlockSpec, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.RMSNorm:
+    options: dict[str, Any] = {"eps": spec.norm_eps, "device": device, "dtype": dtype}
+    return OffsetRMSNorm(spec, width, **options) if spec.norm_offset else nn.RMSNorm(width, **options)
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """An RMSNorm whose weight is ``norm_offset`` less than what it multiplies by, in float32 or better."""
+
+    def __init__(self, spec: BlockSpec, width: int, **options: Any) -> None:
+        super().__init__(width, **options)
+        self.offset = spec.norm_offset
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset
+        return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class OffsetLayerNorm(nn.LayerNorm):
+    """The same of a LayerNorm."""
+
+    def __init__(self, spec: BlockSpec, **options: Any) -> None:
+        super().__init__(spec.d_model, **options)
+        self.offset = spec.norm_offset
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide) + self.offset, self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

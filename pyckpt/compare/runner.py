@@ -152,7 +152,7 @@ class _Run:
             with measure.memory(self.work.model(variant), device=self.config.device) as m:
                 self.work.step(variant, batch)()
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             return OUT_OF_MEMORY
         return m.peak_bytes, m.saved_bytes
@@ -265,5 +265,5 @@ def _relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     return (difference / sum(b.double().square().sum().item() for b in want)) ** 0.5
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-_NAMED_OPTIONS = ("norm", "mlp", "bias", "qk_norm", "rope_theta", "causal", "window", "softcap")
+_NAMED_OPTIONS = (
+    *("norm", "norm_offset", "norm_placement", "mlp", "residual", "bias", "qk_norm"),
+    *("rope_theta", "rope_dim", "rope_interleaved", "causal", "window", "softcap", "attention_scale"),
+)
 UNSTEADY = 0.25  # interquartile range over median
 Scale = tuple[str, float]  # a unit's name and size
 
@@ -32,7 +35,8 @@ def title(results: Results) -> str:
         heads += f" ({c['n_kv_heads']} KV)"
     usual = {f.name: f.default for f in dataclasses.fields(BlockSpec)}
     usual["window"] = canonical_window(c["causal"], None)
-    odd = [f", {name} {_shown(c[name])}" for name in _NAMED_OPTIONS if _shown(c[name]) != _shown(usual[name])]
+    given = {name: _shown(c.get(name, usual[name])) for name in _NAMED_OPTIONS}  # older results lack newer options
+    odd = [f", {name} {value}" for name, value in given.items() if value != _shown(usual[name])]
     shape = f"d_model {c['d_model']}, {heads}, d_ff {c['d_ff']}, batch {c['batch']}, {c['dtype']}"
     return f"{what}: {shape}{''.join(odd)}"
 

@@ -13,9 +13,9 @@ from pyckpt.exec import node
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import Kept
 from pyckpt.ops.registry import LIBRARY
-from pyckpt.save import SaveSet, save_set
+from pyckpt.save import SaveSet, post_tensors, save_set
 from pyckpt.spec import BlockSpec
-from pyckpt.tokenwise.standard import parameter_shapes
+from pyckpt.tokenwise.parameters import parameter_shapes
 
 _ARGS = (
     "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor? seeds, Tensor[] weights, str spec, str save, int tile, "
@@ -48,11 +48,7 @@ def kept_names(spec: BlockSpec, save: SaveSet) -> tuple[str, ...]:
         names += ["q", "k", "v"]
     if save.attention:
         names += ["o", "lse"]
-    if save.mid:
-        names += ["mid"]
-    if save.mlp:
-        names += ["gate", "up"] if spec.gated else ["up"]
-    return tuple(names)
+    return *names, *(t.name for t in post_tensors(spec, save))
 
 
 def _run(x: Tensor, spec_text: str, save: str, tile: int, tile_bytes: int, dtype: torch.dtype) -> node.Run:
@@ -93,9 +89,10 @@ def _fwd_fake(
 ) -> tuple[Tensor, list[Tensor]]:
     s = BlockSpec.from_string(spec)
     tokens = x.numel() // x.shape[-1]
-    widths = {"q": s.d_q, "k": s.d_kv, "v": s.d_kv, "o": s.d_q, "gate": s.d_ff, "up": s.d_ff}
+    widths = {"q": s.d_q, "k": s.d_kv, "v": s.d_kv, "o": s.d_q}
     kept: Kept = {n: x.new_empty((tokens, width), dtype=dtype) for n, width in widths.items()}
-    kept["mid"] = x.new_empty((tokens, s.d_model))
+    for t in post_tensors(s, save_set(save)):
+        kept[t.name] = x.new_empty((tokens, t.width), dtype=x.dtype if t.residual else dtype)
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     lead = (s.n_heads, tokens) if cu_seqlens is not None else (x.shape[0], s.n_heads, x.shape[1])
     kept["lse"] = x.new_empty(lead, dtype=stats)

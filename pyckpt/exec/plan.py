@@ -7,10 +7,12 @@ import torch
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES, choose_tile
-from pyckpt.save import SaveSet
+from pyckpt.save import SaveSet, post_tensors
 from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise import fused
 from pyckpt.tokenwise.generic import GenericTokenwise
-from pyckpt.tokenwise.standard import StandardTokenwise, pre_parameters
+from pyckpt.tokenwise.parameters import pre_parameters
+from pyckpt.tokenwise.standard import StandardTokenwise
 
 
 def standard_plan(
@@ -24,14 +26,13 @@ def standard_plan(
     tile_bytes: int = TILE_BYTES,
 ) -> BlockPlan:
     return BlockPlan(
-        tokenwise=StandardTokenwise(spec),
+        tokenwise=StandardTokenwise(spec, fused.choose(spec, dtype, device)),
         attend=DenseAttend.of(spec),
         save=save,
         tile=tile or choose_tile(tokens, _standard_token_bytes(spec, x_dtype, dtype), device, tile_bytes),
         pre_names=frozenset(pre_parameters(spec)),
-        d_ff=spec.d_ff,
-        gated=spec.gated,
-        keeps_raw_qk=spec.qk_norm,
+        post_tensors=post_tensors(spec, save),
+        keeps_raw_qk=bool(spec.qk_norm),
     )
 
 
@@ -60,8 +61,11 @@ def _standard_token_bytes(spec: BlockSpec, x_dtype: torch.dtype, dtype: torch.dt
     """What a tile of the backward of `post`, or of `pre`, takes at most for a token, whole tensors aside."""
     hidden = (3 if spec.gated else 2) * spec.d_ff * dtype.itemsize
     mlp = hidden + spec.d_model * (2 * x_dtype.itemsize + 4 * dtype.itemsize)  # dy, mid; h, its cast, dh, d
+    if spec.norms_after:
+        # What both norms read, what they give, and a gradient.
+        mlp += spec.d_model * (3 * x_dtype.itemsize + 2 * dtype.itemsize)
     attention = spec.d_model * (x_dtype.itemsize + 2 * dtype.itemsize)  # the norm, its cast, dh
     if spec.qk_norm:
         attention += 2 * (spec.d_q + spec.d_kv) * dtype.itemsize  # raw q and k, and their gradients
-    angles = 4 * spec.head_dim * 8 if spec.rope_theta is not None else 0  # float64 while they are made
+    angles = 4 * spec.d_rope * 8 if spec.rope_theta is not None else 0  # float64 while they are made
     return max(mlp, attention + angles)

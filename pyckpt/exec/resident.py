@@ -16,26 +16,30 @@ from torch import Tensor
 from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.exec.tiling import count, tiles
 from pyckpt.ops import philox
-from pyckpt.save import SaveSet
+from pyckpt.ops.chunks import acc_dtype
+from pyckpt.save import KeptTensor, SaveSet
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Tokenwise, Weights
 from pyckpt.tokenwise.workspace import Workspace
 
 Kept = dict[str, Tensor]
 NOTHING = SaveSet("nothing")
+POST_NAMES = ("mid", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """How to run one block. `pre_names` are the weights whose gradient comes through q, k, v."""
+    """How to run one block. `pre_names` are the weights whose gradient comes through q, k, v.
+
+    `post_tensors` are what `post` keeps with this save set.
+    """
 
     tokenwise: Tokenwise
     attend: DenseAttend
     save: SaveSet
     tile: int
     pre_names: frozenset[str]
-    d_ff: int = 0
-    gated: bool = False
+    post_tensors: tuple[KeptTensor, ...] = ()
     keeps_raw_qk: bool = False
 
     @property
@@ -61,8 +65,12 @@ class Inputs:
     dtype: torch.dtype
     seed: int | None = None
 
-    def empty(self, width: int) -> Tensor:
-        return torch.empty(self.x.shape[0], width, dtype=self.dtype, device=self.x.device)
+    def empty(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.x.shape[0], width, dtype=dtype or self.dtype, device=self.x.device)
+
+    def by_head(self, heads: int) -> Tensor:
+        """An uninitialised number for each head and token, (heads, T), in the accumulation dtype."""
+        return torch.empty(heads, self.x.shape[0], dtype=acc_dtype(self.dtype), device=self.x.device)
 
     def tile(self, sl: slice, kept: Kept, names: Collection[str]) -> Tile:
         views = {n: kept[n][sl] for n in names if n in kept}
@@ -86,8 +94,9 @@ class Inputs:
         return dataclasses.replace(self, x=x, seed=seed)
 
 
-def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keep: SaveSet) -> tuple[Tensor, Kept]:
-    """y (T, d_model) and the tensors of `keep` (without x)."""
+def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keeping: bool) -> tuple[Tensor, Kept]:
+    """y (T, d_model) and, if `keeping`, the tensors of the save set (without x)."""
+    keep = plan.save if keeping else NOTHING
     ws = Workspace(inp.x.device)
     kept: Kept = {}
     if keep.qkv and plan.keeps_raw_qk:
@@ -99,13 +108,11 @@ def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keep: SaveSet) -> tu
     del q, k, v
     if keep.attention:
         kept["o"], kept["lse"] = o, lse
-    if keep.mid:
-        kept["mid"] = torch.empty_like(inp.x, memory_format=torch.contiguous_format)
-    if keep.mlp:
-        kept.update({n: inp.empty(plan.d_ff) for n in (("gate", "up") if plan.gated else ("up",))})
+    if keeping:
+        kept |= {t.name: inp.empty(t.width, inp.x.dtype if t.residual else inp.dtype) for t in plan.post_tensors}
     y = torch.empty_like(inp.x, memory_format=torch.contiguous_format)
     for sl in tiles(inp.layout.tokens, plan.tile):
-        plan.tokenwise.post(w, inp.tile(sl, kept, ("mid", "gate", "up")), o[sl], y[sl], ws)
+        plan.tokenwise.post(w, inp.tile(sl, kept, POST_NAMES), o[sl], y[sl], ws)
     return y, kept
 
 
@@ -119,14 +126,16 @@ def block_backward(
     o, lse, qkv = _attention_outputs(plan, w, inp, kept, ws)
     dx = torch.empty_like(inp.x, memory_format=torch.contiguous_format) if need_dx else None
     do = inp.empty(plan.d_q) if need_pre else None
+    delta = inp.by_head(plan.attend.n_heads) if need_pre and plan.tokenwise.makes_delta else None
     for sl in tiles(inp.layout.tokens, plan.tile):
-        tile = inp.tile(sl, kept, ("mid", "gate", "up"))
+        tile = inp.tile(sl, kept, POST_NAMES)
+        tile.delta = None if delta is None else delta[:, sl]
         plan.tokenwise.post_bwd(w, tile, o[sl], dy[sl].contiguous(), _rows(dx, sl), _rows(do, sl), grads, ws)
     if do is not None:
         q, k, v = qkv or _attention_inputs(plan, w, inp, kept, ws)
         del qkv
-        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed)
-        del do, q, k, v, o
+        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed, delta)
+        del do, q, k, v, o, delta
         for sl in tiles(inp.layout.tokens, plan.tile):
             tile = inp.tile(sl, kept, ("q", "k") if plan.keeps_raw_qk else ())
             plan.tokenwise.pre_bwd(w, tile, dq[sl], dk[sl], dv[sl], _rows(dx, sl), grads, ws)
@@ -176,10 +185,10 @@ def run_forward(
 ) -> tuple[Tensor, Kept]:
     """The output of consecutive blocks. A single block keeps its save set; a run of several keeps its input alone."""
     if len(plans) == 1:
-        return block_forward(plans[0], weights[0], inp.of_block(inp.x, seeds[0]), plans[0].save if keeping else NOTHING)
+        return block_forward(plans[0], weights[0], inp.of_block(inp.x, seeds[0]), keeping)
     x = inp.x
     for plan, w, seed in zip(plans, weights, seeds, strict=True):
-        x = block_forward(plan, w, inp.of_block(x, seed), NOTHING)[0]
+        x = block_forward(plan, w, inp.of_block(x, seed), keeping=False)[0]
     return x, {}
 
 
@@ -214,6 +223,6 @@ def _replay(
     x = inp.x
     for plan, w, seed in zip(plans[:-1], weights[:-1], seeds[:-1], strict=True):
         stage = inp.of_block(x, seed)
-        x, stage_kept = block_forward(plan, w, stage, plan.save)
+        x, stage_kept = block_forward(plan, w, stage, keeping=True)
         yield stage, stage_kept
     yield inp.of_block(x, seeds[-1]), kept

@@ -54,10 +54,13 @@ def arguments_of(model: CkptCausalLM) -> Arguments:
     return {
         **model.config,
         "norm_eps": s.norm_eps,
+        "norm_offset": s.norm_offset,
         "rope_theta": s.rope_theta,
         "rope_scaling": dict(s.rope_scaling) if s.rope_scaling else None,
         "window": s.window[0] if s.window[0] >= 0 else None,
         "softcap": s.softcap or None,
+        "rope_dim": s.rope_dim,
+        "attention_scale": s.attention_scale,
         "tie_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
     }
 
@@ -96,14 +99,21 @@ def standard_type(spec: BlockSpec) -> str | None:
     """The model_type in transformers that computes the same as blocks of this spec; None if none does."""
     if (
         spec.norm != "rmsnorm"
+        or spec.norm_offset
+        or spec.norm_placement != "pre"
+        or spec.parallel
+        or not isinstance(spec.bias, bool)
         or spec.mlp not in GATED_MLPS
         or spec.softcap
+        or spec.attention_scale is not None
+        or spec.rope_dim is not None
+        or spec.rope_interleaved
         or spec.rope_theta is None
         or not spec.causal
     ):
         return None
     if spec.qk_norm:
-        return None if spec.bias else "qwen3"
+        return None if spec.bias or spec.qk_norm == "full" else "qwen3"
     # transformers refuses a Llama with such widths, and takes a Mistral.
     uneven = spec.d_model % spec.n_heads != 0
     if spec.window[0] >= 0 or uneven:
@@ -243,6 +253,8 @@ def _standard(kind: str, fields: _Fields) -> Arguments:
         "norm": "rmsnorm",
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "mlp": _mlp(fields),
+        "norm_placement": "pre",
+        "residual": "sequential",
         "bias": _bias(kind, fields),
         "qk_norm": kind == "qwen3",
         "rope_theta": theta,
@@ -291,8 +303,7 @@ def _bias(kind: str, fields: _Fields) -> bool:
     attention, mlp = fields.flag("attention_bias"), kind == "llama" and fields.flag("mlp_bias")
     if attention != mlp:
         raise fields.error(
-            f"biases in {'attention' if attention else 'the MLP'} only: a CkptTransformerBlock has biases on all "
-            "linear layers or on none"
+            f"biases in {'attention' if attention else 'the MLP'} only, expected them on all linear layers or on none"
         )
     return attention
 
@@ -391,8 +402,7 @@ def _own(config: Config, where: str) -> Arguments:
     fields = _Fields(f"{where}: in {OWN_KEY!r}", given)
     for name in ("vocab_size", "n_layers", "d_model", "n_heads"):
         fields.count(name)
-    for name in ("bias", "qk_norm", "tie_embeddings"):
-        fields.flag(name)
+    fields.flag("tie_embeddings")
     try:
         spec_of(given)
     except (ValueError, TypeError, AttributeError) as error:

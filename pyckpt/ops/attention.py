@@ -67,7 +67,7 @@ def _bwd_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Gra
 
 @define(
     "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? dlse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, Tensor? delta=None) -> (Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
 )
 def attention_bwd(
@@ -88,8 +88,12 @@ def attention_bwd(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    delta: Tensor | None = None,
 ) -> Gradients:
-    """(dq, dk, dv). Any o and lse may be given: with a global lse the result is these keys' exact share."""
+    """(dq, dk, dv). Any o and lse may be given: with a global lse the result is these keys' exact share.
+
+    `delta` may hold what `attention_delta` would make of do and o; there must be no dlse then.
+    """
     score = Score(softcap, scale, sinks, alibi_slopes, dropout, seed)
     window = (window_left, window_right)
     return attention_torch.backward(do, q, k, v, o, lse, dlse, cu_seqlens_q, cu_seqlens_k, window, score)

@@ -14,6 +14,8 @@ from pyckpt.ops.attention_torch import Gradients
 from pyckpt.ops.registry import implement
 from pyckpt.ops.triton_backend import kernels, rounds_badly
 
+_OPTIONS = 10  # from cu_seqlens_q to seed; what follows is an op's own
+
 
 def _served(q: Tensor, v: Tensor) -> bool:
     reason = kernels("attention").unsupported(q.dtype, q.shape[-1], v.shape[-1])
@@ -70,16 +72,26 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
 
 @implement("attention_bwd", "triton")
 def attention_bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dlse: Tensor | None, *options: Any
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    *args: Any,
 ) -> Gradients:
     if not _served(q, v):
-        return op.attention_bwd(do, q, k, v, o, lse, dlse, *options)
+        return op.attention_bwd(do, q, k, v, o, lse, dlse, *args)
+    options, delta = args[:_OPTIONS], args[_OPTIONS] if len(args) > _OPTIONS else None
     if rounds_badly(q):
-        grads = attention_bwd(*_float(do, q, k, v, o), lse, dlse, *options)
+        grads = attention_bwd(*_float(do, q, k, v, o), lse, dlse, *options, delta)
         dq, dk, dv = (g.to(q.dtype) for g in grads)
         return dq, dk, dv
     attention = kernels("attention")
-    return attention.backward(do, q, k, v, lse, attention.delta(do, o, dlse), _options(*options))
+    if delta is None:
+        delta = attention.delta(do, o, dlse)
+    return attention.backward(do, q, k, v, lse, delta, _options(*options))
 
 
 @implement("attention_delta", "triton")

@@ -23,6 +23,8 @@ class GenericTokenwise:
     tiles: the modules are called on detached stand-ins, and the sums are returned once.
     """
 
+    makes_delta = False
+
     def __init__(self, pre: nn.Module, post: nn.Module) -> None:
         self._pre, self._post = pre, post
         self.pre_names = tuple(f"pre.{n}" for n, _ in pre.named_parameters())

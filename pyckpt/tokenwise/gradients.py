@@ -8,6 +8,7 @@ sum, and its product goes out as it is.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ class WeightGradients:
             self._sums[name] = product(dy.t(), x, x.dtype if self._single else acc_dtype(x.dtype))
         else:
             torch.ops.pyckpt.add_product_(total, dy.t(), x)
+
+    def add_normed_product(self, name: str, dy: Tensor, normed: tuple[Any, ...]) -> None:
+        """`add_product` of dy and norm(x), given as `pyckpt.ops.fused` has it: the normalised x is never stored."""
+        if name not in self._wanted:
+            return
+        total = self._sums.get(name)
+        if total is None:
+            dtype = dy.dtype if self._single else acc_dtype(dy.dtype)
+            made = self._sums[name] = torch.empty(dy.shape[1], normed[0].shape[1], dtype=dtype, device=dy.device)
+            torch.ops.pyckpt.norm_wgrad_(dy, *normed, made, False)
+        else:
+            torch.ops.pyckpt.norm_wgrad_(dy, *normed, total, True)
 
     def add_rows(self, name: str, dy: Tensor) -> None:
         """Add the sum of dy (t, n) over tokens: the gradient of a bias."""

@@ -20,8 +20,10 @@ class Tile:
     """One contiguous range of tokens: views of the tensors of the whole sequence. t tokens; all are 2-D, packed.
 
     x (t, d_model), positions (t,); q, k, v, o are (t, heads * head_dim). `kept` holds the views of what the save set
-    keeps besides: any of "q", "k" (raw, where they differ from those attention reads), "mid", "gate", "up".
+    keeps besides: any of "q", "k" (raw, where they differ from those attention reads), "mid", "gate", "up", "down".
     `first` is the absolute number of the first token; `seed` that of the block's dropout, None to drop nothing.
+    `statistics`: of the rows of what the MLP reads, where the product that made it has left them.
+    `delta` (heads, t): to be filled with the sums of do * o by head, of a part whose `makes_delta` says so.
     In a forward the executor allocates the views and the tokenwise part fills them; in a backward it reads them.
     """
 
@@ -30,13 +32,21 @@ class Tile:
     kept: dict[str, Tensor]
     first: int = 0
     seed: int | None = None
+    statistics: tuple[Tensor, ...] | None = None
+    delta: Tensor | None = None
 
 
 class Tokenwise(Protocol):
-    """`pre` and `post` of a block, and their backwards. All run without autograd and write into the tensors given."""
+    """`pre` and `post` of a block, and their backwards. All run without autograd and write into the tensors given.
+
+    `makes_delta`: `post_bwd` makes delta beside do, and the attention backward need not read o for it.
+    """
+
+    @property
+    def makes_delta(self) -> bool: ...
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights as the products take them, in `dtype`; norm weights stay as they are."""
+        """The weights as the products take them, in `dtype`, and those of norms as norms take them."""
 
     def pre(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor, ws: Workspace) -> None:
         """Fill q, k, v with what attention reads."""

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import triton
 
-from . import attention, loss, pointwise
+from . import attention, fused, loss, pointwise
 from .compile import ARCHS, HEADER, Case, Report, run
 
 # Each has cases(arch, quick): every kernel, dtype and configuration that ships; quick, those that matter most.
-FAMILIES = {"attention": attention, "pointwise": pointwise, "loss": loss}
+FAMILIES = {"attention": attention, "pointwise": pointwise, "loss": loss, "fused": fused}
 
 
 def cases(archs: Iterable[str] = ARCHS, quick: bool = False, families: Iterable[str] = FAMILIES) -> Iterator[Case]:

@@ -43,6 +43,7 @@ class Case(abc.ABC):
 
     arch: str
     allowed_spill = 0  # bytes a thread
+    fp_fusion = True  # whether the compiler may turn a product and a sum into a fused multiply-add
     matrix_unit = False  # whether its products must run on the chip's matrix unit
 
     @property
@@ -157,10 +158,11 @@ def compile_case(case: Case) -> Report:
     kinds, constants, attrs = case.arguments()
     source = ASTSource(case.kernel, kinds, constexprs=constants, attrs=attrs)
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options["enable_fp_fusion"] = case.fp_fusion
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton warns that the default of enable_fp_fusion will change: we give it
-        kernel = triton.compile(source, target=_target(case.arch), options={**options, "enable_fp_fusion": True})
+        kernel = triton.compile(source, target=_target(case.arch), options=options)
     seconds = time.perf_counter() - start
     shared = kernel.metadata.shared
     if not case.arch.startswith("sm_"):

@@ -1,0 +1,231 @@
+"""The parts of the standard block whose products are fused with what stands around them, chosen one by one.
+
+Each goes another way to the result of the part it derives from: see `pyckpt.ops.fused`. `choose` says which do. Within
+a part, forward and recomputation go the same way, so that a save set still changes no bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops import registry
+from pyckpt.ops.triton_backend import kernels
+from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise.branch import Branch
+from pyckpt.tokenwise.gradients import WeightGradients
+from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.linear import add_gradients
+from pyckpt.tokenwise.mlp import DOWN, Hidden, Mlp
+from pyckpt.tokenwise.norm import LayerNorm, NoNorm, Norm, Normed, Stats
+from pyckpt.tokenwise.parameters import ATTENTION, MLP
+from pyckpt.tokenwise.qkv import Qkv
+from pyckpt.tokenwise.workspace import Workspace
+
+ops = torch.ops.pyckpt
+Fused = frozenset[str]
+NOTHING: Fused = frozenset()
+# Names in the table of `fused.choice`, with the op that is asked for.
+_OPS = {
+    "qkv": "norm_qkv_",
+    "residual": "linear_residual_",
+    "mlp": "norm_mlp_",
+    "delta": "linear_delta_",
+    "wgrad": "norm_wgrad_",
+}
+
+
+def choose(spec: BlockSpec, dtype: torch.dtype, device: torch.device) -> Fused:
+    """Which products run fused, in `dtype` on a device: by the table of `fused.choice`, or by PYCKPT_FUSED.
+
+    Only those that our kernels serve: composed of PyTorch's own kernels, a fused op gains nothing.
+    """
+    if device.type not in registry.DEVICE_TYPES or dtype == torch.float64:
+        return NOTHING
+    served = [name for name, op in _OPS.items() if registry.choose(op, device.type)[0] == "triton"]
+    if not served:
+        return NOTHING
+    choice = kernels("fused.choice")
+    return frozenset(n for n in served if choice.fuses(choice.key(n, spec.d_model, dtype, device)))
+
+
+def qkv_of(spec: BlockSpec, fused: Fused) -> Qkv:
+    part = FusedQkv(spec, fused)
+    return Qkv(spec) if isinstance(part.norm, NoNorm) or not fused & {"qkv", "wgrad"} else part
+
+
+def mlp_of(spec: BlockSpec, fused: Fused) -> Mlp:
+    part = FusedMlp(spec, fused)
+    return Mlp(spec) if isinstance(part.norm, NoNorm) or not fused & {"mlp", "wgrad"} else part
+
+
+class LazyNormed(Normed):
+    """norm(x) of a tile by its statistics, as the fused ops take it; its values are made where something asks for them.
+
+    `stats` of x's rows, if somebody has them.
+    """
+
+    def __init__(self, norm: Norm, w: Weights, x: Tensor, dtype: torch.dtype, stats: Stats | None = None) -> None:
+        self._norm, self.w, self.x, self.dtype = norm, w, x, dtype
+        self.stats = row_statistics(norm, x) if stats is None else stats
+
+    @functools.cached_property
+    def h(self) -> Tensor:  # type: ignore[override]
+        return self._norm.forward(self.w, self.x)[0].to(self.dtype)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """x, mean, rstd, weight, bias."""
+        mean = self.stats[0] if len(self.stats) == 2 else None
+        weight, bias = (*(self.w[n] for n in self._norm.parameters), None)[:2]
+        return self.x, mean, self.stats[-1], weight, bias
+
+
+def row_statistics(norm: Norm, x: Tensor) -> Stats:
+    """As the norm's forward has them."""
+    centered = isinstance(norm, LayerNorm)
+    return ops.row_statistics(x, centered, norm.eps)[0 if centered else 1 :]
+
+
+def _add_gradients(fused: Fused, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
+    if "wgrad" in fused and isinstance(normed, LazyNormed):
+        grads.add_normed_product(f"{name}.weight", dy, normed.args)
+        grads.add_rows(f"{name}.bias", dy)
+    else:
+        add_gradients(grads, name, dy, normed.h)
+
+
+class FusedQkv(Qkv):
+    """`Qkv` by `norm_qkv_`, where "qkv" is chosen, and `norm_wgrad_`, where "wgrad" is.
+
+    A program has some heads: QK-norm over all of them at once stays with the library.
+    """
+
+    def __init__(self, spec: BlockSpec, fused: Fused) -> None:
+        super().__init__(spec)
+        self._fused = fused - {"qkv"} if spec.qk_norm == "full" else fused
+
+    def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
+        if "qkv" not in self._fused:
+            super().forward(w, tile, q, k, v)
+            return
+        scales = (w.get(f"{ATTENTION}.{n}_norm.weight") for n in "qk")
+        after = (*scales, *self._options(tile.positions, q.dtype))
+        raw = (tile.kept.get("q"), tile.kept.get("k"))
+        ops.norm_qkv_(*self._normed(w, tile.x, q.dtype).args, *self._weights(w), *after, q, k, v, *raw)
+
+    def finish(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
+        if "qkv" not in self._fused or not self.spec.qk_norm:
+            super().finish(w, positions, raw, out)
+            return
+        options = self._options(positions, out[0].dtype)
+        for name, source, target in zip("qk", raw, out, strict=True):
+            ops.qk_finish_(source, w[f"{ATTENTION}.{name}_norm.weight"], *options, target)
+
+    def _normed(self, w: Weights, x: Tensor, dtype: torch.dtype) -> LazyNormed:
+        return LazyNormed(self.norm, w, x, dtype)
+
+    def _raw(
+        self, w: Weights, tile: Tile, normed: Normed, like: tuple[Tensor, Tensor], ws: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        if "q" in tile.kept or "qkv" not in self._fused:
+            return super()._raw(w, tile, normed, like, ws)
+        assert isinstance(normed, LazyNormed)
+        q, k = (ws.get(f"raw_{n}", tuple(t.shape), t.dtype) for n, t in zip("qk", like, strict=True))
+        wq, wk, _, bq, bk, _ = self._weights(w)
+        nothing_after = (None, None, self.spec.norm_eps, None, None, False, self.spec.head_dim)
+        ops.norm_qkv_(*normed.args, wq, wk, None, bq, bk, None, *nothing_after, q, k, None, None, None)
+        return q, k
+
+    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
+        _add_gradients(self._fused, grads, name, dy, normed)
+
+    def _weights(self, w: Weights) -> tuple[Any, ...]:
+        return (*(w[f"{n}.weight"] for n in self.projections), *(w.get(f"{n}.bias") for n in self.projections))
+
+    def _options(self, positions: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+        tables = self._rope_tables(positions, dtype) or (None, None)
+        return self.spec.norm_eps, *tables, self.spec.rope_interleaved, self.spec.head_dim
+
+
+@dataclasses.dataclass
+class Kept:
+    """In place of `Hidden`: what the fused backward starts from, with gate and up only where a save set kept them."""
+
+    normed: LazyNormed
+    gate: Tensor | None
+    up: Tensor | None
+
+
+class FusedMlp(Mlp):
+    """`Mlp` by `norm_mlp_` and `norm_mlp_bwd_`, where "mlp" is chosen, and `norm_wgrad_`, where "wgrad" is.
+
+    gate and up exist in registers alone, unless a save set keeps them.
+    """
+
+    def __init__(self, spec: BlockSpec, fused: Fused) -> None:
+        super().__init__(spec)
+        self._fused = fused
+
+    def forward(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Tensor:
+        if "mlp" not in self._fused:
+            return super().forward(w, tile, x, dtype, ws)
+        return self._activated(self._normed(w, tile, x, dtype), ws, tile.kept.get("gate"), tile.kept.get("up"))
+
+    def remake(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Any:
+        if "mlp" not in self._fused:
+            return super().remake(w, tile, x, dtype, ws)
+        return Kept(self._normed(w, tile, x, dtype), tile.kept.get("gate"), tile.kept.get("up"))
+
+    def activation(self, hidden: Any, ws: Workspace) -> Tensor:
+        return super().activation(hidden, ws) if isinstance(hidden, Hidden) else self._activated(hidden.normed, ws)
+
+    def _backward_inside(self, w: Weights, hidden: Any, d: Tensor, ws: Workspace) -> tuple[Tensor, list[Tensor]]:
+        if isinstance(hidden, Hidden):
+            return super()._backward_inside(w, hidden, d, ws)
+        shape = (d.shape[0], self.spec.d_ff)
+        act, *inner = (ws.get(n, shape, d.dtype) for n in ("act", *(("gate", "up") if self.spec.gated else ("up",))))
+        given = (*hidden.normed.args, *self._weights(w), self.spec.mlp, hidden.gate, hidden.up)
+        dgate = inner[0] if self.spec.gated else None
+        ops.norm_mlp_bwd_(d, w[f"{DOWN}.weight"], *given, act, dgate, inner[-1])
+        return act, inner
+
+    def _activated(
+        self, normed: LazyNormed, ws: Workspace, gate: Tensor | None = None, up: Tensor | None = None
+    ) -> Tensor:
+        act = ws.get("act", (normed.x.shape[0], self.spec.d_ff), normed.dtype)
+        ops.norm_mlp_(*normed.args, *self._weights(normed.w), self.spec.mlp, act, gate, up)
+        return act
+
+    def _normed(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype) -> LazyNormed:
+        return LazyNormed(self.norm, w, x, dtype, tile.statistics)
+
+    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
+        _add_gradients(self._fused, grads, name, dy, normed)
+
+    def _weights(self, w: Weights) -> tuple[Any, ...]:
+        names = (f"{MLP}.{n}_proj.{kind}" for n in ("gate", "up") for kind in ("weight", "bias"))
+        return tuple(w.get(n) for n in names)
+
+
+class FusedBranch(Branch):
+    """`Branch` with product, bias and residual in one kernel, unless something is dropped between them.
+
+    It leaves the statistics of the sum's rows in the tile, for `following`, the norm that reads the sum.
+    """
+
+    def __init__(self, *args: Any, following: Norm | None = None) -> None:
+        super().__init__(*args)
+        self._following = None if isinstance(following, NoNorm) else following
+
+    def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor) -> None:
+        centered = isinstance(self._following, LayerNorm)
+        eps = 0.0 if self._following is None else self._following.eps
+        given = (x, w[self.weight], w.get(self.bias), residual, out)
+        mean, rstd = ops.linear_residual_(*given, self._following is not None, centered, eps)
+        if self._following is not None:
+            tile.statistics = (mean, rstd) if centered else (rstd,)

@@ -1,0 +1,115 @@
+"""q, k, v = rope(qk_norm(norm(x) Wqkvᵀ + b)): how attention's inputs are made, and the backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyckpt.ops.rope import rope_tables
+from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise.gradients import WeightGradients
+from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
+from pyckpt.tokenwise.norm import Normed, norm_of
+from pyckpt.tokenwise.parameters import ATTENTION, norm_names
+from pyckpt.tokenwise.workspace import Workspace
+
+ops = torch.ops.pyckpt
+
+
+class Qkv:
+    """`pre` of the standard block, from x (t, d_model) to q, k, v (t, heads * head_dim)."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        self.spec = spec
+        self.norm = norm_of(spec, norm_names(spec).attention)
+        self.projections = [f"{ATTENTION}.{n}_proj" for n in "qkv"]
+
+    def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
+        h = self._normed(w, tile.x, q.dtype).h
+        raw = (tile.kept.get("q", q), tile.kept.get("k", k))
+        for name, out in zip(self.projections, (*raw, v), strict=True):
+            linear(w, name, h, out)
+        self.finish(w, tile.positions, raw, (q, k))
+
+    def finish(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
+        """Fill the q and k that attention reads from the projections' own, which may be the same tensors."""
+        tables = self._rope_tables(positions, out[0].dtype)
+        if self.spec.qk_norm:
+            for name, source, target in zip(("q_norm", "k_norm"), raw, out, strict=True):
+                weight = w[f"{ATTENTION}.{name}.weight"]
+                self._norm_rows(target).copy_(ops.rms_norm_fwd(self._norm_rows(source), weight, self.spec.norm_eps)[0])
+        if tables is not None:
+            ops.rope_qk_(*map(self._by_head, out), *tables, False, self.spec.rope_interleaved)
+
+    def backward(
+        self,
+        w: Weights,
+        tile: Tile,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dx: Tensor | None,
+        grads: WeightGradients,
+        ws: Workspace,
+    ) -> None:
+        """Add the share of dx that comes through q, k, v. Overwrites dq and dk."""
+        normed = self._normed(w, tile.x, dq.dtype)
+        tables = self._rope_tables(tile.positions, dq.dtype)
+        if tables is not None:
+            ops.rope_qk_(self._by_head(dq), self._by_head(dk), *tables, True, self.spec.rope_interleaved)
+        if self.spec.qk_norm:
+            raws = self._raw(w, tile, normed, (dq, dk), ws)
+            for name, raw, d in zip("qk", raws, (dq, dk), strict=True):
+                self._qk_norm_bwd(w, name, raw, d, grads)
+        for name, d in zip(self.projections, (dq, dk, dv), strict=True):
+            self._add_gradients(grads, name, d, normed)
+        if dx is not None or grads.wants(*self.norm.parameters):
+            dh = ws.get("dh", tuple(tile.x.shape), dq.dtype)
+            input_gradient(w, self.projections, [dq, dk, dv], dh)
+            target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
+            self.norm.backward_add(w, dh, tile.x, normed.stats, target, grads)
+
+    def _normed(self, w: Weights, x: Tensor, dtype: torch.dtype) -> Normed:
+        return Normed(self.norm, w, x, dtype)
+
+    def _raw(
+        self, w: Weights, tile: Tile, normed: Normed, like: tuple[Tensor, Tensor], ws: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """q and k before QK-norm, kept or made again."""
+        if "q" in tile.kept:
+            return tile.kept["q"], tile.kept["k"]
+        q, k = (ws.get(f"raw_{n}", tuple(t.shape), t.dtype) for n, t in zip("qk", like, strict=True))
+        for name, out in zip(self.projections, (q, k), strict=False):
+            linear(w, name, normed.h, out)
+        return q, k
+
+    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
+        add_gradients(grads, name, dy, normed.h)
+
+    def _qk_norm_bwd(self, w: Weights, name: str, raw: Tensor, d: Tensor, grads: WeightGradients) -> None:
+        """Turn d, the gradient of the normalised q or k, into that of the raw one."""
+        rows, drows = self._norm_rows(raw), self._norm_rows(d)
+        key = f"{ATTENTION}.{name}_norm.weight"
+        rstd = ops.rms_norm_fwd(rows, None, self.spec.norm_eps)[1]
+        made, dw = ops.rms_norm_bwd(drows, rows, w[key], rstd, grads.wants(key))
+        drows.copy_(made)
+        grads.add(key, dw)
+
+    def _rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.spec.rope_theta is None:
+            return None
+        return rope_tables(
+            positions,
+            self.spec.d_rope,
+            self.spec.rope_theta,
+            self.spec.rope_scaling,
+            torch.float64 if dtype == torch.float64 else torch.float32,
+        )
+
+    def _norm_rows(self, t: Tensor) -> Tensor:
+        """(t, rows, width) as QK-norm sees it."""
+        return t.unsqueeze(1) if self.spec.qk_norm == "full" else self._by_head(t)
+
+    def _by_head(self, t: Tensor) -> Tensor:
+        return t.view(t.shape[0], -1, self.spec.head_dim)
