@@ -4,6 +4,7 @@
 #   PIP_ARGS  more options for pip, e.g. an index that has PyTorch's CPU build
 #   WORKERS   test processes; 0 runs the tests in one process, as a debugger wants it
 #   THREADS   threads of each test process
+#   PYCKPT_BUILD_CUDA=1  build the CUDA extension too when the environment is set up; see also make cuda
 #   ARGS      more options for the command: make test ARGS='-k rope', make demo ARGS='--help'
 
 PYTHON ?= python3
@@ -11,6 +12,8 @@ PIP_ARGS ?=
 WORKERS ?= 2
 THREADS ?= 1
 ARGS ?=
+# Minutes of compiling that most work on pyckpt does not need; an install by pip builds it where it can.
+export PYCKPT_BUILD_CUDA ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,13 +23,14 @@ READY := $(VENV)/ready
 SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint aot gpu bench doctor clean
+.PHONY: help setup demo test lint aot cuda gpu bench doctor clean
 
 help:
 	@echo "make demo     train a small model on text, then compare memory and time (3 minutes)"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile the Triton kernels for GPUs that are not here; registers, spills, shared memory"
+	@echo "make cuda     build the CUDA C++ extension in place, with nvcc (3 minutes; no GPU needed)"
 	@echo "make gpu      on a machine with a GPU: its tests and every benchmark, quickly (8 minutes, nothing installed)"
 	@echo "make bench    the block's times against PyTorch's; on a GPU Llama-8B's block, and its memory"
 	@echo "make doctor   versions, devices, and which backend serves each op"
@@ -67,6 +71,9 @@ bench: $(READY)
 aot: $(READY)
 	@env -u TRITON_INTERPRET $(BIN)/python -m pyckpt.triton_kernels.aot $(ARGS)
 
+cuda: $(READY)
+	@$(BIN)/python csrc/build.py $(ARGS)
+
 # With the machine's own Python and PyTorch: a virtual environment would hide its CUDA build.
 gpu:
 	@$(PYTHON) bench/gpu.py $(ARGS)
@@ -75,5 +82,5 @@ doctor: $(READY)
 	@$(BIN)/pyckpt doctor
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis pyckpt/_build.json
+	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis pyckpt/_build.json pyckpt/*.so
 	find pyckpt triton_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -156,13 +156,24 @@ def _cuda_extension() -> str:
         built = json.loads(record.read_text(encoding="utf-8"))
         names, reason = list(built["cuda_extensions"]), str(built["reason"])
     except FileNotFoundError:
+        if importlib.util.find_spec("pyckpt._cuda") is not None:
+            return f"built in place{_cuda_problem()}"
         return "not built: pyckpt was not installed, only its source tree is on the path"
     except (OSError, ValueError, KeyError, TypeError):
         return f"unknown: {record} cannot be read; install pyckpt again"
     if not names:
         return f"not built: {reason}"
     lost = [name for name in names if importlib.util.find_spec(name) is None]
-    return f"built, but {', '.join(lost)} is not found; install pyckpt again" if lost else f"built: {reason}"
+    if lost:
+        return f"built, but {', '.join(lost)} is not found; install pyckpt again"
+    return f"built: {reason}{_cuda_problem()}"
+
+
+def _cuda_problem() -> str:
+    """What keeps an extension that was built from being used, or nothing."""
+    from pyckpt.ops import cuda_backend
+
+    return f"; it does not load: {cuda_backend.problem}" if cuda_backend.problem else ""
 
 
 def _ops(device_type: str) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LOW_DTYPES, assert_exact, check_exact, check_truth, step
+from helpers import LOW_DTYPES, assert_close_to_truth, assert_exact, check_exact, check_truth, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -679,3 +679,43 @@ class TestBadInput:
             pyckpt.attention(x[None], x[None], x[None], cu_seqlens=cu)
         with pytest.raises(ValueError, match="packed q has 5 tokens and k has 4"):
             pyckpt.attention(x, x[:4], x[:4], cu_seqlens=cu)
+
+
+class TestMerge:
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_two_sets_of_keys_are_one(self, packed):
+        """Attention to all keys is that to the first and that to the others, merged."""
+        q, k, v = (torch.randn(2, 7, 4, 5, dtype=torch.float64) for _ in range(3))
+        want_o, want_lse = reference.attention(q, k, v)
+        parts = [reference.attention(q, k[:, cut], v[:, cut]) for cut in (slice(3), slice(3, None))]
+        for o, lse in (reference.merge(*parts[0], *parts[1]), _merged(*parts[0], *parts[1], packed)):
+            if packed and o.dim() == 3:
+                assert_exact(o, want_o[0])
+                assert_exact(lse, want_lse[0])
+            else:
+                assert_exact(o, want_o)
+                assert_exact(lse, want_lse)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_low_precision(self, dtype):
+        o, part_o = torch.randn(2, 3, 9, 2, 8).to(dtype)
+        lse, part_lse = torch.randn(2, 3, 2, 9) * 5
+        lse[0], part_lse[1, 1] = float("-inf"), float("-inf")
+        o[0], part_o[1, :, 1] = 0.0, 0.0
+        want_o, want_lse = reference.merge(*(t.double() for t in (o, lse, part_o, part_lse)))
+        plain = reference.merge(o.float(), lse, part_o.float(), part_lse)[0].to(dtype)
+        ops.attention_merge_(o, lse, part_o, part_lse)
+        assert_close_to_truth(o, plain, want_o)
+        assert_close_to_truth(lse, want_lse.float(), want_lse)
+
+    def test_two_sets_without_keys(self):
+        o, lse = torch.zeros(1, 2, 3, 4), torch.full((1, 3, 2), float("-inf"))
+        ops.attention_merge_(o, lse, o.clone(), lse.clone())
+        assert (o == 0).all() and (lse == float("-inf")).all()
+
+
+def _merged(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    """By the op, in place; of the first sequence as a packed batch."""
+    tensors = [t[0].clone() if packed else t.clone() for t in (o, lse, part_o, part_lse)]
+    ops.attention_merge_(*tensors)
+    return tensors[0], tensors[1]

@@ -109,6 +109,8 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (rand(7, 2, 6), *TABLES, True, True),
     ],
     "rope_": [lambda: (rand(7, 2, 4), *TABLES, False, False)],
+    "rope_qk_": [lambda: (rand(7, 4, 4), rand(7, 2, 4), *TABLES, False, False)],
+    "attention_merge_": [lambda: (rand(5, 4, 6), rand(4, 5), rand(5, 4, 6), rand(4, 5))],
     "glu_fwd": [lambda: (rand(5, 6, grad=True), rand(5, 6, grad=True), "swiglu")],
     "glu_fwd_": [lambda: (rand(5, 6), rand(5, 6), "geglu")],
     "glu_bwd": [lambda: (rand(5, 6), rand(5, 6), rand(5, 6), "swiglu")],

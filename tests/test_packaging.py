@@ -17,7 +17,7 @@ import pytest
 import pyckpt
 from pyckpt import doctor
 from pyckpt._version import __version__
-from pyckpt.ops import registry
+from pyckpt.ops import cuda_backend, registry
 
 # The tests of one wheel go to one test process, so that it is built once.
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -60,7 +60,7 @@ def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)),
         str(source_copy),
         cwd=source_copy,
-        PYCKPT_BUILD_CUDA="",
+        PYCKPT_BUILD_CUDA="0",
     )
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = out.glob("*.whl")
@@ -71,6 +71,7 @@ def test_wheel_holds_every_module_and_nothing_else_of_the_repository(wheel: Path
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pyckpt").rglob("*.py")}
     expected |= {f"pyckpt/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("triton_kernels/**/*.py")}
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert "pyckpt/ops/measured.json" in names
     assert "pyckpt/triton_kernels/__init__.py" in names
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pyckpt"}
@@ -94,7 +95,7 @@ def test_wheel_metadata(wheel: Path) -> None:
 def test_wheel_records_why_there_is_no_cuda_extension(wheel: Path) -> None:
     record = json.loads(zipfile.ZipFile(wheel).read("pyckpt/_build.json"))
     assert record["cuda_extensions"] == []
-    assert record["reason"]
+    assert record["reason"] == "forbidden: PYCKPT_BUILD_CUDA=0 was set when pyckpt was installed"
 
 
 def test_unpacked_wheel_imports_its_kernels_package(wheel: Path, tmp_path: Path) -> None:
@@ -131,6 +132,47 @@ def test_build_variable_is_checked(source_copy: Path, value: str, expected: int)
     assert (done.returncode != 0) == expected, done.stderr
     if expected:
         assert "PYCKPT_BUILD_CUDA is 'yes'; expected 0, 1 or unset" in done.stderr
+
+
+def nothing_on_path(tmp_path: Path) -> dict[str, str]:
+    """Variables under which no compiler is found."""
+    (tmp_path / "empty").mkdir()
+    return {"PATH": str(tmp_path / "empty"), "CUDA_HOME": ""}
+
+
+def test_without_nvcc_there_is_no_extension_and_the_reason(source_copy: Path, tmp_path: Path) -> None:
+    code = "import runpy, setuptools; setuptools.setup = lambda **k: print(k['ext_modules'])\n"
+    code += "print(runpy.run_path('setup.py')['REASON'])"
+    done = run_python("-c", code, cwd=source_copy, PYCKPT_BUILD_CUDA="", **nothing_on_path(tmp_path))
+    assert done.returncode == 0, done.stderr
+    extensions, reason = done.stdout.splitlines()
+    assert extensions == "[]"
+    assert reason == "there is no nvcc on PATH or in $CUDA_HOME/bin: install the CUDA toolkit"
+
+
+def test_demanded_without_nvcc(source_copy: Path, tmp_path: Path) -> None:
+    variables = {"PYCKPT_BUILD_CUDA": "1", **nothing_on_path(tmp_path)}
+    done = run_python("setup.py", "--version", cwd=source_copy, **variables)
+    assert done.returncode != 0
+    assert "PYCKPT_BUILD_CUDA=1, but there is no nvcc on PATH" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", "sm_80, sm_90, sm_100+PTX"),
+        ("9.0", "sm_90"),
+        ("8.6 9.0a+PTX", "sm_86, sm_90a+PTX"),
+        ("12.0;10.3f", "sm_120, sm_103f"),
+        ("Hopper", "TORCH_CUDA_ARCH_LIST has 'Hopper'; expected capabilities such as 8.0;9.0;10.0+PTX"),
+        ("90", "TORCH_CUDA_ARCH_LIST has '90'"),
+    ],
+)
+def test_architectures(value: str, expected: str) -> None:
+    code = "import build; print(', '.join(map(str, build.architectures())))"
+    done = run_python("-c", code, cwd=ROOT / "csrc", TORCH_CUDA_ARCH_LIST=value)
+    assert expected in done.stdout + done.stderr
+    assert done.returncode == expected.startswith("TORCH")
 
 
 def test_kernels_package_imports_nothing_of_pyckpt() -> None:
@@ -179,7 +221,7 @@ def test_doctor_says_what_is_wrong_with_the_settings(monkeypatch: pytest.MonkeyP
         (None, "not built: pyckpt was not installed"),
         ('{"cuda_extensions": [], "reason": "no compiler"}', "not built: no compiler"),
         ('{"cuda_extensions": ["pyckpt_no_such"], "reason": "sm_90a"}', "is not found; install pyckpt again"),
-        ('{"cuda_extensions": ["json"], "reason": "sm_90a"}', "built: sm_90a"),
+        ('{"cuda_extensions": ["json"], "reason": "sm_90a"}', "built: sm_90a; it does not load: no driver"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
     ],
@@ -188,6 +230,7 @@ def test_doctor_reads_the_build_record(
     record: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(cuda_backend, "problem", "no driver")
     if record is not None:
         (tmp_path / "_build.json").write_text(record)
     assert said in dict(dict(doctor.report())["Settings"])["CUDA extension"]

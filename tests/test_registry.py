@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from pyckpt.save import SAVE_SETS, save_set
 from pyckpt.spec import GATED_MLPS, PLAIN_MLPS, BlockSpec
 from pyckpt.tokenwise.parameters import parameter_shapes
 
+ROOT = Path(__file__).resolve().parent.parent
 ops = torch.ops.pyckpt
 Sample = tuple[Any, ...]
 
@@ -70,6 +72,12 @@ def attention_tile_bwd_samples() -> Iterator[Sample]:
         yield torch.randn_like(o), q, k, v, lse, torch.randn_like(lse), *grads, *options
 
 
+def merge_samples() -> Iterator[Sample]:
+    for lead, stat in (((2, 5), (2, 4, 5)), ((5,), (4, 5))):
+        for dtype in (torch.float32, torch.float16):
+            yield randn(*lead, 4, 3), randn(*stat), randn(*lead, 4, 3, dtype=dtype), randn(*stat)
+
+
 def norm_samples(params: int, grad: bool) -> Iterator[Sample]:
     yield randn(3, 5, grad=grad), *(randn(5, grad=grad) for _ in range(params)), 1e-5
     yield randn(2, 3, 5, grad=grad), *(None for _ in range(params)), 1e-5
@@ -92,6 +100,11 @@ def rope_samples(grad: bool) -> Iterator[Sample]:
     if grad:
         yield randn(2, 3, 5, 4, grad=True).transpose(1, 2), cos, sin, False, False
     yield randn(5, 3, 4, dtype=torch.float16, grad=grad), cos, sin, False, False
+
+
+def rope_qk_samples() -> Iterator[Sample]:
+    for q, *options in rope_samples(False):
+        yield q, randn(*q.shape[:-2], 2, q.shape[-1], dtype=q.dtype), *options
 
 
 def pointwise_samples(kinds: tuple[str, ...], tensors: int, grad: bool) -> Iterator[Sample]:
@@ -151,6 +164,8 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "attention_fwd": attention_samples,
     "attention_bwd": lambda grad: attention_bwd_samples(),
     "attention_delta": lambda grad: attention_delta_samples(),
+    "attention_merge_": lambda grad: merge_samples(),
+    "rope_qk_": lambda grad: rope_qk_samples(),
     "attention_tile_fwd_": lambda grad: attention_tile_samples(),
     "attention_tile_bwd_": lambda grad: attention_tile_bwd_samples(),
     "add_rms_norm_fwd": lambda grad: (
@@ -326,9 +341,29 @@ class TestChoice:
         monkeypatch.setenv("PYCKPT_BACKEND", "torch")
         assert registry.choose("act_fwd", "cpu") == ("torch", "PYCKPT_BACKEND=torch")
 
-    def test_cuda_prefers_its_own(self, more_backends):
+    def test_cuda_prefers_triton(self, more_backends):
         assert registry.choose("act_fwd", "cuda")[0] == "triton"
         assert registry.choose("linear_cross_entropy_fwd", "cuda")[0] == "triton"
+
+    def test_the_extension_has_to_be_measured_faster(self, monkeypatch, more_backends):
+        registry.implement("act_fwd", "cuda")(lambda x, kind: x)
+        assert registry.choose("act_fwd", "cuda") == ("triton", "default on cuda")
+        monkeypatch.setattr(registry, "measured", lambda: {"results": "norm_x.json", "cuda_first": ["act_fwd"]})
+        assert registry.choose("act_fwd", "cuda") == ("cuda", "measured faster: norm_x.json")
+        assert registry.choose("act_fwd", "cpu")[0] == "torch"
+        assert registry.choose("rms_norm_fwd", "cuda")[0] == "triton"
+        del registry.IMPLEMENTATIONS["act_fwd"]["cuda"]
+        assert registry.choose("act_fwd", "cuda") == ("triton", "default on cuda")
+        monkeypatch.setenv("PYCKPT_BACKEND", "cuda")
+        registry.implement("act_fwd", "cuda")(lambda x, kind: x)
+        assert registry.choose("act_fwd", "cuda") == ("cuda", "PYCKPT_BACKEND=cuda")
+
+    def test_what_was_measured_is_there_to_read(self):
+        """The table names ops that exist, and a file with figures wherever it names any."""
+        table = registry.measured()
+        assert set(table) == {"results", "cuda_first"}
+        assert set(table["cuda_first"]) <= set(registry.IMPLEMENTATIONS)
+        assert not table["cuda_first"] or (ROOT / table["results"]).is_file()
 
     def test_no_implementation(self, monkeypatch):
         monkeypatch.setitem(registry.IMPLEMENTATIONS, "act_fwd", {"cuda": None})

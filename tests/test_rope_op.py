@@ -108,6 +108,14 @@ class TestExact:
         ops.rope_(x, cos, sin, True, interleaved)
         assert_exact(whole, before)
 
+    @INTERLEAVED
+    def test_q_and_k_at_once(self, interleaved, chunking):
+        q, k = randn(3, 7, 4, 6), randn(3, 7, 2, 6)
+        tables = rope_tables(torch.arange(7), 4, 100.0, dtype=torch.float64)
+        want = [ops.rope(t, *tables, True, interleaved) for t in (q, k)]
+        ops.rope_qk_(q, k, *tables, True, interleaved)
+        assert torch.equal(q, want[0]) and torch.equal(k, want[1])
+
     def test_scores_depend_on_the_distance_alone(self):
         q, k = randn(1, 1, 1, 16), randn(1, 1, 1, 16)
 

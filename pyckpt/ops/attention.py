@@ -185,6 +185,19 @@ def attention_tile_bwd_(
     attention_torch.tile_backward(do, q, k, v, o, lse, delta, dq, dk, dv, window, score, q_start)
 
 
+@define(
+    "attention_merge_(Tensor(a!) o, Tensor(b!) lse, Tensor part_o, Tensor part_lse) -> ()",
+    fake=_nothing,
+)
+def attention_merge_(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> None:
+    """Make of attention to some keys, (o, lse), that to all, from (part_o, part_lse) of the others.
+
+    Layouts as in `attention_fwd`; o is of part_o's dtype or of lse's. With lse = -inf a part has no share, and its o is
+    to be 0.
+    """
+    attention_torch.merge(o, lse, part_o, part_lse)
+
+
 # --- autograd -----------------------------------------------------------------------------------------------
 
 

@@ -131,10 +131,18 @@ def tile_forward(
     q, k, v = (t.to(o.dtype) for t in (q, k, v))  # a part's o is not to be rounded before it is merged
     part_o, part_lse = q.new_empty(o.shape), lse_like(q)
     _forward(q, k, v, mask, score, part_o, part_lse)
+    merge(o, lse, part_o, part_lse)
+
+
+def merge(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> None:
+    """Merge (part_o, part_lse) into a running (o, lse), in place."""
     total = torch.logaddexp(lse, part_lse)
     safe = total.masked_fill(total == float("-inf"), 0.0)
-    weights = [(old - safe).exp().transpose(1, 2).unsqueeze(-1) for old in (lse, part_lse)]
-    o.mul_(weights[0]).add_(part_o * weights[1])
+    weights = [(old - safe).exp().transpose(-1, -2).unsqueeze(-1) for old in (lse, part_lse)]
+    if o.dtype == lse.dtype:
+        o.mul_(weights[0]).add_(part_o * weights[1])
+    else:
+        o.copy_((o * weights[0]).add_(part_o * weights[1]))
     lse.copy_(total)
 
 

@@ -10,8 +10,8 @@ from pyckpt.ops.registry import implement
 from pyckpt.ops.triton_backend import kernels, rounds_badly
 
 
-class _TritonHead:
-    """`Head`: a chunk of logits in the products' dtype, which their gradient is written over."""
+class InPlaceHead:
+    """`Head`: a chunk of logits in the products' dtype, which their gradient is written over by one kernel."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class _TritonHead:
         label_smoothing: float,
     ) -> None:
         self.weight, self.bias = weight, bias
-        self._options = {
+        self.options = {
             "ignore_index": ignore_index,
             "softcap": softcap,
             "z_loss": z_loss,
@@ -37,9 +37,21 @@ class _TritonHead:
         bias = self.bias
         if rounds_badly(z):
             z, bias = z.float(), None if bias is None else bias.float()
-        kernels("cross_entropy").cross_entropy(z, bias, target, upstream, loss, lse, gradient=gradient, **self._options)
+        self._run(z, bias, target, upstream, loss, lse, gradient)
         z = z.to(x.dtype)
         return z, z
+
+    def _run(
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        upstream: Tensor | None,
+        loss: Tensor | None,
+        lse: Tensor,
+        gradient: bool,
+    ) -> None:
+        kernels("cross_entropy").cross_entropy(z, bias, target, upstream, loss, lse, gradient=gradient, **self.options)
 
     def _logits(self, x: Tensor) -> Tensor:
         """x Wᵀ (t, V). Rows start at multiples of 16 bytes, which products and kernels read faster."""
@@ -64,7 +76,7 @@ def linear_cross_entropy_fwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = _TritonHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
+    head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
     return _op.forward(head, x, target, ignore_index, reduction, need_dx, need_dw, need_db)
 
 
@@ -84,7 +96,7 @@ def linear_cross_entropy_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = _TritonHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
+    head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
     return _op.backward(head, dloss, lse, x, target, need_dx, need_dw, need_db)
 
 
@@ -101,5 +113,5 @@ def linear_cross_entropy_tile_(
     dx: Tensor | None,
     dw: Tensor | None,
 ) -> Tensor:
-    head = _TritonHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
+    head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
     return _op.tile(head, x, target, dx, dw)

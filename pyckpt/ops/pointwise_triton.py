@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyckpt.ops import activation as _activation
 from pyckpt.ops import norm as _norm
-from pyckpt.ops import rope as _rope  # noqa: F401 (declares the ops that are implemented here)
+from pyckpt.ops import rope as _rope
 from pyckpt.ops.registry import implement
 from pyckpt.ops.triton_backend import kernels, rounds_badly
 
@@ -169,10 +169,7 @@ def act_bwd_(dact: Tensor, x: Tensor, kind: str) -> None:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool, out: Tensor) -> None:
     shape = (-1, *x.shape[-2:])
-    lead, half = x.shape[:-2], cos.shape[-1]
-    if cos.shape[:-1] != lead[len(lead) - cos.dim() + 1 :]:  # not one table for every leading index
-        cos, sin = cos.expand(*lead, half), sin.expand(*lead, half)
-    cos, sin = cos.reshape(-1, half), sin.reshape(-1, half)
+    cos, sin = _rope.angle_rows(x, cos, sin)
 
     def run(x: Tensor, out: Tensor) -> None:
         kernels("rope").rotate(x, cos, sin, inverse, interleaved, out)
@@ -190,3 +187,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) 
 @implement("rope_", "triton")
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
     _rotate(x, cos, sin, inverse, interleaved, x)
+
+
+@implement("rope_qk_", "triton")
+def rope_qk_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
+    _rotate(q, cos, sin, inverse, interleaved, q)
+    _rotate(k, cos, sin, inverse, interleaved, k)

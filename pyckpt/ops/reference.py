@@ -75,6 +75,17 @@ def attention(
     return torch.einsum("bhij,bjhd->bihd", p, v), lse
 
 
+def merge(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(o, lse) over two sets of keys from those over each (Rabe & Staats 2021, section 2): shares exp(lse_i) / Σ.
+
+    o (B, S, H, D) with lse (B, H, S), or (T, H, D) with (H, T).
+    """
+    total = torch.logaddexp(lse, part_lse)
+    shares = torch.softmax(torch.stack([lse, part_lse]), 0).nan_to_num(0.0)  # of two sets without keys: none
+    first, second = shares.transpose(-1, -2).unsqueeze(-1)
+    return first * o + second * part_o, total
+
+
 def visible_keys(sq: int, sk: int, window: tuple[int, int]) -> Tensor:
     """Boolean (Sq, Sk): which keys each query sees. The last query stands at the last key."""
     left, right = window

@@ -7,22 +7,30 @@ one real implementation per backend:
 - ``triton``: the kernels of `pyckpt.triton_kernels`, on CUDA, or on the CPU under ``TRITON_INTERPRET=1``.
 - ``cuda``: the compiled extension.
 
-``PYCKPT_BACKEND=torch|triton|cuda`` forces one for every op that has it; see `choose`.
+On CUDA an op goes to Triton where it can, unless `measured.json` names it: the ops for which the compiled extension
+was measured faster, and the file with the figures. ``PYCKPT_BACKEND=torch|triton|cuda`` forces one for every op that
+has it; see `choose`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 BACKENDS = ("torch", "triton", "cuda")
 DEVICE_TYPES = ("cpu", "cuda")
-_PREFERENCE = {"cpu": ("torch",), "cuda": ("cuda", "triton", "torch")}
+_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "cuda", "torch")}
+_CUDA_FIRST = ("cuda", "triton", "torch")
+
+# Where the extension's kernels run; tests build it for the CPU (csrc/emulator.h).
+extension_device_type = "cuda"
 
 LIBRARY = torch.library.Library("pyckpt", "DEF")
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -46,9 +54,18 @@ def _has_triton() -> bool:
 def _runs_on(backend: str, device_type: str) -> bool:
     if backend == "triton" and not _has_triton():
         return False
+    if backend == "cuda":
+        return device_type == extension_device_type
     if device_type == "cpu":
         return backend == "torch" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
     return True
+
+
+@functools.cache
+def measured() -> dict[str, Any]:
+    """Which ops the extension serves sooner than Triton ("cuda_first"), and where that was measured ("results")."""
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
+    return table
 
 
 def choose(op: str, device_type: str) -> tuple[str, str]:
@@ -65,8 +82,11 @@ def choose(op: str, device_type: str) -> tuple[str, str]:
             return forced, f"PYCKPT_BACKEND={forced}"
         why = f"has no {forced} implementation" if forced not in have else f"{forced} cannot run on {device_type}"
         note = f"; PYCKPT_BACKEND={forced} ignored: {why}"
-    for backend in _PREFERENCE.get(device_type, ("torch",)):
+    cuda_first = device_type == "cuda" and op in measured()["cuda_first"]
+    for backend in _CUDA_FIRST if cuda_first else _PREFERENCE.get(device_type, ("torch",)):
         if backend in have and _runs_on(backend, device_type):
+            if cuda_first and backend == "cuda":
+                return backend, f"measured faster: {measured()['results']}{note}"
             only = " (the only one)" if len(have) == 1 else ""
             return backend, f"default on {device_type}{only}{note}"
     raise RuntimeError(f"op {op} has no implementation for {device_type}")

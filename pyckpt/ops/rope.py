@@ -52,6 +52,14 @@ def rope_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def angle_rows(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin as (n, r/2) for the kernels, which give token t of x (..., H, D) the row t % n."""
+    lead, half = x.shape[:-2], cos.shape[-1]
+    if cos.shape[:-1] != lead[len(lead) - cos.dim() + 1 :]:  # not one table for every leading index
+        cos, sin = cos.expand(*lead, half), sin.expand(*lead, half)
+    return cos.reshape(-1, half), sin.reshape(-1, half)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool, out: Tensor) -> None:
     acc = acc_dtype(x.dtype)
     half = cos.shape[-1]
@@ -105,6 +113,20 @@ def _rope_inplace_fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, inter
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
     """`rope` in place; x must be viewable as (rows, H, D)."""
     _rotate(x, cos, sin, inverse, interleaved, x)
+
+
+def _rope_qk_fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
+    return None
+
+
+@define(
+    "rope_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool inverse, bool interleaved) -> ()",
+    fake=_rope_qk_fake,
+)
+def rope_qk_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
+    """`rope_` of q (..., H, D) and k (..., Hkv, D), in one launch where the backend has it."""
+    _rotate(q, cos, sin, inverse, interleaved, q)
+    _rotate(k, cos, sin, inverse, interleaved, k)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

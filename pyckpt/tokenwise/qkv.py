@@ -36,14 +36,18 @@ class Qkv:
 
     def finish(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         """From the projections' own to what attention reads: (name, raw, finished), which may be the same tensors."""
-        tables = self._rope_tables(positions, parts[0][2].dtype) if parts else None
-        for name, source, target in parts:
-            if self.spec.qk_norm:
+        if not parts:
+            return
+        if self.spec.qk_norm:
+            for name, source, target in parts:
                 weight = w[f"{ATTENTION}.{name}_norm.weight"]
                 made = ops.rms_norm_fwd(self._norm_rows(source), weight, self.spec.norm_eps)[0]
                 self._norm_rows(target).copy_(made)
-            if tables is not None:
-                ops.rope_(self._by_head(target), *tables, False, self.spec.rope_interleaved)
+        outs = [self._by_head(target) for _, _, target in parts]
+        tables = self._rope_tables(positions, outs[0].dtype)
+        if tables is not None:
+            rotate = ops.rope_qk_ if len(outs) == 2 else ops.rope_
+            rotate(*outs, *tables, False, self.spec.rope_interleaved)
 
     def backward(
         self,
@@ -60,8 +64,7 @@ class Qkv:
         normed = self._normed(w, tile.x, dq.dtype)
         tables = self._rope_tables(tile.positions, dq.dtype)
         if tables is not None:
-            ops.rope_(self._by_head(dq), *tables, True, self.spec.rope_interleaved)
-            ops.rope_(self._by_head(dk), *tables, True, self.spec.rope_interleaved)
+            ops.rope_qk_(self._by_head(dq), self._by_head(dk), *tables, True, self.spec.rope_interleaved)
         if self.spec.qk_norm:
             raws = self._raw(w, tile, normed, (dq, dk), ws)
             for name, raw, d in zip("qk", raws, (dq, dk), strict=True):

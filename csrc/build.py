@@ -1,0 +1,231 @@
+"""Builds the CUDA extension: nvcc for each csrc/*.cu, the host compiler for the bindings, one link.
+
+    python csrc/build.py [FOLDER] [--arch "9.0"] [--jobs 2] [--werror] [--emulated]
+
+Without a folder it is built in place, as pyckpt/_cuda.abi3.so. setup.py calls `build`. Needs no GPU and no CUDA build
+of PyTorch: the bindings see PyTorch's stable ABI alone, and the library is linked to what every build of PyTorch has.
+Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+MODULE = "pyckpt._cuda"
+FILE = "_cuda.abi3.so"
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# The oldest Python and PyTorch that the binary serves: 3.10, and the stable ABI of 2.11.
+_PYTHON = "0x030a0000"
+_TORCH = "0x020b000000000000"
+_WARNINGS = ("-Wall", "-Wextra")
+
+
+class BuildError(RuntimeError):
+    """The extension cannot be built; the message says what is missing or which command failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A compute capability, as in TORCH_CUDA_ARCH_LIST: 9.0, 9.0a, or 10.0+PTX."""
+
+    number: str
+    ptx: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Architecture:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", text)
+        if found is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST has {text!r}; expected capabilities such as 8.0;9.0;10.0+PTX")
+        major, minor, suffix, ptx = found.groups()
+        return cls(major + minor + suffix, bool(ptx))
+
+    def flags(self) -> list[str]:
+        kinds = [f"sm_{self.number}", *([f"compute_{self.number}"] if self.ptx else [])]
+        return [f"-gencode=arch=compute_{self.number},code={kind}" for kind in kinds]
+
+    def __str__(self) -> str:
+        return f"sm_{self.number}" + ("+PTX" if self.ptx else "")
+
+
+def architectures(text: str | None = None) -> list[Architecture]:
+    """Those of `text`, else of TORCH_CUDA_ARCH_LIST, else the default ones. Raises BuildError for others."""
+    text = text or os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHITECTURES
+    return [Architecture.parse(part) for part in re.split(r"[;,\s]+", text) if part]
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: $CUDA_HOME/bin/nvcc if that is set and there, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None) or shutil.which("nvcc")
+
+
+def missing() -> str | None:
+    """What a build needs and is not here, in words, or None."""
+    if find_nvcc() is None:
+        return "there is no nvcc on PATH or in $CUDA_HOME/bin: install the CUDA toolkit"
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch's headers are not to be seen: install torch first, and use pip install --no-build-isolation"
+    return None
+
+
+def build(
+    out: Path,
+    temporary: Path,
+    *,
+    arch: str | None = None,
+    jobs: int | None = None,
+    werror: bool = False,
+    emulated: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Build `out` / _cuda.abi3.so, with objects and the compilers' output (*.log) in `temporary`.
+
+    `jobs` compilers run at once: MAX_JOBS, else the number of cores. Emulated, the kernels run on CPU tensors, for
+    tests: by the host compiler, from the toolkit's headers alone. Raises BuildError.
+    """
+    if reason := missing():
+        raise BuildError(reason)
+    wanted = architectures(arch)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir(parents=True, exist_ok=True)
+    commands = _emulated_commands(temporary) if emulated else _compile_commands(temporary, wanted, werror)
+    jobs = jobs or int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    what = "a CPU" if emulated else ", ".join(map(str, wanted))
+    say(f"building {MODULE} for {what}: {len(commands)} files, {jobs} at a time")
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(_run, command, target.with_suffix(".log")): target for target, command in commands}
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(running), 1):
+                future.result()
+                said = f"[{done}/{len(commands)}] {running[future].stem}, {time.monotonic() - start:.0f} s"
+                say(said)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    library, aside = out / FILE, temporary / f"{FILE}.tmp"
+    _run(_link_command([target for target, _ in commands], aside, emulated), temporary / "link.log")
+    shutil.move(aside, library)  # a process that has the old one loaded keeps it
+    say(f"built {library} in {time.monotonic() - start:.0f} s")
+    return library
+
+
+def _compile_commands(temporary: Path, wanted: Sequence[Architecture], werror: bool) -> list[tuple[Path, list[str]]]:
+    nvcc = find_nvcc() or "nvcc"
+    host = ["-fPIC", "-fvisibility=hidden", *_WARNINGS, *(["-Werror"] if werror else [])]
+    cuda = [nvcc, "-std=c++17", "-O3", "-c", "-Xptxas=-v", *(["-Werror=all-warnings"] if werror else [])]
+    cuda += [f"-Xcompiler={','.join(host)}", *(flag for a in wanted for flag in a.flags())]
+    # The longest first, so that none is left alone at the end.
+    sources = sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size)
+    commands = [(temporary / f"{s.stem}.o", [*cuda, str(s), "-o", str(temporary / f"{s.stem}.o")]) for s in sources]
+    return [*commands, _bindings_command(temporary, " ".join(map(str, wanted)), host)]
+
+
+def _emulated_commands(temporary: Path) -> list[tuple[Path, list[str]]]:
+    flags = ["-DPYCKPT_EMULATED", "-fPIC", "-fvisibility=hidden", *_WARNINGS, "-Werror", "-Wno-unknown-pragmas"]
+    command = [_host_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-c", *flags]
+    command += [f"-I{CSRC}", f"-isystem{_cuda_include(find_nvcc() or 'nvcc')}"]
+    sources = [*sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size), CSRC / "emulator.cpp"]
+    targets = [temporary / f"{s.stem}.o" for s in sources]
+    commands = [(t, [*command, "-xc++", str(s), "-o", str(t)]) for s, t in zip(sources, targets, strict=True)]
+    return [*commands, _bindings_command(temporary, "emulated", flags)]
+
+
+def _bindings_command(temporary: Path, built_for: str, flags: list[str]) -> tuple[Path, list[str]]:
+    includes = [CSRC, _cuda_include(find_nvcc() or "nvcc"), *_torch_includes(), Path(sysconfig.get_path("include"))]
+    defines = {
+        "USE_CUDA": None,
+        "TORCH_TARGET_VERSION": _TORCH,
+        "Py_LIMITED_API": _PYTHON,
+        "PYCKPT_ARCHITECTURES": f'"{built_for}"',
+    }
+    target = temporary / "bindings.o"
+    command = [_host_compiler(), "-std=c++17", "-O2", "-c", *flags]
+    command += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
+    # Not ours to mend: what other people's headers are warned of.
+    command += [f"-isystem{path}" if path != CSRC else f"-I{path}" for path in includes]
+    return target, [*command, str(CSRC / "bindings.cpp"), "-o", str(target)]
+
+
+def _link_command(objects: list[Path], library: Path, emulated: bool) -> list[str]:
+    # libtorch.so is in every build of PyTorch, and brings libtorch_cuda.so where there is one. The CUDA runtime is
+    # linked in, so that the toolkit need not be the one PyTorch was built with.
+    torch = _torch_folder() / "lib"
+    libraries = [f"-L{torch}", "-Xlinker", f"-rpath-link={torch}", "-Xlinker", "--no-as-needed"]
+    libraries += ["-ltorch", "-ltorch_cpu"]
+    linker = _host_compiler() if emulated else find_nvcc() or "nvcc"
+    command = [linker, "-shared", "-Xlinker", "-s", *([] if emulated else ["-cudart=static"])]
+    return [*command, *map(str, objects), *libraries, "-o", str(library)]
+
+
+def _run(command: list[str], log: Path) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log.write_text(done.stdout)
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)}\nfailed:\n{done.stdout}")
+
+
+def _host_compiler() -> str:
+    wanted = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+    if wanted is None:
+        raise BuildError("there is no C++ compiler: set CXX, or install g++")
+    return wanted
+
+
+def _torch_folder() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError(missing() or "torch has no folder")
+    return Path(spec.origin).parent
+
+
+def _torch_includes() -> list[Path]:
+    include = _torch_folder() / "include"
+    return [include, include / "torch" / "csrc" / "api" / "include"]
+
+
+def _cuda_include(nvcc: str) -> Path:
+    """The toolkit's headers, as nvcc itself finds them."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r'INCLUDES="?-I([^"\s]+)', said)
+    folder = Path(found.group(1)) if found else Path(nvcc).resolve().parent.parent / "include"
+    if not (folder / "cuda_runtime_api.h").is_file():
+        raise BuildError(f"{nvcc} is there, but not its headers: no cuda_runtime_api.h in {folder}")
+    return folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="for library, objects and logs; default: in place")
+    parser.add_argument("--arch", help="instead of TORCH_CUDA_ARCH_LIST")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--werror", action="store_true", help="warnings are errors")
+    parser.add_argument("--emulated", action="store_true", help="for tests: kernels that run on CPU tensors")
+    options = parser.parse_args(argv)
+    how = {name: getattr(options, name) for name in ("arch", "jobs", "werror", "emulated")}
+    out = options.folder or CSRC.parent / "pyckpt"
+    temporary = options.folder or CSRC.parent / "build" / "csrc"
+    try:
+        build(out, temporary, **how)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

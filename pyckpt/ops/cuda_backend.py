@@ -1,0 +1,144 @@
+"""The ops by the CUDA C++ kernels of csrc/, where the extension `pyckpt._cuda` was built.
+
+The extension declares ops of its own, in the namespace `pyckpt_cuda`, under the names and with the arguments of those
+here. It takes float16, bfloat16 and float32; what it does not take goes to the next backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The ops are declared, and have their other implementations, before this module adds its own.
+from pyckpt.ops import (  # noqa: F401
+    attention_triton,
+    dropout,
+    linear_cross_entropy,
+    linear_cross_entropy_triton,
+    pointwise_triton,
+    registry,
+)
+from pyckpt.ops.linear_cross_entropy_triton import InPlaceHead
+from pyckpt.ops.registry import IMPLEMENTATIONS, implement
+from pyckpt.ops.rope import angle_rows
+
+MODULE = "pyckpt._cuda"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Those that the extension serves by itself; the loss is Python around its cross entropy.
+OPS = (
+    *("rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_add_"),
+    *("layer_norm_fwd", "layer_norm_bwd", "layer_norm_bwd_add_"),
+    *("add_rms_norm_fwd", "add_layer_norm_fwd"),
+    *("glu_fwd", "glu_fwd_", "glu_bwd", "glu_bwd_", "act_fwd", "act_fwd_", "act_bwd", "act_bwd_"),
+    *("rope", "rope_", "rope_qk_", "dropout_", "attention_delta", "attention_merge_"),
+)
+
+
+def register() -> str:
+    """Load the extension and register what it serves. Returns "" if that went well, else why there is none."""
+    try:
+        module = importlib.import_module(MODULE)
+    except ModuleNotFoundError as error:
+        return "not built" if error.name == MODULE else str(error)
+    except ImportError as error:  # built for another PyTorch or Python
+        return str(error)
+    registry.extension_device_type = module.DEVICE_TYPE
+    for name in OPS:
+        implement(name, "cuda")(_where_it_can(name))
+    for name, fn in (("fwd", _loss_fwd), ("bwd", _loss_bwd), ("tile_", _loss_tile)):
+        implement(f"linear_cross_entropy_{name}", "cuda")(fn)
+    return ""
+
+
+# --- what the extension takes -------------------------------------------------------------------------------
+
+
+def _one_dtype(*args: Any) -> bool:
+    return args[0].dtype in DTYPES
+
+
+def _residual_alike(x: Tensor, residual: Tensor, *args: Any) -> bool:
+    return x.dtype in DTYPES and residual.dtype == x.dtype
+
+
+def _dropout(x: Tensor, residual: Tensor | None, out: Tensor, *args: Any) -> bool:
+    written = out.dtype in (x.dtype, torch.float32) and (residual is None or residual.dtype == out.dtype)
+    return x.dtype in DTYPES and written
+
+
+def _merge(o: Tensor, lse: Tensor, part_o: Tensor, *args: Any) -> bool:
+    return part_o.dtype in DTYPES and o.dtype in (part_o.dtype, torch.float32)
+
+
+_TAKES: dict[str, Callable[..., bool]] = {
+    "add_rms_norm_fwd": _residual_alike,
+    "add_layer_norm_fwd": _residual_alike,
+    "attention_delta": _residual_alike,
+    "dropout_": _dropout,
+    "attention_merge_": _merge,
+}
+
+
+def _where_it_can(name: str) -> Callable[..., Any]:
+    """The extension's op for the dtypes that it takes, the next backend's for others."""
+    ours, have, takes = (
+        getattr(torch.ops.pyckpt_cuda, name).default,
+        IMPLEMENTATIONS[name],
+        _TAKES.get(name, _one_dtype),
+    )
+    other = have.get("triton", have["torch"])
+
+    def run(*args: Any) -> Any:
+        return (ours if takes(*args) else other)(*args)
+
+    if not name.startswith("rope"):
+        return run
+    first = 2 if name == "rope_qk_" else 1  # where the tables are
+
+    def run_with_tables(*args: Any) -> Any:
+        return run(*args[:first], *angle_rows(args[0], *args[first : first + 2]), *args[first + 2 :])
+
+    return run_with_tables
+
+
+# --- the loss -----------------------------------------------------------------------------------------------
+
+
+class _Head(InPlaceHead):
+    """Its chunks go through the extension's cross entropy."""
+
+    def _run(self, *args: Any) -> None:
+        *tensors, gradient = args
+        torch.ops.pyckpt_cuda.cross_entropy_.default(*tensors, *self.options.values(), gradient)
+
+
+def _loss_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
+    if x.dtype not in DTYPES:
+        return linear_cross_entropy_triton.linear_cross_entropy_fwd(x, weight, bias, target, *args)
+    *options, reduction, need_dx, need_dw, need_db = args
+    head = _Head(weight, bias, *options)
+    return linear_cross_entropy.forward(head, x, target, options[0], reduction, need_dx, need_dw, need_db)
+
+
+def _loss_bwd(
+    dloss: Tensor, lse: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> Any:
+    if x.dtype not in DTYPES:
+        return linear_cross_entropy_triton.linear_cross_entropy_bwd(dloss, lse, x, weight, bias, target, *args)
+    *options, need_dx, need_dw, need_db = args
+    head = _Head(weight, bias, *options)
+    return linear_cross_entropy.backward(head, dloss, lse, x, target, need_dx, need_dw, need_db)
+
+
+def _loss_tile(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
+    if x.dtype not in DTYPES:
+        return linear_cross_entropy_triton.linear_cross_entropy_tile_(x, weight, bias, target, *args)
+    *options, dx, dw = args
+    return linear_cross_entropy.tile(_Head(weight, bias, *options), x, target, dx, dw)
+
+
+problem = register()
