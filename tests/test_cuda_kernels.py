@@ -272,6 +272,27 @@ class TestActivations:
             ops.act_fwd_(x, "relu2")
 
 
+class TestBounds:
+    """What lies around the rows that are written stays as it was."""
+
+    @pytest.mark.parametrize("width", [8, 72, 1000, 1001, 4096])
+    @pytest.mark.parametrize("op", ["rms_norm_bwd_add_", "glu_bwd_", "dropout_"])
+    def test_nothing_else_is_written(self, op, width):
+        for left in (8, 3):
+            base = randn(7, left + width + 5, dtype=torch.bfloat16)
+            before, inside = base.clone(), base[1:6, left : left + width]
+            x, y = randn(2, 5, width, dtype=torch.bfloat16)
+            if op == "rms_norm_bwd_add_":
+                ops.rms_norm_bwd_add_(x, y, None, ops.rms_norm_fwd(y, None, EPS)[1], inside, True)
+            elif op == "glu_bwd_":
+                ops.glu_bwd_(x, inside, y, "swiglu")
+            else:
+                ops.dropout_(x, y, inside, 0.5, 1, 2)
+            assert not torch.equal(inside, before[1:6, left : left + width])
+            inside.copy_(before[1:6, left : left + width])
+            assert torch.equal(base, before)
+
+
 # --- RoPE and dropout ---------------------------------------------------------------------------------------
 
 
