@@ -230,6 +230,29 @@ def _by_device(
     )
 
 
+def fused_break_even() -> str:
+    """From which share of the library's rate on a fused product pays, by arithmetic."""
+    figures = common.read("fused_static")
+    lines = ["| fused | saves | pays from |", "|---|---|--:|"]
+    lines += [f"| {op['name']} | {op['saves']} | {op['break_even']:.0%} |" for op in figures["ops"]]
+    return "\n".join([*lines, "", source("bench/fused_static.py", "fused_static", figures)])
+
+
+def fused_kernels() -> str:
+    """What the compiler made of the fused products."""
+    figures = common.read("fused_static")
+    lines = [
+        "| kernel | form | tile | registers | spilled | shared | on an SM |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {k['op']} | {' '.join(k['features']) or '–'} | {k['tile']} | {k['registers']} | {k['spilled']} | "
+        f"{k['shared']:,} | {k['programs']} |"
+        for k in figures["kernels"]
+    ]
+    return "\n".join([*lines, "", source("bench/fused_static.py", "fused_static", figures)])
+
+
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
@@ -242,6 +265,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "block-cpu": block_cpu,
     "save-sets": save_sets,
     "peak-slopes": peak_slopes,
+    "fused-break-even": fused_break_even,
+    "fused-kernels": fused_kernels,
     "attention-bounds": attention_bounds,
     "attention-kernels": attention_kernels,
     "cuda-kernels": cuda_kernels,

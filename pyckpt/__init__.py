@@ -6,6 +6,7 @@ from pyckpt.block import CkptGenericBlock, CkptTransformerBlock
 from pyckpt.functional import activation, attention, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 from pyckpt.model import CkptCausalLM, CkptTransformer
 from pyckpt.save import SAVE_SETS
+from pyckpt.stream import Stream
 
 __all__ = [
     "SAVE_SETS",
@@ -13,6 +14,7 @@ __all__ = [
     "CkptGenericBlock",
     "CkptTransformer",
     "CkptTransformerBlock",
+    "Stream",
     "__version__",
     "activation",
     "attention",

@@ -312,7 +312,7 @@ def run_blocks(
 ) -> Tensor:
     """Run consecutive blocks as one autograd node (see `pyckpt.exec.node`), after checking the inputs."""
     first = blocks[0]
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
     weights = [block.weights() for block in blocks]
     for part in weights:
@@ -327,16 +327,16 @@ def run_blocks(
     flat = tuple(w for part in weights for w in part.values())
     if torch.compiler.is_compiling() and len(blocks) == 1 and isinstance(first, CkptTransformerBlock):
         options = (first._spec_text, first.save, first.tile, first.tile_bytes, compute)
-        return compiled.block(*options, x, positions, cu_seqlens, _draw_seeds(blocks), flat)
+        return compiled.block(*options, x, positions, cu_seqlens, draw_seeds(blocks), flat)
     run = node.Run(
         [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],
         [tuple(part) for part in weights],
         compute,
     )
-    return node.execute(run, x, positions, cu_seqlens, _draw_seeds(blocks), flat)
+    return node.execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
 
 
-def _draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
+def draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
     """One seed a block that drops, int64 (blocks,) on the CPU; None, and no number drawn, where none does.
 
     From the default generator of the CPU: reading a GPU's would wait for it.
@@ -348,7 +348,7 @@ def _draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
     return torch.stack([next(drawn) if block.drops else torch.tensor(NO_SEED, device="cpu") for block in blocks])
 
 
-def _compute_dtype(x: Any) -> torch.dtype:
+def compute_dtype(x: Any) -> torch.dtype:
     """The dtype of products and attention: x's own, or autocast's where it is on."""
     errors.check_tensor("x", x)
     kind = x.device.type

@@ -23,7 +23,7 @@ _TRAIN_HELP = (
     "there."
 )
 _COMPARE_HELP = (
-    "Train the same blocks plainly, with torch.utils.checkpoint, and with each save set, over several "
+    "Train the same blocks plainly, with torch.utils.checkpoint, with each save set and streamed, over several "
     "lengths: a table and a picture of memory and time."
 )
 _DOCTOR_HELP = "Show versions, devices, and which backend serves each op and why."

@@ -16,6 +16,7 @@ from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, rms_norm
 from pyckpt.save import SaveSet
 from pyckpt.spec import Window
+from pyckpt.stream import Stream, check_stream, run_loss, run_stack
 from pyckpt.tokenwise.norm import with_offset
 
 Segments = int | str | None
@@ -62,8 +63,21 @@ class CkptTransformer(nn.ModuleList):
             return 1
         return math.ceil(math.sqrt(len(self))) if self._segments == "sqrt" else int(self._segments)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """y, with the shape and dtype of x; arguments as for `CkptTransformerBlock`."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        stream: Stream | None = None,
+    ) -> Tensor:
+        """y, with the shape and dtype of x; arguments as for `CkptTransformerBlock`.
+
+        stream: run streamed; x and y are whole tensors, and nothing between them is.
+        """
+        if stream is not None:
+            check_stream(stream)
+            return run_stack(self, x, positions, cu_seqlens, stream)
         length = self.segment_length
         if length == 1:
             for block in self:
@@ -239,21 +253,29 @@ class CkptCausalLM(nn.Module):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        *,
+        stream: Stream | None = None,
         **options: Any,
     ) -> Tensor:
         """Mean next-token cross-entropy in nats, a float32 scalar, without the logits of all tokens.
 
         labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
         i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
-        included. options: `softcap`, `z_loss`, `label_smoothing`, `reduction` of `linear_cross_entropy`.
+        included. stream: run streamed, with memory on the device that does not depend on the sequence length. options:
+        `softcap`, `z_loss`, `label_smoothing`, `reduction` of `linear_cross_entropy`.
 
         Raises ValueError for tokens or labels out of range, and for sequences too short to predict anything.
         """
-        targets = self._targets(tokens, labels, cu_seqlens)
+        labels = self._labels(tokens, labels, cu_seqlens)
+        if stream is not None:
+            check_stream(stream)
+            return run_loss(self, tokens, labels, positions, cu_seqlens, stream, options)
+        targets = _targets(labels, cu_seqlens)
         hidden = self.hidden(tokens, positions, cu_seqlens)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, **options)
 
-    def _targets(self, tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _labels(self, tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The labels, default the tokens, after a check of all three."""
         device = self.model.embed_tokens.weight.device
         errors.check_tokens(tokens, self.vocab_size, device, cu_seqlens is not None)
         if labels is None:
@@ -263,13 +285,9 @@ class CkptCausalLM(nn.Module):
         errors.check_labels(labels, self.vocab_size, -100, device)
         if tokens.shape[-1] < 2:
             raise ValueError("a sequence of one token predicts nothing; give at least 2 tokens")
-        targets = torch.full_like(labels, -100)
-        targets[..., :-1] = labels[..., 1:]
         if cu_seqlens is not None:
             errors.check_cu_seqlens(cu_seqlens, tokens.shape[0], device)
-            ends = cu_seqlens[1:].long() - 1
-            targets[ends[ends >= 0]] = -100
-        return targets
+        return labels
 
     @torch.no_grad()
     def generate(
@@ -310,6 +328,16 @@ class CkptCausalLM(nn.Module):
         from pyckpt.hf import load_pretrained
 
         return load_pretrained(path, **options)
+
+
+def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """What the token at each place is to predict."""
+    targets = torch.full_like(labels, -100)
+    targets[..., :-1] = labels[..., 1:]
+    if cu_seqlens is not None:
+        ends = cu_seqlens[1:].long() - 1
+        targets[ends[ends >= 0]] = -100
+    return targets
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

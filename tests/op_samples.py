@@ -31,7 +31,7 @@ def fused_samples(rand: Callable[..., Tensor]) -> dict[str, list[Callable[[], Sa
         return *given, rand(tokens, d_ff), rand(tokens, d_ff), statistics, centered, 1e-5
 
     def qkv(raw: bool) -> Sample:
-        weights = (rand(8, width), rand(4, width), None if raw else rand(4, width))
+        weights = (rand(8, width), rand(4, width), rand(4, width))
         angles = (rand(tokens, 2), rand(tokens, 2))
         made = (rand(tokens, 8), rand(tokens, 4), None if raw else rand(tokens, 4))
         raws = (rand(tokens, 8), rand(tokens, 4)) if raw else (None, None)

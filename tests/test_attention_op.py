@@ -282,6 +282,34 @@ class TestExtras:
         for n, got, expected in zip("qkv", grads, want, strict=True):
             assert_exact(got, expected, f"d{n}")
 
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_tiles_given_o_add_up_too(self, mask):
+        """Without softcap and the like PyTorch's flash kernel serves a tile that is given o."""
+        q, k, v = qkv(37, 37).values()
+        options = *MASKS[mask][1], 0.0, 0.3
+        o, lse = ops.attention_fwd(q, k, v, None, None, *options)
+        do = torch.randn_like(o)
+        want = ops.attention_bwd(do, q, k, v, o, lse, None, None, None, *options)
+        delta, grads = torch.full_like(lse, float("nan")), [torch.zeros_like(t) for t in (q, k, v)]
+        cuts = [slice(0, 5), slice(5, 18), slice(18, 37)]
+        for i, j in itertools.product(cuts, cuts):
+            parts = grads[0][:, i], grads[1][:, j], grads[2][:, j]
+            stats = lse[:, :, i], delta[:, :, i]
+            tile = *options, i.start, j.start, None, 0.0, None, 0, o[:, i]
+            ops.attention_tile_bwd_(do[:, i], q[:, i], k[:, j], v[:, j], *stats, *parts, *tile)
+        for n, got, expected in zip("qkv", grads, want, strict=True):
+            assert_exact(got, expected, f"d{n}")
+
+    def test_a_tile_drops_what_its_sequence_in_the_batch_drops(self):
+        q, k, v = qkv(11, 11).values()
+        options = -1, 0, 0.0, 0.3
+        o, lse = ops.attention_fwd(q, k, v, None, None, *options, None, None, 0.4, 9)
+        for b in range(q.shape[0]):
+            part_o, part_lse = torch.zeros_like(o[:1]), torch.full_like(lse[:1], float("-inf"))
+            one = (t[b : b + 1] for t in (q, k, v))
+            ops.attention_tile_fwd_(*one, part_o, part_lse, *options, 0, 0, None, 0.4, 9, b)
+            assert_exact(part_o, o[b : b + 1], "o")
+
     @pytest.mark.parametrize(
         ("counter", "key", "words"),
         [  # Random123's known answers (tests/kat_vectors of Salmon et al.)

@@ -10,8 +10,9 @@ import json
 import pytest
 import torch
 
+import pyckpt
 from pyckpt import compare
-from pyckpt.compare import baseline, runner, variants
+from pyckpt.compare import baseline, runner, variants, words
 from pyckpt.compare.baseline import PlainBlock, PlainCausalLM, PlainStack
 from pyckpt.compare.plot import _spread
 from pyckpt.compare.results import Results, Row
@@ -179,10 +180,11 @@ def results() -> Results:
 class TestRun:
     def test_rows(self, results):
         assert results.lengths == [32, 64]
-        assert results.variants == ["plain", "checkpoint", *SAVE_SETS] == list(compare.VARIANTS)
+        assert results.variants == ["plain", "checkpoint", *SAVE_SETS, "streamed"] == list(compare.VARIANTS)
         for row in results.rows:
             assert row.error is None
-            assert row.peak_bytes >= row.saved_bytes - 2 * row.length * 32 * 4 > 0  # the input is baseline
+            assert row.peak_bytes >= row.saved_bytes - 2 * row.length * 32 * 4  # the input is baseline
+            assert (row.saved_bytes == 0) == (row.variant == "streamed")
             assert len(row.all_seconds) == 2 and row.seconds > 0
             assert (row.gradient_error is not None) == (row.length == 32)
             assert row.gradient_error is None or row.gradient_error < 1e-5
@@ -204,6 +206,14 @@ class TestRun:
         saved = [results.find(64, v).saved_bytes for v in ("plain", *SAVE_SETS)]
         assert saved == sorted(saved, reverse=True)
 
+    def test_a_streamed_language_model_is_flat(self):
+        found = compare.run(
+            [128, 256], d_model=16, n_heads=2, vocab_size=40, tile=32, repeats=1, variants=["plain", "streamed"]
+        )
+        peaks = [found.find(n, "streamed").peak_bytes for n in (128, 256)]
+        assert peaks[0] == peaks[1]
+        assert any("0 B with streamed" in sentence for sentence in words.sentences(found))
+
     def test_causal_lm(self):
         found = compare.run(
             [16],
@@ -224,8 +234,8 @@ class TestRun:
         assert found.rows[0].error is None
 
     def test_a_wrong_variant_stops_it(self, monkeypatch):
-        forward = variants.CkptStack.forward
-        monkeypatch.setattr(variants.CkptStack, "forward", lambda self, x: forward(self, x) * 1.01)
+        forward = pyckpt.CkptTransformer.forward
+        monkeypatch.setattr(pyckpt.CkptTransformer, "forward", lambda self, x: forward(self, x) * 1.01)
         with pytest.raises(RuntimeError, match="'attention' is wrong at S = 16"):
             compare.run([16], d_model=16, n_heads=2, variants=["plain", "attention"])
 

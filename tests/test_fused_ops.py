@@ -249,6 +249,18 @@ class TestQKV:
             ops.qk_finish_(raw, weight, EPS, *case["tables"], case["interleaved"], case["head_dim"], out)
             assert torch.equal(out, want)
 
+    def test_some_of_them(self):
+        """As a streamed run asks for them: the same bits."""
+        case = qkv_case(torch.float32, bias=True, qk_norm=True)
+        q, k, v = run_qkv(case)
+        for wanted in ((q, None, None), (None, k, v), (None, k, None)):
+            outs = [None if t is None else torch.empty_like(t) for t in wanted]
+            options = (*case["norms"], EPS, *case["tables"], case["interleaved"], case["head_dim"])
+            ops.norm_qkv_(
+                *case["normed"].args, *case["weights"], *case["biases"], *options, *outs, None, None
+            )  # fmt: skip
+            assert all(t is None or torch.equal(t, w) for t, w in zip(outs, wanted, strict=True))
+
     def test_rows_of_views(self):
         """x, q, k and v as parts of wider tensors, as a tile of a longer sequence and a fused projection have them."""
         case = qkv_case(torch.float32)

@@ -39,7 +39,7 @@ def attention_case(packed: bool) -> tuple[Any, ...]:
 
 def tile_case(backward: bool) -> tuple[Any, ...]:
     q, k, v, o, lse = rand(2, 5, 4, 8), rand(2, 7, 2, 8), rand(2, 7, 2, 6), rand(2, 5, 4, 6), rand(2, 4, 5)
-    options = (-1, 0, 0.0, 0.3, 11, 7, rand(4), 0.25, 12)
+    options = (-1, 0, 0.0, 0.3, 11, 7, rand(4), 0.25, 12, 3)
     if not backward:
         return q, k, v, o, lse, *options
     return rand(2, 5, 4, 6), q, k, v, lse, rand(2, 4, 5), *(torch.zeros_like(t) for t in (q, k, v)), *options
@@ -148,6 +148,10 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: loss_case("mean", True),
         lambda: loss_case("none", True),
         lambda: loss_case("sum", False),
+    ],
+    "linear_cross_entropy_tile_": [
+        lambda: (*loss_case("sum", False)[:8], rand(6, 8), rand(5, 8)),
+        lambda: (*loss_case("sum", False)[:8], None, None),
     ],
     "linear_cross_entropy_bwd": [loss_bwd_case],
     "block_fwd": [

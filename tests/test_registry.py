@@ -131,6 +131,13 @@ def loss_bwd_samples() -> Iterator[Sample]:
             yield torch.randn(4), lse, x, weight, bias, target, *options, *needs
 
 
+def loss_tile_samples() -> Iterator[Sample]:
+    for x, weight, bias, target, *options in loss_samples(("sum",), False):
+        for needs in ((True, True), (False, True), (True, False), (False, False)):
+            dx, dw = (torch.zeros_like(t) if need else None for t, need in zip((x, weight), needs, strict=True))
+            yield x, weight, bias, target, *options[:-4], dx, dw
+
+
 def block_samples(grad: bool) -> Iterator[Sample]:
     cu = torch.tensor([0, 4, 4, 10], dtype=torch.int32)
     kinds = {"gated": {}, "plain": {"mlp": "gelu", "norm": "layernorm", "bias": True, "rope_theta": None}}
@@ -192,6 +199,7 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
         for name, makers in fused_samples(lambda *shape: randn(*shape, dtype=torch.float32)).items()
     },
     "linear_cross_entropy_fwd": lambda grad: loss_samples(("mean", "sum", "none"), grad),
+    "linear_cross_entropy_tile_": lambda grad: loss_tile_samples(),
     "linear_cross_entropy_bwd": lambda grad: loss_bwd_samples(),
     "block_fwd": block_samples,
     "block_bwd": lambda grad: block_bwd_samples(),

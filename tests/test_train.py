@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -545,6 +546,51 @@ def test_a_second_ctrl_c_ends_a_run_at_once(text: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train.run(config(text), on_step=twice)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("store", ["host", "file"])
+def test_a_streamed_run_learns_the_same_and_stops_inside_a_step(text: Path, store: str, monkeypatch) -> None:
+    """Between two tiles: the step is given up, the ones before are in a checkpoint, and the run goes on from there."""
+    plain = train.run(config(text, steps=8, eval_every=4, checkpoint_every=3))
+    path = {"stream_path": str(text.parent)} if store == "file" else {}
+    given = config(text, steps=8, eval_every=4, checkpoint_every=3, stream=store, stream_tile=24, **path)
+    whole = train.run(dataclasses.replace(given, out=str(text.parent / "whole")))
+    assert whole.history.train == pytest.approx(plain.history.train, rel=1e-4)
+    assert whole.validation_loss == pytest.approx(plain.validation_loss, rel=1e-3)
+    seen: list[tuple[str, int, int]] = []
+
+    def in_the_middle(self: Any, *at: Any) -> None:
+        seen.append(at)
+        if len(seen) == 200:  # of a step after some
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pyckpt.train.progress.Progress.tile", in_the_middle)
+    given = dataclasses.replace(given, out=str(text.parent / "stopped"))
+    stopped = train.run(given)
+    assert stopped.stopped_by == signal.SIGINT
+    assert 0 < stopped.steps < 8
+    assert len(seen) == 200
+    monkeypatch.undo()
+    assert_same(train.run(resume(given)), whole)
+
+
+def test_a_streamed_run_says_what_it_will_take(text: Path) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=200)
+    train.run(config(text, steps=2, warmup=0, stream="host", stream_tile=16), console=console)
+    assert re.search(r"Streamed .* on the device, .* in the host store; about .* a step at", console.file.getvalue())
+
+
+def test_bad_settings_of_a_stream(text: Path) -> None:
+    for changes, message in (
+        ({"stream": "disk"}, "store='disk' does not exist"),
+        ({"stream_path": "/tmp"}, "without stream"),
+        ({"stream": "file", "stream_path": "/nowhere"}, "is no folder"),
+        ({"stream": "host", "stream_tile": 0}, "stream_tile=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.run(config(text, **changes))
 
 
 def test_a_bf16_run_resumes_exactly_too(text: Path) -> None:

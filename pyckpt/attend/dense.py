@@ -25,6 +25,13 @@ class Layout:
     def tokens(self) -> int:
         return self.batch * self.seq
 
+    def positions(self, rows: slice, device: torch.device) -> Tensor:
+        """Each token's place in its sequence, for a range of tokens."""
+        tokens = torch.arange(rows.start, rows.stop, device=device)
+        if self.cu_seqlens is None:
+            return tokens % self.seq
+        return tokens - self.cu_seqlens[torch.searchsorted(self.cu_seqlens, tokens, right=True) - 1]
+
     def by_head(self, t: Tensor, head_dim: int) -> Tensor:
         """(T, H * D) -> (B, S, H, D), or (T, H, D) when packed."""
         heads = t.shape[-1] // head_dim

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyckpt.compare.extras import require
-from pyckpt.compare.results import CHECKPOINT, PLAIN, Results, Row, label
+from pyckpt.compare.results import CHECKPOINT, PLAIN, STREAMED, Results, Row, label
 from pyckpt.compare.words import title
 from pyckpt.measure.units import format_seconds
 
@@ -20,6 +20,7 @@ _STYLE: dict[str, dict[str, Any]] = {
     "attention+mid": {"color": "#009e73", "linestyle": "-", "marker": "P"},
     "attention": {"color": "#0072b2", "linestyle": "-", "marker": "o", "linewidth": 2.8, "zorder": 5},
     "input": {"color": "#56b4e9", "linestyle": "-", "marker": "X"},
+    STREAMED: {"color": "#999999", "linestyle": "-.", "marker": "*"},
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
+STREAMED = "streamed"
 BASELINES = (PLAIN, CHECKPOINT)
 OUT_OF_MEMORY = "out of memory"
 
@@ -106,4 +107,6 @@ class Results:
 
 def label(variant: str) -> str:
     """A variant's name as it is shown: ``plain PyTorch``, ``torch checkpoint``, ``save="attention"``."""
-    return {PLAIN: "plain PyTorch", CHECKPOINT: "torch checkpoint"}.get(variant, f'save="{variant}"')
+    return {PLAIN: "plain PyTorch", CHECKPOINT: "torch checkpoint", STREAMED: "streamed"}.get(
+        variant, f'save="{variant}"'
+    )

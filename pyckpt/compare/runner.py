@@ -46,7 +46,8 @@ def run(
     """Train (forward and backward) the same weights on the same data in every variant at every length.
 
     Variants are "plain" (PyTorch's own functions, everything stored), "checkpoint" (`torch.utils.checkpoint`,
-    non-reentrant, around each plain block) and the save sets of `CkptTransformerBlock`; None is all of them.
+    non-reentrant, around each plain block), the save sets of `CkptTransformerBlock`, and "streamed" (the sequence in a
+    file on a CPU, in host memory on a GPU; a stack without vocabulary still holds x and y whole); None is all of them.
 
     At the shortest length each variant's gradients are compared with those of "plain" first. Then, at each
     length, the memory of every variant is measured in a run of its own, and their times in turn in the same

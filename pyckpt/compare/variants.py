@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.compare.baseline import PlainBlock, PlainCausalLM, PlainStack
-from pyckpt.compare.results import BASELINES, CHECKPOINT
+from pyckpt.compare.results import BASELINES, CHECKPOINT, STREAMED
 from pyckpt.save import SAVE_SETS, bytes_per_token
 from pyckpt.spec import BlockSpec
+from pyckpt.stream import Stream
 
-VARIANTS = (*BASELINES, *SAVE_SETS)
+VARIANTS = (*BASELINES, *SAVE_SETS, STREAMED)
+_STREAM_TILE = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,6 @@ class Config:
         return self.n_layers * self.batch * length * bytes_per_token(self.spec, save, self.dtype)
 
 
-class CkptStack(nn.ModuleList):
-    """Blocks one after the other."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self:
-            x = block(x)
-        return x
-
-
 class Workload:
     """The same weights in a plain model and in a checkpointed one, and one step of each variant.
 
@@ -66,9 +59,12 @@ class Workload:
         torch.manual_seed(config.seed)
         self._plain = _plain_model(config)
         self._ckpt: Any = None
-        if any(variant in SAVE_SETS for variant in variants):
+        if any(variant not in BASELINES for variant in variants):
             self._ckpt = _ckpt_model(config)
             self._ckpt.load_state_dict(self._plain.state_dict())
+        # On a CPU the host's memory is the device's: there the sequence goes to a file.
+        kind = config.device.type
+        self._stream = Stream(config.tile or _STREAM_TILE[kind], "file" if kind == "cpu" else "host")
         for model in (self._plain, self._ckpt):
             for parameter in () if model is None else model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -80,9 +76,8 @@ class Workload:
             stack = plain.model.layers if isinstance(plain, PlainCausalLM) else plain
             stack.checkpointed = variant == CHECKPOINT
             return self._plain
-        blocks = self._ckpt if isinstance(self._ckpt, CkptStack) else self._ckpt.model.layers
-        for block in blocks:
-            block.save = variant
+        for block in self._ckpt.model.layers if self.config.vocab_size is not None else self._ckpt:
+            block.save = "attention" if variant == STREAMED else variant
             block.tile = self.config.tile
         return self._ckpt
 
@@ -103,12 +98,14 @@ class Workload:
     def step(self, variant: str, batch: Batch) -> Callable[[], None]:
         """Forward and backward of a variant, adding to the gradients."""
 
+        options = {"stream": self._stream} if variant == STREAMED else {}
+
         def run() -> None:
             model: Any = self.model(variant)
             if batch.dy is None:
-                model.loss(batch.x).backward()
+                model.loss(batch.x, **options).backward()
             else:
-                model(batch.x).backward(batch.dy)
+                model(batch.x, **options).backward(batch.dy)
 
         return run
 
@@ -147,5 +144,6 @@ def _ckpt_model(config: Config) -> nn.Module:
 
         return CkptCausalLM(config.vocab_size, config.n_layers, spec.d_model, spec.n_heads, **kind)
     from pyckpt.block import CkptTransformerBlock
+    from pyckpt.model import CkptTransformer
 
-    return CkptStack(CkptTransformerBlock(spec.d_model, spec.n_heads, **kind) for _ in range(config.n_layers))
+    return CkptTransformer(CkptTransformerBlock(spec.d_model, spec.n_heads, **kind) for _ in range(config.n_layers))

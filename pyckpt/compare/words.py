@@ -7,7 +7,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from pyckpt.compare.extras import require
-from pyckpt.compare.results import BASELINES, CHECKPOINT, OUT_OF_MEMORY, PLAIN, Results, Row, label
+from pyckpt.compare.results import BASELINES, CHECKPOINT, OUT_OF_MEMORY, PLAIN, STREAMED, Results, Row, label
 from pyckpt.measure.units import format_bytes
 from pyckpt.spec import BlockSpec, canonical_window
 
@@ -170,7 +170,7 @@ def _against(results: Results, mine: Row, other: str) -> list[str]:
 
 def _growth(results: Results) -> list[str]:
     """The slope of the peak between the two longest lengths that every variant named here reached."""
-    names = [v for v in (PLAIN, CHECKPOINT, "attention", "input") if v in results.variants]
+    names = [v for v in (PLAIN, CHECKPOINT, "attention", "input", STREAMED) if v in results.variants]
     figures = {v: {r.length: r.peak_bytes or 0 for r in results.rows if r.variant == v and not r.error} for v in names}
     done = [n for n in results.lengths if all(n in figures[v] for v in names)]
     if len(done) < 2 or not names:

@@ -25,14 +25,16 @@ def standard_plan(
     device: torch.device,
     tile_bytes: int = TILE_BYTES,
 ) -> BlockPlan:
+    token_bytes = _standard_token_bytes(spec, x_dtype, dtype)
     return BlockPlan(
         tokenwise=StandardTokenwise(spec, fused.choose(spec, dtype, device)),
         attend=DenseAttend.of(spec),
         save=save,
-        tile=tile or choose_tile(tokens, _standard_token_bytes(spec, x_dtype, dtype), device, tile_bytes),
+        tile=tile or choose_tile(tokens, token_bytes, device, tile_bytes),
         pre_names=frozenset(pre_parameters(spec)),
         post_tensors=post_tensors(spec, save),
         keeps_raw_qk=bool(spec.qk_norm),
+        token_bytes=token_bytes,
     )
 
 
@@ -48,12 +50,14 @@ def generic_plan(
     tile_bytes: int = TILE_BYTES,
 ) -> BlockPlan:
     # How wide an unknown module is inside is not known; most MLPs keep about 16 values per value of d_model alive.
+    token_bytes = 16 * d_model * dtype.itemsize
     return BlockPlan(
         tokenwise=tokenwise,
         attend=attend,
         save=save,
-        tile=tile or choose_tile(tokens, 16 * d_model * dtype.itemsize, device, tile_bytes),
+        tile=tile or choose_tile(tokens, token_bytes, device, tile_bytes),
         pre_names=frozenset(tokenwise.pre_names),
+        token_bytes=token_bytes,
     )
 
 

@@ -31,7 +31,7 @@ POST_NAMES = ("mid", "gate", "up", "down")
 class BlockPlan:
     """How to run one block. `pre_names` are the weights whose gradient comes through q, k, v.
 
-    `post_tensors` are what `post` keeps with this save set.
+    `post_tensors` are what `post` keeps with this save set; `token_bytes` what a token takes inside a tile.
     """
 
     tokenwise: Tokenwise
@@ -41,6 +41,7 @@ class BlockPlan:
     pre_names: frozenset[str]
     post_tensors: tuple[KeptTensor, ...] = ()
     keeps_raw_qk: bool = False
+    token_bytes: int = 0
 
     @property
     def d_q(self) -> int:
@@ -81,13 +82,7 @@ class Inputs:
         return None if self.seed is None else philox.derive(self.seed, 0)
 
     def _positions(self, sl: slice) -> Tensor:
-        if self.positions is not None:
-            return self.positions[sl]
-        tokens = torch.arange(sl.start, sl.stop, device=self.x.device)
-        cu = self.layout.cu_seqlens
-        if cu is None:
-            return tokens % self.layout.seq
-        return tokens - cu[torch.searchsorted(cu, tokens, right=True) - 1]
+        return self.layout.positions(sl, self.x.device) if self.positions is None else self.positions[sl]
 
     def of_block(self, x: Tensor, seed: int | None) -> Inputs:
         """The inputs of another block of the same run."""

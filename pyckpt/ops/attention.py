@@ -29,7 +29,8 @@ _OPTIONS = (
     f"Tensor? sinks=None, {_EXTRAS}"
 )
 _TILE_OPTIONS = (
-    "int window_left, int window_right, float softcap, float scale, SymInt q_start, SymInt k_start, " + _EXTRAS
+    "int window_left, int window_right, float softcap, float scale, SymInt q_start, SymInt k_start, "
+    f"{_EXTRAS}, SymInt first_sequence=0"
 )
 
 
@@ -135,19 +136,21 @@ def attention_tile_fwd_(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    first_sequence: int = 0,
 ) -> None:
     """Attend from queries at positions q_start... to keys at k_start..., merging into a running (o, lse).
 
     o (B, Sq, H, Dv) and lse are float32 (float64 for float64 inputs). They begin as 0 and -inf, or, with sinks, as
-    0 and the sinks.
+    0 and the sinks. `first_sequence` is the number, in the whole batch, of the first of these B sequences: dropout
+    draws by it.
     """
-    score = Score(softcap, scale, None, alibi_slopes, dropout, seed, k_start=k_start)
+    score = Score(softcap, scale, None, alibi_slopes, dropout, seed, first_sequence, k_start)
     attention_torch.tile_forward(q, k, v, o, lse, (window_left, window_right), score, q_start)
 
 
 @define(
     "attention_tile_bwd_(Tensor do, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
-    f"Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, {_TILE_OPTIONS}) -> ()",
+    f"Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, {_TILE_OPTIONS}, Tensor? o=None) -> ()",
     fake=_nothing,
 )
 def attention_tile_bwd_(
@@ -169,14 +172,17 @@ def attention_tile_bwd_(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    first_sequence: int = 0,
+    o: Tensor | None = None,
 ) -> None:
     """Add this pair of tiles' share to dq, dk, dv: float32 (float64 for float64 inputs), of q's, k's, v's shapes.
 
-    lse and delta are those of the whole sequence's keys.
+    lse and delta are those of the whole sequence's keys, and so is o, the queries' output. Given o, PyTorch's CPU
+    flash kernel can serve, which makes delta itself.
     """
-    score = Score(softcap, scale, None, alibi_slopes, dropout, seed, k_start=k_start)
+    score = Score(softcap, scale, None, alibi_slopes, dropout, seed, first_sequence, k_start)
     window = (window_left, window_right)
-    attention_torch.tile_backward(do, q, k, v, lse, delta, dq, dk, dv, window, score, q_start)
+    attention_torch.tile_backward(do, q, k, v, o, lse, delta, dq, dk, dv, window, score, q_start)
 
 
 @define(

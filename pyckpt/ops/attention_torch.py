@@ -153,6 +153,7 @@ def tile_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     delta: Tensor,
     dq: Tensor,
@@ -162,9 +163,15 @@ def tile_backward(
     score: Score,
     q_start: int,
 ) -> None:
-    """Add these keys' share of the gradients, in place."""
+    """Add these keys' share of the gradients, in place. `o` is read where the flash kernel serves, delta elsewhere."""
     mask = Mask(q.shape[1], k.shape[1], *window, shift=q_start - score.k_start)
-    if 0 not in (mask.sq, mask.sk, q.shape[0]):
+    if 0 in (mask.sq, mask.sk, q.shape[0]):
+        return
+    if o is not None and _flash_serves(q, v, score):
+        do, q, k, v, o = (t.to(dq.dtype) for t in (do, q, k, v, o))  # a share is not to be rounded before it is added
+        for total, share in zip((dq, dk, dv), _flash_backward(do, q, k, v, o, lse, mask, score.scale), strict=True):
+            total += share
+    else:
         _tiled_backward(do, q, k, v, lse, delta, mask, score, (dq, dk.transpose(1, 2), dv.transpose(1, 2)))
 
 

@@ -54,9 +54,22 @@ def _options(
 
 
 def _tile_options(
-    window_left: int, window_right: int, softcap: float, scale: float, q_start: int, k_start: int, *extras: Any
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    q_start: int,
+    k_start: int,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    first_sequence: int = 0,
+    o: Tensor | None = None,
 ) -> Any:
-    options = _options(None, None, window_left, window_right, softcap, scale, None, *extras)
+    """None where dropout draws by a sequence's number that the kernels can't be told: they count from 0."""
+    if dropout and first_sequence:
+        return None
+    options = _options(None, None, window_left, window_right, softcap, scale, None, alibi_slopes, dropout, seed)
     return dataclasses.replace(options, q_start=q_start, k_start=k_start)
 
 
@@ -105,11 +118,12 @@ def attention_delta(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
 
 @implement("attention_tile_fwd_", "triton")
 def attention_tile_fwd_(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any) -> None:
-    if not _served(q, v):
+    tile = _tile_options(*options)
+    if tile is None or not _served(q, v):
         return op.attention_tile_fwd_(q, k, v, o, lse, *options)
     if rounds_badly(q):
         q, k, v = _float(q, k, v)
-    kernels("attention").forward(q, k, v, _tile_options(*options), into=(o, lse))
+    kernels("attention").forward(q, k, v, tile, into=(o, lse))
     return None
 
 
@@ -126,9 +140,10 @@ def attention_tile_bwd_(
     dv: Tensor,
     *options: Any,
 ) -> None:
-    if not _served(q, v):
+    tile = _tile_options(*options)
+    if tile is None or not _served(q, v):
         return op.attention_tile_bwd_(do, q, k, v, lse, delta, dq, dk, dv, *options)
     if rounds_badly(q):
         do, q, k, v = _float(do, q, k, v)
-    kernels("attention").backward(do, q, k, v, lse, delta, _tile_options(*options), into=(dq, dk, dv))
+    kernels("attention").backward(do, q, k, v, lse, delta, tile, into=(dq, dk, dv))
     return None

@@ -49,8 +49,8 @@ def register() -> str:
     registry.extension_device_type = module.DEVICE_TYPE
     for name in OPS:
         implement(name, "cuda")(_where_it_can(name))
-    for name, fn in (("linear_cross_entropy_fwd", _loss_fwd), ("linear_cross_entropy_bwd", _loss_bwd)):
-        implement(name, "cuda")(fn)
+    for name, fn in (("fwd", _loss_fwd), ("bwd", _loss_bwd), ("tile_", _loss_tile)):
+        implement(f"linear_cross_entropy_{name}", "cuda")(fn)
     return ""
 
 
@@ -132,6 +132,13 @@ def _loss_bwd(
     *options, need_dx, need_dw, need_db = args
     head = _Head(weight, bias, *options)
     return linear_cross_entropy.backward(head, dloss, lse, x, target, need_dx, need_dw, need_db)
+
+
+def _loss_tile(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
+    if x.dtype not in DTYPES:
+        return linear_cross_entropy_triton.linear_cross_entropy_tile_(x, weight, bias, target, *args)
+    *options, dx, dw = args
+    return linear_cross_entropy.tile(_Head(weight, bias, *options), x, target, dx, dw)
 
 
 problem = register()

@@ -69,9 +69,9 @@ def row_statistics(x: Tensor, centered: bool, eps: float) -> tuple[Tensor, Tenso
 
 
 @define(
-    f"norm_qkv_({_NORM}, Tensor wq, Tensor wk, Tensor? wv, Tensor? bq, Tensor? bk, Tensor? bv, Tensor? q_norm, "
-    "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, bool interleaved, int head_dim, Tensor(a!) q, Tensor(b!) k, "
-    "Tensor(c!)? v, Tensor(d!)? raw_q, Tensor(e!)? raw_k) -> ()",
+    f"norm_qkv_({_NORM}, Tensor wq, Tensor wk, Tensor wv, Tensor? bq, Tensor? bk, Tensor? bv, Tensor? q_norm, "
+    "Tensor? k_norm, float eps, Tensor? cos, Tensor? sin, bool interleaved, int head_dim, Tensor(a!)? q, "
+    "Tensor(b!)? k, Tensor(c!)? v, Tensor(d!)? raw_q, Tensor(e!)? raw_k) -> ()",
     fake=_nothing,
 )
 def norm_qkv_(
@@ -82,7 +82,7 @@ def norm_qkv_(
     norm_bias: Tensor | None,
     wq: Tensor,
     wk: Tensor,
-    wv: Tensor | None,
+    wv: Tensor,
     bq: Tensor | None,
     bk: Tensor | None,
     bv: Tensor | None,
@@ -93,23 +93,25 @@ def norm_qkv_(
     sin: Tensor | None,
     interleaved: bool,
     head_dim: int,
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     v: Tensor | None,
     raw_q: Tensor | None,
     raw_k: Tensor | None,
 ) -> None:
     """q = rope(qk_norm(norm(x) Wqᵀ + bq)), likewise k; v = norm(x) Wvᵀ + bv. (t, heads * head_dim), filled.
 
-    raw_q and raw_k get q and k before QK-norm. wv and v are None where only those are wanted.
+    raw_q and raw_k get q and k before QK-norm. What is None is not made; v only goes with k.
     """
     h = normalised(x, mean, rstd, norm_weight, norm_bias, wq.dtype)
     for w, b, scale, out, raw in ((wq, bq, q_norm, q, raw_q), (wk, bk, k_norm, k, raw_k)):
+        if out is None:
+            continue
         made = linear(h, w, b)
         if raw is not None:
             raw.copy_(made)
         _finish(made, scale, eps, cos, sin, interleaved, head_dim, out)
-    if wv is not None and v is not None:
+    if v is not None:
         v.copy_(linear(h, wv, bv))
 
 
@@ -329,7 +331,8 @@ def _register_flops() -> None:
 
     @register_flop_formula(ops.norm_qkv_)
     def qkv(x, mean, rstd, nw, nb, wq, wk, wv, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-        return product(x, wq, wk, wv)
+        outs = args[-5:-2]
+        return product(x, *(w for w, out in zip((wq, wk, wv), outs, strict=True) if out is not None))
 
     @register_flop_formula(ops.linear_residual_)
     def residual(x, weight, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]

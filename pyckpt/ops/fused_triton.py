@@ -48,7 +48,7 @@ def norm_qkv_(*args: Any) -> None:
         tuple(map(_unit, (bq, bk, bv))),
         _finish(*finish),
         (q, k, v),
-        None if raw_q is None else (raw_q, raw_k),
+        (raw_q, raw_k),
     )
     return None
 

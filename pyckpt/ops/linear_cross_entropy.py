@@ -99,6 +99,45 @@ def linear_cross_entropy_fwd(
     return forward(head, x, target, ignore_index, reduction, need_dx, need_dw, need_db)
 
 
+def _tile_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    dx: Tensor | None,
+    dw: Tensor | None,
+) -> Tensor:
+    return x.new_empty((), dtype=acc_dtype(x.dtype))
+
+
+@define(
+    f"linear_cross_entropy_tile_({_ARGS}, Tensor(a!)? dx, Tensor(b!)? dw) -> Tensor",
+    fake=_tile_fake,
+)
+def linear_cross_entropy_tile_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    dx: Tensor | None,
+    dw: Tensor | None,
+) -> Tensor:
+    """The sum of the losses of some of the tokens: a scalar. Its gradients: dx is written, dw added to, where given.
+
+    dw (V, D) is in the accumulation dtype: one for all tiles of a sequence.
+    """
+    head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
+    return tile(head, x, target, dx, dw)
+
+
 def _bwd_fake(
     dloss: Tensor,
     lse: Tensor,
@@ -171,16 +210,29 @@ def forward(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `linear_cross_entropy_fwd` gives."""
-    losses, lse = (x.new_empty(target.shape, dtype=acc_dtype(x.dtype)) for _ in range(2))
     grads = _Gradients(head, *_grad_buffers(x, head.weight, head.bias, need_dx, need_dw, need_db))
-    for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
-        made = head.chunk(x[sl], target[sl], None, losses[sl], lse[sl], grads.wanted)
-        if grads.wanted:
-            grads.add(sl, x[sl], *made)
+    losses, lse = _losses(head, x, target, grads)
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum()
     return loss, lse, grads.dx, grads.dw, grads.db
+
+
+def tile(head: Head, x: Tensor, target: Tensor, dx: Tensor | None, dw: Tensor | None) -> Tensor:
+    """What `linear_cross_entropy_tile_` gives."""
+    nothing = x.new_empty(0)
+    grads = _Gradients(head, nothing if dx is None else dx, nothing if dw is None else dw, nothing)
+    return _losses(head, x, target, grads)[0].sum()
+
+
+def _losses(head: Head, x: Tensor, target: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
+    """Each token's loss and lse; fills `grads` with the gradients of the losses' sum."""
+    losses, lse = (x.new_empty(target.shape, dtype=acc_dtype(x.dtype)) for _ in range(2))
+    for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
+        made = head.chunk(x[sl], target[sl], None, losses[sl], lse[sl], grads.wanted)
+        if grads.wanted:
+            grads.add(sl, x[sl], *made)
+    return losses, lse
 
 
 def backward(
@@ -303,6 +355,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     nothing = (None,) * 9
     need = ctx.needs_input_grad[:3]
+    dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
     if dloss is None:
         return None, None, None, *nothing
     if ctx.reduction == "none":
@@ -311,9 +364,10 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
         *sums, target = ctx.saved_tensors
         if ctx.reduction == "mean":
             dloss = dloss / (target != ctx.options[0]).sum().clamp_min(1)
-        # A factor of one dimension, or it would be rounded to the gradient's dtype before the product.
-        grads = tuple(torch.mul(g, dloss.view(1), out=torch.empty_like(g)) for g in sums)
-    dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
+        # A factor of one dimension, or it would be rounded to the gradient's dtype before the product. Scaled and
+        # rounded in one pass on CUDA: a scaled float32 copy of dW alone takes 2 GB at Llama 3's vocabulary.
+        factor = dloss.view(1)
+        grads = tuple(torch.mul(g, factor, out=torch.empty_like(g, dtype=d)) for g, d in zip(sums, dtypes, strict=True))
     out = tuple(
         g.to(dtype) if n else None
         for g, n, dtype in zip(grads, (*need[:2], need[2] and ctx.has_bias), dtypes, strict=True)
@@ -334,6 +388,11 @@ def _register_flops() -> None:
     def forward_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         need_dx, need_dw = args[-3], args[-2]
         return product(x_shape, weight_shape) * (1 + bool(need_dx) + bool(need_dw))
+
+    @register_flop_formula(ops.linear_cross_entropy_tile_)
+    def tile_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        dx, dw = args[-2:]
+        return product(x_shape, weight_shape) * (1 + (dx is not None) + (dw is not None))
 
     @register_flop_formula(ops.linear_cross_entropy_bwd)
     def backward_flops(dloss, lse, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]

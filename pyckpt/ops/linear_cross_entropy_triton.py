@@ -98,3 +98,20 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
     return _op.backward(head, dloss, lse, x, target, need_dx, need_dw, need_db)
+
+
+@implement("linear_cross_entropy_tile_", "triton")
+def linear_cross_entropy_tile_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    dx: Tensor | None,
+    dw: Tensor | None,
+) -> Tensor:
+    head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
+    return _op.tile(head, x, target, dx, dw)

@@ -109,21 +109,22 @@ class FusedQkv(Qkv):
         super().__init__(spec)
         self._fused = fused - {"qkv"} if spec.qk_norm == "full" else fused
 
-    def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
-        if "qkv" not in self._fused:
+    def forward(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> None:
+        made = next((t for t in (q, k, v) if t is not None), None)
+        if "qkv" not in self._fused or made is None:
             super().forward(w, tile, q, k, v)
             return
         scales = (w.get(f"{ATTENTION}.{n}_norm.weight") for n in "qk")
-        after = (*scales, *self._options(tile.positions, q.dtype))
+        after = (*scales, *self._options(tile.positions, made.dtype))
         raw = (tile.kept.get("q"), tile.kept.get("k"))
-        ops.norm_qkv_(*self._normed(w, tile.x, q.dtype).args, *self._weights(w), *after, q, k, v, *raw)
+        ops.norm_qkv_(*self._normed(w, tile.x, made.dtype).args, *self._weights(w), *after, q, k, v, *raw)
 
-    def finish(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
+    def finish(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         if "qkv" not in self._fused or not self.spec.qk_norm:
-            super().finish(w, positions, raw, out)
+            super().finish(w, positions, parts)
             return
-        options = self._options(positions, out[0].dtype)
-        for name, source, target in zip("qk", raw, out, strict=True):
+        for name, source, target in parts:
+            options = self._options(positions, target.dtype)
             ops.qk_finish_(source, w[f"{ATTENTION}.{name}_norm.weight"], *options, target)
 
     def _normed(self, w: Weights, x: Tensor, dtype: torch.dtype) -> LazyNormed:
@@ -136,9 +137,8 @@ class FusedQkv(Qkv):
             return super()._raw(w, tile, normed, like, ws)
         assert isinstance(normed, LazyNormed)
         q, k = (ws.get(f"raw_{n}", tuple(t.shape), t.dtype) for n, t in zip("qk", like, strict=True))
-        wq, wk, _, bq, bk, _ = self._weights(w)
         nothing_after = (None, None, self.spec.norm_eps, None, None, False, self.spec.head_dim)
-        ops.norm_qkv_(*normed.args, wq, wk, None, bq, bk, None, *nothing_after, q, k, None, None, None)
+        ops.norm_qkv_(*normed.args, *self._weights(w), *nothing_after, q, k, None, None, None)
         return q, k
 
     def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:

@@ -33,11 +33,12 @@ class GenericTokenwise:
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
         return dict(w)
 
-    def pre(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor, ws: Workspace) -> None:
+    def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
         made = self._call_pre(w, tile.x, tile.positions)
         for name, out, got in zip(("q", "k", "v"), (q, k, v), made, strict=True):
-            _check_shape(f"pre's {name}", got, out)
-            out.copy_(got)
+            if out is not None:
+                _check_shape(f"pre's {name}", got, out)
+                out.copy_(got)
 
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
         raise AssertionError("a generic block keeps q and k as attention reads them")

@@ -48,8 +48,8 @@ class Tokenwise(Protocol):
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights as the products take them, in `dtype`, and those of norms as norms take them."""
 
-    def pre(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor, ws: Workspace) -> None:
-        """Fill q, k, v with what attention reads."""
+    def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
+        """Fill q, k, v with what attention reads; those that are None are not made."""
 
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
         """Fill the q and k that attention reads from the raw ones in `tile.kept`."""

@@ -25,22 +25,29 @@ class Qkv:
         self.norm = norm_of(spec, norm_names(spec).attention)
         self.projections = [f"{ATTENTION}.{n}_proj" for n in "qkv"]
 
-    def forward(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> None:
-        h = self._normed(w, tile.x, q.dtype).h
-        raw = (tile.kept.get("q", q), tile.kept.get("k", k))
-        for name, out in zip(self.projections, (*raw, v), strict=True):
-            linear(w, name, h, out)
-        self.finish(w, tile.positions, raw, (q, k))
+    def forward(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> None:
+        """Fill those that are there; `tile.kept` may ask for q and k as they are before QK-norm."""
+        wanted = {name: out for name, out in (("q", q), ("k", k), ("v", v)) if out is not None}
+        raw = {name: tile.kept.get(name, out) for name, out in wanted.items()}
+        h = self._normed(w, tile.x, next(iter(wanted.values())).dtype).h
+        for name, out in raw.items():
+            linear(w, f"{ATTENTION}.{name}_proj", h, out)
+        self.finish(w, tile.positions, [(n, raw[n], out) for n, out in wanted.items() if n != "v"])
 
-    def finish(self, w: Weights, positions: Tensor, raw: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
-        """Fill the q and k that attention reads from the projections' own, which may be the same tensors."""
-        tables = self._rope_tables(positions, out[0].dtype)
+    def finish(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
+        """From the projections' own to what attention reads: (name, raw, finished), which may be the same tensors."""
+        if not parts:
+            return
         if self.spec.qk_norm:
-            for name, source, target in zip(("q_norm", "k_norm"), raw, out, strict=True):
-                weight = w[f"{ATTENTION}.{name}.weight"]
-                self._norm_rows(target).copy_(ops.rms_norm_fwd(self._norm_rows(source), weight, self.spec.norm_eps)[0])
+            for name, source, target in parts:
+                weight = w[f"{ATTENTION}.{name}_norm.weight"]
+                made = ops.rms_norm_fwd(self._norm_rows(source), weight, self.spec.norm_eps)[0]
+                self._norm_rows(target).copy_(made)
+        outs = [self._by_head(target) for _, _, target in parts]
+        tables = self._rope_tables(positions, outs[0].dtype)
         if tables is not None:
-            ops.rope_qk_(*map(self._by_head, out), *tables, False, self.spec.rope_interleaved)
+            rotate = ops.rope_qk_ if len(outs) == 2 else ops.rope_
+            rotate(*outs, *tables, False, self.spec.rope_interleaved)
 
     def backward(
         self,

@@ -59,11 +59,11 @@ class StandardTokenwise:
 
     # --- forward ---
 
-    def pre(self, w: Weights, tile: Tile, q: Tensor, k: Tensor, v: Tensor, ws: Workspace) -> None:
+    def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
         self.qkv.forward(w, tile, q, k, v)
 
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
-        self.qkv.finish(w, tile.positions, (tile.kept["q"], tile.kept["k"]), (q, k))
+        self.qkv.finish(w, tile.positions, [("q", tile.kept["q"], q), ("k", tile.kept["k"], k)])
 
     def post(self, w: Weights, tile: Tile, o: Tensor, y: Tensor, ws: Workspace) -> None:
         mid = self._mid(w, tile, self.attention_end.project(w, tile, o, tile.x, None, ws), ws)

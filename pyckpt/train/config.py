@@ -50,6 +50,12 @@ class TrainConfig:
     )
     tile: int | None = _option(None, "Memory", "Tokens worked on at once (default: picked from the shapes).")
 
+    stream: str | None = _option(
+        None, "Memory", "Keep the sequence off the device and run tile by tile: host, file or device."
+    )
+    stream_tile: int = _option(4096, "Memory", "Tokens of a tile with --stream.")
+    stream_path: str | None = _option(None, "Memory", "Folder of the scratch file with --stream file.", free=True)
+
     steps: int = _option(600, "Training", "Optimiser steps.")
     seq_len: int = _option(256, "Training", "Tokens in a sequence.")
     batch_size: int = _option(4, "Training", "Sequences in a batch.")
@@ -104,7 +110,7 @@ class TrainConfig:
 
 
 _AT_LEAST: dict[str, float] = {
-    **dict.fromkeys(("d_model", "layers", "heads", "kv_heads", "d_ff", "tile", "vocab_size"), 1),
+    **dict.fromkeys(("d_model", "layers", "heads", "kv_heads", "d_ff", "tile", "stream_tile", "vocab_size"), 1),
     **dict.fromkeys(("steps", "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "log_every"), 1),
     **dict.fromkeys(("warmup", "min_lr", "weight_decay", "clip", "seed", "sample_tokens", "temperature"), 0),
@@ -151,8 +157,13 @@ def _check_heads(config: TrainConfig) -> None:
 
 def _check_memory(config: TrainConfig) -> None:
     from pyckpt.save import save_set
+    from pyckpt.store import make_store
 
     save_set(config.save)
+    if config.stream is not None:
+        make_store(config.stream, config.stream_path)
+    elif config.stream_path is not None:
+        raise ValueError("stream_path was given without stream: expected stream=file.")
     segments = config.segments
     if segments is None or segments == "sqrt":
         return

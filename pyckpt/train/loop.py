@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pyckpt.exec.estimate import describe, product_rate
 from pyckpt.measure import format_bytes
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train.config import TrainConfig
@@ -25,9 +26,11 @@ from pyckpt.train.plot import loss_curve
 from pyckpt.train.progress import Progress, progress_for
 from pyckpt.train.sample import printable, sample, start_of
 from pyckpt.train.signals import StopRequest
-from pyckpt.train.trainer import Trainer
+from pyckpt.train.trainer import StepInterrupted, Trainer
 
 _STOPPING = "\nStopping after this step, with a checkpoint (Ctrl-C once more: at once, without one).\n"
+
+_STOPPING_STREAM = "\nStopping after this tile: the step under way is given up, those before it are in a checkpoint.\n"
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def run(
     console: a rich.console.Console to report to; None reports nothing. on_step: called after each step with
     its line of the log (and after its checkpoint, if one was due).
 
-    SIGINT and SIGTERM end the run after the step under way, with a checkpoint. PyTorch's global random state
-    is as before when this returns.
+    SIGINT and SIGTERM end the run after the step under way, with a checkpoint; a streamed one after the tile under way,
+    with a checkpoint of the steps before. PyTorch's global random state is as before when this returns.
 
     Raises ValueError for settings, data or a folder that can't be used, and RuntimeError for a damaged
     checkpoint, a missing extra, a loss that is not finite, a GPU out of memory; the first three before
@@ -76,13 +79,14 @@ def run(
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
-        StopRequest(_STOPPING if console is not None else "") as stop,
+        StopRequest((_STOPPING if config.stream is None else _STOPPING_STREAM) if console is not None else "") as stop,
     ):
         trainer = Trainer(config, corpus)
-        progress.table(_description(trainer))
+        progress.table(_description(trainer) + _stream_rows(trainer))
         with folder.locked():
             folder.check(config)  # again: another process may have begun a run since
             notes = _begin(trainer, folder)
+            trainer.stopping = lambda: stop
             memory = _probe(trainer)
             progress.table(_memory_rows(trainer, memory))
             for note in notes:
@@ -149,26 +153,39 @@ def _train(
         checkpoints.write(folder.checkpoints, trainer.checkpoint(), config.keep_checkpoints)
         saved = trainer.done
 
+    trainer.on_tile = progress.tile
     try:
         progress.start(trainer.done, config.steps)
-        if not trainer.history.validation:
+        if not trainer.history.validation or _validation_due(trainer):  # a streamed one may have been given up
             validate()
         while trainer.done < config.steps and not stop:
             record = trainer.step()
             log.write(record)
             progress.step(record, peak_so_far(trainer.device))
-            last = trainer.done == config.steps
-            if last or trainer.done % config.eval_every == 0:
+            if _validation_due(trainer):
                 validate()
-            if last or trainer.done % config.checkpoint_every == 0:
+            if trainer.done == config.steps or trainer.done % config.checkpoint_every == 0:
                 checkpoint()
             if on_step is not None:
                 on_step(record)
         if stop and 0 < trainer.done != saved:
             checkpoint()
+    except StepInterrupted:
+        if not trainer.history.validation:
+            raise  # not even what a model is before training is known: there is nothing to keep
+        trainer.optimizer.zero_grad()
+        if 0 < trainer.done != saved:
+            checkpoint()
     finally:
         progress.stop()
         log.close()
+
+
+def _validation_due(trainer: Trainer) -> bool:
+    """After the steps done so far, and not made yet."""
+    config, made = trainer.config, trainer.history.validation
+    at_this_step = trainer.done == config.steps or trainer.done % config.eval_every == 0
+    return at_this_step and (not made or made[-1][0] != trainer.done)
 
 
 def _finish(
@@ -186,7 +203,7 @@ def _finish(
         step_memory=memory,
         model=trainer.model,
     )
-    if trainer.done < config.steps:
+    if trainer.done < config.steps or _validation_due(trainer):
         _report_stop(trainer, folder, progress)
         return dataclasses.replace(result, stopped_by=stop.signal)
     text = _artifacts(trainer, folder)
@@ -236,6 +253,15 @@ def _description(trainer: Trainer) -> list[tuple[str, str]]:
         ),
     ]
     return rows + [("", note) for note in corpus.notes]
+
+
+def _stream_rows(trainer: Trainer) -> list[tuple[str, str]]:
+    if trainer.stream is None:
+        return []
+    config, model = trainer.config, trainer.model
+    found = trainer.stream.estimate(model, config.seq_len, config.batch_size)
+    rate = product_rate(trainer.device, getattr(torch, config.dtype), min(config.stream_tile, 1024), config.d_model)
+    return [("Streamed", describe(found, rate))]
 
 
 def _files(corpus: Corpus) -> str:

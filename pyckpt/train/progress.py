@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Any
 
 from pyckpt.measure import format_bytes
+
+_SILENCE = 30.0  # seconds after which a log hears of a step that is still under way
 
 
 class Progress:
@@ -27,6 +30,9 @@ class Progress:
 
     def validated(self, loss: float) -> None:
         self.validation = loss
+
+    def tile(self, what: str, block: int, tile: int) -> None:
+        """Inside a streamed step: on its way `what` ("forward", ...) through this tile of this block."""
 
     def note(self, text: str = "") -> None:
         """A line of text."""
@@ -91,6 +97,7 @@ class Lines(_Console):
         super().__init__(console, unit)
         self.every = every
         self.last = self.total = 0
+        self._told = time.monotonic()
 
     def start(self, done: int, total: int) -> None:
         self.last, self.total = done, total
@@ -104,6 +111,16 @@ class Lines(_Console):
                 f"step {number:{width}}/{self.total}  loss {record['loss']:.3f}  {self.rate}  "
                 f"peak {memory[0]} {format_bytes(memory[1])}"
             )
+
+    def tile(self, what: str, block: int, tile: int) -> None:
+        now = time.monotonic()
+        if now - self._told > _SILENCE:
+            self.note(f"step {self.last + 1}/{self.total}  {what}: block {block}, tile {tile}")
+            self._told = now
+
+    def note(self, text: str = "") -> None:
+        super().note(text)
+        self._told = time.monotonic()
 
     def validated(self, loss: float) -> None:
         super().validated(loss)
@@ -139,6 +156,10 @@ class Bar(_Console):
         validation = "" if self.validation is None else f" val {self.validation:.3f}"
         text = f"loss {record['loss']:.3f}{validation} {self.rate} {memory[0]} {format_bytes(memory[1])}"
         self._bar.update(self._task, completed=record["step"], description=text)
+
+    def tile(self, what: str, block: int, tile: int) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, description=f"{what}: block {block}, tile {tile}")
 
     def stop(self) -> None:
         self._bar.stop()

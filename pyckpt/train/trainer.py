@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyckpt.stream import Stream
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train.checkpoint import Checkpoint
 from pyckpt.train.config import TrainConfig
 from pyckpt.train.data import Corpus, training_batch, validation_batches
 from pyckpt.train.history import History
 from pyckpt.train.optim import Optimizer
+
+
+class StepInterrupted(KeyboardInterrupt):
+    """A streamed step was given up between two tiles; weights and optimiser are those after the step before."""
 
 
 class Trainer:
@@ -29,7 +35,21 @@ class Trainer:
         self.model = _build(config, corpus)
         self.optimizer = Optimizer(self.model, config)
         self.history = History()
+        self.stopping: Callable[[], object] = lambda: False
+        self.on_tile: Callable[[str, int, int], None] = lambda what, block, tile: None
+        self.stream = self._stream()
         self._validation = validation_batches(corpus.validation, config.eval_batches, config.batch_size, config.seq_len)
+
+    def _stream(self) -> Stream | None:
+        config = self.config
+        if config.stream is None:
+            return None
+        return Stream(config.stream_tile, config.stream, config.stream_path, progress=self._between_tiles)
+
+    def _between_tiles(self, what: str, block: int, tile: int) -> None:
+        if self.stopping():
+            raise StepInterrupted
+        self.on_tile(what, block, tile)
 
     @property
     def done(self) -> int:
@@ -65,7 +85,7 @@ class Trainer:
         count = self.config.grad_accum
         losses = []
         for part in range(count):
-            loss = self.model.loss(self._batch(done * count + part))
+            loss = self.model.loss(self._batch(done * count + part), stream=self.stream)
             (loss / count).backward()
             self.optimizer.collect()
             losses.append(loss.item())
@@ -82,7 +102,7 @@ class Trainer:
         self.model.eval()
         total, rows = 0.0, 0
         for batch in self._validation:
-            total += self.model.loss(batch.to(self.device)).item() * len(batch)
+            total += self.model.loss(batch.to(self.device), stream=self.stream).item() * len(batch)
             rows += len(batch)
         self.model.train()
         loss = total / rows

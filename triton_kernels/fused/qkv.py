@@ -182,7 +182,7 @@ def qkv_fwd_kernel_heads(
     i, j = place(tl.cdiv(tokens, BLOCK_M), groups_q + kinds * groups_kv, GROUP)
     of_q = j < groups_q
     of_v = j >= groups_q + groups_kv
-    first = (j if of_q else (j - groups_q) % groups_kv) * HEADS
+    first = (j if of_q else (j - groups_q) % tl.maximum(groups_kv, 1)) * HEADS
     heads = heads_q if of_q else heads_kv
     p_w, stride_w = p_wk, stride_wk
     if of_q:
@@ -339,27 +339,32 @@ class Finish:
 
 def forward(
     normed: Normed,
-    weights: tuple[Tensor, Tensor, Tensor | None],
+    weights: tuple[Tensor, Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None, Tensor | None],
     after: Finish,
-    outs: tuple[Tensor, Tensor, Tensor | None],
-    raw: tuple[Tensor, Tensor] | None = None,
+    outs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    raw: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> None:
     """Write q (t, H * head_dim), k and v (t, Hkv * head_dim); q and k as they are before `after` to `raw` too.
 
-    weights (out, width) of q, k, v. Without v's weight nothing is made for it. Biases are there for all or none.
+    weights (out, width) of q, k, v. What is None is not made, and neither is its raw form; v only goes with k. Biases
+    are there for all or none.
     """
     tokens = normed.x.shape[0]
     normed.check()
     after.check(tokens)
     for name, w, out, bias in zip("qkv", weights, outs, biases, strict=True):
-        if w is not None and out is not None:
-            check_matrix(f"the weight of {name}", w, (w.shape[0], normed.width), weights[0])
+        check_matrix(f"the weight of {name}", w, (w.shape[0], normed.width), weights[0])
+        check_vector(f"the bias of {name}", bias, w.shape[0])
+        if out is not None:
             check_matrix(name, out, (tokens, w.shape[0]), w)
-            check_vector(f"the bias of {name}", bias, w.shape[0])
     for name, w, out in zip("qk", weights, raw or (), strict=False):
-        check_matrix(f"raw {name}", out, (tokens, w.shape[0]), w)
-    heads = [0 if w is None else w.shape[0] // after.head_dim for w in weights]
+        if out is not None:
+            check_matrix(f"raw {name}", out, (tokens, w.shape[0]), w)
+    q, k, v = outs
+    if v is not None and k is None:
+        raise ValueError("v is made with k: give both, or k alone")
+    heads = [0 if t is None else w.shape[0] // after.head_dim for w, t in zip(weights, outs, strict=True)]
     if tokens == 0:
         return
     config = choice.config(choice.key("qkv", normed.width, weights[0].dtype, weights[0].device))
@@ -375,8 +380,9 @@ def forward(
             p_k_norm=after.k_norm,
             p_cos=after.cos,
             p_sin=after.sin,
-            **_named("p_", outs),
-            **_named("p_raw_", raw or (None, None)),
+            # No program writes to what stands in for q or k: it has no heads.
+            **_named("p_", (k if q is None else q, q if k is None else k, v)),
+            **_named("p_raw_", _both(raw)),
             tokens=tokens,
             width=normed.width,
             heads_q=heads[0],
@@ -384,7 +390,7 @@ def forward(
             stride_x=normed.x.stride(0),
             **_strides("stride_w", weights),
             **_strides("stride_", outs),
-            **_strides("stride_raw_", raw or (None, None)),
+            **_strides("stride_raw_", _both(raw)),
             CENTERED=normed.mean is not None,
             RAGGED=normed.width % config.block_k != 0,
             BLOCK_M=block_m,
@@ -393,6 +399,12 @@ def forward(
             **constants,
             **options(config, weights[0].dtype),
         )
+
+
+def _both(raw: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
+    """The raw q and k, one standing in for the other where that is not made."""
+    q, k = raw or (None, None)
+    return (k if q is None else q), (q if k is None else k)
 
 
 def finish_stored(raw: Tensor, weight: Tensor, after: Finish, out: Tensor) -> None:

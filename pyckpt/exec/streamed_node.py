@@ -1,0 +1,153 @@
+"""The autograd node of a streamed run: weights (and, for a stack alone, x) in, the loss or y out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyckpt.exec.ends import Given, Loss, Named, Source, Whole
+from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
+from pyckpt.store import OpenStore, Store
+
+_HOW_TO = "Run without stream=, or without {what}."
+ENDS = -1
+"""The owner of the weights that belong to no block."""
+
+
+class Session:
+    """One streamed run, from its forward to the end of its backward: the open store, and which weight is whose.
+
+    uses: for each of the flat weights, (block or ENDS, name) of every place that reads it; tied weights have two.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        store: Store,
+        uses: list[list[tuple[int, str]]],
+        source: Source,
+        sink: Loss | Whole,
+        progress: Progress | None,
+    ) -> None:
+        self._stack, self._uses, self._source, self.sink = stack, uses, source, sink
+        self._weights: tuple[Tensor, ...] = ()
+        plan = store_plan(stack)
+        self._store: OpenStore | None = store.open(plan, stack.device)
+        self._run = Streamed(stack, self._store, source, sink, self._of_block, progress)
+
+    def forward(self, weights: tuple[Tensor, ...], keeping: bool) -> Tensor:
+        try:
+            with torch.no_grad(), _own_precision(self._stack.device):
+                self._weights = weights
+                result = self._run.forward(self._named(ENDS))
+        except BaseException:
+            self.close()
+            raise
+        self._weights = ()
+        if not keeping:
+            self.close()
+        return result
+
+    def backward(
+        self, weights: tuple[Tensor, ...], upstream: Tensor, need: tuple[bool, ...], need_dx: bool
+    ) -> list[Tensor | None]:
+        """One gradient (or None) for each of the flat weights. `need_dx`: the source wants its own."""
+        if self._store is None:
+            raise RuntimeError(
+                "the backward of a streamed run was asked for a second time: its store was emptied as the first went "
+                "along, also under retain_graph=True. Run the forward again"
+            )
+        try:
+            with torch.no_grad(), _own_precision(self._stack.device):
+                self._weights = weights
+                self.sink.take(upstream)
+                ends, blocks = self._run.backward(self._named(ENDS), self._wanted(need), need_dx)
+        finally:
+            self.close()
+        return [self._sum(i, w, ends, blocks) if need[i] else None for i, w in enumerate(weights)]
+
+    def close(self) -> None:
+        store, self._store, self._weights = self._store, None, ()
+        if store is not None:
+            store.close()
+
+    def _sum(self, i: int, like: Tensor, ends: Any, blocks: Any) -> Tensor | None:
+        total: Tensor | None = None
+        for owner, name in self._uses[i]:
+            grad = (ends if owner == ENDS else blocks[owner]).get(name)
+            if grad is not None:
+                total = grad if total is None else total.add_(grad)
+        return torch.zeros_like(like) if total is None else total.to(like.dtype)
+
+    def _wanted(self, need: tuple[bool, ...]) -> list[Collection[str]]:
+        wanted: list[list[str]] = [[] for _ in self._stack.plans]
+        for uses, needed in zip(self._uses, need, strict=True):
+            for owner, name in uses:
+                if needed and owner != ENDS:
+                    wanted[owner].append(name)
+        return list(wanted)
+
+    def _of_block(self, block: int) -> Named:
+        return self._named(block)
+
+    def _named(self, owner: int) -> Named:
+        return {name: w for uses, w in zip(self._uses, self._weights, strict=True) for of, name in uses if of == owner}
+
+
+def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it: the executor casts by itself."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.compiler.disable
+def execute(session: Session, x: Tensor | None, weights: tuple[Tensor, ...]) -> Tensor:
+    """The sink's result; one autograd node where a gradient can be asked for, nothing kept where none can."""
+    if torch._C._are_functorch_transforms_active():
+        session.close()
+        raise RuntimeError(
+            "streamed runs do not support torch.func transforms. " + _HOW_TO.format(what="the transform")
+        )
+    grad = torch.is_grad_enabled()
+    if grad and ((x is not None and x.requires_grad) or any(w.requires_grad for w in weights)):
+        return _Streamed.apply(session, x, *weights)
+    return session.forward(weights, keeping=False)
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, session: Session, x: Tensor | None, *weights: Tensor) -> Tensor:
+        result = session.forward(weights, keeping=True)
+        ctx.session, ctx.shape = session, None if x is None else x.shape
+        ctx.save_for_backward(*weights)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "double backward through a streamed run is not supported: backward() or grad() was called with "
+                "create_graph=True. " + _HOW_TO.format(what="create_graph")
+            )
+        session, weights = ctx.session, ctx.saved_tensors
+        need = ctx.needs_input_grad
+        upstream = grad_outputs[0]
+        source = session._source
+        if isinstance(source, Given):
+            upstream = upstream.reshape(-1, upstream.shape[-1])
+        # An embedding wants its gradient where its weight does.
+        embed = any(n and (ENDS, "embed") in uses for n, uses in zip(need[2:], session._uses, strict=True))
+        grads = session.backward(weights, upstream, tuple(need[2:]), need[1] or embed)
+        dx = source.dx if isinstance(source, Given) else None
+        return None, None if dx is None else dx.view(ctx.shape), *grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            "forward-mode differentiation through a streamed run is not supported. " + _HOW_TO.format(what="it")
+        )

@@ -1,0 +1,116 @@
+"""A scratch file behind the tiles, for a machine whose memory is the limit.
+
+It is reserved whole before the run, so that a full disk shows then and not in the middle. It has no name from the
+start: nothing is left of it when the process ends, however it ends. Tiles are read and written by offset, not mapped:
+their pages are the kernel's cache and never resident in the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import tempfile
+import threading
+
+import torch
+from torch import Tensor
+
+from pyckpt.store.plan import Key, Plan
+
+
+class ScratchFile:
+    """`Backing` in an unnamed file of `folder`. Raises OSError where the disk has not enough room."""
+
+    def __init__(self, plan: Plan, folder: str, device: torch.device) -> None:
+        self._plan = plan
+        self._offsets, total = {}, 0
+        for s in plan.slabs:
+            for i in range(s.count):
+                self._offsets[s.name, i] = total
+                total += plan.tokens * s.token_bytes
+        self._staging = _Staging(plan, device) if device.type == "cuda" else None
+        self._file = _unnamed(folder)
+        try:
+            _reserve(self._file, total, folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, key: Key, into: Tensor) -> None:
+        host = into if self._staging is None else self._staging.like(into)
+        _all(os.preadv, self._file, host, self._offset(key))
+        if self._staging is not None:
+            self._staging.copy(into, host)
+
+    def write(self, key: Key, source: Tensor) -> None:
+        host = source
+        if self._staging is not None:
+            host = self._staging.like(source)
+            self._staging.copy(host, source)
+        _all(os.pwritev, self._file, host, self._offset(key))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self._file)
+        self._file = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _offset(self, key: Key) -> int:
+        name, index, tile = key
+        return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
+
+
+class _Staging(threading.local):
+    """Page-locked memory between file and GPU, one tile for each thread that copies, and a stream to wait on."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        most = max(plan.tile * s.token_bytes for s in plan.slabs)
+        self._bytes = torch.empty(most, dtype=torch.uint8, pin_memory=True)
+        self._stream = torch.cuda.Stream(device)
+
+    def like(self, t: Tensor) -> Tensor:
+        return self._bytes[: t.nbytes].view(t.dtype).view(t.shape)
+
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            into.copy_(source, non_blocking=True)
+        self._stream.synchronize()
+
+
+def _unnamed(folder: str) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if hasattr(os, "O_TMPFILE"):
+        with contextlib.suppress(OSError):  # not every file system has it
+            return os.open(folder, flags | os.O_TMPFILE | os.O_EXCL, 0o600)
+    file, name = tempfile.mkstemp(prefix="pyckpt-", dir=folder)
+    os.unlink(name)
+    return file
+
+
+def _reserve(file: int, total: int, folder: str) -> None:
+    try:
+        os.posix_fallocate(file, 0, max(1, total))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        raise OSError(
+            error.errno,
+            f"the store needs a scratch file of {total:,} bytes in {folder}, which has {free:,} free "
+            f"({error.strerror}); give another path, or keep less (save='input', segments)",
+        ) from None
+
+
+def _all(call: object, file: int, t: Tensor, offset: int) -> None:
+    """Read or write all of a contiguous CPU tensor; the calls may stop short."""
+    memory = memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr())).cast("B")
+    done = 0
+    while done < t.nbytes:
+        moved = call(file, [memory[done:]], offset + done)  # type: ignore[operator]
+        if moved <= 0:
+            raise OSError(errno.EIO, f"the scratch file ends {t.nbytes - done} bytes early: was it truncated?")
+        done += moved

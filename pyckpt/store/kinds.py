@@ -1,0 +1,111 @@
+"""The stores that users choose from: "device", "host" and "file"."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+
+from pyckpt.store.file import ScratchFile
+from pyckpt.store.host import HostMemory, available_bytes
+from pyckpt.store.interface import OpenStore, Store
+from pyckpt.store.lanes import CudaLanes, ThreadLanes
+from pyckpt.store.memory import InMemory, allocate
+from pyckpt.store.plan import Plan
+from pyckpt.store.staged import Staged
+
+
+class _Reusing(Store):
+    """A store that keeps the memory of its last run for the next one of the same plan: page-locking is slow."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            raise ValueError(f"limit must be None or a number of bytes >= 0, got {limit!r}")
+        self.limit = limit
+        self._idle: tuple[Any, Any] | None = None
+
+    def _memory(self, kind: Any, make: Any) -> Any:
+        idle, self._idle = self._idle, None
+        if idle is not None and idle[0] == kind:
+            return idle[1]
+        del idle
+        return make()
+
+    def _keep(self, kind: Any, memory: Any) -> None:
+        self._idle = (kind, memory)
+
+
+class DeviceStore(_Reusing):
+    """Tiles stay in the device's own memory: streamed execution where only the transient is the problem."""
+
+    kind = "device"
+
+    def open(self, plan: Plan, device: torch.device) -> OpenStore:
+        self.check(plan)
+        slabs = self._memory((plan, device), lambda: allocate(plan, device))
+        return InMemory(plan, device, slabs, lambda memory: self._keep((plan, device), memory))
+
+
+class HostStore(_Reusing):
+    """Tiles in the host's memory, page-locked. On a CPU that is the device's own memory, and nothing is copied."""
+
+    kind = "host"
+
+    def open(self, plan: Plan, device: torch.device) -> OpenStore:
+        self.check(plan)
+        kind = (plan, device.type)
+        if device.type != "cuda":
+            slabs = self._memory(kind, lambda: self._reserve(plan, lambda: allocate(plan, device)))
+            return InMemory(plan, device, slabs, lambda memory: self._keep(kind, memory))
+        memory = self._memory(kind, lambda: self._reserve(plan, lambda: HostMemory(plan)))
+        return Staged(plan, device, memory, CudaLanes(device), lambda: self._keep(kind, memory))
+
+    @staticmethod
+    def _reserve(plan: Plan, make: Any) -> Any:
+        available = available_bytes()
+        if available is not None and plan.store_bytes > available:
+            raise MemoryError(
+                f"this run needs {plan.store_bytes:,} bytes of host memory, and {available:,} are available; keep less "
+                "(save='input', segments), use store='file', or take a shorter sequence"
+            )
+        return make()
+
+
+class FileStore(_Reusing):
+    """Tiles in a scratch file of the folder `path` (default: the system's temporary one, which may be in memory)."""
+
+    kind = "file"
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
+        super().__init__(limit)
+        self.path = os.fspath(path) if path is not None else tempfile.gettempdir()
+        if not os.path.isdir(self.path):
+            raise ValueError(f"path={self.path!r} is no folder; give one that exists, for the scratch file")
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise ValueError(f"path={self.path!r} can't be written to; give a folder of your own for the scratch file")
+
+    def open(self, plan: Plan, device: torch.device) -> OpenStore:
+        self.check(plan)
+        kind = (plan, device)
+        scratch = self._memory(kind, lambda: ScratchFile(plan, self.path, device))
+        return Staged(plan, device, scratch, ThreadLanes(device), lambda: self._keep(kind, scratch))
+
+
+STORES = ("device", "host", "file")
+
+
+def make_store(store: str | Store, path: str | os.PathLike[str] | None = None, limit: int | None = None) -> Store:
+    """The store of this name; a `Store` as it is. Raises ValueError for an unknown one, or options it does not take."""
+    if isinstance(store, Store):
+        if path is not None or limit is not None:
+            raise ValueError("path and limit belong to the Store that was given; set them there")
+        return store
+    if store not in STORES:
+        raise ValueError(f"store={store!r} does not exist; expected one of {', '.join(map(repr, STORES))}, or a Store")
+    if path is not None and store != "file":
+        raise ValueError(f"path={os.fspath(path)!r} was given with store={store!r}; only store='file' has one")
+    if store == "file":
+        return FileStore(path, limit)
+    return HostStore(limit) if store == "host" else DeviceStore(limit)

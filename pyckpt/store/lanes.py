@@ -1,0 +1,142 @@
+"""Copies beside compute: lanes that run them in order, and the events that order them against each other.
+
+There are two lanes, "in" (towards the device) and "out", since PCIe and most disks move both ways at once. A copy
+begins after the events that it is given; it gives one back. So the staging logic (`staged`) is the same for CUDA
+streams, for threads, and for the tests' lanes, which delay every copy as long as they may.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+LANES = ("in", "out")
+
+
+class Event(Protocol):
+    """The end of a copy, or of the compute queued so far. What it is, is the lanes' own business."""
+
+
+class Lanes(Protocol):
+    def compute(self) -> Event | None:
+        """The end of all compute queued so far; None where that is over already."""
+
+    def run(self, lane: str, copy: Callable[[], None], after: Sequence[Event]) -> Event:
+        """Queue a copy, to begin when all of `after` are over."""
+
+    def hold(self, events: Sequence[Event]) -> None:
+        """What compute queues from here on begins when `events` are over."""
+
+    def close(self) -> None:
+        """Wait for all that was queued."""
+
+
+class CudaLanes:
+    """A stream for each lane. Nothing waits on the host; the allocator is never told, since all buffers are ours."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = {lane: torch.cuda.Stream(device) for lane in LANES}
+
+    def compute(self) -> Event | None:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def run(self, lane: str, copy: Callable[[], None], after: Sequence[Any]) -> Event:
+        stream = self._streams[lane]
+        for event in after:
+            stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            copy()
+        return stream.record_event()
+
+    def hold(self, events: Sequence[Any]) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        for event in events:
+            stream.wait_event(event)
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+class ThreadLanes:
+    """A thread for each lane: for copies that the host makes itself, as those of a file. Compute waits on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._queues: dict[str, queue.SimpleQueue[_Job | None]] = {}
+        self._threads = []
+        for lane in LANES:
+            jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+            thread = threading.Thread(target=_work, args=(jobs,), name=f"pyckpt-store-{lane}", daemon=True)
+            thread.start()
+            self._queues[lane] = jobs
+            self._threads.append(thread)
+
+    def compute(self) -> Event | None:
+        if self._device.type != "cuda":
+            return None
+        return _Recorded(torch.cuda.current_stream(self._device).record_event())
+
+    def run(self, lane: str, copy: Callable[[], None], after: Sequence[Any]) -> Event:
+        job = _Job(copy, after)
+        self._queues[lane].put(job)
+        return job
+
+    def hold(self, events: Sequence[Any]) -> None:
+        for event in events:
+            event.wait()
+
+    def close(self) -> None:
+        for jobs in self._queues.values():
+            jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._queues, self._threads = {}, []
+
+
+class _Recorded:
+    """A CUDA event, waited for on the host."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class _Job:
+    """A queued copy; also the event of its end. What it raises is raised again where it is waited for."""
+
+    def __init__(self, copy: Callable[[], None], after: Sequence[Any]) -> None:
+        self._copy: Callable[[], None] | None = copy
+        self._after = after
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+
+    def __call__(self) -> None:
+        try:
+            for event in self._after:
+                event.wait()
+            assert self._copy is not None
+            self._copy()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._copy, self._after = None, ()  # or events would chain every job to all before it
+            self._over.set()
+
+    def wait(self) -> None:
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job

@@ -1,0 +1,238 @@
+"""`Stream`: how to run a model or a stack with only tiles of the sequence on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyckpt import errors
+from pyckpt.attend.dense import Layout
+from pyckpt.block import CheckpointedBlock, compute_dtype, draw_seeds
+from pyckpt.exec.ends import Embedding, Given, Loss, LossOptions, Whole
+from pyckpt.exec.estimate import Estimate, estimate
+from pyckpt.exec.node import NO_SEED
+from pyckpt.exec.resident import NOTHING
+from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
+from pyckpt.exec.streamed import Stack, store_plan
+from pyckpt.exec.streamed_node import ENDS, Session, execute
+from pyckpt.measure.flops import attention_pairs, block_flops
+from pyckpt.store import Store, make_store
+
+if TYPE_CHECKING:
+    from pyckpt.model import CkptCausalLM, CkptTransformer
+
+MOST_TILE = 1 << 20
+
+
+class Stream:
+    """Streamed execution: `model.loss(tokens, stream=Stream(...))`, or `stack(x, stream=Stream(...))`.
+
+    The sequence lives in a store, and only tiles of it visit the device: activation memory there does not depend on
+    the sequence length. Gradients are exact, and bitwise the same over runs.
+
+    Args:
+        tile: tokens of a tile. Larger ones have more arithmetic for each byte that is copied, and take more memory.
+        store: "host" (page-locked memory; on a CPU the device's own), "device", "file" (a scratch file that is gone
+            when the process ends, however it ends), or a `pyckpt.store.Store`.
+        path: folder of the scratch file; default the system's temporary one.
+        limit: the most bytes that one run may take of the store. Where what the blocks' save sets and `segments` keep
+            does not fit, less is kept and more made again: x of every block, then of fewer and fewer blocks, by the
+            schedule with the fewest repeats. Gradients are the same. A run that can't fit is refused before it starts.
+        progress: called between tiles with ("embed", "forward", "head" or "backward", block, tile). What it raises
+            ends the run and leaves no gradient: Ctrl-C between two tiles changes nothing.
+
+    Keep a `Stream` for the whole training: it keeps the store's memory from step to step.
+    """
+
+    def __init__(
+        self,
+        tile: int = 4096,
+        store: str | Store = "host",
+        path: str | os.PathLike[str] | None = None,
+        limit: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        if errors.check_tile(tile) is None or tile > MOST_TILE:
+            raise ValueError(f"tile must be 1 to {MOST_TILE:,} tokens, got {tile!r}")
+        self.tile = tile
+        self.store = make_store(store, path, limit)
+        self.progress = progress
+
+    def estimate(self, model: CkptCausalLM, tokens: int, batch: int = 1) -> Estimate:
+        """What `model.loss` of (batch, tokens) and its backward will take: see `pyckpt.exec.estimate.Estimate`.
+
+        Raises ValueError, as the run would, where the store's limit is too small for it.
+        """
+        embed, head = model.model.embed_tokens.weight, model.lm_head.weight
+        blocks, segments = _blocks(model.model.layers)
+        layout = Layout(batch, tokens)
+        stack = _stack(blocks, segments, layout, None, embed.new_empty(0), embed.requires_grad, self, seeded=False)
+        spec = model.spec
+        attention = 4.0 * batch * attention_pairs(tokens, causal=spec.causal, window=spec.window) * spec.d_q
+        hidden = spec.d_ff * (2 if spec.gated else 1)
+        repeated = 2.0 * layout.tokens * spec.d_model * (2 * spec.d_q + 2 * spec.d_kv + hidden)
+        flops = (block_flops(spec, tokens, batch, backward=False), repeated, attention)
+        of_ends = head.numel() + (0 if head is embed else embed.numel())
+        of_block = sum(w.numel() for w in blocks[0].weights().values())
+        return estimate(stack, self.store, of_block, of_ends, model.vocab_size, flops)
+
+
+def run_loss(
+    model: CkptCausalLM,
+    tokens: Tensor,
+    labels: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    stream: Stream,
+    options: dict[str, Any],
+) -> Tensor:
+    """`CkptCausalLM.loss` of checked tokens and labels, streamed."""
+    embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
+    loss_options = _loss_options(**options)
+    if positions is not None:
+        positions = errors.check_positions(positions, tokens.unsqueeze(-1))
+    blocks, segments = _blocks(model.model.layers)
+    ends: dict[str, Tensor] = {"embed": embed, **{f"norm.{n}": p for n, p in norm.named_parameters()}, "head": head}
+    weights, uses = _flat(ends, blocks)
+    layout = _layout(tokens.shape, cu_seqlens)
+    stack = _stack(blocks, segments, layout, positions, embed.new_empty(0), embed.requires_grad, stream)
+    trained = torch.is_grad_enabled()
+    wanted = [n for n, w in ends.items() if trained and w.requires_grad and n != "embed"]
+    inward = bool(stack.schedule.backward)
+    loss = Loss(labels, layout, model.spec, stack.dtype, loss_options, stack.n_tiles, wanted, inward)
+    source = Embedding(tokens, trained and embed.requires_grad)
+    session = Session(stack, stream.store, uses, source, loss, stream.progress)
+    return execute(session, None, weights)
+
+
+def run_stack(
+    transformer: CkptTransformer, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, stream: Stream
+) -> Tensor:
+    """`CkptTransformer.forward`, streamed. x and y are whole: what is flat is all between them."""
+    blocks, segments = _blocks(transformer)
+    errors.check_activations(x, blocks[0].d_model, packed=cu_seqlens is not None)
+    if cu_seqlens is not None:
+        errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
+    if positions is not None:
+        positions = errors.check_positions(positions, x)
+    weights, uses = _flat({}, blocks)
+    layout = _layout(x.shape[:-1], cu_seqlens)
+    stack = _stack(blocks, segments, layout, positions, x, x.requires_grad, stream)
+    flat = x.detach().reshape(-1, x.shape[-1])
+    source = Given(flat, torch.is_grad_enabled() and x.requires_grad)
+    session = Session(stack, stream.store, uses, source, Whole(layout.tokens), stream.progress)
+    return execute(session, x, weights).view(x.shape)
+
+
+def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:
+    return list(transformer), transformer.segment_length  # type: ignore[arg-type]
+
+
+def _layout(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
+    batch, seq = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+    return Layout(batch, seq, cu_seqlens)
+
+
+def _flat(
+    ends: dict[str, Tensor], blocks: list[CheckpointedBlock]
+) -> tuple[tuple[Tensor, ...], list[list[tuple[int, str]]]]:
+    """Every weight once, and where each is used: tied ones, and those of a block used twice, in several places."""
+    uses: dict[int, list[tuple[int, str]]] = {}
+    weights: dict[int, Tensor] = {}
+    owners: list[tuple[int, dict[str, Tensor]]] = [(ENDS, ends)]
+    owners += [(i, block.weights()) for i, block in enumerate(blocks)]
+    for owner, named in owners:
+        for name, w in named.items():
+            weights.setdefault(id(w), w)
+            uses.setdefault(id(w), []).append((owner, name))
+    return tuple(weights.values()), list(uses.values())
+
+
+def _stack(
+    blocks: list[CheckpointedBlock],
+    segments: int,
+    layout: Layout,
+    positions: Tensor | None,
+    x: Tensor,
+    source_trained: bool,
+    stream: Stream,
+    seeded: bool = True,
+) -> Stack:
+    """x has the dtype and the device of the residual stream. `seeded`: draw the seeds of what drops."""
+    compute = compute_dtype(x)
+    for block in blocks:
+        for name, w in block.weights().items():
+            if w.dim() == 2:
+                errors.check_matches(x, w, name, compute)
+    tile = min(stream.tile, layout.tokens)
+    first = _first_trained(blocks, source_trained)
+    stack = Stack(
+        plans=[block.plan(tile, x.dtype, compute, x.device) for block in blocks],
+        layout=layout,
+        positions=positions,
+        seeds=[None] * len(blocks),
+        x_dtype=x.dtype,
+        dtype=compute,
+        device=x.device,
+        d_model=blocks[0].d_model,
+        tile=tile,
+        schedule=without_gradient(len(blocks)) if first is None else by_segments(len(blocks), segments, first),
+    )
+    fitting = _fit(stack, first, stream.store.limit)
+    seeds = draw_seeds(blocks) if seeded else None  # last: a run that is refused draws nothing
+    if seeds is None:
+        return fitting
+    return dataclasses.replace(fitting, seeds=[None if s == NO_SEED else s for s in seeds.tolist()])
+
+
+def _first_trained(blocks: list[CheckpointedBlock], source_trained: bool) -> int | None:
+    """The first block whose backward runs; None where none does."""
+    if not torch.is_grad_enabled():
+        return None
+    if source_trained:
+        return 0
+    return next((i for i, b in enumerate(blocks) if any(w.requires_grad for w in b.weights().values())), None)
+
+
+def _fit(stack: Stack, first: int | None, limit: int | None) -> Stack:
+    """The run as its blocks want it or, where that is too much for the store, the one that repeats the least.
+
+    That is: x of every block; then of fewer and fewer blocks (`by_slots`). Raises ValueError where the least is too
+    much.
+    """
+    if limit is None or store_plan(stack).store_bytes <= limit:
+        return stack
+    least = stack
+    if first is not None:
+        blocks = len(stack.plans)
+        bare = [dataclasses.replace(plan, save=NOTHING) for plan in stack.plans]
+        for slots in range(blocks - first, 0, -1):
+            least = dataclasses.replace(stack, plans=bare, schedule=by_slots(blocks, slots, first))
+            if store_plan(least).store_bytes <= limit:
+                return least
+    raise ValueError(
+        f"this run needs at least {store_plan(least).store_bytes:,} bytes of the store, and the limit is {limit:,} "
+        f"({store_plan(stack).store_bytes:,} would be best); raise the limit or take a shorter sequence"
+    )
+
+
+def _loss_options(
+    softcap: float | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> LossOptions:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} can't be streamed; expected 'mean' or 'sum'")
+    if softcap is not None and not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    return LossOptions(reduction == "mean", float(softcap or 0.0), float(z_loss), float(label_smoothing))
+
+
+def check_stream(stream: object) -> None:
+    if not isinstance(stream, Stream):
+        raise TypeError(f"stream must be a pyckpt.Stream, got {type(stream).__name__}")

@@ -1,0 +1,233 @@
+"""Stores: what is put is what is got, whatever the order and however late copies are; limits; nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from lanes import DelayedLanes, MemoryBacking
+from torch import Tensor
+
+from pyckpt.store import STORES, DeviceStore, FileStore, HostStore, Plan, Slab, Store, make_store
+from pyckpt.store.lanes import ThreadLanes
+from pyckpt.store.staged import Staged
+
+CPU = torch.device("cpu")
+PLAN = Plan(
+    tokens=23,
+    tile=5,
+    slabs=(
+        Slab("x", 3, torch.float32, count=2, buffers=2),
+        Slab("b", 4, torch.bfloat16, buffers=3),
+        Slab("d", 2, torch.float64, buffers=2),
+    ),
+)
+
+
+def made(name: str, tmp_path) -> Store:
+    return make_store(name, tmp_path if name == "file" else None)
+
+
+def random_program(store, seed: int, fill, check) -> None:
+    """Puts, gets, sums and prefetches of random tiles. `fill(tensor, value)` and `check(tensor, value)` are compute."""
+    chance, truth = random.Random(seed), {}
+    keys = [(s.name, i, t) for s in PLAN.slabs for i in range(s.count) for t in range(PLAN.n_tiles)]
+    for step in range(60):
+        key, kind = chance.choice(keys), chance.random()
+        if chance.random() < 0.5:
+            store.prefetch(chance.choice(keys))
+        if kind < 0.35 or key not in truth:
+            truth[key] = step % 100
+            fill(store.new(key), truth[key])
+            store.put(key)
+        elif kind < 0.75:
+            check(store.get(key), truth[key])
+            store.release(key)
+        elif kind < 0.95:
+            t = store.accumulate(key)
+            check(t, truth[key])
+            truth[key] = (truth[key] + 1) % 100
+            fill(t, truth[key])
+            store.put(key)
+        else:
+            store.free(*key[:2])
+            truth = {k: v for k, v in truth.items() if k[:2] != key[:2]}
+    for key, value in truth.items():
+        check(store.get(key), value)
+        store.release(key)
+
+
+def pattern(t: Tensor, value: int) -> Tensor:
+    return (torch.arange(t.numel()) % 100 + value).view(t.shape).to(t.dtype)
+
+
+def assert_holds(t: Tensor, value: int) -> None:
+    assert torch.equal(t, pattern(t, value))
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_what_is_put_is_got(name, tmp_path, seed):
+    with made(name, tmp_path).open(PLAN, CPU) as store:
+        random_program(store, seed, lambda t, v: t.copy_(pattern(t, v)), assert_holds)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_copy_races_compute_that_is_queued(seed):
+    """As on a GPU: compute, copies in and copies out run whenever the events given let them, in any order else."""
+    lanes = DelayedLanes(seed)
+    lanes.deferred = True
+    with Staged(PLAN, CPU, MemoryBacking(PLAN), lanes, lambda: None) as store:
+        random_program(
+            store,
+            seed,
+            lambda t, v: lanes.compute_job(lambda: t.copy_(pattern(t, v))),
+            lambda t, v: lanes.compute_job(lambda: assert_holds(t, v)),
+        )
+
+
+def test_a_tile_that_was_never_put_cannot_be_read(tmp_path):
+    for name in STORES:
+        with made(name, tmp_path).open(PLAN, CPU) as store:
+            for call in (store.get, store.change):
+                with pytest.raises(KeyError, match="never put"):
+                    call(("x", 0, 1))
+            store.new(("x", 0, 1)).zero_()
+            with pytest.raises(KeyError, match="never put"):
+                store.get(("x", 0, 1))
+            store.put(("x", 0, 1))
+            store.get(("x", 0, 1))
+            store.release(("x", 0, 1))
+            store.free("x", 0)
+            with pytest.raises(KeyError, match="freed"):
+                store.get(("x", 0, 1))
+            assert torch.equal(store.accumulate(("d", 0, 4)), torch.zeros(3, 2, dtype=torch.float64))
+
+
+def test_more_loans_than_buffers(tmp_path):
+    with made("file", tmp_path).open(PLAN, CPU) as store:
+        for tile in (0, 1):
+            store.new(("x", 0, tile))
+        store.prefetch(("x", 0, 3))  # no buffer is free: nothing happens
+        with pytest.raises(RuntimeError, match="all 2 buffers of 'x' are on loan"):
+            store.new(("x", 1, 0))
+        with pytest.raises(RuntimeError, match="on loan already"):
+            store.new(("x", 0, 0))
+        with pytest.raises(RuntimeError, match="not on loan"):
+            store.release(("x", 0, 3))
+
+
+def test_bytes_are_known_before():
+    assert PLAN.n_tiles == 5
+    assert PLAN.store_bytes == 23 * (2 * 12 + 8 + 16)
+    assert PLAN.buffer_bytes == 5 * (2 * 12 + 3 * 8 + 2 * 16)
+    assert [PLAN.rows(t).stop - PLAN.rows(t).start for t in range(5)] == [5, 5, 5, 5, 3]
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_a_limit_that_is_too_small_is_refused_with_the_number(name, tmp_path):
+    path, need = (tmp_path if name == "file" else None), PLAN.store_bytes
+    with pytest.raises(ValueError, match=rf"needs {need:,} bytes of {name} storage, and the limit is {need - 1:,}"):
+        make_store(name, path, limit=need - 1).open(PLAN, CPU)
+    make_store(name, path, limit=need).open(PLAN, CPU).close()
+
+
+def test_host_memory_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("pyckpt.store.kinds.available_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match=f"needs {PLAN.store_bytes:,} bytes of host memory, and 1,000 are available"):
+        HostStore().open(PLAN, CPU)
+
+
+def test_a_full_disk_is_a_clear_error_before_the_start(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=rf"scratch file of {PLAN.store_bytes:,} bytes in .* has [\d,]+ free"):
+        FileStore(tmp_path).open(PLAN, CPU)
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_choices():
+    with pytest.raises(ValueError, match="store='disk' does not exist; expected one of 'device', 'host', 'file'"):
+        make_store("disk")
+    with pytest.raises(ValueError, match="only store='file' has one"):
+        make_store("host", path="/tmp")
+    with pytest.raises(ValueError, match="is no folder"):
+        make_store("file", path="/nowhere/at/all")
+    with pytest.raises(ValueError, match="limit must be"):
+        make_store("host", limit=-1)
+    with pytest.raises(ValueError, match="belong to the Store"):
+        make_store(DeviceStore(), limit=5)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="can't be written to"):
+        FileStore(tmp_path)
+
+
+@pytest.mark.parametrize("has_tmpfile", [True, False])
+def test_the_scratch_file_has_no_name(tmp_path, has_tmpfile, monkeypatch):
+    if not has_tmpfile:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    with FileStore(tmp_path).open(PLAN, CPU) as store:
+        store.new(("x", 0, 0)).zero_()
+        store.put(("x", 0, 0))
+        assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_process_leaves_nothing(tmp_path):
+    script = (
+        "import os, sys, torch; from pyckpt.store import *\n"
+        "s = FileStore(sys.argv[1]).open(Plan(1000, 10, (Slab('x', 64, torch.float32),)), torch.device('cpu'))\n"
+        "s.new(('x', 0, 3)).zero_(); s.put(('x', 0, 3)); os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=os.getcwd(), check=False)
+    assert ended.returncode == -9
+    assert os.listdir(tmp_path) == []
+
+
+def test_memory_is_kept_for_the_next_run_of_the_same_plan(tmp_path):
+    store = FileStore(tmp_path)
+    store.open(PLAN, CPU).close()
+    first = store._idle[1]
+    opened = store.open(PLAN, CPU)
+    assert opened._backing is first
+    second = store.open(PLAN, CPU)  # two runs at a time
+    assert second._backing is not first
+    opened.close()
+    second.close()
+    store.open(Plan(9, 3, PLAN.slabs), CPU).close()
+    assert store._idle[1] is not first
+
+
+def test_a_dropped_store_ends_its_threads(tmp_path):
+    before = threading.active_count()
+    opened = FileStore(tmp_path).open(PLAN, CPU)
+    assert threading.active_count() == before + 2
+    del opened
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_a_copy_that_fails_is_raised_where_it_is_waited_for():
+    class Broken(MemoryBacking):
+        def write(self, key, source):
+            raise OSError(errno.EIO, "the disk is gone")
+
+    with Staged(PLAN, CPU, Broken(PLAN), ThreadLanes(CPU), lambda: None) as store:
+        store.new(("x", 0, 0)).zero_()
+        store.put(("x", 0, 0))
+        store.new(("x", 0, 1)).zero_()
+        store.put(("x", 0, 1))
+        with pytest.raises(OSError, match="the disk is gone"):
+            store.new(("x", 0, 2))
