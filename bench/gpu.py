@@ -2,12 +2,13 @@
 
     make gpu        or        python3 bench/gpu.py [--minutes 8] [--tune] [--only mlp loss]
 
-Runs from the source tree, with python3, torch, triton and pytest, and no network. Each benchmark is a process of its
-own with a share of the time: what goes wrong in one, to a hang or a lost device, costs no other. Each writes its JSON
-to bench/results/<benchmark>_<device>.json, and all of it (device, versions, commit, tests, every figure) goes to
-bench/results/gpu_<device>.json (with the parts in its name, if `--only` some ran), with a short table to the screen. If
-the folder $OUT is there, the JSON files and the tests' output are copied to it. Exits with 1 when a test failed, a
-result was wrong or a benchmark broke.
+Runs from the source tree, with python3, torch, triton and pytest, and no network. Where nvcc is, the CUDA extension is
+built first, for this device, and its tests run too, once more under compute-sanitizer where that is installed. Each
+benchmark is a process of its own with a share of the time: what goes wrong in one, to a hang or a lost device, costs no
+other. Each writes its JSON to bench/results/<benchmark>_<device>.json, and all of it (device, versions, commit, tests,
+every figure) goes to bench/results/gpu_<device>.json (with the parts in its name, if `--only` some ran), with a short
+table to the screen. If the folder $OUT is there, the JSON files and the tests' output are copied to it. Exits with 1
+when a test failed, a result was wrong or a benchmark broke.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import attention, common
+from bench import attention, common, extension
 from pyckpt.compare.results import OUT_OF_MEMORY
 
 ROOT = common.ROOT
@@ -45,6 +46,8 @@ PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--t
 # Compiling the kernels is most of the tests' time, so they are dealt out to processes.
 _WORKERS = 12
 _SHARE_OF_TESTS = 0.55
+# Of the tests' time.
+_SHARE_OF_BUILD, _SHARE_OF_SANITIZER = 0.4, 0.3
 
 
 # Starting and ending a process; a benchmark that has overrun its budget by this much more is ended.
@@ -90,10 +93,22 @@ def main(argv: list[str] | None = None) -> int:
     figures: dict[str, Any] = common.stamp(device)
     print(f"{figures['device']}, torch {torch.__version__}, commit {figures['commit']}", flush=True)
     bad = False
+    share = _SHARE_OF_TESTS if len(options.only) > 1 else 0.9
+    left_for_tests = share * 60 * options.minutes
+    if device.type == "cuda" and {"tests", "norm"} & set(options.only):
+        start = time.monotonic()
+        figures["extension"] = extension.build(_SHARE_OF_BUILD * left_for_tests)
+        left_for_tests -= time.monotonic() - start
+        print(f"extension: {figures['extension']}", flush=True)
+        bad = figures["extension"].get("reason", extension.NO_NVCC) != extension.NO_NVCC
     if "tests" in options.only:
-        share = _SHARE_OF_TESTS if len(options.only) > 1 else 0.9
-        figures["tests"] = run_tests(share * 60 * options.minutes, options.dry_run)
-        bad = show_tests(figures["tests"])
+        sanitized = _SHARE_OF_SANITIZER * left_for_tests if _can_sanitize(device) else 0.0
+        figures["tests"] = run_tests(left_for_tests - sanitized, options.dry_run)
+        bad |= show_tests(figures["tests"])
+        if sanitized:
+            figures["sanitizer"] = extension.sanitize(sanitized)
+            print(f"compute-sanitizer: {figures['sanitizer']}", flush=True)
+            bad |= any(said.startswith("exit status") for said in figures["sanitizer"].values())
 
     folder = Path(tempfile.mkdtemp()) if options.dry_run else common.RESULTS
     short = common.short_name(device)
@@ -119,6 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"written to {path}")
     hand_over(path)
     return int(bad)
+
+
+def _can_sanitize(device: torch.device) -> bool:
+    return device.type == "cuda" and extension.is_there() and shutil.which("compute-sanitizer") is not None
 
 
 def _ours_failed(found: dict[str, Any]) -> bool:
@@ -216,6 +235,8 @@ def show_tests(tests: dict[str, Any]) -> bool:
 
 def collect(dry_run: bool) -> list[str]:
     command = [sys.executable, *PYTEST, "--collect-only", *(("-k", "TestBadInput") if dry_run else ()), *TESTS]
+    if not dry_run and extension.is_there():
+        command.append(extension.TESTS)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     names = [line for line in done.stdout.splitlines() if "::" in line and " " not in line.split("[", 1)[0]]

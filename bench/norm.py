@@ -6,16 +6,22 @@ Widths of Llama-8B (4096 features, 14336 in the MLP, heads of 128) and of models
 CPU. Variants take turns; medians. Bytes are those that must move: every input read once, every output written once.
 Writes bench/results/norm_<device>.json.
 
-Variants: pyckpt; PyTorch eager; on a GPU torch.compile, and Liger-Kernel where it is installed.
+Variants: pyckpt, by the backend that it takes by itself; pyckpt-cuda, its CUDA C++ kernels, where they are built;
+PyTorch eager; on a GPU torch.compile, and Liger-Kernel where it is installed. Before them what one launch costs, by
+backend: in eager mode, and one of 100 in a CUDA graph. The ops for which the C++ kernels are faster in every case are
+named at the end, for pyckpt/ops/measured.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pyckpt
 from bench import common, steps
 from pyckpt.measure.timing import interleaved
+from pyckpt.ops import cuda_backend, registry
 
-OURS, EAGER, COMPILED, LIGER = "pyckpt", "eager", "compiled", "liger"
+OURS, OURS_CUDA, EAGER, COMPILED, LIGER = "pyckpt", "pyckpt-cuda", "eager", "compiled", "liger"
 AIM = 0.9  # of the copy's bandwidth
+LAUNCH_AIM = 1 / 3  # of the eager cost of a Triton launch, for one of the extension's
+_LAUNCHES = 100
+_FASTER = 0.98  # of the time: less is noise
 _EPS = 1e-5
 _HEAD_START = 2_000_000  # clocks, about a millisecond: these kernels are shorter than what launches them
 Function = Callable[..., Tensor]
@@ -85,11 +95,32 @@ def moved(case: Case, given: list[Tensor]) -> tuple[int, int]:
 
 def variants(case: Case, device: str) -> dict[str, Function]:
     found: dict[str, Function] = {OURS: _ours(case), EAGER: _plain(case)}
+    if device == registry.extension_device_type and not cuda_backend.problem:
+        found[OURS_CUDA] = _ours(case)
     if device == "cuda":
         found[COMPILED] = torch.compile(_plain(case), dynamic=False)
         if liger := _liger(case):
             found[LIGER] = liger
     return found
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """With a backend forced, or none."""
+    before = os.environ.pop("PYCKPT_BACKEND", None)
+    if name is not None:
+        os.environ["PYCKPT_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("PYCKPT_BACKEND", None)
+        if before is not None:
+            os.environ["PYCKPT_BACKEND"] = before
+
+
+def within(variant: str) -> contextlib.AbstractContextManager[None]:
+    """What a variant's forward and backward run in."""
+    return backend("cuda" if variant == OURS_CUDA else None)
 
 
 def _ours(case: Case) -> Function:
@@ -152,22 +183,28 @@ def measure(case: Case, device: str, repeats: int, copy: float) -> list[dict[str
     started: dict[str, dict[str, Any]] = {name: {} for name in found}
     outs: dict[str, Tensor] = {}
     for name, fn in found.items():
-        with steps.noting_failure(started[name]):  # a compiler that fails, a library of another version
+        with within(name), steps.noting_failure(started[name]):  # a compiler that fails, a library of another version
             started[name]["error"] = _error(_step(fn, given, dout), truth)
             outs[name] = fn(*given)
     errors = {name: row["error"] for name, row in started.items() if name in outs}
 
-    def forward(fn: Function) -> Callable[[], Any]:
-        return lambda: _without_grad(fn, given)
+    def forward(name: str) -> Callable[[], Any]:
+        def run() -> None:
+            with within(name), torch.no_grad():
+                found[name](*given)
 
-    def backward(out: Tensor) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(out, given, dout, retain_graph=True)
+        return run
+
+    def backward(name: str) -> Callable[[], Any]:
+        def run() -> None:
+            with within(name):
+                torch.autograd.grad(outs[name], given, dout, retain_graph=True)
+
+        return run
 
     times = {
-        "forward": interleaved({n: forward(found[n]) for n in outs}, repeats, 3, device=device, head_start=_HEAD_START),
-        "backward": interleaved(
-            {n: backward(out) for n, out in outs.items()}, repeats, 3, device=device, head_start=_HEAD_START
-        ),
+        which: interleaved({n: of(n) for n in outs}, repeats, 3, device=device, head_start=_HEAD_START)
+        for which, of in (("forward", forward), ("backward", backward))
     }
     rows = []
     for name in found:
@@ -187,11 +224,6 @@ def measure(case: Case, device: str, repeats: int, copy: float) -> list[dict[str
     return rows
 
 
-@torch.no_grad()
-def _without_grad(fn: Function, given: list[Tensor]) -> Tensor:
-    return fn(*given)
-
-
 def _step(fn: Function, given: list[Tensor], dout: Tensor) -> list[Tensor]:
     out = fn(*given)
     return [out.detach(), *torch.autograd.grad(out, given, dout)]
@@ -202,6 +234,79 @@ def _error(got: list[Tensor], truth: list[Tensor]) -> float:
     return max(float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True))
 
 
+# --- launches, and what follows -----------------------------------------------------------------------------
+
+
+def launch_costs(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of one small RMSNorm, by backend: called in eager mode, and as one of many in a CUDA graph."""
+    x = torch.randn(1, 1024, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    weight = torch.ones(1024, device=device, dtype=x.dtype)
+    rows: list[dict[str, Any]] = []
+    for name in registry.BACKENDS:
+        with backend(name):
+            if registry.choose("rms_norm_fwd", device)[0] != name:
+                continue
+            row: dict[str, Any] = {"backend": name, "op": "rms_norm_fwd"}
+            with steps.noting_failure(row):
+                row["eager_seconds"] = _seconds_a_call(lambda: torch.ops.pyckpt.rms_norm_fwd(x, weight, _EPS), repeats)
+                if device == "cuda":
+                    graph = _graph_of(lambda: torch.ops.pyckpt.rms_norm_fwd(x, weight, _EPS))
+                    found = interleaved({"graph": graph.replay}, repeats, 3, device=device, head_start=_HEAD_START)
+                    row["graph_seconds"] = found["graph"].median / _LAUNCHES
+            rows.append(row)
+    return rows
+
+
+def _seconds_a_call(fn: Callable[[], Any], repeats: int) -> float:
+    """The host's time for a call, in a row of them that the device keeps up with; the best of some rows."""
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            fn()
+        best = min(best, time.perf_counter() - start)
+    return best / _LAUNCHES
+
+
+def _graph_of(fn: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        fn()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_LAUNCHES):
+            fn()
+    return graph
+
+
+# The ops that a case's forward and backward stand for.
+_STANDS_FOR = {
+    "rms_norm": (("rms_norm_fwd", "add_rms_norm_fwd"), ("rms_norm_bwd", "rms_norm_bwd_add_")),
+    "layer_norm": (("layer_norm_fwd", "add_layer_norm_fwd"), ("layer_norm_bwd", "layer_norm_bwd_add_")),
+    "swiglu": (("glu_fwd", "glu_fwd_", "act_fwd", "act_fwd_"), ("glu_bwd", "glu_bwd_", "act_bwd", "act_bwd_")),
+    "rope": (("rope", "rope_", "rope_qk_"), ()),
+}
+
+
+def faster_in_cuda(rows: list[dict[str, Any]]) -> list[str]:
+    """The ops whose C++ kernels were faster than the default in every case, for `measured.json`."""
+    ops: list[str] = []
+    failed = {r["op"] for r in rows if r["variant"] == OURS_CUDA and "failed" in r}
+    for op, sides in _STANDS_FOR.items():
+        if op in failed:
+            continue
+        for which, names in zip(("forward", "backward"), sides, strict=True):
+            key = f"{which}_seconds"
+            times = {(r["width"], r["variant"]): r[key] for r in rows if r["op"] == op and key in r}
+            ours = {width: t for (width, variant), t in times.items() if variant == OURS_CUDA}
+            if ours and all(t <= _FASTER * times.get((width, OURS), 0.0) for width, t in ours.items()):
+                ops += names
+    return sorted(ops)
+
+
 def run(
     device: str,
     repeats: int = 20,
@@ -210,8 +315,11 @@ def run(
 ) -> dict[str, Any]:
     """All figures."""
     copy = copy_bandwidth(device, repeats)
-    print(f"copy: {copy / 1e9:.0f} GB/s (read and written)\n{'':26}{'variant':10}{'forward':>20}{'backward':>20}")
-    head = {**common.stamp(device), "copy_gbs": copy / 1e9, "aim_of_copy": AIM}
+    print(f"copy: {copy / 1e9:.0f} GB/s (read and written)\n{'':26}{'variant':12}{'forward':>20}{'backward':>20}")
+    head = {**common.stamp(device), "copy_gbs": copy / 1e9, "aim_of_copy": AIM, "launch_aim": LAUNCH_AIM}
+    head |= {"extension": cuda_backend.problem or "built", "launches": launch_costs(device, repeats)}
+    for row in head["launches"]:
+        print(launch_line(row))
     found = steps.sweep(
         cases(device),
         lambda case: measure(case, device, repeats, copy),
@@ -220,11 +328,25 @@ def run(
         budget,
         torch.device(device),
     )
-    return {**head, **found}
+    figures = {**head, **found, "cuda_first": faster_in_cuda(found["rows"])}
+    save(figures)
+    if OURS_CUDA in {r["variant"] for r in found["rows"]}:
+        print(f"faster in CUDA C++, for pyckpt/ops/measured.json: {', '.join(figures['cuda_first']) or 'none'}")
+    return figures
+
+
+def launch_line(row: dict[str, Any]) -> str:
+    start = f"a launch: {row['op']} by {row['backend']:8}"
+    if "failed" in row:
+        return f"{start}  {row['failed']}"
+    names = {"eager": "eager", "graph": f"one of {_LAUNCHES} in a graph"}
+    return start + "  ".join(
+        f"{row[f'{kind}_seconds'] * 1e6:7.1f} us {name}" for kind, name in names.items() if f"{kind}_seconds" in row
+    )
 
 
 def line(case: Case, row: dict[str, Any]) -> str:
-    start = f"{case!s:26}{row['variant']:10}"
+    start = f"{case!s:26}{row['variant']:12}"
     if "failed" in row:
         return f"{start}  {row['failed']}"
     parts = (f"{row[f'{w}_gbs']:8.0f} GB/s {row[f'{w}_of_copy']:5.0%}" for w in ("forward", "backward"))
@@ -241,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     path = options.out or common.RESULTS / f"norm_{common.short_name(device)}.json"
     figures = run(device.type, options.repeats, options.budget, lambda found: common.write_to(path, found))
     print(f"written to {path}")
-    return int(steps.count_wrong(figures, (OURS,)) > 0)
+    return int(steps.count_wrong(figures, (OURS, OURS_CUDA)) > 0)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,33 @@ def attention_kernels() -> str:
     return "\n".join([*lines, "", source("bench/roofline.py", "attention_static", figures)])
 
 
+def cuda_kernels() -> str:
+    """What nvcc made of the CUDA C++ kernels, and the bytes they keep in flight, for bench/NOTES.md."""
+    figures = common.read("cuda_static")
+    lines = [
+        "| bf16 on sm_90 | registers | threads | blocks on an SM | in flight | over what is needed |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for k in figures["rows"]:
+        cells = (k["registers"], k["threads"], k["blocks"], f"{k['bytes_in_flight'] / 1024:.0f} KiB")
+        lines.append(f"| {k['what']} | {' | '.join(map(str, cells))} | {k['over_needed']:.1f} |")
+    return "\n".join([*lines, "", source("bench/cuda_static.py", "cuda_static", figures)])
+
+
+def cuda_build() -> str:
+    """What building the extension takes, for bench/NOTES.md."""
+    figures = common.read("cuda_static")
+    build = figures["build"]
+    lines = [
+        "| for | kernels | bytes spilled | most registers | CPU time | wall time | library |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        f"| {build['architectures']} | {build['kernels']} | {build['spilled']} | {build['most_registers']} "
+        f"| {build['cpu_seconds']:.0f} s | {build['seconds']:.0f} s on {build['cores']} cores "
+        f"| {build['bytes'] / 2**20:.1f} MiB |",
+    ]
+    return "\n".join([*lines, "", source("bench/cuda_static.py", "cuda_static", figures)])
+
+
 # --- tables of every device that a benchmark ran on ---------------------------------------------------------
 
 
@@ -242,6 +269,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fused-kernels": fused_kernels,
     "attention-bounds": attention_bounds,
     "attention-kernels": attention_kernels,
+    "cuda-kernels": cuda_kernels,
+    "cuda-build": cuda_build,
     "block-gpu": block_gpu,
     "loss": loss,
     "mlp": mlp,

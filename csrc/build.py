@@ -124,6 +124,18 @@ def build(
     return library
 
 
+def kernels(log: str) -> list[dict[str, str | int]]:
+    """What ptxas says of each kernel in an nvcc log: (mangled) name, arch, registers, bytes of stack and of spills."""
+    pattern = (
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    return [
+        {"name": m[0], "arch": m[1], "stack": int(m[2]), "spilled": int(m[3]) + int(m[4]), "registers": int(m[5])}
+        for m in re.findall(pattern, log, re.DOTALL)
+    ]
+
+
 def _compile_commands(temporary: Path, wanted: Sequence[Architecture], werror: bool) -> list[tuple[Path, list[str]]]:
     nvcc = find_nvcc() or "nvcc"
     host = ["-fPIC", "-fvisibility=hidden", *_WARNINGS, *(["-Werror"] if werror else [])]

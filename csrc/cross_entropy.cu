@@ -85,7 +85,7 @@ __device__ __forceinline__ Vector<T, N> gradient_of(const CrossEntropy& a, const
 
 // N: the vectors that rows are read in; the columns beyond the last whole one are read singly.
 template <class T, int N, bool CAPPED>
-__global__ void __launch_bounds__(kMost) cross_entropy_kernel(const CrossEntropy a) {
+__global__ void __launch_bounds__(kMost, 1) cross_entropy_kernel(const CrossEntropy a) {
   __shared__ Exponentials parts[kMost / 32];
   __shared__ float sums[kMost / 32];
   T* logits = at<T>(a.logits, blockIdx.x);

@@ -59,7 +59,8 @@ __device__ __forceinline__ Vector<T, N> sum_of(const Vector<T, N>& x, const Vect
 
 // BLOCK: a row is a block's. Else `lanes` neighbours in a warp have one.
 template <class T, bool CENTERED, bool BLOCK>
-__global__ void __launch_bounds__(BLOCK ? kForwardMost : kPart) norm_fwd_kernel(const NormForward a, const int lanes) {
+__global__ void __launch_bounds__(BLOCK ? kForwardMost : kPart, BLOCK ? 1 : kForwardMost / kPart)
+    norm_fwd_kernel(const NormForward a, const int lanes) {
   constexpr int N = kWide<T>;
   __shared__ float parts[2][BLOCK ? kForwardMost / 32 : 1];
   const int across = BLOCK ? blockDim.x : lanes;
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(BLOCK ? kForwardMost : kPart) norm_fwd_kernel(
 }
 
 template <class T, int N, bool CENTERED>
-__global__ void __launch_bounds__(kPieces) norm_fwd_kernel_pieces(const NormForward a) {
+__global__ void __launch_bounds__(kPieces, kResidentPieces / kPieces) norm_fwd_kernel_pieces(const NormForward a) {
   __shared__ float parts[2][kPieces / 32];
   const int64_t row = blockIdx.x, first = static_cast<int64_t>(threadIdx.x) * N, step = kPieces * N;
   const T* x = at<T>(a.x, row);
@@ -269,7 +270,7 @@ __device__ __forceinline__ void write_share(float (&sums)[kVectors][N], float* s
 }
 
 template <class T, bool CENTERED, bool BLOCK>
-__global__ void __launch_bounds__(BLOCK ? kBackwardMost : kPart)
+__global__ void __launch_bounds__(BLOCK ? kBackwardMost : kPart, BLOCK ? 1 : kResident / kPart)
     norm_bwd_kernel(const NormBackward a, const int lanes, const int vectors) {
   constexpr int N = kWide<T>;
   PYCKPT_DYNAMIC_SHARED(uint4, buffer);  // [stage][dy or x][vectors][threads]
@@ -369,7 +370,7 @@ __global__ void __launch_bounds__(BLOCK ? kBackwardMost : kPart)
 }
 
 template <class T, int N, bool CENTERED>
-__global__ void __launch_bounds__(kPieces) norm_bwd_kernel_pieces(const NormBackward a) {
+__global__ void __launch_bounds__(kPieces, kResidentPieces / kPieces) norm_bwd_kernel_pieces(const NormBackward a) {
   __shared__ Sums parts[2][kPieces / 32];
   const int64_t first = static_cast<int64_t>(threadIdx.x) * N, step = kPieces * N;
   float* dw_share = a.dw_shares + blockIdx.x * a.width;

@@ -28,10 +28,12 @@ struct Merge {
   float lse, first, second;
 };
 
+// The shares come from the parts' distances to their maximum: from the distance to lse they would have its rounding.
 PYCKPT_FUNCTION Merge merged(float lse0, float lse1) {
-  const Exponentials e = combined({lse0, 1.0f}, {lse1, 1.0f});
-  const float lse = e.most == -INFINITY ? -INFINITY : log_sum(e);
-  return {lse, shifted_exp(lse0, lse), shifted_exp(lse1, lse)};
+  const float most = lse0 >= lse1 || lse0 != lse0 ? lse0 : lse1;
+  if (most == -INFINITY) return {-INFINITY, 0.0f, 0.0f};
+  const float first = expf(lse0 - most), second = expf(lse1 - most), sum = first + second;
+  return {most + logf(sum), first / sum, second / sum};
 }
 
 }  // namespace pyckpt

@@ -9,17 +9,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import pyckpt
+from pyckpt.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import block, block_gpu, common, gpu, loss, mlp, report, steps  # noqa: E402
+from bench import block, block_gpu, common, extension, gpu, loss, mlp, norm, report, steps  # noqa: E402
 from bench.steps import Variant, Work  # noqa: E402
 from pyckpt.save import bytes_per_token  # noqa: E402
 
@@ -74,6 +76,9 @@ def test_norm_measures_every_op_forward_and_backward(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(result.read_text())
     assert figures["copy_gbs"] > 0
+    assert [r["backend"] for r in figures["launches"]] == ["torch"]
+    assert figures["launches"][0]["eager_seconds"] > 0
+    assert figures["extension"] and figures["cuda_first"] == []
     for row in figures["rows"]:
         assert "failed" not in row, row
         assert row["error"] < 1e-5, row
@@ -378,6 +383,54 @@ def test_the_aims_stand_beside_the_row_they_are_about():
     assert line.endswith("0.900 < 1.00   954 MiB    0.040 ≤ 0.05")
     assert "<" not in loss.line(loss.Case(1024, 4096, 128256), row)
     assert "<" not in loss.line(case, {**row, "variant": "eager"})
+
+
+# --- the CUDA extension ---------------------------------------------------------------------------------------
+
+
+def test_an_op_is_named_for_cuda_only_where_it_is_faster_in_every_case():
+    def row(variant: str, width: int, forward: float, backward: float) -> dict[str, Any]:
+        return {"op": "rms_norm", "width": width, "variant": variant} | {
+            "forward_seconds": forward,
+            "backward_seconds": backward,
+        }
+
+    rows = [row("pyckpt", 1024, 1.0, 1.0), row("pyckpt", 4096, 4.0, 4.0)]
+    assert norm.faster_in_cuda(rows) == []
+    rows += [row("pyckpt-cuda", 1024, 0.9, 0.9), row("pyckpt-cuda", 4096, 3.0, 3.99)]
+    assert norm.faster_in_cuda(rows) == ["add_rms_norm_fwd", "rms_norm_fwd"]
+    rows.append({"op": "rms_norm", "width": 8192, "variant": "pyckpt-cuda", "failed": "wrong"})
+    assert norm.faster_in_cuda(rows) == []
+    for name in (n for sides in norm._STANDS_FOR.values() for names in sides for n in names):
+        assert name in registry.IMPLEMENTATIONS
+
+
+def test_a_backend_is_forced_for_as_long_as_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("PYCKPT_BACKEND", "torch")
+    with norm.within(norm.OURS_CUDA):
+        assert os.environ["PYCKPT_BACKEND"] == "cuda"
+    with norm.within(norm.OURS):
+        assert "PYCKPT_BACKEND" not in os.environ
+    assert os.environ["PYCKPT_BACKEND"] == "torch"
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, "clean"), (9, "exit status 9: Invalid __global__ write")])
+def test_compute_sanitizer_is_asked_with_every_tool(tmp_path, monkeypatch, status, expected):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nprintf "Invalid __global__ write"\nexit {status}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert extension.sanitize(60.0) == dict.fromkeys(extension.TOOLS, expected)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line.split()[1] for line in asked] == list(extension.TOOLS)
+    assert all("tests/test_cuda_kernels.py" in line for line in asked)
+
+
+def test_without_compute_sanitizer_or_nvcc_nothing_is_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert extension.sanitize(60.0) == {}
+    assert extension.build(60.0) == {"built": False, "reason": extension.NO_NVCC}
 
 
 # --- make gpu -----------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import extension  # noqa: E402
+
 ARCHITECTURE = "9.0"
 
 pytestmark = [
@@ -58,22 +61,10 @@ spec.loader.exec_module(sys.modules[spec.name])
     )
 
 
-def kernels(log: str) -> list[dict[str, Any]]:
-    """What ptxas says of each kernel: its name, registers, and bytes of stack and spills."""
-    pattern = (
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers"
-    )
-    return [
-        {"name": m[0], "arch": m[1], "stack": int(m[2]), "spilled": int(m[3]) + int(m[4]), "registers": int(m[5])}
-        for m in re.findall(pattern, log, re.DOTALL)
-    ]
-
-
 def test_no_kernel_spills(built: Path) -> None:
     for source in (ROOT / "csrc").glob("*.cu"):
         log = (built / f"{source.stem}.log").read_text()
-        found = kernels(log)
+        found = extension.builder().kernels(log)
         assert len(found) == log.count("Compiling entry function") > 0
         for kernel in found:
             assert kernel["arch"] == "sm_90"

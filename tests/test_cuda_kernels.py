@@ -123,8 +123,13 @@ def norm_inputs(kind: str, rows: int, width: int, dtype: torch.dtype) -> dict[st
 
 class TestNorm:
     @NORMS
-    @LOW
-    @pytest.mark.parametrize(("rows", "width"), SHAPES)
+    @pytest.mark.parametrize(
+        ("rows", "width", "dtype"),
+        [
+            *((*shape, DTYPES[i % 3]) for i, shape in enumerate(SHAPES)),
+            *((*shape, dtype) for shape in ((9, 520), (5, 4096)) for dtype in DTYPES),
+        ],
+    )
     def test_against_pytorch(self, rows, width, dtype, kind):
         ours, formula, plain = norms(kind)
         # A weight's gradient sums over the rows, in another order than PyTorch's; a row's terms may cancel.
@@ -227,7 +232,7 @@ class TestActivations:
             return [act.detach(), *torch.autograd.grad(act, leaves, dact.to(act.dtype))]
 
         gated = kind in GATED_MLPS
-        truth = step(
+        truth = differentiated(
             lambda *a: (reference.glu if gated else reference.activation)(*a, kind), [t.double() for t in inputs]
         )
         functions = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}
@@ -265,6 +270,27 @@ class TestActivations:
         assert torch.equal(ops.act_fwd(x, "relu2"), x.clamp_min(0).square())
         with pytest.raises(RuntimeError, match="x is written in place; expected rows that are equally far apart"):
             ops.act_fwd_(x, "relu2")
+
+
+class TestBounds:
+    """What lies around the rows that are written stays as it was."""
+
+    @pytest.mark.parametrize("width", [8, 72, 1000, 1001, 4096])
+    @pytest.mark.parametrize("op", ["rms_norm_bwd_add_", "glu_bwd_", "dropout_"])
+    def test_nothing_else_is_written(self, op, width):
+        for left in (8, 3):
+            base = randn(7, left + width + 5, dtype=torch.bfloat16)
+            before, inside = base.clone(), base[1:6, left : left + width]
+            x, y = randn(2, 5, width, dtype=torch.bfloat16)
+            if op == "rms_norm_bwd_add_":
+                ops.rms_norm_bwd_add_(x, y, None, ops.rms_norm_fwd(y, None, EPS)[1], inside, True)
+            elif op == "glu_bwd_":
+                ops.glu_bwd_(x, inside, y, "swiglu")
+            else:
+                ops.dropout_(x, y, inside, 0.5, 1, 2)
+            assert not torch.equal(inside, before[1:6, left : left + width])
+            inside.copy_(before[1:6, left : left + width])
+            assert torch.equal(base, before)
 
 
 # --- RoPE and dropout ---------------------------------------------------------------------------------------

@@ -23,3 +23,9 @@ def test_measured_tables_are_not_typed_by_hand(page):
 def test_a_stale_table_is_noticed():
     stale = "<!-- begin: save-sets -->\n| 1 |\n<!-- end: save-sets -->"
     assert "attention" in report.filled(stale)
+
+
+def test_no_cuda_kernel_of_any_architecture_spills():
+    """By the last `bench/cuda_static.py`; the tests themselves compile for one architecture."""
+    build = report.common.read("cuda_static")["build"]
+    assert build["spilled"] == 0 and build["kernels"] > 0

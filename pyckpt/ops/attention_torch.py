@@ -136,14 +136,16 @@ def tile_forward(
 
 def merge(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> None:
     """Merge (part_o, part_lse) into a running (o, lse), in place."""
-    total = torch.logaddexp(lse, part_lse)
-    safe = total.masked_fill(total == float("-inf"), 0.0)
-    weights = [(old - safe).exp().transpose(-1, -2).unsqueeze(-1) for old in (lse, part_lse)]
+    # From the distances to the larger one: from those to their sum, the weights would have its rounding.
+    most = torch.maximum(lse, part_lse)
+    parts = [(old - most.masked_fill(most == float("-inf"), 0.0)).exp() for old in (lse, part_lse)]
+    whole = (parts[0] + parts[1]).masked_fill_(most == float("-inf"), 1.0)
+    weights = [(part / whole).transpose(-1, -2).unsqueeze(-1) for part in parts]
     if o.dtype == lse.dtype:
         o.mul_(weights[0]).add_(part_o * weights[1])
     else:
         o.copy_((o * weights[0]).add_(part_o * weights[1]))
-    lse.copy_(total)
+    lse.copy_(torch.logaddexp(lse, part_lse))
 
 
 def tile_backward(
