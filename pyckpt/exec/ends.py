@@ -38,7 +38,9 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Takes the last block's output. With a gradient to come, `forward` may leave one in the output's place."""
+    """Takes the last block's output. With `leaves`, `forward` leaves something for `upstream` in the output's place."""
+
+    leaves: bool
 
     def forward(self, w: Named, rows: slice, x: Tensor) -> None: ...
 
@@ -110,6 +112,7 @@ class Loss:
         wanted: Collection[str],
         need_dx: bool,
     ) -> None:
+        self.leaves = need_dx
         self._labels, self._layout, self._spec = labels.reshape(-1), layout, spec
         self._dtype, self._options, self._wanted, self._need_dx = dtype, options, wanted, need_dx
         self._ends = _last_tokens(layout, labels.device)
@@ -137,7 +140,8 @@ class Loss:
         if dhidden is not None:
             dx = torch.zeros_like(x)
             norm_bwd_add_(self._spec, w, "norm", dhidden, x, stats, dx, self._grads)
-            x.copy_(dx)
+            if self.leaves:
+                x.copy_(dx)
 
     def targets(self, rows: slice) -> Tensor:
         """What each token of a range is to predict: the label after it, none at the end of a sequence."""
@@ -204,6 +208,8 @@ class Given:
 
 class Whole:
     """`Sink`: y itself, (T, d_model)."""
+
+    leaves = False
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
