@@ -82,7 +82,7 @@ def stream_flat() -> str:
     lines += [f"| {r['length']:,} | {r['live_bytes']:,} | {r['rss_bytes'] / 2**20:,.0f} MiB |" for r in figures["rows"]]
     spread = figures["spread"]
     lines.append(f"| largest over smallest | +{spread['live']:.1%} | +{spread['rss']:.1%} |")
-    return "\n".join([*lines, "", source("bench/stream.py flat", "stream_cpu", figures)])
+    return "\n".join([*lines, "", source("bench/stream.py --part flat", "stream_cpu", figures)])
 
 
 def stream_time() -> str:
@@ -98,7 +98,7 @@ def stream_time() -> str:
         resident = row["executor"] == "resident"
         over = "– | –" if resident else f"{row['over_resident']:.2f} | ≤ {aim:.2f}"
         lines.append(f"| {row['executor']} | {row['seconds']:,.1f} s | {over} |")
-    return "\n".join([*lines, "", source("bench/stream.py time", "stream_cpu", figures)])
+    return "\n".join([*lines, "", source("bench/stream.py --part time", "stream_cpu", figures)])
 
 
 def stream_schedule() -> str:

@@ -1,8 +1,8 @@
 """The streamed executor on a CPU: is memory flat over the length, and what does a step take against the resident one?
 
     python bench/stream.py             # about 20 minutes on 2 cores
-    python bench/stream.py flat        # or one part: flat, time
-    python bench/stream.py time --layers 1 --repeats 1    # less of it; the results say how much
+    python bench/stream.py --part flat # or one part: flat, time
+    python bench/stream.py --part time --layers 1 --repeats 1    # less of it; the results say how much
 
 "flat": a small causal language model, forward and backward with the store in a file, each length in a process of its
 own. Live bytes are those of pyckpt.measure.memory, above weights, gradients and token ids. Resident memory is the
@@ -109,7 +109,7 @@ def main(parts: list[str], **changes: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["flat", "time"], default=["flat", "time"])
+    parser.add_argument("--part", choices=["flat", "time"], help="only this one")
     parser.add_argument("--layers", type=int, default=TIME["n_layers"])
     parser.add_argument("--repeats", type=int, default=TIME["repeats"])
     parser.add_argument("--length", type=int, help="measure memory at this length only, and print it")
@@ -117,4 +117,4 @@ if __name__ == "__main__":
     if given.length:
         print(json.dumps(flat_row(given.length)))
     else:
-        main(given.parts, n_layers=given.layers, repeats=given.repeats)
+        main([given.part] if given.part else ["flat", "time"], n_layers=given.layers, repeats=given.repeats)
