@@ -7,7 +7,8 @@
 "flat": a small causal language model, forward and backward with the store in a file, each length in a process of its
 own. Live bytes are those of pyckpt.measure.memory, above weights, gradients and token ids. Resident memory is the
 process's own high-water mark (ru_maxrss): the file is read and written by offset, so that its pages are the kernel's
-cache and not the process's. "time": the stack that the aim names, both executors in turn in one process, medians.
+cache and not the process's. "time": the stack that the aim names, both executors in turn in one process, medians, by
+the clock and by CPU time, which other processes on the machine disturb less.
 Writes bench/results/stream_cpu.json.
 """
 
@@ -16,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
+import time as clock
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +86,22 @@ def time(**changes: int) -> dict[str, Any]:
     for stream in streams.values():
         stack(x[:, : 2 * TILE], stream=stream).backward(dy[:, : 2 * TILE])
     steps = {name: lambda stream=stream: stack(x, stream=stream).backward(dy) for name, stream in streams.items()}
-    stats = pyckpt.measure.interleaved(steps, config["repeats"], warmup=0)
-    rows = [
-        {
-            "executor": name,
-            "seconds": s.median,
-            "all_seconds": s.all,
-            "over_resident": s.median / stats["resident"].median,
-        }
-        for name, s in stats.items()
-    ]
-    for row in rows:
-        print(f"{row['executor']:16s} {row['seconds']:7.1f} s  {row['over_resident']:.3f} of resident (aim 1.05)")
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for _ in range(config["repeats"]):
+        for name, step in steps.items():
+            start = clock.perf_counter(), clock.process_time()
+            step()
+            runs[name].append((clock.perf_counter() - start[0], clock.process_time() - start[1]))
+    rows = []
+    for name, both in runs.items():
+        row: dict[str, Any] = {"executor": name}
+        for i, kind in enumerate(("seconds", "cpu_seconds")):
+            every = [run[i] for run in both]
+            row |= {kind: statistics.median(every), f"all_{kind}": every}
+            row[f"{kind}_over_resident"] = row[kind] / (rows[0][kind] if rows else row[kind])
+        rows.append(row)
+        ratios = f"{row['seconds_over_resident']:.3f} of resident, by CPU time {row['cpu_seconds_over_resident']:.3f}"
+        print(f"{name:16s} {row['seconds']:7.1f} s  {ratios} (aim 1.05)")
     return {"config": {**config, "tile": TILE, "dtype": "float32"}, "rows": rows}
 
 
