@@ -76,6 +76,46 @@ def peak_slopes() -> str:
     return "\n".join([*lines, "", source("bench/memory.py", "memory_cpu", figures)])
 
 
+def stream_flat() -> str:
+    """Memory of a streamed step over the length."""
+    figures = common.read("stream_cpu")["flat"]
+    lines = ["| S | live tensor bytes | peak resident memory of the process |", "|--:|--:|--:|"]
+    lines += [f"| {r['length']:,} | {r['live_bytes']:,} | {r['rss_bytes'] / 2**20:,.0f} MiB |" for r in figures["rows"]]
+    spread = figures["spread"]
+    lines.append(f"| largest over smallest | +{spread['live']:.1%} | +{spread['rss']:.1%} |")
+    return "\n".join([*lines, "", source("bench/stream.py --part flat", "stream_cpu", figures)])
+
+
+def stream_time() -> str:
+    """Time of a streamed step over the resident executor's."""
+    figures = common.read("stream_cpu")["time"]
+    c, aim = figures["config"], common.read("stream_cpu")["aims"]["time"]
+    lines = [
+        f"| fp32, d_model {c['d_model']}, {c['n_layers']} block(s), S = {c['length']:,}, tile {c['tile']:,} | a step | "
+        "over resident | in CPU time | aim |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in figures["rows"]:
+        resident = row["executor"] == "resident"
+        ratios = (row[f"{kind}_over_resident"] for kind in ("seconds", "cpu_seconds"))
+        over = "– | – | –" if resident else " | ".join([*(f"{r:.2f}" for r in ratios), f"≤ {aim:.2f}"])
+        lines.append(f"| {row['executor']} | {row['seconds']:,.1f} s | {over} |")
+    return "\n".join([*lines, "", source("bench/stream.py --part time", "stream_cpu", figures)])
+
+
+def stream_schedule() -> str:
+    """What a simulated H100 makes of the streamed schedule, for bench/NOTES.md."""
+    figures = common.read("stream_schedule")
+    lines = [
+        "| S | tile | a block, simulated | copies under compute | model FLOPs utilisation |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for r in figures["rows"]:
+        shares = f"{r['copies_hidden']:.0%} | {r['model_flops_utilisation']:.0%}"
+        lines.append(f"| {r['length']:,} | {r['tile']:,} | {r['seconds']:.2f} s | {shares} |")
+    return "\n".join([*lines, "", source("bench/stream_schedule.py", "stream_schedule", figures)])
+
+
 def attention_bounds() -> str:
     """Roofline of attention on an H100, for bench/NOTES.md."""
     figures = common.read("attention_static")
@@ -267,6 +307,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "peak-slopes": peak_slopes,
     "fused-break-even": fused_break_even,
     "fused-kernels": fused_kernels,
+    "stream-flat": stream_flat,
+    "stream-time": stream_time,
+    "stream-schedule": stream_schedule,
     "attention-bounds": attention_bounds,
     "attention-kernels": attention_kernels,
     "cuda-kernels": cuda_kernels,

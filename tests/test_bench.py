@@ -476,6 +476,27 @@ def test_gpu_script_needs_only_pytest_and_says_when_there_is_no_gpu(tmp_path):
 
 
 @pytest.mark.slow
+def test_streaming_measures_memory():
+    done = script("bench/stream.py", "--length", "3000")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["length"] == 3000
+    assert figures["rss_bytes"] > figures["live_bytes"] > 0
+
+
+def test_the_streamed_schedule_waits_for_slow_copies_and_not_for_fast_ones():
+    code = """
+from bench.stream_schedule import Rates, simulate
+small = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96}
+fast, slow = (simulate(1024, 128, Rates(copy=rate, copy_start=0.0), **small) for rate in (1e18, 1e6))
+assert fast["copies_hidden"] > 0.99 and abs(fast["seconds"] / fast["busy"]["compute"] - 1) < 1e-6, fast
+assert slow["copies_hidden"] < 0.6 and slow["seconds"] >= slow["busy"]["in"], slow
+assert fast["store_bytes_per_token"] == 2 * (64 + 64) + 4 * 4
+"""
+    done = script("-c", code, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.timeout(600)  # six processes, each of which imports torch
 def test_gpu_script_runs_tests_and_benchmark(tmp_path):
     done = script("bench/gpu.py", "--dry-run", OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")

@@ -5,8 +5,10 @@ A causal language model has an embedding and a loss, by tiles; a stack alone is 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -38,7 +40,9 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Takes the last block's output. With a gradient to come, `forward` may leave one in the output's place."""
+    """Takes the last block's output. With `leaves`, `forward` leaves something for `upstream` in the output's place."""
+
+    leaves: bool
 
     def forward(self, w: Named, rows: slice, x: Tensor) -> None: ...
 
@@ -110,10 +114,11 @@ class Loss:
         wanted: Collection[str],
         need_dx: bool,
     ) -> None:
+        self.leaves = need_dx
         self._labels, self._layout = labels.reshape(-1), layout
         self._norm, self._norm_offset = norm_of(spec, "norm"), spec.norm_offset
         self._dtype, self._options, self._wanted, self._need_dx = dtype, options, wanted, need_dx
-        self._ends = _last_tokens(layout, labels.device)
+        self._ends = _last_tokens(layout)
         self._grads = WeightGradients([n for n in wanted if n != "head"], n_tiles)
         self._head: Tensor | None = None
         self._loss: Tensor | None = None
@@ -139,15 +144,18 @@ class Loss:
         if dhidden is not None:
             dx = torch.zeros_like(x)
             self._norm.backward_add(w, dhidden, x, stats, dx, self._grads)
-            x.copy_(dx)
+            if self.leaves:
+                x.copy_(dx)
 
     def targets(self, rows: slice) -> Tensor:
         """What each token of a range is to predict: the label after it, none at the end of a sequence."""
         target = torch.full((rows.stop - rows.start,), IGNORE, dtype=torch.int64, device=self._labels.device)
         after = self._labels[rows.start + 1 : rows.stop + 1]
         target[: after.shape[0]] = after
-        low, high = torch.searchsorted(self._ends, torch.tensor([rows.start, rows.stop], device=self._ends.device))
-        target[self._ends[low:high] - rows.start] = IGNORE
+        low, high = (bisect.bisect_left(self._ends, token) for token in (rows.start, rows.stop))
+        if low < high:
+            ends = [end - rows.start for end in self._ends[low:high]]
+            target.index_fill_(0, torch.tensor(ends, device=target.device), IGNORE)
         return target
 
     def result(self) -> Tensor:
@@ -175,12 +183,11 @@ class Loss:
         return found
 
 
-def _last_tokens(layout: Layout, device: torch.device) -> Tensor:
-    """The last token of each sequence that has one."""
+def _last_tokens(layout: Layout) -> Sequence[int]:
+    """The last token of each sequence that has one. On the host: to ask a GPU for each tile's would wait for it."""
     if layout.cu_seqlens is None:
-        return torch.arange(1, layout.batch + 1, device=device) * layout.seq - 1
-    cu = layout.cu_seqlens.long()
-    return cu[1:][cu[1:] > cu[:-1]] - 1
+        return range(layout.seq - 1, layout.tokens, layout.seq)
+    return [stop - 1 for start, stop in itertools.pairwise(layout.cu_seqlens.tolist()) if stop > start]
 
 
 # --- a stack alone -----------------------------------------------------------------------------------------------
@@ -206,6 +213,8 @@ class Given:
 
 class Whole:
     """`Sink`: y itself, (T, d_model)."""
+
+    leaves = False
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens

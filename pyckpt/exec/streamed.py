@@ -1,11 +1,11 @@
 """The streamed executor: blocks over a sequence that is in a store, of which only tiles visit the device.
 
 Layer by layer, and within a layer query tile by query tile. Forward of tile i: `pre` gives q, k, v, of which k and v go
-to the store; q meets every key tile that it sees, merging by log-sum-exp; `post` gives the next layer's tile. Backward:
-k and v are made again, then for tile i from the last to the first `post` backward gives do, q is made again, and each
-key tile j that it sees gets its share of dk and dv, float32 sums in the store. Causal queries see no later keys, so
-after tile i the sums of key tile i are complete, and `pre` backward follows at once: neither q, do nor dq ever leave
-the device. Without a causal mask dq waits in the store until all queries are through.
+to the store; q meets every key tile that it sees, merging by log-sum-exp; `post` gives the next layer's tile. Backward,
+for tile i from the last to the first: `post` backward gives do, q is made again, and each key tile j that it sees (made
+again for the first query that needs it) gets its share of dk and dv, float32 sums in the store. Causal queries see no
+later keys, so after tile i the sums of key tile i are complete, and `pre` backward follows at once: neither q, do nor
+dq ever leave the device. Without a causal mask dq waits in the store until all queries are through.
 
 Nothing on the device has the length of the sequence.
 """
@@ -198,8 +198,9 @@ class Streamed:
         for i, rows in enumerate(self._tiles):
             self._progress("head", 0, i)
             self._prefetch(HIDDEN, i + 1)
-            self._sink.forward(ends, rows, self._store.change((*HIDDEN, i)))
-            self._store.put((*HIDDEN, i))
+            key = (*HIDDEN, i)
+            self._sink.forward(ends, rows, self._store.change(key) if self._sink.leaves else self._store.get(key))
+            (self._store.put if self._sink.leaves else self._store.release)(key)
         self._ws = Workspace(self._stack.device)
         return self._sink.result()
 
@@ -207,9 +208,6 @@ class Streamed:
         """Gradients of the ends' weights, and of each block's `wanted` ones. `need_dx`: the source wants its own."""
         found: list[Gradients] = [{} for _ in self._stack.plans]
         first = 0 if need_dx else next((i for i, names in enumerate(wanted) if names), len(found))
-        if self._stack.schedule.backward:
-            for i in range(len(self._tiles)):
-                self._upstream(i)
         for step in self._stack.schedule.backward:
             if isinstance(step, Back):
                 block = step.block
@@ -230,11 +228,6 @@ class Streamed:
             self._progress("embed", 0, i)
             self._source.fill(ends, rows, self._store.new((*place, i)))
             self._store.put((*place, i))
-
-    def _upstream(self, i: int) -> None:
-        left = self._store.change((*HIDDEN, i))
-        self._sink.upstream(self._tiles[i], left, left)
-        self._store.put((*HIDDEN, i))
 
     # --- one block forward ---
 
@@ -272,6 +265,7 @@ class Streamed:
             frozenset(kept),
             wanted,
             need_dx,
+            self._sink.upstream if block == len(self._stack.plans) - 1 else _as_it_is,
             lambda i: self._progress("backward", block, i),
         )
         for n, number in numbers.items():
@@ -285,6 +279,14 @@ class Streamed:
     def _prefetch(self, place: tuple[str, int], tile: int) -> None:
         if 0 <= tile < len(self._tiles):
             self._store.prefetch((*place, tile))
+
+
+Upstream = Callable[[slice, Tensor, Tensor], None]
+"""Of a range of tokens, from what is in `HIDDEN`: fill the gradient of the block's output."""
+
+
+def _as_it_is(rows: slice, left: Tensor, out: Tensor) -> None:
+    out.copy_(left)
 
 
 class _BlockPass:
@@ -311,17 +313,16 @@ class _BlockPass:
         progress: Callable[[int], None],
     ) -> None:
         self._x_at, self._at = x_at, at
-        if not self._causal:
-            self._make_keys()
         for i, rows in enumerate(self._tiles):
             progress(i)
             x = self._store.get((*x_at, i))
             self._ahead((*x_at, i + 1))
+            self._ahead_keys(i, self._attend.keys_of(i)[0])
             views: Named = {n: self._store.new((n, at[n], i)) for n in POST_NAMES if n in kept}
             q = self._scratch("q", rows, self._plan.d_q)
             own = self._own_keys(i) if self._causal else None
             self._pre(rows, x, q, *(own or (None, None)))
-            o = self._attention(i, q, own, kept)[0]
+            o = self._attention(i, x, q, own, kept)[0]
             y = self._store.new((*y_at, i))
             self._post(rows, x, views, o, y)
             for n in ("o", "lse"):
@@ -335,20 +336,28 @@ class _BlockPass:
     def _own_keys(self, i: int) -> tuple[Tensor, Tensor]:
         return self._store.new(("k", self._at["k"], i)), self._store.new(("v", self._at["v"], i))
 
-    def _make_keys(self) -> None:
-        for i, rows in enumerate(self._tiles):
-            x = self._store.get((*self._x_at, i))
-            self._ahead((*self._x_at, i + 1))
-            self._pre(rows, x, None, *self._own_keys(i))
-            self._put_keys(i)
-            self._store.release((*self._x_at, i))
+    def _lend_keys(self, i: int, x: Tensor, j: int) -> tuple[Tensor, Tensor, Callable[[Key], None]]:
+        """k and v of tile j for query tile i, whose x is at hand; and how to give them back.
 
-    def _put_keys(self, i: int) -> None:
+        They are made where no query has needed them yet, behind whose attention the copy of tile j's x hides.
+        """
+        if self._store.holds(("k", self._at["k"], j)):
+            k, v = (self._store.get((n, self._at[n], j)) for n in ("k", "v"))
+            return k, v, self._store.release
+        k, v = self._own_keys(j)
+        if i == j:
+            self._pre(self._tiles[j], x, None, k, v)
+        else:
+            self._pre(self._tiles[j], self._store.get((*self._x_at, j)), None, k, v)
+            self._store.release((*self._x_at, j))
+        return k, v, self._store.put
+
+    def _give_back_keys(self, j: int, give_back: Callable[[Key], None]) -> None:
         for n in ("k", "v"):
-            self._store.put((n, self._at[n], i))
+            give_back((n, self._at[n], j))
 
     def _attention(
-        self, i: int, q: Tensor, own: tuple[Tensor, Tensor] | None, kept: frozenset[str]
+        self, i: int, x: Tensor, q: Tensor, own: tuple[Tensor, Tensor] | None, kept: frozenset[str]
     ) -> tuple[Tensor, Tensor]:
         """o and lse of query tile i, in the store's buffers where they are kept. Tile i's own keys come last."""
         rows = self._tiles[i]
@@ -359,15 +368,11 @@ class _BlockPass:
         lse.fill_(float("-inf"))
         keys = self._attend.keys_of(i)
         for j in keys:
-            if j == i and own is not None:
-                self._attend.forward(i, j, q, *own, o, lse, self._attention_seed)
-                self._put_keys(i)
-                continue
-            k, v = (self._store.get((n, self._at[n], j)) for n in ("k", "v"))
-            self._ahead_keys(j + 1 if j + 1 in keys and not (own and j + 1 == i) else -1)
+            k, v, give_back = (*own, self._store.put) if own and j == i else self._lend_keys(i, x, j)
+            if j + 1 in keys and not (own and j + 1 == i):
+                self._ahead_keys(i, j + 1)
             self._attend.forward(i, j, q, k, v, o, lse, self._attention_seed)
-            for n in ("k", "v"):
-                self._store.release((n, self._at[n], j))
+            self._give_back_keys(j, give_back)
         if made is not o:
             made.copy_(o)
         return made, lse
@@ -389,16 +394,17 @@ class _BlockPass:
         kept: frozenset[str],
         wanted: Collection[str],
         need_dx: bool,
+        upstream: Upstream,
         progress: Callable[[int], None],
     ) -> Gradients:
-        """From the output's gradient in `HIDDEN`, the input's in its place (where needed); the weights' gradients."""
+        """From the output's gradient, which `upstream` makes of what is in `HIDDEN`, the input's in its place there
+        (where it is needed); gives the weights' gradients."""
+        self._upstream = upstream
         self._x_at, self._at, self._kept = x_at, at, kept
         parts = sum(count(rows.stop - rows.start, self._plan.tile) for rows in self._tiles)
         self._grads = WeightGradients(wanted, parts)
         self._need_dx = need_dx
         self._need_pre = need_dx or any(n in self._plan.pre_names for n in wanted)
-        if "k" not in kept and (self._need_pre or "o" not in kept):
-            self._make_keys()
         for i in reversed(range(len(self._tiles))):
             progress(i)
             self._query_tile(i)
@@ -414,13 +420,15 @@ class _BlockPass:
         views: Named = {n: self._store.get((n, self._at[n], i)) for n in POST_NAMES if n in self._kept}
         for place in (self._x_at, HIDDEN, *((n, self._at[n]) for n in ("o", "lse") if n in self._kept)):
             self._ahead((*place, i - 1))
+        if self._need_pre or "o" not in self._kept:
+            self._ahead_keys(i, self._attend.keys_of(i)[0], also_sums=self._need_pre)
         q = None
         if self._need_pre or "o" not in self._kept:
             q = self._scratch("q", rows, self._plan.d_q)
             self._pre(rows, x, q, None, None)
-        o, lse = self._kept_attention(i, q)
+        o, lse = self._kept_attention(i, x, q)
         dy = self._scratch("dy", rows, self._stack.d_model, self._stack.x_dtype)
-        dy.copy_(h)
+        self._upstream(rows, h, dy)
         do = self._scratch("do", rows, self._plan.d_q) if self._need_pre else None
         self._post_bwd(rows, x, views, o, dy, h if self._need_dx else None, do)
         if do is not None:
@@ -434,10 +442,10 @@ class _BlockPass:
         self._store.put((*HIDDEN, i))
         self._store.release((*self._x_at, i))
 
-    def _kept_attention(self, i: int, q: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _kept_attention(self, i: int, x: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
         if "o" not in self._kept:
             assert q is not None
-            return self._attention(i, q, None, frozenset())
+            return self._attention(i, x, q, None, frozenset())
         o, lse = (self._store.get((n, self._at[n], i)) for n in ("o", "lse"))
         return o, lse.view(1, self._plan.attend.n_heads, o.shape[0])
 
@@ -449,12 +457,12 @@ class _BlockPass:
         keys = self._attend.keys_of(i)
         sums: tuple[Tensor, ...] = ()
         for j in keys:
-            k, v = (self._store.get((n, self._at[n], j)) for n in ("k", "v"))
+            k, v, give_back = self._lend_keys(i, x, j)
             dk, dv = sums = tuple(self._store.accumulate((n, 0, j)) for n in ("dk", "dv"))
-            self._ahead_keys(j + 1 if j + 1 in keys else -1, also_sums=True)
+            if j + 1 in keys:
+                self._ahead_keys(i, j + 1, also_sums=True)
             self._attend.backward(i, j, do, q, k, v, o, lse, delta, (dq, dk, dv), self._attention_seed)
-            for n in ("k", "v"):
-                self._store.release((n, self._at[n], j))
+            self._give_back_keys(j, give_back)
             if not (self._causal and j == i):
                 for n in ("dk", "dv"):
                     self._store.put((n, 0, j))
@@ -536,8 +544,12 @@ class _BlockPass:
         if 0 <= key[2] < len(self._tiles):
             self._store.prefetch(key)
 
-    def _ahead_keys(self, j: int, also_sums: bool = False) -> None:
-        for n in ("k", "v"):
-            self._ahead((n, self._at[n], j))
+    def _ahead_keys(self, i: int, j: int, also_sums: bool = False) -> None:
+        """Key tile j is the next one that query tile i needs."""
+        if self._store.holds(("k", self._at["k"], j)):
+            for n in ("k", "v"):
+                self._ahead((n, self._at[n], j))
+        elif i != j:
+            self._ahead((*self._x_at, j))
         for n in ("dk", "dv") if also_sums else ():
             self._ahead((n, 0, j))

@@ -18,6 +18,17 @@ ENDS = -1
 """The owner of the weights that belong to no block."""
 
 
+class _Flat:
+    """The weights of the pass under way, and which is whose. Apart from `Session`: a circle would keep its store."""
+
+    def __init__(self, uses: list[list[tuple[int, str]]]) -> None:
+        self.uses = uses
+        self.now: tuple[Tensor, ...] = ()
+
+    def of(self, owner: int) -> Named:
+        return {name: w for uses, w in zip(self.uses, self.now, strict=True) for of, name in uses if of == owner}
+
+
 class Session:
     """One streamed run, from its forward to the end of its backward: the open store, and which weight is whose.
 
@@ -34,20 +45,20 @@ class Session:
         progress: Progress | None,
     ) -> None:
         self._stack, self._uses, self._source, self.sink = stack, uses, source, sink
-        self._weights: tuple[Tensor, ...] = ()
+        self._weights = _Flat(uses)
         plan = store_plan(stack)
         self._store: OpenStore | None = store.open(plan, stack.device)
-        self._run = Streamed(stack, self._store, source, sink, self._of_block, progress)
+        self._run = Streamed(stack, self._store, source, sink, self._weights.of, progress)
 
     def forward(self, weights: tuple[Tensor, ...], keeping: bool) -> Tensor:
         try:
             with torch.no_grad(), _own_precision(self._stack.device):
-                self._weights = weights
-                result = self._run.forward(self._named(ENDS))
+                self._weights.now = weights
+                result = self._run.forward(self._weights.of(ENDS))
         except BaseException:
             self.close()
             raise
-        self._weights = ()
+        self._weights.now = ()
         if not keeping:
             self.close()
         return result
@@ -63,15 +74,15 @@ class Session:
             )
         try:
             with torch.no_grad(), _own_precision(self._stack.device):
-                self._weights = weights
+                self._weights.now = weights
                 self.sink.take(upstream)
-                ends, blocks = self._run.backward(self._named(ENDS), self._wanted(need), need_dx)
+                ends, blocks = self._run.backward(self._weights.of(ENDS), self._wanted(need), need_dx)
         finally:
             self.close()
         return [self._sum(i, w, ends, blocks) if need[i] else None for i, w in enumerate(weights)]
 
     def close(self) -> None:
-        store, self._store, self._weights = self._store, None, ()
+        store, self._store, self._weights.now = self._store, None, ()
         if store is not None:
             store.close()
 
@@ -90,12 +101,6 @@ class Session:
                 if needed and owner != ENDS:
                     wanted[owner].append(name)
         return list(wanted)
-
-    def _of_block(self, block: int) -> Named:
-        return self._named(block)
-
-    def _named(self, owner: int) -> Named:
-        return {name: w for uses, w in zip(self._uses, self._weights, strict=True) for of, name in uses if of == owner}
 
 
 def _own_precision(device: torch.device) -> AbstractContextManager[Any]:

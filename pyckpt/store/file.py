@@ -92,6 +92,9 @@ def _unnamed(folder: str) -> int:
 
 
 def _reserve(file: int, total: int, folder: str) -> None:
+    if not hasattr(os, "posix_fallocate"):  # macOS: a full disk shows later there
+        os.ftruncate(file, total)
+        return
     try:
         os.posix_fallocate(file, 0, max(1, total))
     except OSError as error:
