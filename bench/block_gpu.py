@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import attention, common, steps
 from bench.steps import Context, Row, Variant, Work
-from pyckpt import SAVE_SETS, CkptTransformerBlock
+from pyckpt import SAVE_SETS, CkptTransformer, CkptTransformerBlock
 from pyckpt.compare.baseline import PlainBlock, PlainStack
 from pyckpt.compare.results import CHECKPOINT, PLAIN
 from pyckpt.compare.runner import GRADIENT_TOLERANCE
-from pyckpt.compare.variants import CkptStack
 from pyckpt.measure.flops import block_flops
 from pyckpt.measure.timing import interleaved
 from pyckpt.measure.units import format_seconds
@@ -99,7 +98,7 @@ class Models:
         kind: dict[str, Any] = {**setup.config, "device": setup.device, "dtype": setup.dtype}
         self.setup, self.layers = setup, layers
         self.plain = PlainStack([PlainBlock(**kind) for _ in range(layers)])
-        self.ours = CkptStack(CkptTransformerBlock(**kind) for _ in range(layers))
+        self.ours = CkptTransformer([CkptTransformerBlock(**kind) for _ in range(layers)])
         self.ours.load_state_dict(dict(self.plain.named_parameters()), assign=True)
 
     def work(self, length: int) -> Work:
