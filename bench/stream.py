@@ -119,9 +119,15 @@ if __name__ == "__main__":
     parser.add_argument("--part", choices=["flat", "time"], help="only this one")
     parser.add_argument("--layers", type=int, default=TIME["n_layers"])
     parser.add_argument("--repeats", type=int, default=TIME["repeats"])
+    parser.add_argument("--tokens", type=int, default=TIME["length"], help="of the part time")
     parser.add_argument("--length", type=int, help="measure memory at this length only, and print it")
     given = parser.parse_args()
     if given.length:
         print(json.dumps(flat_row(given.length)))
     else:
-        main([given.part] if given.part else ["flat", "time"], n_layers=given.layers, repeats=given.repeats)
+        main(
+            [given.part] if given.part else ["flat", "time"],
+            n_layers=given.layers,
+            repeats=given.repeats,
+            length=given.tokens,
+        )
