@@ -148,19 +148,17 @@ def cases(arch: str, quick: bool = False) -> Iterator[Case]:
 def _forms(op: str, quick: bool) -> tuple[tuple[str, ...], ...]:
     """Features that are compiled together."""
     usual: dict[str, tuple[tuple[str, ...], ...]] = {
-        "qkv": ((), ("qk_norm", "raw")),
+        "qkv": (("qk_norm", "raw"),),
         "qk_finish": (("qk_norm",),),
-        "mlp_fwd": ((), ("kept",)),
-        "mlp_bwd": ((), ("kept",)),
-        "residual": ((), ("statistics",)),
+        "residual": (("statistics",),),
         "merge": (("statistics",),),
     }
     rest: dict[str, tuple[tuple[str, ...], ...]] = {
-        "qkv": (("interleaved", "bias"), ("layernorm", "bias", "ragged")),
+        "qkv": ((), ("interleaved", "bias"), ("layernorm", "bias", "ragged")),
         "qk_finish": (("qk_norm", "interleaved"),),
-        "mlp_fwd": (("layernorm", "bias", "ragged"),),
-        "mlp_bwd": (("layernorm", "bias", "ragged"),),
-        "residual": (("statistics", "layernorm", "bias", "ragged"),),
+        "mlp_fwd": (("kept",), ("layernorm", "bias", "ragged")),
+        "mlp_bwd": (("kept",), ("layernorm", "bias", "ragged")),
+        "residual": ((), ("statistics", "layernorm", "bias", "ragged")),
         "delta": (("ragged",),),
         "wgrad": (("layernorm", "ragged"),),
         "statistics": (("layernorm",),),
