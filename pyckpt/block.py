@@ -105,12 +105,14 @@ class CkptTransformerBlock(CheckpointedBlock):
         residual: "sequential", mid = x + attention(norm(x)), y = mid + mlp(norm(mid)); "parallel", y = x +
             attention(norm(x)) + mlp(norm(x)) with a norm for each (as in GPT-NeoX); "parallel_shared", with one norm,
             `input_layernorm`, for both (as in GPT-J and Cohere).
+        residual_multiplier: of what each sublayer adds to x (Granite); with norm_placement "pre" alone.
         bias: biases on all linear layers (True), on none, or on a part: "qkv" (as in Qwen2), "attention" (those and the
             output projection's), "mlp".
         qk_norm: RMSNorm over each head of q and k before RoPE (Qwen3), or, "full", over all heads at once (OLMo 2).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
-            of rope_type "linear" or "llama3". rope_dim: how many leading dims of each head it turns, default all (fewer
-            in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i, 2i + 1), as in GPT-J and Cohere, not (i,
+            of rope_type "linear" or "llama3"; or "given", with `frequencies`, one for each pair of dims, and
+            `amplitude`, which multiplies cos and sin (default 1), for any other. rope_dim: how many leading dims of
+            each head it turns, default all (fewer in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i, 2i + 1), as in GPT-J and Cohere, not (i,
             i + rope_dim / 2).
         causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, default head_dim ** -0.5.
         dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
@@ -142,6 +144,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
+        residual_multiplier: float = 1.0,
         bias: bool | str = False,
         qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
@@ -172,6 +175,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,
+            residual_multiplier=residual_multiplier,
             bias=bias,
             qk_norm=qk_norm,
             rope_theta=rope_theta,
