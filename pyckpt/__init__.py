@@ -6,6 +6,7 @@ from pyckpt.block import CkptGenericBlock, CkptTransformerBlock
 from pyckpt.functional import activation, attention, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 from pyckpt.model import CkptCausalLM, CkptTransformer
 from pyckpt.save import SAVE_SETS
+from pyckpt.swap import swap, unswap
 
 __all__ = [
     "SAVE_SETS",
@@ -23,4 +24,6 @@ __all__ = [
     "ops",
     "rms_norm",
     "rope",
+    "swap",
+    "unswap",
 ]
