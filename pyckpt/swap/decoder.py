@@ -26,6 +26,8 @@ _KNOWN = frozenset(
 class SwappedDecoder(Replaced):
     """Calls the original forward, with what swapped layers need; or without, and they run as they did before.
 
+    An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
+
     `layers` are the swapped ones; `whole` says that the model has no others.
     """
 
@@ -35,7 +37,8 @@ class SwappedDecoder(Replaced):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
-        if given.get("past_key_values") is not None or self._caches(given):
+        scored = given.pop(CALL, False)
+        if given.get("past_key_values") is not None or self._caches(given, scored):
             return self.original(**given)
         try:
             call = self._call(given)
@@ -49,14 +52,18 @@ class SwappedDecoder(Replaced):
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
         return self.original(**{**given, "use_cache": False, CALL: call})
 
-    def _caches(self, given: dict[str, Any]) -> bool:
-        """Keys and values are to be returned: asked for, or by default outside of training."""
+    def _caches(self, given: dict[str, Any], scored: bool) -> bool:
+        """Keys and values are to be returned: asked for, or by default, unless in training or only for a loss."""
         asked = given.get("use_cache")
         if asked is None:
-            return not self.module.training and bool(getattr(self.module.config, "use_cache", False))
+            return not (self.module.training or scored) and self._caches_by_default
         if asked and self.module.training and torch.is_grad_enabled():
             self.warn("use_cache=True in training: the original forward runs, which stores everything")
         return bool(asked)
+
+    @property
+    def _caches_by_default(self) -> bool:
+        return bool(getattr(self.module.config, "use_cache", False))
 
     def _call(self, given: dict[str, Any]) -> Call:
         odd = sorted(n for n, value in given.items() if n not in _KNOWN and value is not None)
@@ -79,7 +86,9 @@ class SwappedDecoder(Replaced):
             raise UnsupportedError(
                 "an attention_mask or position_ids under torch.compile: how they cut the batch is not known"
             )
-        cu_seqlens = masks.packed(mask, positions, batch, seq)
+        # Where it makes a cache, transformers does not look whether positions start anew.
+        looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
+        cu_seqlens = masks.packed(mask, positions if looks else None, batch, seq)
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]

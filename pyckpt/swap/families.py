@@ -118,12 +118,22 @@ def _check_module(source: Source, module: Any, eps: float) -> None:
         raise UnsupportedError(f"{source.path} has forward hooks, which a swapped layer would not run")
     if "norm" in source.names[0]:
         found = next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
-        if not (name.endswith(("RMSNorm", "LayerNorm"))) or found != eps:
+        if not (name.endswith(("RMSNorm", "LayerNorm")) and _is_known(type(module))) or found != eps:
             raise UnsupportedError(f"{source.path} is a {name} of eps {found}, expected a norm of eps {eps}")
-    elif name not in ("Linear", "Conv1D", "MultiheadAttention", "NonDynamicallyQuantizableLinear"):
+    elif not _is_plain(type(module)):
         raise UnsupportedError(f"{source.path} is a {name}, not a plain linear layer")
     elif source.transposed != (name == "Conv1D"):
         raise UnsupportedError(f"{source.path} is a {name}, whose weight is stored the other way round")
+
+
+def _is_known(kind: type) -> bool:
+    """A class of PyTorch or transformers themselves: adapters have classes of the same names."""
+    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
+
+
+def _is_plain(kind: type) -> bool:
+    names = ("Linear", "Conv1D", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
+    return kind.__name__ in names and _is_known(kind)
 
 
 def _heads(layer: Any) -> Options:

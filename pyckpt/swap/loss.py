@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.functional import linear_cross_entropy
+from pyckpt.swap.decoder import SwappedDecoder
+from pyckpt.swap.layer import CALL
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import UnsupportedError, watched
 
@@ -95,8 +97,8 @@ class SwappedHead(Replaced):
         given.pop("logits_to_keep", None)
         as_dict = given.pop("return_dict", None)
         options = {n: given.pop(n, None) for n in ("num_items_in_batch", "shift_labels", "ignore_index")}
-        if given.get("use_cache") is None:
-            given["use_cache"] = False
+        if isinstance(model.base_model.__dict__.get("forward"), SwappedDecoder):
+            given[CALL] = True
         outputs = model.base_model(**given)
         loss = self._of_hidden(outputs.last_hidden_state, labels, **options)
         fields = {n: getattr(outputs, n, None) for n in ("past_key_values", "hidden_states", "attentions")}
