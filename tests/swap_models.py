@@ -53,6 +53,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "SmolLM3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
     "Starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0, "sliding_window": 7},
 }
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": 7},
+    "Qwen3Moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [0]},
+}
 GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
@@ -61,7 +66,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
     import transformers
 
     sizes = GPT2_SIZES if family == "GPT2" else SIZES
-    options = {"attn_implementation": "eager", **FAMILIES[family], **options}
+    options = {"attn_implementation": "eager", **(FAMILIES | MIXTURES)[family], **options}
     names = {"GPT2": ("GPT2", "GPT2LMHeadModel"), "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM")}
     config, model = names.get(family, (family, f"{family}ForCausalLM"))
     made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**sizes, **options))

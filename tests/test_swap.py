@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import assert_as_good, assert_same_bits
-from swap_models import FAMILIES, VOCAB, InFloat64, make_batch, make_model, step
+from swap_models import FAMILIES, MIXTURES, VOCAB, InFloat64, make_batch, make_model, step
 from torch import nn
 
 import pyckpt
@@ -68,6 +68,65 @@ def test_saves_sets_give_the_same_bits(implementation):
         pyckpt.unswap(model)
     for other in results[1:]:
         assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
+def test_the_generic_path(family):
+    """For an activation that no standard block has; with every save set, whose gradients are the same bits."""
+    model = make_model(family)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Mish()
+    check(model, [make_batch(kind) for kind in KINDS])
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.unswap(model)
+        report = pyckpt.swap(model, save=save, tile=10)
+        assert [e.path for e in report.entries] == ["generic", "generic", "standard"]
+        results.append(step(model, batch))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts(family):
+    model = make_model(family)
+    exact = copy.deepcopy(model).double()
+    batches = [make_batch(kind) for kind in KINDS]
+    with InFloat64():
+        truth = [step(exact, batch) for batch in batches]
+    plain = [step(model, batch) for batch in batches]
+    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic", "original"]
+    for batch, p, t in zip(batches, plain, truth, strict=True):
+        assert_step_as_good(step(model, batch), p, t, torch.float32)
+
+
+def test_lora():
+    """Adapters put in before the swap are trained, and the frozen base gets no gradient."""
+    peft = pytest.importorskip("peft")
+    model = make_model("Llama")
+    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "up_proj"])
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 0.1 * torch.randn_like(p) if "lora_B" in name else 0.0
+    exact = copy.deepcopy(model).double()
+    batch = make_batch("padded")
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic", "standard"]
+    ours = step(model, batch)
+    assert all("lora" in n for n in ours.keys() - {"loss"})
+    assert_step_as_good(ours, plain, truth, torch.float32)
+
+
+def test_lora_put_in_after_the_swap_runs_the_original():
+    peft = pytest.importorskip("peft")
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"self_attn\.q_proj is now a .*original forward"):
+        adapted(**make_batch("plain"))
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 2.5}, {"rope_type": "yarn", "factor": 4.0}])
@@ -244,19 +303,20 @@ def test_a_linear_layer_of_another_make_is_not_taken_for_plain():
 
     model = make_model("Llama")
     model.model.layers[0].self_attn.k_proj = Linear(48, 24)
-    (left,) = pyckpt.swap(model).left
-    assert left.name == "model.layers.0" and "k_proj" in left.why
+    first, second, _ = pyckpt.swap(model).entries
+    assert (first.path, second.path) == ("generic", "standard")
+    assert "self_attn.k_proj is a test_swap." in first.why
 
 
 def test_layers_that_are_not_known_are_left_and_named():
     model = make_model("Llama")
-    model.model.layers[0].mlp.act_fn = nn.Tanh()
+    model.model.layers[0].self_attn.is_causal = False  # which eager attention does not read
     batch = make_batch("padded")
     before = step(model, batch)
     report = pyckpt.swap(model)
     (left,) = report.left
     assert left.name == "model.layers.0"
-    assert "activation Tanh" in left.why
+    assert left.why == "its attention is not causal"
     assert "model.layers.0" in str(report) and "2 swapped, 1 left as they are" in str(report)
     for name, value in step(model, batch).items():
         torch.testing.assert_close(value, before[name])
@@ -275,8 +335,8 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"nothing to swap in this Linear: no transformer layer of a known kind"):
         pyckpt.swap(nn.Linear(2, 2))
     for layer in model.model.layers:
-        layer.mlp.act_fn = nn.Tanh()
-    with pytest.raises(ValueError, match=r"(?s)layers cannot be swapped.*layers\.1 .*activation Tanh"):
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match=r"(?s)layers cannot be swapped.*layers\.1 .*attention is not causal"):
         pyckpt.swap(model)
     assert all("forward" not in m.__dict__ for m in model.modules())
     model = make_model("Llama")
@@ -288,7 +348,7 @@ def test_bad_input():
 @pytest.mark.parametrize(
     ("family", "options", "why"),
     [
-        ("Llama", {"hidden_act": "mish"}, "activation Mish"),
+        ("Llama", {"hidden_act": "mish", "attention_dropout": 0.1}, "drops values, which the generic path does not"),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'dyn"),
         ("Cohere", {"use_qk_norm": True}, "QK-norm is a LayerNorm"),
         ("GPT2", {"add_cross_attention": True}, "cross attention"),

@@ -13,9 +13,10 @@ from pyckpt.swap import encoder, families
 from pyckpt.swap import loss as losses
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.decoder import SwappedDecoder
+from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.layer import SwappedLayer
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.report import ORIGINAL, STANDARD, Entry, Report
+from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.weights import UnsupportedError
 
 
@@ -121,10 +122,10 @@ def _decoder(
         except UnsupportedError as reason:
             entries.append(Entry(full, kind, ORIGINAL, str(reason)))
             continue
-        swapped.append(SwappedLayer(layer, MappedBlock(layer, mapping, save, tile)))
-        entries.append(
-            Entry(full, kind, STANDARD, f"{families.family_class(layer)} as a standard block, save={save!r}")
-        )
+        block = GenericMappedBlock if mapping.why else MappedBlock
+        swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile)))
+        why = f"its own modules, tile by tile: {mapping.why}" if mapping.why else "as a standard block"
+        entries.append(Entry(full, kind, GENERIC if mapping.why else STANDARD, f"{why}; save={save!r}"))
     if not swapped:
         return []
     return [*swapped, SwappedDecoder(module, swapped, whole=len(swapped) == len(layers))]
@@ -151,7 +152,8 @@ def _heads(model: nn.Module, always: bool, entries: list[Entry]) -> list[Replace
     made: list[Replaced] = []
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if not (hasattr(module, "loss_function") and hasattr(module, "get_output_embeddings")):
+        # Of its class: wrappers such as PEFT's pass every attribute of the model on.
+        if not all(hasattr(type(module), n) for n in ("loss_function", "get_output_embeddings")):
             continue
         if module.get_output_embeddings() is None:
             continue

@@ -16,7 +16,14 @@ from pyckpt.swap.weights import UnsupportedError
 _KNOWN = frozenset(
     (
         *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"),
-        *("token_type_ids", "cache_position", "output_attentions", "output_hidden_states", "return_dict"),
+        *(
+            "token_type_ids",
+            "cache_position",
+            "output_attentions",
+            "output_router_logits",
+            "output_hidden_states",
+            "return_dict",
+        ),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
         *("num_items_in_batch", "labels", "logits_to_keep"),
     )
@@ -69,8 +76,10 @@ class SwappedDecoder(Replaced):
         odd = sorted(n for n, value in given.items() if n not in _KNOWN and value is not None)
         if odd:
             raise UnsupportedError(f"the argument {', '.join(odd)} is not known")
-        if given.get("output_attentions") or getattr(self.module.config, "output_attentions", False):
-            raise UnsupportedError("output_attentions=True asks for attention probabilities, which are never made")
+        for name in ("output_attentions", "output_router_logits"):
+            asked = given.get(name)
+            if getattr(self.module.config, name, False) if asked is None else asked:
+                raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
         for layer in self.layers:
             change = layer.block.mapping.change(layer.module)
             if change is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt.spec import BlockSpec
+from pyckpt.swap import generic
 from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, watched
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -34,7 +35,10 @@ _MOVING_ROPE = ("dynamic", "longrope")
 
 
 def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
-    """The layer as a block. `rotary` is the model's rotary embedding. Raises `UnsupportedError`, saying why not."""
+    """The layer as a block, standard if it can be, else generic. `rotary` is the model's rotary embedding.
+
+    Raises `UnsupportedError`, saying why neither.
+    """
     make = FAMILIES.get(family_class(layer))
     if make is None:
         raise UnsupportedError("this class is not known")
@@ -52,25 +56,35 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     options["attention_scale"] = float(attention.scaling)
     if "attention_dropout" not in options:
         options["attention_dropout"] = float(attention.attention_dropout)
-    return finish(layer, options, sources)
+    try:
+        return finish(layer, options, sources)
+    except UnsupportedError as reason:
+        plain = {**options, "mlp": "swiglu"} if isinstance(options["mlp"], UnsupportedError) else options
+        return generic.mapping_of(layer, _spec(plain, bias=False), str(reason))
 
 
 def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping:
     """The mapping, after checking the modules that hold the weights and the weights themselves."""
+    if isinstance(options["mlp"], UnsupportedError):
+        raise options["mlp"]
     biased = set()
     for source in sources:
         module = layer.get_submodule(source.path)
         _check_module(source, module, options["norm_eps"])
         if getattr(module, source.bias, None) is not None and "norm" not in source.names[0]:
             biased |= set(source.names)
-    try:
-        spec = BlockSpec.make(**options, bias=bias_of(biased))
-    except ValueError as error:
-        raise UnsupportedError(str(error)) from error
+    spec = _spec(options, bias_of(biased))
     kinds = tuple((s.path, type(layer.get_submodule(s.path))) for s in sources)
     mapping = Mapping(spec, tuple(sources), kinds)
     mapping.check(layer)
     return mapping
+
+
+def _spec(options: Options, bias: bool | str) -> BlockSpec:
+    try:
+        return BlockSpec.make(**options, bias=bias)
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from error
 
 
 def family_class(layer: nn.Module) -> str:
@@ -81,14 +95,14 @@ def family_class(layer: nn.Module) -> str:
     return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
 
 
-def activation(module: nn.Module, gated: bool) -> str:
-    """The name of the block's MLP with this activation module."""
+def activation(module: nn.Module, gated: bool) -> str | UnsupportedError:
+    """The name of the block's MLP with this activation module, or why there is none."""
     kind = _ACTIVATIONS.get(type(module).__name__)
     if type(module) is nn.GELU and module.approximate == "tanh":
         kind = "gelu_tanh"
     names = _GATED if gated else {k: k for k in ("gelu", "gelu_tanh", "relu2")}
     if kind not in names:
-        raise UnsupportedError(f"the activation {type(module).__name__} is not one of a block's")
+        return UnsupportedError(f"the activation {type(module).__name__} is not one of a block's")
     return names[kind]
 
 
@@ -121,7 +135,7 @@ def _check_module(source: Source, module: Any, eps: float) -> None:
         if not (name.endswith(("RMSNorm", "LayerNorm")) and _is_known(type(module))) or found != eps:
             raise UnsupportedError(f"{source.path} is a {name} of eps {found}, expected a norm of eps {eps}")
     elif not _is_plain(type(module)):
-        raise UnsupportedError(f"{source.path} is a {name}, not a plain linear layer")
+        raise UnsupportedError(f"{source.path} is a {type(module).__module__}.{name}, not a plain linear layer")
     elif source.transposed != (name == "Conv1D"):
         raise UnsupportedError(f"{source.path} is a {name}, whose weight is stored the other way round")
 
@@ -166,6 +180,24 @@ def _llama(layer: Any, eps: str = "rms_norm_eps") -> Family:
         "mlp": activation(layer.mlp.act_fn, gated=True),
     }
     return options, _linears() + _norms("input_layernorm", "post_attention_layernorm")
+
+
+def _moe(layer: Any) -> Family:
+    config = layer.self_attn.config
+    options = _heads(layer) | {
+        "norm_eps": config.rms_norm_eps,
+        "mlp": UnsupportedError("its MLP is a mixture of experts"),
+    }
+    if getattr(layer.mlp, "jitter_noise", 0.0):
+        raise UnsupportedError(
+            "its router adds noise (router_jitter_noise), and would add other noise when it runs again"
+        )
+    return _windowed(options, getattr(config, "sliding_window", None)), _norms("input_layernorm")
+
+
+def _qwen3_moe(layer: Any) -> Family:
+    options, sources = _moe(layer)
+    return options | {"qk_norm": True}, sources
 
 
 def _windowed(options: Options, window: int | None) -> Options:
@@ -333,10 +365,12 @@ FAMILIES: dict[str, Callable[[Any], Family]] = {
     "GraniteDecoderLayer": _granite,
     "LlamaDecoderLayer": _llama,
     "MistralDecoderLayer": _mistral,
+    "MixtralDecoderLayer": _moe,
     "Olmo2DecoderLayer": _olmo2,
     "Phi3DecoderLayer": _phi3,
     "Qwen2DecoderLayer": _qwen2,
     "Qwen3DecoderLayer": _qwen3,
+    "Qwen3MoeDecoderLayer": _qwen3_moe,
     "SmolLM3DecoderLayer": _smollm3,
     "Starcoder2DecoderLayer": _starcoder2,
 }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyckpt.block import run_blocks
 from pyckpt.swap.block import MappedBlock
+from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.replaced import Replaced
 
 CALL = "pyckpt_call"
@@ -28,7 +29,7 @@ class SwappedLayer(Replaced):
     Hidden states (B, S, d_model) in and out.
     """
 
-    def __init__(self, module: nn.Module, block: MappedBlock) -> None:
+    def __init__(self, module: nn.Module, block: MappedBlock | GenericMappedBlock) -> None:
         super().__init__(module)
         self.block = block
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-STANDARD, ORIGINAL = "standard", "original"
+STANDARD, GENERIC, ORIGINAL = "standard", "generic", "original"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One module: its name in the model, its class, the path it takes ("standard" or "original"), and why."""
+    """One module: its name in the model, its class, its path ("standard", "generic" or "original"), and why."""
 
     name: str
     kind: str

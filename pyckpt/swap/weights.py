@@ -54,13 +54,14 @@ class Source:
 class Mapping:
     """A layer as a block: what it computes, and where its weights are.
 
-    `kinds` are the classes of the sources' modules, by path: another class there means that the layer has changed.
+    `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are read, by path: another
+    class there means that the layer has changed.
     """
 
     spec: BlockSpec
     sources: tuple[Source, ...]
     kinds: tuple[tuple[str, type], ...]
-    note: str = ""
+    why: str = ""
 
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The block's weights in the order of `parameter_shapes`; biases that the layer lacks are zeros."""
