@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ from swap_models import FAMILIES, MIXTURES, VOCAB, InFloat64, make_batch, make_m
 from torch import nn
 
 import pyckpt
+from pyckpt.swap import families
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+import swap_table
 
 transformers = pytest.importorskip("transformers")
 KINDS = ("plain", "padded", "packed")
@@ -363,6 +369,19 @@ def test_options_of_configs(family, options, why):
     else:
         with pytest.raises(ValueError, match=why):
             pyckpt.swap(model)
+
+
+def test_an_older_transformers_is_refused(monkeypatch):
+    model = make_model("Llama")
+    monkeypatch.setattr(families, "OLDEST", 99)
+    with pytest.raises(ValueError, match=r"transformers is \d.*before 99\.0; install transformers>=99"):
+        pyckpt.swap(model)
+
+
+def test_the_page_says_what_a_swap_reports():
+    assert swap_table.filled(swap_table.PAGE.read_text()) == swap_table.PAGE.read_text(), (
+        "run python docs/swap_table.py"
+    )
 
 
 def test_dropout_is_applied_in_training_alone():

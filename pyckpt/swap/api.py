@@ -107,8 +107,7 @@ def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:
-    name = families.family_class(layer)
-    return name in families.FAMILIES or name.endswith("DecoderLayer")
+    return families.family_class(layer) in families.FAMILIES or type(layer).__name__.endswith("DecoderLayer")
 
 
 def _decoder(

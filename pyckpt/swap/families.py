@@ -16,6 +16,7 @@ from pyckpt.swap import generic
 from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, watched
 
 ATTENTION, MLP = "self_attn", "mlp"
+OLDEST = 5  # of transformers
 Options = dict[str, Any]
 Family = tuple[Options, list[Source]]
 
@@ -42,6 +43,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     make = FAMILIES.get(family_class(layer))
     if make is None:
         raise UnsupportedError("this class is not known")
+    _check_version()
     options, sources = make(layer)
     attention: Any = layer.get_submodule(options.pop("attention", ATTENTION))
     config = attention.config
@@ -78,6 +80,16 @@ def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping
     mapping = Mapping(spec, tuple(sources), kinds)
     mapping.check(layer)
     return mapping
+
+
+def _check_version() -> None:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < OLDEST:
+        raise UnsupportedError(
+            f"transformers is {transformers.__version__}, and its layers are called in another way before {OLDEST}.0; "
+            f"install transformers>={OLDEST}"
+        )
 
 
 def _spec(options: Options, bias: bool | str) -> BlockSpec:
