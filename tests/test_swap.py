@@ -126,6 +126,20 @@ def test_lora():
     assert_step_as_good(ours, plain, truth, torch.float32)
 
 
+@pytest.mark.parametrize("family", ["Gemma3", "Llama"])
+def test_the_generic_path_under_autocast(family):
+    model = make_model(family)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Mish()
+    exact, batch = copy.deepcopy(model).double(), make_batch("padded")
+    with InFloat64():
+        truth = step(exact, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(model, batch)
+        pyckpt.swap(model, tile=10)
+        assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
+
+
 def test_lora_put_in_after_the_swap_runs_the_original():
     peft = pytest.importorskip("peft")
     model = make_model("Llama")

@@ -22,6 +22,7 @@ from pyckpt.save import SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.weights import Mapping, UnsupportedError, watched
 from pyckpt.tokenwise.generic import GenericTokenwise
+from pyckpt.tokenwise.interface import Weights
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 
 ops = torch.ops.pyckpt
@@ -112,6 +113,22 @@ class _Post(nn.Module):
         return mid + m * self.after_mlp((made[0] if isinstance(made, tuple) else made)[0])
 
 
+class _Tokenwise(GenericTokenwise):
+    """Runs the modules under the autocast that the model runs under: the executor turns it off around them."""
+
+    def __init__(self, pre: nn.Module, post: nn.Module, precision: torch.autocast) -> None:
+        super().__init__(pre, post)
+        self._precision = precision
+
+    def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with self._precision:
+            return super()._call_pre(w, x, positions)
+
+    def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
+        with self._precision:
+            return super()._call_post(w, x, o)
+
+
 class GenericMappedBlock(CheckpointedBlock):
     """A layer's own modules around our attention, on the layer's parameters."""
 
@@ -126,9 +143,6 @@ class GenericMappedBlock(CheckpointedBlock):
         # What lies inside `post` it can't see; it keeps the rest of the save set.
         return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
 
-    def _tokenwise(self) -> GenericTokenwise:
-        return GenericTokenwise(*self._parts)
-
     def weights(self) -> dict[str, Tensor]:
         return {
             f"{n}.{k}": p for n, m in zip(("pre", "post"), self._parts, strict=True) for k, p in m.named_parameters()
@@ -137,7 +151,8 @@ class GenericMappedBlock(CheckpointedBlock):
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         attend = DenseAttend.of(self.mapping.spec)
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
-        return generic_plan(self._tokenwise(), attend, self._save, *options)
+        tokenwise = _Tokenwise(*self._parts, torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False))
+        return generic_plan(tokenwise, attend, self._save, *options)
 
 
 def mapping_of(layer: nn.Module, spec: BlockSpec, why: str) -> Mapping:

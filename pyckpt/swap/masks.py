@@ -43,6 +43,6 @@ def _cut(ends: Tensor) -> Tensor | None:
     """cu_seqlens from where in a row, (B, S - 1), the next token starts another sequence."""
     if not bool(ends.any()):
         return None
-    starts = torch.cat([torch.ones_like(ends[:, :1]), ends], dim=1) if ends.shape[1] else ends
+    starts = torch.cat([torch.ones_like(ends[:, :1]), ends], dim=1)
     found = starts.flatten().nonzero().flatten()
     return torch.cat([found, found.new_tensor([starts.numel()])]).to(torch.int32)
