@@ -7,6 +7,7 @@ from pyckpt.functional import activation, attention, glu, layer_norm, linear_cro
 from pyckpt.model import CkptCausalLM, CkptTransformer
 from pyckpt.save import SAVE_SETS
 from pyckpt.stream import Stream
+from pyckpt.swap import swap, unswap
 
 __all__ = [
     "SAVE_SETS",
@@ -25,4 +26,6 @@ __all__ = [
     "ops",
     "rms_norm",
     "rope",
+    "swap",
+    "unswap",
 ]

@@ -27,6 +27,9 @@ INIT_STD = 0.02
 class CheckpointedBlock(nn.Module):
     """What every block that runs on our executors has: a save set, a tile, and a plan for given inputs."""
 
+    mixes_dtypes = False  # its weights may have other dtypes than x
+    spec_text: str | None = None  # of a block whose spec says all, as torch.compile needs it
+
     def __init__(self, d_model: int, save: str | SaveSet, tile: int | None, tile_bytes: int) -> None:
         super().__init__()
         self.d_model = d_model
@@ -105,13 +108,15 @@ class CkptTransformerBlock(CheckpointedBlock):
         residual: "sequential", mid = x + attention(norm(x)), y = mid + mlp(norm(mid)); "parallel", y = x +
             attention(norm(x)) + mlp(norm(x)) with a norm for each (as in GPT-NeoX); "parallel_shared", with one norm,
             `input_layernorm`, for both (as in GPT-J and Cohere).
+        residual_multiplier: of what each sublayer adds to x (Granite); with norm_placement "pre" alone.
         bias: biases on all linear layers (True), on none, or on a part: "qkv" (as in Qwen2), "attention" (those and the
             output projection's), "mlp".
         qk_norm: RMSNorm over each head of q and k before RoPE (Qwen3), or, "full", over all heads at once (OLMo 2).
         rope_theta: base of the rotary frequencies; None for no RoPE. rope_scaling: a dict as in Hugging Face configs,
-            of rope_type "linear" or "llama3". rope_dim: how many leading dims of each head it turns, default all (fewer
-            in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i, 2i + 1), as in GPT-J and Cohere, not (i,
-            i + rope_dim / 2).
+            of rope_type "linear" or "llama3"; or "given", with `frequencies`, one for each pair of dims, and
+            `amplitude`, which multiplies cos and sin (default 1), for any other. rope_dim: how many leading dims of
+            each head it turns, default all (fewer in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i,
+            2i + 1), as in GPT-J and Cohere, not (i, i + rope_dim / 2).
         causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, default head_dim ** -0.5.
         dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
             stream; attention_dropout: that on attention probabilities, by default the same. In training mode only.
@@ -142,6 +147,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
+        residual_multiplier: float = 1.0,
         bias: bool | str = False,
         qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
@@ -172,6 +178,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,
+            residual_multiplier=residual_multiplier,
             bias=bias,
             qk_norm=qk_norm,
             rope_theta=rope_theta,
@@ -187,7 +194,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         )
         super().__init__(spec.d_model, save, tile, tile_bytes)
         self.spec = spec
-        self._spec_text = spec.to_string()
+        self.spec_text = spec.to_string()
         self._names = tuple(parameter_shapes(spec))
         _build(self, parameter_shapes(spec), device=device, dtype=dtype)
         self.reset_parameters()
@@ -308,25 +315,32 @@ class CkptGenericBlock(CheckpointedBlock):
 
 
 def run_blocks(
-    blocks: list[CheckpointedBlock], x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+    blocks: list[CheckpointedBlock],
+    x: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checked: bool = False,
 ) -> Tensor:
-    """Run consecutive blocks as one autograd node (see `pyckpt.exec.node`), after checking the inputs."""
+    """Run consecutive blocks as one autograd node (see `pyckpt.exec.node`), after checking the inputs.
+
+    `checked`: the values of cu_seqlens are known to be right, and need not be read.
+    """
     first = blocks[0]
     compute = compute_dtype(x)
     errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
     weights = [block.weights() for block in blocks]
-    for part in weights:
+    for block, part in zip(blocks, weights, strict=True):
         for name, w in part.items():
-            if w.dim() == 2:
+            if w.dim() == 2 and not block.mixes_dtypes:
                 errors.check_matches(x, w, name, compute)
-    if cu_seqlens is not None and not torch.compiler.is_compiling():
+    if cu_seqlens is not None and not checked and not torch.compiler.is_compiling():
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if positions is not None:
         positions = errors.check_positions(positions, x)
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
-    if torch.compiler.is_compiling() and len(blocks) == 1 and isinstance(first, CkptTransformerBlock):
-        options = (first._spec_text, first.save, first.tile, first.tile_bytes, compute)
+    if torch.compiler.is_compiling() and len(blocks) == 1 and first.spec_text is not None:
+        options = (first.spec_text, first.save, first.tile, first.tile_bytes, compute)
         return compiled.block(*options, x, positions, cu_seqlens, draw_seeds(blocks), flat)
     run = node.Run(
         [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],

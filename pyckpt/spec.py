@@ -19,7 +19,7 @@ MLPS = GATED_MLPS + PLAIN_MLPS
 BIASED_PARTS = ("qkv", "attention", "mlp")
 NORM_PLACEMENTS = ("pre", "sandwich", "output", "post")
 RESIDUALS = ("sequential", "parallel", "parallel_shared")
-ROPE_TYPES = ("linear", "llama3")
+ROPE_TYPES = ("linear", "llama3", "given")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
@@ -41,6 +41,7 @@ class BlockSpec:
     `bias`: on all linear layers, on none, or on a part: "qkv", "attention" (those and the output's) or "mlp".
     `qk_norm`: over each head of q and k (True) or over all of them ("full").
     `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
+    `residual_multiplier`: of what each sublayer adds to the residual stream.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
     """
 
@@ -55,6 +56,7 @@ class BlockSpec:
     mlp: str = "swiglu"
     norm_placement: str = "pre"
     residual: str = "sequential"
+    residual_multiplier: float = 1.0
     bias: bool | str = False
     qk_norm: bool | str = False
     rope_theta: float | None = 10000.0
@@ -120,7 +122,9 @@ class BlockSpec:
         fields = json.loads(text)
         fields["window"] = tuple(fields["window"])
         if fields["rope_scaling"] is not None:
-            fields["rope_scaling"] = tuple((k, v) for k, v in fields["rope_scaling"])
+            fields["rope_scaling"] = tuple(
+                (k, tuple(v) if isinstance(v, list) else v) for k, v in fields["rope_scaling"]
+            )
         return BlockSpec(**fields)
 
     @staticmethod
@@ -137,6 +141,7 @@ class BlockSpec:
         mlp: str = "swiglu",
         norm_placement: str = "pre",
         residual: str = "sequential",
+        residual_multiplier: float = 1.0,
         bias: bool | str = False,
         qk_norm: bool | str = False,
         rope_theta: float | None = 10000.0,
@@ -177,6 +182,12 @@ class BlockSpec:
                 f"residual={residual!r} with norm_placement={norm_placement!r}: the norms of a parallel block stand "
                 "before its sublayers; use norm_placement='pre' or residual='sequential'"
             )
+        _positive_float("residual_multiplier", residual_multiplier)
+        if residual_multiplier != 1.0 and norm_placement != "pre":
+            raise ValueError(
+                f"residual_multiplier={residual_multiplier} with norm_placement={norm_placement!r}: a norm after the "
+                "sublayer has a weight that scales it; use norm_placement='pre' or residual_multiplier=1.0"
+            )
         _positive_float("norm_eps", norm_eps)
         if not isinstance(norm_offset, (int, float)) or isinstance(norm_offset, bool) or not math.isfinite(norm_offset):
             raise ValueError(f"norm_offset must be a finite number, got {norm_offset!r}")
@@ -199,6 +210,8 @@ class BlockSpec:
         if softcap is not None and not (math.isfinite(softcap) and softcap >= 0):
             raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
         _check_rope_dim(rope_dim, head_dim, rope_theta)
+        scaling = canonical_rope_scaling(rope_scaling, rope_theta)
+        _check_frequencies(scaling, rope_dim or head_dim)
         if attention_scale is not None:
             _positive_float("attention_scale", attention_scale)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
@@ -216,10 +229,11 @@ class BlockSpec:
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,
+            residual_multiplier=float(residual_multiplier),
             bias=bias,
             qk_norm=qk_norm,
             rope_theta=None if rope_theta is None else float(rope_theta),
-            rope_scaling=canonical_rope_scaling(rope_scaling, rope_theta),
+            rope_scaling=scaling,
             rope_dim=None if rope_dim == head_dim else rope_dim,
             rope_interleaved=bool(rope_interleaved),
             causal=bool(causal),
@@ -265,6 +279,8 @@ def canonical_rope_scaling(scaling: dict[str, Any] | None, theta: float | None) 
         return None
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_scaling type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
+    if kind == "given":
+        return _given_frequencies({"amplitude": 1.0, **scaling})
     missing = [key for key in _ROPE_KEYS[kind] if key not in scaling]
     if missing:
         raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}; got {scaling!r}")
@@ -276,6 +292,34 @@ def canonical_rope_scaling(scaling: dict[str, Any] | None, theta: float | None) 
             f"high_freq_factor={scaling['high_freq_factor']}"
         )
     return (("rope_type", kind), *((key, scaling[key]) for key in _ROPE_KEYS[kind]))
+
+
+def _given_frequencies(scaling: dict[str, Any]) -> RopeScaling:
+    """The frequencies themselves, one for each pair of dims, and what multiplies cos and sin."""
+    frequencies = scaling.get("frequencies")
+    if not isinstance(frequencies, (tuple, list)) or not frequencies:
+        raise ValueError(
+            "rope_scaling of type 'given' needs frequencies, a list of one number for each pair of dims that RoPE "
+            f"turns; got {frequencies!r}"
+        )
+    for value in frequencies:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"rope_scaling's frequencies must be finite numbers, got {value!r}")
+    _positive_float("rope_scaling's amplitude", scaling["amplitude"])
+    return (
+        ("rope_type", "given"),
+        ("amplitude", float(scaling["amplitude"])),
+        ("frequencies", tuple(float(f) for f in frequencies)),
+    )
+
+
+def _check_frequencies(scaling: RopeScaling | None, dims: int) -> None:
+    given = dict(scaling or ()).get("frequencies")
+    if given is not None and 2 * len(given) != dims:
+        raise ValueError(
+            f"rope_scaling gives {len(given)} frequencies, expected {dims // 2}: one for each pair of the {dims} dims "
+            "that RoPE turns"
+        )
 
 
 def _check_rope_dim(rope_dim: Any, head_dim: int, theta: float | None) -> None:

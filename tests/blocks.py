@@ -61,6 +61,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "causal": False,
     },
     "qwen2-like": {"bias": "qkv"},
+    "granite-like": {"residual_multiplier": 0.22, "attention_scale": 0.1, "bias": True},
+    "neox-multiplied": {"residual": "parallel", "residual_multiplier": 1.7, "norm": "layernorm", "mlp": "gelu"},
+    "rope-given": {
+        "rope_scaling": {"rope_type": "given", "frequencies": [1.0, 0.41, 0.2, 0.03], "amplitude": 1.3},
+        "rope_dim": 8,
+    },
     "parallel_shared": {"residual": "parallel_shared", "qk_norm": True, "rope_interleaved": True},
 }
 CU_SEQLENS = [0, 5, 5, 23, 50]

@@ -39,6 +39,23 @@ BAD_OPTIONS = {
     "rope_dim no int": ((48, 4), {"rope_dim": 0.5}, r"rope_dim must be a positive int, got 0\.5"),
     "rope_dim without RoPE": ((48, 4), {"rope_dim": 4, "rope_theta": None}, r"rope_dim was given with rope_theta=None"),
     "negative scale": ((48, 4), {"attention_scale": -1.0}, r"attention_scale must be a positive finite number"),
+    "no frequencies": ((48, 4), {"rope_scaling": {"rope_type": "given"}}, r"needs frequencies, .*got None"),
+    "few frequencies": (
+        (48, 4),
+        {"rope_scaling": {"rope_type": "given", "frequencies": [1.0, 0.1]}},
+        r"gives 2 frequencies, expected 6",
+    ),
+    "odd frequency": (
+        (48, 4),
+        {"rope_scaling": {"rope_type": "given", "frequencies": [float("nan")] * 6}},
+        r"frequencies must be finite numbers, got nan",
+    ),
+    "zero multiplier": ((48, 4), {"residual_multiplier": 0.0}, r"residual_multiplier must be a positive finite number"),
+    "multiplier after a norm": (
+        (48, 4),
+        {"residual_multiplier": 0.5, "norm_placement": "post"},
+        r"residual_multiplier=0\.5 with norm_placement='post'",
+    ),
     "offset no number": ((48, 4), {"norm_offset": "1"}, r"norm_offset must be a finite number, got '1'"),
     "infinite offset": ((48, 4), {"norm_offset": float("inf")}, r"norm_offset must be a finite number, got inf"),
     "unknown qk_norm": ((48, 4), {"qk_norm": "head"}, r"qk_norm must be True \(over each head\), 'full' .*got 'head'"),

@@ -63,10 +63,11 @@ class PlainBlock(nn.Module):
         if rope is None:
             rope = rope_tables(self.spec, x, positions, cu_seqlens)
         attention = functools.partial(self.self_attn, rope=rope, cu_seqlens=cu_seqlens)
+        m = self.spec.residual_multiplier
         if self.spec.residual != "sequential":
             h = self.input_layernorm(x)
             shared = self.spec.residual == "parallel_shared"
-            return x + attention(h) + self.mlp(h if shared else self.post_attention_layernorm(x))
+            return x + m * attention(h) + m * self.mlp(h if shared else self.post_attention_layernorm(x))
         if self.spec.norm_placement == "post":
             x = self.post_attention_layernorm(x + attention(x))
             return self.post_feedforward_layernorm(x + self.mlp(x))
@@ -76,8 +77,8 @@ class PlainBlock(nn.Module):
         if self.spec.norm_placement == "sandwich":
             x = x + self.post_attention_layernorm(attention(self.input_layernorm(x)))
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + attention(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + m * attention(self.input_layernorm(x))
+        return x + m * self.mlp(self.post_attention_layernorm(x))
 
 
 class PlainAttention(nn.Module):
@@ -215,7 +216,8 @@ def rope_tables(
     angles = angles.repeat_interleave(2, dim=-1) if spec.rope_interleaved else torch.cat([angles, angles], dim=-1)
     if positions.dim() == 2:
         angles = angles.unsqueeze(1)  # (B, 1, S, D), for every head
-    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    amplitude = dict(spec.rope_scaling or ()).get("amplitude", 1.0)
+    return (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)
 
 
 def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -230,6 +232,8 @@ def _scaled(spec: BlockSpec, frequencies: Tensor) -> Tensor:
     scaling = dict(spec.rope_scaling or ())
     if not scaling:
         return frequencies
+    if scaling["rope_type"] == "given":
+        return torch.tensor(scaling["frequencies"], device=frequencies.device, dtype=frequencies.dtype)
     factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
         return frequencies / factor

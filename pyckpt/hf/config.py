@@ -106,6 +106,8 @@ def standard_type(spec: BlockSpec) -> str | None:
         or spec.mlp not in GATED_MLPS
         or spec.softcap
         or spec.attention_scale is not None
+        or spec.residual_multiplier != 1.0
+        or dict(spec.rope_scaling or ()).get("rope_type") == "given"
         or spec.rope_dim is not None
         or spec.rope_interleaved
         or spec.rope_theta is None

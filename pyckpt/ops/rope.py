@@ -18,8 +18,10 @@ ops = torch.ops.pyckpt
 
 
 def _frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    inv_freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     options = dict(scaling or ())
+    if options.get("rope_type") == "given":
+        return torch.tensor(options["frequencies"], dtype=torch.float64, device=device)
+    inv_freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     if options.get("rope_type") == "linear":
         inv_freq = inv_freq / options["factor"]
     elif options.get("rope_type") == "llama3":
@@ -43,13 +45,14 @@ def rope_tables(
     scaling: RopeScaling | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (*positions.shape, dim / 2) in `dtype`.
+    """cos and sin of the rotary angles, each (*positions.shape, dim / 2) in `dtype`, times the scaling's amplitude.
 
     Angles are products in float64: in float32 an angle at position 10⁶ is off by up to 0.06 rad.
     """
     inv_freq = _frequencies(dim, theta, scaling, positions.device)
     angles = positions.to(torch.float64).unsqueeze(-1) * inv_freq
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    amplitude = dict(scaling or ()).get("amplitude", 1.0)
+    return (angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype)
 
 
 def angle_rows(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

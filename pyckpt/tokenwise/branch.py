@@ -1,6 +1,6 @@
 """How a sublayer ends, from x, the attention output or the MLP's activation, and the backward:
 
-    out = residual + dropout(x Wᵀ + b)
+    out = residual + m dropout(x Wᵀ + b)        m the spec's residual_multiplier
     out = residual + dropout(norm(x Wᵀ + b))    norm_placement "sandwich" and "output"
     out = norm(residual + dropout(x Wᵀ + b))    norm_placement "post"
 
@@ -33,6 +33,7 @@ class Branch:
     def __init__(self, spec: BlockSpec, projection: str, norm: str | None, kept: str, site: int) -> None:
         self.spec, self.projection, self.site, self._kept = spec, projection, site, kept
         self.norm = norm_of(spec, norm)
+        self._multiplier = spec.residual_multiplier
         self.weight, self.bias = f"{projection}.weight", f"{projection}.bias"
         self.parameters = (self.weight, self.bias, *self.norm.parameters)
 
@@ -52,6 +53,8 @@ class Branch:
         if self._drops(tile):
             made = ws.get("branch", tuple(residual.shape), x.dtype)
             linear(w, self.projection, x, made)
+            if self._multiplier != 1.0:
+                made *= self._multiplier
             self._drop(tile, made, residual, out)
         else:
             self._add(w, tile, x, residual, out)
@@ -96,11 +99,14 @@ class Branch:
             if self.spec.norms_after:
                 assert z is not None
                 d = self.norm.backward(w, d, z, self.norm.forward(w, z)[1], grads)
+            if self._multiplier != 1.0:
+                # In memory of its own: d may be dout.
+                d = torch.mul(d, self._multiplier, out=ws.get("dscaled", tuple(d.shape), d.dtype))
         grads.add_rows(self.bias, d)
         return d
 
     def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor) -> None:
-        linear(w, self.projection, x, out, residual=residual)
+        linear(w, self.projection, x, out, residual=residual, multiplier=self._multiplier)
 
     def _place(self, tile: Tile, shape: tuple[int, ...], dtype: torch.dtype, ws: Workspace) -> Tensor:
         kept = tile.kept.get(self._kept)

@@ -9,8 +9,10 @@ from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Weights
 
 
-def linear(w: Weights, name: str, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-    """out = residual + x Wᵀ + bias."""
+def linear(
+    w: Weights, name: str, x: Tensor, out: Tensor, residual: Tensor | None = None, multiplier: float = 1.0
+) -> None:
+    """out = x Wᵀ + bias, or residual + multiplier (x Wᵀ + bias)."""
     weight, bias = w[f"{name}.weight"].t(), w.get(f"{name}.bias")
     if residual is None:
         if bias is None:
@@ -18,13 +20,13 @@ def linear(w: Weights, name: str, x: Tensor, out: Tensor, residual: Tensor | Non
         else:
             torch.addmm(bias, x, weight, out=out)
     elif residual.dtype == x.dtype:
-        torch.addmm(residual, x, weight, out=out)
+        torch.addmm(residual, x, weight, alpha=multiplier, out=out)
         if bias is not None:
-            out += bias
+            out.add_(bias, alpha=multiplier)
     else:
         # Autocast: the product in the low precision, the residual stream in its own.
         product = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-        torch.add(residual, product, out=out)
+        torch.add(residual, product, alpha=multiplier, out=out)
 
 
 def add_gradients(grads: WeightGradients, name: str, dy: Tensor, x: Tensor) -> None:

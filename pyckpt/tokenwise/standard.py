@@ -46,7 +46,7 @@ class StandardTokenwise:
             (spec, DOWN, norms.after_mlp, "down", MLP_SITE),
         )
         self.attention_end, self.mlp_end = (Branch(*end) for end in ends)
-        if "residual" in parts:
+        if "residual" in parts and spec.residual_multiplier == 1.0:
             reads_sum = spec.norm_placement == "pre" and not spec.parallel
             self.attention_end = fused.FusedBranch(*ends[0], following=self.mlp.norm if reads_sum else None)
             self.mlp_end = fused.FusedBranch(*ends[1])

@@ -1,0 +1,166 @@
+"""`swap` and `unswap`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from pyckpt import errors
+from pyckpt.save import save_set
+from pyckpt.swap import encoder, families
+from pyckpt.swap import loss as losses
+from pyckpt.swap.block import MappedBlock
+from pyckpt.swap.decoder import SwappedDecoder
+from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.layer import SwappedLayer
+from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
+from pyckpt.swap.weights import UnsupportedError
+
+
+def swap(model: nn.Module, save: str = "attention", *, tile: int | None = None, loss: bool | str = True) -> Report:
+    """Make the model's transformer layers keep the save set alone from forward to backward, in place.
+
+    Modules, parameters and their names stay: only the forward of the decoder layers is replaced, and that of a causal
+    language model, so that with labels it computes the loss without logits. Gradients are exact. `unswap` undoes it.
+
+    Args:
+        model: a model of transformers, any model that has one inside, or one with torch.nn.TransformerEncoderLayer.
+        save: what lives from forward to backward, as in `CkptTransformerBlock`.
+        tile: tokens that the tokenwise parts take at a time; None chooses.
+        loss: True: while gradients are enabled a call with labels returns logits=None (`output_logits=True` in the call
+            asks for both); "always": without gradients too; False: the loss is left as it is.
+
+    Returns a `Report`: each layer, the path it takes and why. Layers that are not known are left as they are.
+
+    Raises ValueError where nothing can be swapped, with the reasons, or where the model is swapped already; TypeError
+    where it is no module. Nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    save_set(save)
+    errors.check_tile(tile)
+    if loss not in (True, False, "always"):
+        raise ValueError(f"loss must be True, False or 'always', got {loss!r}")
+    if any(True for _ in _replaced(model)):
+        raise ValueError("the model is swapped already; call pyckpt.unswap(model) first to swap it with other options")
+    entries: list[Entry] = []
+    made: list[Replaced] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            made += _encoder_layer(name, module, save, tile, entries)
+        elif layers := _decoder_layers(module):
+            made += _decoder(name, module, layers, save, tile, entries)
+    if not made:
+        found = "".join(f"\n  {e.name} ({e.kind}): {e.why}" for e in entries)
+        raise ValueError(
+            f"there is nothing to swap in this {type(model).__name__}: "
+            + (f"its layers cannot be swapped{found}" if found else "no transformer layer of a known kind was found")
+            + f"\nKnown layers: {', '.join(sorted(families.FAMILIES))}, TransformerEncoderLayer. For another "
+            "architecture see pyckpt.CkptGenericBlock"
+        )
+    if loss:
+        made += _heads(model, loss == "always", entries)
+    for replaced in made:
+        replaced.install()
+    return Report(tuple(entries))
+
+
+def unswap(model: nn.Module) -> None:
+    """Undo `swap`: every forward is what it was.
+
+    Raises ValueError where the model is not swapped, RuntimeError where a forward was replaced by something else since.
+    """
+    found = list(_replaced(model))
+    if not found:
+        raise ValueError("the model is not swapped: there is nothing to undo")
+    for name, replaced in found:
+        if not replaced.in_place():
+            raise RuntimeError(
+                f"the forward of {name or 'the model'} was replaced after the swap by something that calls ours; undo "
+                "that first"
+            )
+    for _, replaced in found:
+        replaced.remove()
+
+
+def _replaced(model: nn.Module) -> Iterator[tuple[str, Replaced]]:
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        while forward is not None and not isinstance(forward, Replaced):
+            forward = getattr(forward, "__wrapped__", None)
+        if forward is not None:
+            yield name, forward
+
+
+def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Decoder layers of transformers in a list that the module holds: they take their masks from its forward."""
+    return [
+        (f"{name}.{i}", layer)
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList)
+        for i, layer in child.named_children()
+        if _is_decoder_layer(layer)
+    ]
+
+
+def _is_decoder_layer(layer: nn.Module) -> bool:
+    return families.family_class(layer) in families.FAMILIES or type(layer).__name__.endswith("DecoderLayer")
+
+
+def _decoder(
+    name: str, module: Any, layers: list[tuple[str, nn.Module]], save: str, tile: int | None, entries: list[Entry]
+) -> list[Replaced]:
+    swapped = []
+    for path, layer in layers:
+        full, kind = f"{name}.{path}" if name else path, type(layer).__name__
+        try:
+            mapping = families.mapping_of(layer, getattr(module, "rotary_emb", None))
+        except UnsupportedError as reason:
+            entries.append(Entry(full, kind, ORIGINAL, str(reason)))
+            continue
+        block = GenericMappedBlock if mapping.why else MappedBlock
+        swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile)))
+        why = f"its own modules, tile by tile: {mapping.why}" if mapping.why else "as a standard block"
+        entries.append(Entry(full, kind, GENERIC if mapping.why else STANDARD, f"{why}; save={save!r}"))
+    if not swapped:
+        return []
+    return [*swapped, SwappedDecoder(module, swapped, whole=len(swapped) == len(layers))]
+
+
+def _encoder_layer(
+    name: str, layer: nn.TransformerEncoderLayer, save: str, tile: int | None, entries: list[Entry]
+) -> list[Replaced]:
+    kind = type(layer).__name__
+    try:
+        if type(layer) is not nn.TransformerEncoderLayer:
+            raise UnsupportedError("a class derived from TransformerEncoderLayer is not known")
+        mappings = {causal: encoder.mapping_of(layer, causal) for causal in (False, True)}
+    except UnsupportedError as reason:
+        entries.append(Entry(name, kind, ORIGINAL, str(reason)))
+        return []
+    entries.append(Entry(name, kind, STANDARD, f"as a standard block, save={save!r}"))
+    blocks = {causal: MappedBlock(layer, mapping, save, tile) for causal, mapping in mappings.items()}
+    return [encoder.SwappedEncoderLayer(layer, blocks)]
+
+
+def _heads(model: nn.Module, always: bool, entries: list[Entry]) -> list[Replaced]:
+    """The loss of every causal language model inside."""
+    made: list[Replaced] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        # Of its class: wrappers such as PEFT's pass every attribute of the model on.
+        if not all(hasattr(type(module), n) for n in ("loss_function", "get_output_embeddings")):
+            continue
+        if module.get_output_embeddings() is None:
+            continue
+        try:
+            head = losses.head_of(module)
+        except UnsupportedError as reason:
+            entries.append(Entry(name or "(model)", kind, ORIGINAL, f"loss: {reason}"))
+            continue
+        made.append(losses.SwappedHead(module, head, always))
+        entries.append(Entry(name or "(model)", kind, STANDARD, "loss: linear_cross_entropy, no logits with labels"))
+    return made

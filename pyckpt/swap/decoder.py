@@ -1,0 +1,109 @@
+"""The forward of a model with swapped decoder layers: it turns masks into packed sequences, once for all layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyckpt.swap import masks
+from pyckpt.swap.layer import CALL, Call, SwappedLayer
+from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.weights import UnsupportedError
+
+# Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
+_KNOWN = frozenset(
+    (
+        *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+        *(
+            "token_type_ids",
+            "cache_position",
+            "output_attentions",
+            "output_router_logits",
+            "output_hidden_states",
+            "return_dict",
+        ),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        *("num_items_in_batch", "labels", "logits_to_keep"),
+    )
+)
+
+
+class SwappedDecoder(Replaced):
+    """Calls the original forward, with what swapped layers need; or without, and they run as they did before.
+
+    An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
+
+    `layers` are the swapped ones; `whole` says that the model has no others.
+    """
+
+    def __init__(self, module: nn.Module, layers: list[SwappedLayer], whole: bool) -> None:
+        super().__init__(module)
+        self.layers, self.whole = layers, whole
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.given(args, kwargs)
+        scored = given.pop(CALL, False)
+        if given.get("past_key_values") is not None or self._caches(given, scored):
+            return self.original(**given)
+        try:
+            call = self._call(given)
+        except UnsupportedError as reason:
+            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, which stores everything")
+            return self.original(**given)
+        if self.module.training and any(getattr(s.module, "gradient_checkpointing", False) for s in self.layers):
+            self.warn("gradient checkpointing is ignored in swapped layers, which recompute already")
+        if self.whole:
+            # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
+            given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
+        return self.original(**{**given, "use_cache": False, CALL: call})
+
+    def _caches(self, given: dict[str, Any], scored: bool) -> bool:
+        """Keys and values are to be returned: asked for, or by default, unless in training or only for a loss."""
+        asked = given.get("use_cache")
+        if asked is None:
+            return not (self.module.training or scored) and self._caches_by_default
+        if asked and self.module.training and torch.is_grad_enabled():
+            self.warn("use_cache=True in training: the original forward runs, which stores everything")
+        return bool(asked)
+
+    @property
+    def _caches_by_default(self) -> bool:
+        return bool(getattr(self.module.config, "use_cache", False))
+
+    def _call(self, given: dict[str, Any]) -> Call:
+        odd = sorted(n for n, value in given.items() if n not in _KNOWN and value is not None)
+        if odd:
+            raise UnsupportedError(f"the argument {', '.join(odd)} is not known")
+        for name in ("output_attentions", "output_router_logits"):
+            asked = given.get(name)
+            if getattr(self.module.config, name, False) if asked is None else asked:
+                raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
+        for layer in self.layers:
+            change = layer.block.mapping.change(layer.module)
+            if change is not None:
+                raise UnsupportedError(change)
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        batch, seq = self._like(given).shape[:2]
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise UnsupportedError(f"an attention_mask that is not (B, S): {shape}")
+        if positions is not None and tuple(positions.shape) not in ((batch, seq), (1, seq)):
+            raise UnsupportedError(f"position_ids of shape {tuple(positions.shape)}")
+        if torch.compiler.is_compiling() and (mask is not None or positions is not None):
+            raise UnsupportedError(
+                "an attention_mask or position_ids under torch.compile: how they cut the batch is not known"
+            )
+        # Where it makes a cache, transformers does not look whether positions start anew.
+        looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
+        cu_seqlens = masks.packed(mask, positions if looks else None, batch, seq)
+        if positions is None and cu_seqlens is not None:
+            # As the model counts them: over the whole row.
+            positions = torch.arange(seq, device=cu_seqlens.device)[None]
+        return Call(positions, cu_seqlens)
+
+    @staticmethod
+    def _like(given: dict[str, Any]) -> Tensor:
+        ids = given.get("input_ids")
+        return given["inputs_embeds"] if ids is None else ids

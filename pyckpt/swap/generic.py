@@ -1,0 +1,161 @@
+"""A decoder layer by its own modules around our attention: what runs adapters, and activations that no block has.
+
+`pre` and `post` are put together from the layer's modules in the order that its family's `BlockSpec` gives, and are
+differentiated by autograd, one tile at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyckpt.attend.dense import DenseAttend
+from pyckpt.block import CheckpointedBlock
+from pyckpt.exec.plan import generic_plan
+from pyckpt.exec.resident import BlockPlan
+from pyckpt.exec.tiling import TILE_BYTES
+from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.rope import rope_tables
+from pyckpt.save import SaveSet
+from pyckpt.spec import BlockSpec
+from pyckpt.swap.weights import Mapping, UnsupportedError, watched
+from pyckpt.tokenwise.generic import GenericTokenwise
+from pyckpt.tokenwise.interface import Weights
+from pyckpt.tokenwise.parameters import ATTENTION, norm_names
+
+ops = torch.ops.pyckpt
+_QKV = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
+
+
+def check(layer: nn.Module, spec: BlockSpec) -> None:
+    """Raise `UnsupportedError` where the layer's modules can't be run again tile by tile."""
+    if spec.dropout or spec.attention_dropout:
+        raise UnsupportedError("it drops values, which the generic path does not")
+    names = [*_QKV, f"{ATTENTION}.o_proj", "mlp", *(n for n in _norms(spec) if n is not None)]
+    missing = [n for n in names if not _has(layer, n)]
+    if missing:
+        raise UnsupportedError(f"it has no {', '.join(missing)}, of which the generic path is put together")
+    for path, module in _inner(layer):
+        if watched(module):
+            raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0:
+            raise UnsupportedError(f"{path} drops values at random, and would drop others when it runs again")
+
+
+def _norms(spec: BlockSpec) -> tuple[str | None, ...]:
+    names = norm_names(spec)
+    return names.attention, names.after_attention, names.mlp, names.after_mlp
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _inner(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in layer.named_modules() if path not in ("", ATTENTION)]
+
+
+class _Pre(nn.Module):
+    """q, k, v (t, heads * head_dim) of x (t, d_model) and positions (t,)."""
+
+    def __init__(self, layer: nn.Module, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        norm = norm_names(spec).attention
+        self.norm = layer.get_submodule(norm) if norm else nn.Identity()
+        self.q_proj, self.k_proj, self.v_proj = (layer.get_submodule(n) for n in _QKV)
+        if spec.qk_norm:
+            self.q_norm, self.k_norm = (layer.get_submodule(f"{ATTENTION}.{n}_norm") for n in "qk")
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.norm(x)
+        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        if self.spec.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.spec.qk_norm:
+            q, k = self.q_norm(self._by_head(q)).flatten(1), self.k_norm(self._by_head(k)).flatten(1)
+        if self.spec.rope_theta is not None:
+            dtype = acc_dtype(q.dtype)
+            scaling = self.spec.rope_scaling
+            tables = rope_tables(positions, self.spec.d_rope, self.spec.rope_theta, scaling, dtype)
+            rest = (*tables, False, self.spec.rope_interleaved)
+            q, k = (ops.rope(self._by_head(t), *rest).flatten(1) for t in (q, k))
+        return q, k, v
+
+    def _by_head(self, t: Tensor) -> Tensor:
+        return t.unflatten(1, (-1, self.spec.head_dim))
+
+
+class _Post(nn.Module):
+    """y (t, d_model) of x (t, d_model) and the attention output o (t, heads * head_dim)."""
+
+    def __init__(self, layer: nn.Module, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.o_proj, self.mlp = layer.get_submodule(f"{ATTENTION}.o_proj"), layer.get_submodule("mlp")
+        after_attention, mlp, after_mlp = _norms(spec)[1:]
+        self.after_attention, self.before_mlp, self.after_mlp = (
+            layer.get_submodule(n) if n else nn.Identity() for n in (after_attention, mlp, after_mlp)
+        )
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        m = self.spec.residual_multiplier
+        mid = x + m * self.after_attention(self.o_proj(o))
+        source = x if self.spec.parallel else mid
+        # As a batch of one: mixtures of experts ask for three dims.
+        made = self.mlp(self.before_mlp(source)[None])
+        return mid + m * self.after_mlp((made[0] if isinstance(made, tuple) else made)[0])
+
+
+class _Tokenwise(GenericTokenwise):
+    """Runs the modules under the autocast that the model runs under: the executor turns it off around them."""
+
+    def __init__(self, pre: nn.Module, post: nn.Module, precision: torch.autocast) -> None:
+        super().__init__(pre, post)
+        self._precision = precision
+
+    def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with self._precision:
+            return super()._call_pre(w, x, positions)
+
+    def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
+        with self._precision:
+            return super()._call_post(w, x, o)
+
+
+class GenericMappedBlock(CheckpointedBlock):
+    """A layer's own modules around our attention, on the layer's parameters."""
+
+    mixes_dtypes = True  # adapters have a dtype of their own
+
+    def __init__(self, layer: nn.Module, mapping: Mapping, save: str, tile: int | None) -> None:
+        super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
+        self.mapping = mapping
+        self._parts = (_Pre(layer, mapping.spec), _Post(layer, mapping.spec))
+
+    def _check_save(self, save: SaveSet) -> SaveSet:
+        # What lies inside `post` it can't see; it keeps the rest of the save set.
+        return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {
+            f"{n}.{k}": p for n, m in zip(("pre", "post"), self._parts, strict=True) for k, p in m.named_parameters()
+        }
+
+    def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+        attend = DenseAttend.of(self.mapping.spec)
+        options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
+        tokenwise = _Tokenwise(*self._parts, torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False))
+        return generic_plan(tokenwise, attend, self._save, *options)
+
+
+def mapping_of(layer: nn.Module, spec: BlockSpec, why: str) -> Mapping:
+    """The mapping of a layer on the generic path; `why` it is not on the standard one."""
+    check(layer, spec)
+    return Mapping(spec, (), tuple((path, type(module)) for path, module in _inner(layer)), why)

@@ -1,0 +1,44 @@
+"""The forward of a swapped decoder layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyckpt.block import run_blocks
+from pyckpt.swap.block import MappedBlock
+from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.replaced import Replaced
+
+CALL = "pyckpt_call"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a model's forward tells its layers: positions (B, S), (1, S) or None, and cu_seqlens of the flat batch."""
+
+    positions: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class SwappedLayer(Replaced):
+    """Runs the block where the model's forward says so, by a `Call`; else the layer's original forward.
+
+    Hidden states (B, S, d_model) in and out.
+    """
+
+    def __init__(self, module: nn.Module, block: MappedBlock | GenericMappedBlock) -> None:
+        super().__init__(module)
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.pop(CALL, None)
+        if call is None:
+            return self.original(*args, **kwargs)
+        x = self.given(args, kwargs)["hidden_states"]
+        if call.cu_seqlens is None:
+            return run_blocks([self.block], x, call.positions, None)
+        positions = None if call.positions is None else call.positions.expand(x.shape[:2]).reshape(-1)
+        return run_blocks([self.block], x.flatten(0, 1), positions, call.cu_seqlens, checked=True).view(x.shape)

@@ -1,0 +1,62 @@
+"""Replacing the forward of one module, and undoing it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from torch import nn
+
+
+class Replaced:
+    """A forward put in the place of a module's own. It is held by the module itself, as its attribute `forward`.
+
+    The module's class, its parameters and its hooks stay. A forward that had been put there before is the original.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = (module,)
+        self._before = module.__dict__.get("forward")
+        self._names = tuple(inspect.signature(module.forward).parameters)
+        self._warned: set[str] = set()
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module[0]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the original: Trainer and generate() look at it."""
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Any:
+        # Looked up late: FSDP2 changes a module's class.
+        return self._before or type(self.module).forward.__get__(self.module)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computed before the swap."""
+        return self._original(*args, **kwargs)
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        return dict(zip(self._names, args, strict=False)) | kwargs
+
+    def warn(self, text: str) -> None:
+        """Warn once about each matter."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"pyckpt.swap: {text}", stacklevel=4)
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        if self._before is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self._before
+
+    def in_place(self) -> bool:
+        return self.module.__dict__.get("forward") is self

@@ -1,0 +1,112 @@
+"""Where a block's weights are among the parameters of another layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise.parameters import parameter_shapes
+
+
+class UnsupportedError(Exception):
+    """The layer computes something that a standard block does not; the message says what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One module of the layer, and the linear layers or the norm of a block that its parameters are.
+
+    `names` are several where one matrix holds them in turn, `rows` of each. `transposed`: stored (in, out).
+    `heads`: the rows are not one after the other, but in turn for each head.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+    transposed: bool = False
+    heads: int = 0
+    weight: str = "weight"
+    bias: str = "bias"
+
+    def read(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The block's parameters by name, views of the layer's (copies with `heads`), differentiable."""
+        module = layer.get_submodule(self.path)
+        found: dict[str, Tensor] = {}
+        for kind, name in (("weight", self.weight), ("bias", self.bias)):
+            t = getattr(module, name, None)
+            if t is not None:
+                found |= zip((f"{n}.{kind}" for n in self.names), self._parts(t), strict=True)
+        return found
+
+    def _parts(self, t: Tensor) -> tuple[Tensor, ...]:
+        if self.transposed and t.dim() == 2:
+            t = t.t()
+        if self.heads:
+            return tuple(p.flatten(0, 1) for p in t.unflatten(0, (self.heads, len(self.names), -1)).unbind(1))
+        # One split, not slices: its gradient is one concatenation.
+        return t.split(self.rows) if len(self.names) > 1 else (t,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapping:
+    """A layer as a block: what it computes, and where its weights are.
+
+    `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are read, by path: another
+    class there means that the layer has changed.
+    """
+
+    spec: BlockSpec
+    sources: tuple[Source, ...]
+    kinds: tuple[tuple[str, type], ...]
+    why: str = ""
+
+    def weights(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The block's weights in the order of `parameter_shapes`; biases that the layer lacks are zeros."""
+        found: dict[str, Tensor] = {}
+        for source in self.sources:
+            found |= source.read(layer)
+        like = next(iter(found.values()))
+        shapes = parameter_shapes(self.spec)
+        return {n: found[n] if n in found else like.new_zeros(s) for n, s in shapes.items()}
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise `UnsupportedError` where the layer's weights do not make up the spec's parameters."""
+        shapes = parameter_shapes(self.spec)
+        found: dict[str, Tensor] = {}
+        for source in self.sources:
+            found |= source.read(layer)
+        odd = sorted(n for n in found if n not in shapes)
+        missing = sorted(n for n in shapes if n not in found and not n.endswith(".bias"))
+        if odd or missing:
+            raise UnsupportedError(f"its parameters are not a block's: {', '.join(odd + missing)} too many or missing")
+        for name, t in found.items():
+            if t.shape != torch.Size(shapes[name]):
+                raise UnsupportedError(f"{name} has shape {tuple(t.shape)}, expected {shapes[name]}")
+
+    def change(self, layer: nn.Module) -> str | None:
+        """What about the layer's inside has changed since the mapping was made, or None."""
+        for path, kind in self.kinds:
+            module = layer.get_submodule(path)
+            if type(module) is not kind:
+                return f"{path} is now a {type(module).__name__}, not the {kind.__name__} it was when swapped"
+            if watched(module):
+                return f"{path} has forward hooks, which a swapped layer would not run"
+        return None
+
+
+def watched(module: nn.Module) -> bool:
+    """The module has forward hooks, other than those by which transformers records attentions and hidden states."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks)
+
+
+def bias_of(names: set[str]) -> bool | str:
+    """The smallest of BlockSpec's kinds of `bias` that has biases on these linear layers."""
+    parts = {n.rpartition(".")[2].removesuffix("_proj") for n in names}
+    for kind, members in (("qkv", "q k v"), ("attention", "q k v o"), ("mlp", "gate up down")):
+        if parts and parts <= set(members.split()):
+            return kind
+    return bool(parts)

@@ -1,0 +1,117 @@
+"""Small random models of the families that `pyckpt.swap` knows, and their loss and gradients, also in real float64."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it then
+
+VOCAB = 61
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+GEMMA: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7}
+# By the name of transformers' config without "Config"; what a family has of its own is set, and odd.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Cohere": {"logit_scale": 0.25},
+    "GPT2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "scale_attn_by_inverse_layer_idx": True},
+    "GPTNeoX": {"rotary_pct": 0.5, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "Gemma2": {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    "Gemma3": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    "Granite": {
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    },
+    "Llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "Mistral": {"sliding_window": 7},
+    "Olmo2": {},
+    "Phi3": {"sliding_window": 7},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "Qwen3": {"head_dim": 16},
+    "SmolLM3": {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    "Starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0, "sliding_window": 7},
+}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": 7},
+    "Qwen3Moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [0]},
+}
+GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The family's causal language model, in training mode, with every parameter random."""
+    import transformers
+
+    sizes = GPT2_SIZES if family == "GPT2" else SIZES
+    options = {"attn_implementation": "eager", **(FAMILIES | MIXTURES)[family], **options}
+    names = {"GPT2": ("GPT2", "GPT2LMHeadModel"), "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM")}
+    config, model = names.get(family, (family, f"{family}ForCausalLM"))
+    made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**sizes, **options))
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return made.to(dtype).train()
+
+
+def make_batch(kind: str) -> dict[str, Tensor]:
+    """Tokens and labels: "plain" (2, 19), "padded" at either end, or "packed" (1, 30) by position_ids."""
+    if kind == "packed":
+        ids = torch.randint(1, VOCAB, (1, 30))
+        positions = torch.cat([torch.arange(n) for n in (5, 1, 24)])[None]
+        # With a cache, which it makes by default, transformers does not see that positions start anew.
+        return {"input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False}
+    ids = torch.randint(1, VOCAB, (2, 19))
+    if kind == "plain":
+        return {"input_ids": ids, "labels": ids}
+    mask = torch.ones_like(ids)
+    mask[0, 14:] = 0
+    mask[1, :3] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[1, 3] = -100  # the token before it is padding, whose state means nothing
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+class InFloat64(TorchFunctionMode):
+    """Makes transformers compute in float64 where it asks for float32: in its norms, softmax, RoPE and loss."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        elif func is Tensor.to or func is nn.functional.softmax:
+            wide = {torch.float32: torch.float64}
+            args = tuple(wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+            kwargs = {n: wide.get(a, a) if isinstance(a, torch.dtype) else a for n, a in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The loss and the gradient of every parameter."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"loss": loss.detach(), **grads}

@@ -1,0 +1,517 @@
+"""`pyckpt.swap`: the losses and gradients of the model as it was, for every family, mask and tool."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_as_good, assert_same_bits
+from swap_models import FAMILIES, MIXTURES, VOCAB, InFloat64, make_batch, make_model, step
+from torch import nn
+
+import pyckpt
+from pyckpt.swap import families
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+import swap_table
+
+transformers = pytest.importorskip("transformers")
+KINDS = ("plain", "padded", "packed")
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def no_fallback(request):
+    """A fall-back to the original forward fails the test, unless it expects one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pyckpt.swap")
+        yield
+
+
+def check(model: Any, batches: list[dict[str, Any]], **options: Any) -> None:
+    """Loss and gradients of the swapped model against those before, and both against float64."""
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = [step(exact, batch) for batch in batches]
+    plain = [step(model, batch) for batch in batches]
+    report = pyckpt.swap(model, tile=10, **options)
+    assert not report.left, str(report)
+    for batch, p, t in zip(batches, plain, truth, strict=True):
+        assert model(**batch).logits is None
+        assert_step_as_good(step(model, batch), p, t, next(model.parameters()).dtype)
+
+
+def assert_step_as_good(ours: State, plain: State, truth: State, dtype: torch.dtype) -> None:
+    """`assert_as_good`, but for the loss: a single value's error is chance, and four roundings are allowed."""
+    error, reference = ((r["loss"].double() - truth["loss"]).abs() for r in (ours, plain))
+    assert error <= 2 * reference + 4 * torch.finfo(dtype).eps * truth["loss"]
+    assert_as_good(*({n: t for n, t in r.items() if n != "loss"} for r in (ours, plain, truth)), dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients(family):
+    check(make_model(family), [make_batch(kind) for kind in KINDS])
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "GPT2", "Llama"])
+def test_loss_and_gradients_in_bfloat16(family):
+    check(make_model(family, torch.bfloat16), [make_batch(kind) for kind in KINDS])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_saves_sets_give_the_same_bits(implementation):
+    model = make_model("Qwen3", attn_implementation=implementation)
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.swap(model, save=save, tile=10)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
+def test_the_generic_path(family):
+    """For an activation that no standard block has; with every save set, whose gradients are the same bits."""
+    model = make_model(family)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Mish()
+    check(model, [make_batch(kind) for kind in KINDS])
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.unswap(model)
+        report = pyckpt.swap(model, save=save, tile=10)
+        assert [e.path for e in report.entries] == ["generic", "generic", "standard"]
+        results.append(step(model, batch))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts(family):
+    model = make_model(family)
+    exact = copy.deepcopy(model).double()
+    batches = [make_batch(kind) for kind in KINDS]
+    with InFloat64():
+        truth = [step(exact, batch) for batch in batches]
+    plain = [step(model, batch) for batch in batches]
+    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic", "original"]
+    for batch, p, t in zip(batches, plain, truth, strict=True):
+        assert_step_as_good(step(model, batch), p, t, torch.float32)
+
+
+def test_lora():
+    """Adapters put in before the swap are trained, and the frozen base gets no gradient."""
+    peft = pytest.importorskip("peft")
+    model = make_model("Llama")
+    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "up_proj"])
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 0.1 * torch.randn_like(p) if "lora_B" in name else 0.0
+    exact = copy.deepcopy(model).double()
+    batch = make_batch("padded")
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic", "standard"]
+    ours = step(model, batch)
+    assert all("lora" in n for n in ours.keys() - {"loss"})
+    assert_step_as_good(ours, plain, truth, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Llama"])
+def test_the_generic_path_under_autocast(family):
+    model = make_model(family)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Mish()
+    exact, batch = copy.deepcopy(model).double(), make_batch("padded")
+    with InFloat64():
+        truth = step(exact, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(model, batch)
+        pyckpt.swap(model, tile=10)
+        assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
+
+
+def test_lora_put_in_after_the_swap_runs_the_original():
+    peft = pytest.importorskip("peft")
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"self_attn\.q_proj is now a .*original forward"):
+        adapted(**make_batch("plain"))
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 2.5}, {"rope_type": "yarn", "factor": 4.0}])
+def test_other_types_of_rope(rope):
+    rope = {"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope}
+    check(make_model("Llama", rope_parameters=rope), [make_batch("plain")])
+
+
+def test_neox_in_sequence_and_without_biases():
+    check(make_model("GPTNeoX", use_parallel_residual=False, attention_bias=False), [make_batch("plain")])
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Gemma3", "Llama", "Phi3"])
+def test_generates_the_same_tokens(family):
+    model = make_model(family).eval()
+    ids = torch.randint(1, VOCAB, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    before = model.generate(ids, **options)
+    pyckpt.swap(model)
+    assert torch.equal(model.generate(ids, **options), before)
+
+
+def test_unswap_leaves_everything_as_it_was():
+    model = make_model("Phi3")
+    batch = make_batch("padded")
+    before, names, parameters = step(model, batch), list(model.state_dict()), dict(model.named_parameters())
+    logits = model(batch["input_ids"]).logits
+    modules = dict(model.named_modules())
+    pyckpt.swap(model)
+    assert list(model.state_dict()) == names
+    assert dict(model.named_modules()) == modules
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    pyckpt.unswap(model)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert_same_bits(step(model, batch), before)
+    assert torch.equal(model(batch["input_ids"]).logits, logits)
+    with pytest.raises(ValueError, match="the model is not swapped"):
+        pyckpt.unswap(model)
+
+
+def test_logits_are_there_for_those_who_ask():
+    model = make_model("Gemma2")
+    batch = make_batch("plain")
+    before = model(**batch)
+    pyckpt.swap(model)
+    torch.testing.assert_close(model(batch["input_ids"]).logits, before.logits)
+    both = model(**batch, output_logits=True)
+    torch.testing.assert_close(both.logits, before.logits)
+    torch.testing.assert_close(both.loss, before.loss)
+    with torch.no_grad():
+        assert model(**batch).logits is not None
+    loss, *rest = model(**batch, return_dict=False)
+    torch.testing.assert_close(loss, before.loss)
+    assert not rest
+    pyckpt.unswap(model)
+    pyckpt.swap(model, loss="always")
+    with torch.no_grad():
+        assert model(**batch).logits is None
+    pyckpt.unswap(model)
+    pyckpt.swap(model, loss=False)
+    assert model(**batch).logits is not None
+
+
+@pytest.mark.parametrize("use_cache", [None, False, True])
+def test_positions_cut_the_batch_where_they_do_in_transformers(use_cache):
+    """It looks at them where it makes no cache; by default it makes one."""
+    model = make_model("Llama")
+    batch = make_batch("packed") | {"use_cache": use_cache}
+    before = model(**batch).loss
+    pyckpt.swap(model, loss="always")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pyckpt.swap: use_cache=True")
+        torch.testing.assert_close(model(**batch).loss, before)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch).loss, before)
+
+
+def test_the_losss_options():
+    model = make_model("Llama")
+    batch = make_batch("plain")
+    shifted = batch["labels"].roll(-2, 1)
+    cases = [
+        {"num_items_in_batch": 50},
+        {"num_items_in_batch": torch.tensor(50)},
+        {"shift_labels": shifted},
+        {"ignore_index": 7, "num_items_in_batch": 11},
+    ]
+    before = [model(**batch, **options).loss for options in cases]
+    pyckpt.swap(model)
+    for loss, options in zip(before, cases, strict=True):
+        torch.testing.assert_close(model(**batch, **options).loss, loss)
+
+
+def test_hidden_states_are_those_of_the_original():
+    model = make_model("Llama")
+    batch = make_batch("plain")
+    before = model(**batch, output_hidden_states=True).hidden_states
+    pyckpt.swap(model)
+    after = model(**batch, output_hidden_states=True).hidden_states
+    assert len(after) == len(before) == 3
+    for a, b in zip(after, before, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_mask_of_the_sequence_squared_is_made(monkeypatch):
+    """Not for padding or packing either, by any op of a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                if isinstance(t, torch.Tensor):
+                    self.seen.add(tuple(t.shape))
+            return out
+
+    model = make_model("Llama", attn_implementation="sdpa")
+    pyckpt.swap(model)
+    for kind in KINDS:
+        batch = make_batch(kind)
+        seq = batch["input_ids"].shape[1]
+        with Shapes() as shapes:
+            model(**batch)
+        assert not [s for s in shapes.seen if s[-2:] == (seq, seq)]
+
+
+FALLBACKS = {
+    "output_attentions": {"output_attentions": True},
+    "mask with holes": {"attention_mask": torch.tensor([[1, 0, 1] * 6 + [1]] * 2)},
+    "mask of four dims": {"attention_mask": torch.zeros(2, 1, 19, 19)},
+    "unknown argument": {"is_causal": True},
+    "use_cache": {"use_cache": True},
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_what_is_not_known_runs_the_original_and_warns_once(name):
+    model = make_model("Llama")
+    batch = make_batch("plain") | FALLBACKS[name]
+    before = model(**batch)
+    pyckpt.swap(model)
+    with pytest.warns(UserWarning, match=r"pyckpt\.swap: .*original forward"):
+        after = model(**batch)
+    torch.testing.assert_close(after.loss, before.loss)
+    if before.attentions is not None:
+        torch.testing.assert_close(after.attentions, before.attentions)
+    model(**batch)  # no second warning, which would be an error here
+
+
+def test_a_changed_layer_runs_the_original():
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    seen = []
+    projection = model.model.layers[1].mlp.up_proj
+    handle = projection.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match=r"mlp\.up_proj has forward hooks"):
+        model(**make_batch("plain"))
+    assert seen
+    handle.remove()
+    model.model.layers[1].mlp.up_proj = nn.utils.parametrizations.weight_norm(projection)
+    with pytest.warns(UserWarning, match=r"mlp\.up_proj is now a ParametrizedLinear"):
+        model(**make_batch("plain"))
+
+
+def test_a_linear_layer_of_another_make_is_not_taken_for_plain():
+    class Linear(nn.Linear):  # as PEFT calls its own
+        pass
+
+    model = make_model("Llama")
+    model.model.layers[0].self_attn.k_proj = Linear(48, 24)
+    first, second, _ = pyckpt.swap(model).entries
+    assert (first.path, second.path) == ("generic", "standard")
+    assert "self_attn.k_proj is a test_swap." in first.why
+
+
+def test_layers_that_are_not_known_are_left_and_named():
+    model = make_model("Llama")
+    model.model.layers[0].self_attn.is_causal = False  # which eager attention does not read
+    batch = make_batch("padded")
+    before = step(model, batch)
+    report = pyckpt.swap(model)
+    (left,) = report.left
+    assert left.name == "model.layers.0"
+    assert left.why == "its attention is not causal"
+    assert "model.layers.0" in str(report) and "2 swapped, 1 left as they are" in str(report)
+    for name, value in step(model, batch).items():
+        torch.testing.assert_close(value, before[name])
+
+
+def test_bad_input():
+    model = make_model("Llama")
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"):
+        pyckpt.swap(3)
+    with pytest.raises(ValueError, match="save='none' does not exist"):
+        pyckpt.swap(model, save="none")
+    with pytest.raises(ValueError, match="tile must be None or a positive int"):
+        pyckpt.swap(model, tile=0)
+    with pytest.raises(ValueError, match="loss must be True, False or 'always', got 'never'"):
+        pyckpt.swap(model, loss="never")
+    with pytest.raises(ValueError, match=r"nothing to swap in this Linear: no transformer layer of a known kind"):
+        pyckpt.swap(nn.Linear(2, 2))
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match=r"(?s)layers cannot be swapped.*layers\.1 .*attention is not causal"):
+        pyckpt.swap(model)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    with pytest.raises(ValueError, match="swapped already"):
+        pyckpt.swap(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "why"),
+    [
+        ("Llama", {"hidden_act": "mish", "attention_dropout": 0.1}, "drops values, which the generic path does not"),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'dyn"),
+        ("Cohere", {"use_qk_norm": True}, "QK-norm is a LayerNorm"),
+        ("GPT2", {"add_cross_attention": True}, "cross attention"),
+        ("Phi3", {"resid_pdrop": 0.1, "attn_implementation": "sdpa"}, None),
+        ("Gemma3", {"use_bidirectional_attention": True}, "not causal"),
+    ],
+)
+def test_options_of_configs(family, options, why):
+    model = make_model(family, **options)
+    if why is None:
+        assert not pyckpt.swap(model).left
+    else:
+        with pytest.raises(ValueError, match=why):
+            pyckpt.swap(model)
+
+
+def test_an_older_transformers_is_refused(monkeypatch):
+    model = make_model("Llama")
+    monkeypatch.setattr(families, "OLDEST", 99)
+    with pytest.raises(ValueError, match=r"transformers is \d.*before 99\.0; install transformers>=99"):
+        pyckpt.swap(model)
+
+
+def test_the_page_says_what_a_swap_reports():
+    assert swap_table.filled(swap_table.PAGE.read_text()) == swap_table.PAGE.read_text(), (
+        "run python docs/swap_table.py"
+    )
+
+
+def test_dropout_is_applied_in_training_alone():
+    model = make_model("GPT2", resid_pdrop=0.3, attn_pdrop=0.2)
+    batch = make_batch("plain")
+    model.eval()
+    before = model(**batch, use_cache=False).loss
+    pyckpt.swap(model)
+    torch.testing.assert_close(model(**batch).loss, before)
+    model.train()
+    torch.manual_seed(3)
+    first = step(model, batch)
+    torch.manual_seed(3)
+    assert_same_bits(first, step(model, batch))
+    assert not torch.equal(first["loss"], step(model, batch)["loss"])
+
+
+def test_gradient_checkpointing_is_not_doubled():
+    model = make_model("Llama")
+    batch = make_batch("plain")
+    pyckpt.swap(model)
+    before = step(model, batch)
+    model.gradient_checkpointing_enable()
+    with pytest.warns(UserWarning, match="gradient checkpointing is ignored"):
+        first = step(model, batch)
+    assert_same_bits(first, before)
+
+
+def test_autocast_frozen_parameters_and_hooks():
+    model = make_model("Llama")
+    batch = make_batch("padded")
+    for name, p in model.named_parameters():
+        p.requires_grad_("q_proj" in name or "norm" in name)
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = step(model, batch)
+        pyckpt.swap(model)
+        calls: dict[str, int] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda _, n=name: calls.update({n: calls.get(n, 0) + 1}))
+        after = step(model, batch)
+    assert_step_as_good(after, before, truth, torch.bfloat16)
+    assert set(calls.values()) == {1} and calls.keys() == after.keys() - {"loss"}
+
+
+def test_copies_are_swapped_on_their_own():
+    model = make_model("Llama")
+    batch = make_batch("plain")
+    pyckpt.swap(model)
+    before = step(model, batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(step(twin, batch), before)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert_same_bits(step(model, batch), before)
+        pyckpt.unswap(twin)
+    assert model(**batch).logits is None
+
+
+def test_compiles_without_a_break():
+    model = make_model("Llama", attn_implementation="sdpa")
+    batch = make_batch("plain")
+    pyckpt.swap(model)
+    before = step(model, batch)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, before["loss"])
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, before[name])
+
+
+# --- torch.nn.TransformerEncoderLayer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_encoder_layers(norm_first, batch_first):
+    layer = nn.TransformerEncoderLayer(
+        48, 4, 72, dropout=0.0, activation="gelu", batch_first=batch_first, norm_first=norm_first
+    )
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    x = torch.randn((2, 19, 48) if batch_first else (19, 2, 48))
+    padding = torch.zeros(2, 19, dtype=torch.bool)
+    padding[1, 12:] = True
+    weight = (~padding).float()[..., None] * torch.randn(2, 19, 48)
+    weight = weight if batch_first else weight.transpose(0, 1)
+    causal = nn.Transformer.generate_square_subsequent_mask(19)
+
+    def run(module: nn.Module, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+        results = []
+        for options in ({}, {"src_key_padding_mask": padding}, {"mask": causal.to(dtype)}):
+            leaf = x.to(dtype).requires_grad_()
+            y = module(leaf, **options)
+            params = dict(module.named_parameters())
+            grads = torch.autograd.grad((y * weight).sum(), [leaf, *params.values()])
+            results.append(dict(zip(["dx", *params], grads, strict=True)))
+        return results
+
+    truth, plain = run(copy.deepcopy(model).double(), torch.float64), run(model, torch.float32)
+    assert len(pyckpt.swap(model, tile=10).swapped) == 2
+    for ours, p, t in zip(run(model, torch.float32), plain, truth, strict=True):
+        assert_as_good(ours, p, t, torch.float32)
+    with pytest.warns(UserWarning, match="a src_mask that is not the causal one"):
+        model(x, mask=torch.zeros(19, 19))
+
+
+def test_encoder_layers_with_dropout_are_left():
+    with pytest.raises(ValueError, match="drops values inside its MLP"):
+        pyckpt.swap(nn.TransformerEncoderLayer(48, 4, 72, activation="gelu"))
+    with pytest.raises(ValueError, match="activation relu is not one"):
+        pyckpt.swap(nn.TransformerEncoderLayer(48, 4, 72))

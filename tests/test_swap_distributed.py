@@ -1,0 +1,77 @@
+"""Swapped models under DDP and FSDP2, two processes over gloo: the same gradients as one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from blocks import relative_errors
+from swap_models import make_model
+
+import pyckpt
+
+pytest.importorskip("transformers")
+WORLD = 2
+
+
+def model_and_tokens() -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return make_model("Phi3", torch.float64), torch.randint(1, 61, (2 * WORLD, 17))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    grads = {}
+    for name, p in model.named_parameters():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        grads[name.removeprefix("module.")] = grad.clone()
+    return grads
+
+
+def worker(rank: int, port: int, kind: str, path: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="pyckpt.swap")
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    model, tokens = model_and_tokens()
+    tokens = tokens.chunk(WORLD)[rank]
+    if kind != "fsdp2, then swap":
+        pyckpt.swap(model, tile=5)
+    if kind == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        wrapped = fully_shard(model)
+    if kind == "fsdp2, then swap":
+        assert not pyckpt.swap(model, tile=5).left
+    for _ in range(2):  # a second step finds what the first left behind
+        wrapped.zero_grad()
+        out = wrapped(input_ids=tokens, labels=tokens)
+        assert out.logits is None
+        out.loss.backward()
+    grads = gradients(wrapped)
+    if rank == 0:
+        torch.save(grads, path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+@pytest.mark.parametrize("kind", ["ddp", "swap, then fsdp2", "fsdp2, then swap"])
+def test_two_processes_give_the_gradients_of_one(kind, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(worker, args=(port, kind, str(tmp_path / "grads.pt")), nprocs=WORLD)
+    got = torch.load(tmp_path / "grads.pt")
+    model, tokens = model_and_tokens()
+    pyckpt.swap(model)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert max(relative_errors(got, {n: g.double() for n, g in gradients(model).items()}).values()) < 1e-6
