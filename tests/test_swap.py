@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -126,6 +128,41 @@ def test_lora():
     assert_step_as_good(ours, plain, truth, torch.float32)
 
 
+def test_what_is_dropped_on_the_generic_path_is_dropped_again():
+    """As LoRA drops the input of a projection: the gradient is that of the loss with the same values dropped."""
+    model = make_model("Llama", torch.float64, attention_dropout=0.2)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = nn.Sequential(nn.Dropout(0.3), layer.self_attn.q_proj)
+        layer.mlp.up_proj = nn.Sequential(nn.Dropout(0.3), layer.mlp.up_proj)
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.swap(model, save=save, tile=10)
+        torch.manual_seed(3)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    pyckpt.swap(model, tile=10)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(3)
+        with torch.no_grad(), InFloat64():
+            return model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0].square().sum()
+
+    weight = model.model.layers[0].self_attn.q_proj[1].weight
+    direction, eps = torch.randn_like(weight), 1e-6
+    torch.manual_seed(3)
+    with InFloat64():
+        value = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0].square().sum()
+    (grad,) = torch.autograd.grad(value, weight)
+    with torch.no_grad():
+        weight += eps * direction
+        up = loss()
+        weight -= 2 * eps * direction
+        slope = (up - loss()) / (2 * eps)
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["Gemma3", "Llama"])
 def test_the_generic_path_under_autocast(family):
     model = make_model(family)
@@ -187,6 +224,61 @@ def test_unswap_leaves_everything_as_it_was():
     assert torch.equal(model(batch["input_ids"]).logits, logits)
     with pytest.raises(ValueError, match="the model is not swapped"):
         pyckpt.unswap(model)
+
+
+def test_unswap_of_a_forward_that_was_wrapped_since():
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    ours = model.forward
+
+    @functools.wraps(ours)
+    def wrapped(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    model.forward = wrapped
+    with pytest.raises(RuntimeError, match="the forward of the model was replaced after the swap"):
+        pyckpt.unswap(model)
+    assert model(**make_batch("plain")).logits is None
+    model.forward = ours
+    pyckpt.unswap(model)
+
+
+def test_a_forward_that_was_there_before_is_kept():
+    """Of a layer or of the whole model it may do more than is known. Of the model around the layers it is called."""
+    model = make_model("Llama")
+    calls: list[str] = []
+
+    def count(module: nn.Module, name: str) -> Any:
+        own = module.forward
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            return own(*args, **kwargs)
+
+        module.forward = counted
+        return counted
+
+    counted = [count(m, n) for m, n in ((model, "head"), (model.model, "model"), (model.model.layers[0], "layer"))]
+    batch = make_batch("padded")
+    before = step(model, batch)
+    calls.clear()
+    assert [e.path for e in pyckpt.swap(model).entries] == ["original", "standard", "original"]
+    for name, value in step(model, batch).items():
+        torch.testing.assert_close(value, before[name])
+    assert calls == ["head", "model", "layer"]
+    pyckpt.unswap(model)
+    assert [model.forward, model.model.forward, model.model.layers[0].forward] == counted
+
+
+def test_needs_transformers_for_its_own_models_alone():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import torch, pyckpt\n"
+        "layer = torch.nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, activation='gelu')\n"
+        "print(len(pyckpt.swap(layer).swapped))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_logits_are_there_for_those_who_ask():
@@ -368,7 +460,11 @@ def test_bad_input():
 @pytest.mark.parametrize(
     ("family", "options", "why"),
     [
-        ("Llama", {"hidden_act": "mish", "attention_dropout": 0.1}, "drops values, which the generic path does not"),
+        (
+            "Llama",
+            {"hidden_act": "mish", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "RoPE",
+        ),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'dyn"),
         ("Cohere", {"use_qk_norm": True}, "QK-norm is a LayerNorm"),
         ("GPT2", {"add_cross_attention": True}, "cross attention"),
@@ -515,3 +611,38 @@ def test_encoder_layers_with_dropout_are_left():
         pyckpt.swap(nn.TransformerEncoderLayer(48, 4, 72, activation="gelu"))
     with pytest.raises(ValueError, match="activation relu is not one"):
         pyckpt.swap(nn.TransformerEncoderLayer(48, 4, 72))
+
+
+# --- transformers' Trainer -------------------------------------------------------------------------------------------
+
+
+def test_trainer_trains_as_before(tmp_path):
+    """With accumulation, evaluation with metrics of the logits, and columns chosen by the forward's signature."""
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": torch.randint(1, VOCAB, (n,))} for n in (19, 12, 7, 19, 5, 9, 11, 3)]
+
+    def collate(chosen: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        ids = nn.utils.rnn.pad_sequence([r["input_ids"] for r in chosen], batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+
+    options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    options |= {"report_to": [], "use_cpu": True, "save_strategy": "no", "seed": 1, "disable_tqdm": True}
+    model, results = make_model("Qwen3"), []
+    for trained in (copy.deepcopy(model), model):
+        if trained is model:
+            pyckpt.swap(model)
+        trainer = transformers.Trainer(
+            model=trained,
+            args=transformers.TrainingArguments(str(tmp_path), **options),
+            train_dataset=rows,
+            eval_dataset=rows,
+            data_collator=collate,
+            compute_metrics=lambda p: {"width": p.predictions.shape[-1]},
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        assert metrics["eval_width"] == VOCAB
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results.append(torch.tensor([*losses, metrics["eval_loss"]]))
+    assert len(results[0]) == 5
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)

@@ -110,6 +110,11 @@ def _is_decoder_layer(layer: nn.Module) -> bool:
     return families.family_class(layer) in families.FAMILIES or type(layer).__name__.endswith("DecoderLayer")
 
 
+def _check_forward(module: nn.Module) -> None:
+    if "forward" in module.__dict__:
+        raise UnsupportedError("its forward was replaced already (by Accelerate?); swap the model before that")
+
+
 def _decoder(
     name: str, module: Any, layers: list[tuple[str, nn.Module]], save: str, tile: int | None, entries: list[Entry]
 ) -> list[Replaced]:
@@ -117,6 +122,7 @@ def _decoder(
     for path, layer in layers:
         full, kind = f"{name}.{path}" if name else path, type(layer).__name__
         try:
+            _check_forward(layer)
             mapping = families.mapping_of(layer, getattr(module, "rotary_emb", None))
         except UnsupportedError as reason:
             entries.append(Entry(full, kind, ORIGINAL, str(reason)))
@@ -137,6 +143,7 @@ def _encoder_layer(
     try:
         if type(layer) is not nn.TransformerEncoderLayer:
             raise UnsupportedError("a class derived from TransformerEncoderLayer is not known")
+        _check_forward(layer)
         mappings = {causal: encoder.mapping_of(layer, causal) for causal in (False, True)}
     except UnsupportedError as reason:
         entries.append(Entry(name, kind, ORIGINAL, str(reason)))
@@ -157,6 +164,7 @@ def _heads(model: nn.Module, always: bool, entries: list[Entry]) -> list[Replace
         if module.get_output_embeddings() is None:
             continue
         try:
+            _check_forward(module)
             head = losses.head_of(module)
         except UnsupportedError as reason:
             entries.append(Entry(name or "(model)", kind, ORIGINAL, f"loss: {reason}"))

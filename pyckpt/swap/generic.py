@@ -6,6 +6,8 @@ differentiated by autograd, one tile at a time.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,23 +18,26 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.plan import generic_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
+from pyckpt.ops import philox
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.weights import Mapping, UnsupportedError, watched
 from pyckpt.tokenwise.generic import GenericTokenwise
-from pyckpt.tokenwise.interface import Weights
+from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 
-ops = torch.ops.pyckpt
+kernels = torch.ops.pyckpt
+# Where a seed is derived for random numbers; attention's probabilities take site 0.
+PRE_SITE, POST_SITE = 1, 2
 _QKV = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
 
 
 def check(layer: nn.Module, spec: BlockSpec) -> None:
     """Raise `UnsupportedError` where the layer's modules can't be run again tile by tile."""
-    if spec.dropout or spec.attention_dropout:
-        raise UnsupportedError("it drops values, which the generic path does not")
+    if spec.dropout:
+        raise UnsupportedError("it drops values of its sublayers' outputs, which the generic path does not")
     names = [*_QKV, f"{ATTENTION}.o_proj", "mlp", *(n for n in _norms(spec) if n is not None)]
     missing = [n for n in names if not _has(layer, n)]
     if missing:
@@ -40,8 +45,6 @@ def check(layer: nn.Module, spec: BlockSpec) -> None:
     for path, module in _inner(layer):
         if watched(module):
             raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0:
-            raise UnsupportedError(f"{path} drops values at random, and would drop others when it runs again")
 
 
 def _norms(spec: BlockSpec) -> tuple[str | None, ...]:
@@ -85,7 +88,7 @@ class _Pre(nn.Module):
             scaling = self.spec.rope_scaling
             tables = rope_tables(positions, self.spec.d_rope, self.spec.rope_theta, scaling, dtype)
             rest = (*tables, False, self.spec.rope_interleaved)
-            q, k = (ops.rope(self._by_head(t), *rest).flatten(1) for t in (q, k))
+            q, k = (kernels.rope(self._by_head(t), *rest).flatten(1) for t in (q, k))
         return q, k, v
 
     def _by_head(self, t: Tensor) -> Tensor:
@@ -114,7 +117,10 @@ class _Post(nn.Module):
 
 
 class _Tokenwise(GenericTokenwise):
-    """Runs the modules under the autocast that the model runs under: the executor turns it off around them."""
+    """Runs the modules under the autocast that the model runs under: the executor turns it off around them.
+
+    What they draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it again.
+    """
 
     def __init__(self, pre: nn.Module, post: nn.Module, precision: torch.autocast) -> None:
         super().__init__(pre, post)
@@ -128,6 +134,34 @@ class _Tokenwise(GenericTokenwise):
         with self._precision:
             return super()._call_post(w, x, o)
 
+    def pre(self, w: Weights, tile: Tile, *tensors: Any) -> None:
+        with _drawing(tile, PRE_SITE):
+            super().pre(w, tile, *tensors)
+
+    def post(self, w: Weights, tile: Tile, *tensors: Any) -> None:
+        with _drawing(tile, POST_SITE):
+            super().post(w, tile, *tensors)
+
+    def pre_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
+        with _drawing(tile, PRE_SITE):
+            super().pre_bwd(w, tile, *tensors)
+
+    def post_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
+        with _drawing(tile, POST_SITE):
+            super().post_bwd(w, tile, *tensors)
+
+
+@contextlib.contextmanager
+def _drawing(tile: Tile, site: int) -> Iterator[None]:
+    """PyTorch's generators seeded for this tile, and afterwards as they were."""
+    if tile.seed is None:
+        yield
+        return
+    device = tile.x.device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(philox.derive(philox.derive(tile.seed, site), tile.first))
+        yield
+
 
 class GenericMappedBlock(CheckpointedBlock):
     """A layer's own modules around our attention, on the layer's parameters."""
@@ -137,7 +171,15 @@ class GenericMappedBlock(CheckpointedBlock):
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping = mapping
+        self._layer = (layer,)
         self._parts = (_Pre(layer, mapping.spec), _Post(layer, mapping.spec))
+
+    @property
+    def drops(self) -> bool:
+        if not self._layer[0].training:
+            return False
+        inside = (m.p for _, m in _inner(self._layer[0]) if isinstance(m, nn.modules.dropout._DropoutNd))
+        return self.mapping.spec.attention_dropout > 0.0 or any(p > 0.0 for p in inside)
 
     def _check_save(self, save: SaveSet) -> SaveSet:
         # What lies inside `post` it can't see; it keeps the rest of the save set.

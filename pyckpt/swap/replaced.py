@@ -18,7 +18,8 @@ class Replaced:
     def __init__(self, module: nn.Module) -> None:
         self._module = (module,)
         self._before = module.__dict__.get("forward")
-        self._names = tuple(inspect.signature(module.forward).parameters)
+        # Of the class: a forward that was put there before need not have names. The first is self.
+        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._warned: set[str] = set()
 
     @property

@@ -98,7 +98,12 @@ class Mapping:
 
 
 def watched(module: nn.Module) -> bool:
-    """The module has forward hooks, other than those by which transformers records attentions and hidden states."""
+    """The module has forward hooks, other than those by which transformers records attentions and hidden states.
+
+    Or a forward of its own, as Accelerate puts there.
+    """
+    if "forward" in module.__dict__:
+        return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks)
 
