@@ -84,7 +84,7 @@ def test_fused_products_fit_the_chip(arch, tmp_path):
     for k in kernels:
         assert k["shared"] <= LIMITS[arch], k
         assert k["unit"] == UNITS[arch] or k["op"] in ("qk_finish", "statistics", "merge"), k
-        assert k["narrow"] == 0, k
+        assert k["narrow"] <= (4 if k["op"] == "wgrad" else 0), k  # the norm's own weights, a value a thread
         assert k["spilled"] == 0, k
         assert k["programs"] >= 1, k
 
