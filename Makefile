@@ -27,7 +27,7 @@ SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py
 
 help:
 	@echo "make demo     train a small model on text, then compare memory and time (3 minutes)"
-	@echo "make test     run the tests"
+	@echo "make test     run the tests, but for the slow ones; those: make test ARGS='-m slow'"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile the Triton kernels for GPUs that are not here; registers, spills, shared memory"
 	@echo "make cuda     build the CUDA C++ extension in place, with nvcc (3 minutes; no GPU needed)"
@@ -58,7 +58,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "Running the tests: $(WORKERS) processes with $(THREADS) threads each."
-	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 lint: $(READY)
 	@echo "ruff check";  $(BIN)/ruff check .

@@ -497,6 +497,7 @@ assert fast["store_bytes_per_token"] == 2 * (64 + 64) + 4 * 4
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # six processes, each of which imports torch
 def test_gpu_script_runs_tests_and_benchmark(tmp_path):
     done = script("bench/gpu.py", "--dry-run", OUT=str(tmp_path), CUDA_VISIBLE_DEVICES="")

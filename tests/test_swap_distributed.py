@@ -63,6 +63,7 @@ def worker(rank: int, port: int, kind: str, path: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 @pytest.mark.parametrize("kind", ["ddp", "swap, then fsdp2", "fsdp2, then swap"])
 def test_two_processes_give_the_gradients_of_one(kind, tmp_path):
