@@ -131,7 +131,8 @@ def test_the_same_bits_for_every_save_set(packed, backend):
     dy = torch.randn_like(x)
     block = make_block(torch.float32, tile=13, **DROPS)
     results = []
-    for save in pyckpt.SAVE_SETS:
+    # In Triton's interpreter a step takes seconds: what keeps the most there, and the least.
+    for save in pyckpt.SAVE_SETS if backend == "torch" else ("all", "input"):
         block.save = save
         results.append(seeded(step, block, x, dy, cu))
     for other in results[1:]:

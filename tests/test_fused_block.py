@@ -63,7 +63,7 @@ def test_the_choice(monkeypatch):
         make_block(torch.float32)(torch.randn(1, 4, 48))
 
 
-@pytest.mark.parametrize("name", NAMES + FAMILIES)
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES)])
 def test_parity(name):
     options = OPTIONS[name]
     block = make_block(**options).to(DEVICE)
@@ -75,6 +75,7 @@ def test_parity(name):
     assert_as_good(step(block.to(dtype), x.to(dtype), dy.to(dtype), cu), plain, truth, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2-like", "qk_norm-bias-norope", "gemma2-like", "parallel_shared"])
 def test_the_same_bits_for_every_save_set(name):
     block = make_block(torch.float32, **OPTIONS[name], tile=16).to(DEVICE)
