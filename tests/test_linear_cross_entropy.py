@@ -272,10 +272,11 @@ class TestAutograd:
             assert torch.equal(got[n], low[n].float())
 
     @REDUCTIONS
-    def test_the_same_bits_every_time(self, reduction, unpoisoned):
+    def test_the_same_bits_every_time(self, reduction, backend, unpoisoned):
         target, inputs = labels(300, 90), make(300, 32, 90, True, torch.float32)
         first, douts = step(ours(target, reduction=reduction), inputs)
-        for _ in range(20):
+        # Triton's interpreter has no order to get wrong, and takes seconds for each.
+        for _ in range(20 if backend == "torch" else 2):
             again, _ = step(ours(target, reduction=reduction), inputs, douts)
             assert all(torch.equal(again[n], first[n]) for n in first)
 
