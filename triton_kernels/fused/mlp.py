@@ -21,7 +21,7 @@ from ..activation import phi, phi_and_slope
 from ..rows import on
 from . import choice
 from .matrices import Normed, check_matrix, check_vector, options
-from .tiles import GROUP, load, load_transposed, normalised, place
+from .tiles import GROUP, load, load_statistics, load_transposed, normalised, place
 
 
 @triton.jit
@@ -73,15 +73,6 @@ def hidden(
     return gate, up
 
 
-@triton.jit
-def _row_statistics(p_mean, p_rstd, o_m, mm, CENTERED: tl.constexpr):
-    rstd = tl.load(p_rstd + o_m, mask=mm, other=0.0)
-    mean = rstd
-    if CENTERED:
-        mean = tl.load(p_mean + o_m, mask=mm, other=0.0)
-    return mean, rstd
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def mlp_fwd_kernel_hidden(
     p_x,
@@ -119,7 +110,7 @@ def mlp_fwd_kernel_hidden(
     o_m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
     mm, mn = o_m < tokens, o_n < d_ff
-    mean, rstd = _row_statistics(p_mean, p_rstd, o_m, mm, CENTERED)
+    mean, rstd = load_statistics(p_mean, p_rstd, o_m, mm, CENTERED)
     gate, up = hidden(
         p_x,
         p_norm,
@@ -212,7 +203,7 @@ def mlp_bwd_kernel_hidden(
         if p_gate is not None:
             gate = load(p_gate, o_m, o_n, stride_gate, mm, mn, True)
     else:
-        mean, rstd = _row_statistics(p_mean, p_rstd, o_m, mm, CENTERED)
+        mean, rstd = load_statistics(p_mean, p_rstd, o_m, mm, CENTERED)
         gate, up = hidden(
             p_x,
             p_norm,

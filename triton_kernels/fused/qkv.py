@@ -18,7 +18,7 @@ from ..norm import reciprocal_root
 from ..rows import on
 from . import choice
 from .matrices import Normed, check_matrix, check_vector, options
-from .tiles import GROUP, load, load_transposed, normalised, place, tree_sum
+from .tiles import GROUP, load, load_statistics, load_transposed, normalised, place, tree_sum
 
 FINISH_ROWS, _FINISH_COLUMNS = 16, 128  # of a program of `finish_stored`
 
@@ -197,10 +197,7 @@ def qkv_fwd_kernel_heads(
     head = first + local
     mn = (head < heads) & (o_n % HALF < HEAD_DIM // 2)
     row = head * HEAD_DIM
-    rstd = tl.load(p_rstd + o_m, mask=mm, other=0.0)
-    mean = rstd
-    if CENTERED:
-        mean = tl.load(p_mean + o_m, mask=mm, other=0.0)
+    mean, rstd = load_statistics(p_mean, p_rstd, o_m, mm, CENTERED)
     a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, width, BLOCK_K):

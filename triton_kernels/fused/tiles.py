@@ -36,6 +36,16 @@ def load_transposed(p, o_r, o_c, stride, mr, mc, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def load_statistics(p_mean, p_rstd, o_r, mr, CENTERED: tl.constexpr):
+    """(mean, rstd) of rows o_r, 0 where not mr; not CENTERED, there is no mean, and rstd stands for it."""
+    rstd = tl.load(p_rstd + o_r, mask=mr, other=0.0)
+    mean = rstd
+    if CENTERED:
+        mean = tl.load(p_mean + o_r, mask=mr, other=0.0)
+    return mean, rstd
+
+
+@triton.jit
 def normalised(x, p_w, p_b, mean, rstd, o_c, mc, CENTERED: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr):
     """The norm of a loaded tile x [R, C], rounded to DTYPE. Columns beyond the last are 0."""
     h = x.to(tl.float32)

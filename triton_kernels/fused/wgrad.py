@@ -9,7 +9,7 @@ from torch import Tensor
 from ..rows import on
 from . import choice
 from .matrices import Normed, check_matrix, options
-from .tiles import GROUP, load, normalised, place
+from .tiles import GROUP, load, load_statistics, normalised, place
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -45,10 +45,7 @@ def wgrad_kernel_tile(
     for start in range(0, tokens, BLOCK_K):
         o_t = start + tl.arange(0, BLOCK_K)
         mt = o_t < tokens
-        rstd = tl.load(p_rstd + o_t, mask=mt, other=0.0)
-        mean = rstd
-        if CENTERED:
-            mean = tl.load(p_mean + o_t, mask=mt, other=0.0)
+        mean, rstd = load_statistics(p_mean, p_rstd, o_t, mt, CENTERED)
         dy = load(p_dy, o_t, o_m, stride_dy, mt, mm, RAGGED)  # [BLOCK_K, BLOCK_M]
         x = load(p_x, o_t, o_n, stride_x, mt, mn, RAGGED)  # [BLOCK_K, BLOCK_N]
         h = normalised(x, p_norm, p_norm_bias, mean, rstd, o_n, mn, CENTERED, RAGGED, dy.dtype)
