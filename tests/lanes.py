@@ -50,6 +50,9 @@ class DelayedLanes:
         if self.deferred:
             self.held = [*self.held, *events]
             return
+        self.wait(events)
+
+    def wait(self, events: Sequence[Job]) -> None:
         for job in events:
             while not job.over:
                 self._one()

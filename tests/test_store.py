@@ -139,7 +139,7 @@ def test_a_limit_that_is_too_small_is_refused_with_the_number(name, tmp_path):
 
 
 def test_host_memory_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr("pyckpt.store.kinds.available_bytes", lambda: 1000)
+    monkeypatch.setattr("pyckpt.store.host.available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match=f"needs {PLAN.store_bytes:,} bytes of host memory, and 1,000 are available"):
         HostStore().open(PLAN, CPU)
 

@@ -6,7 +6,7 @@ one device; `staged` moves them through a ring of device buffers, by the `lanes`
 """
 
 from pyckpt.store.interface import OpenStore, Store
-from pyckpt.store.kinds import STORES, DeviceStore, FileStore, HostStore, make_store
+from pyckpt.store.kinds import STORES, DeviceStore, FileStore, HostStore, make_store, scratch_folder
 from pyckpt.store.plan import Key, Plan, Slab
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "Slab",
     "Store",
     "make_store",
+    "scratch_folder",
 ]

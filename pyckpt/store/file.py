@@ -30,17 +30,17 @@ class ScratchFile:
             for i in range(s.count):
                 self._offsets[s.name, i] = total
                 total += plan.tokens * s.token_bytes
-        self._staging = _Staging(plan, device) if device.type == "cuda" else None
-        self._file = _unnamed(folder)
+        self._staging = Staging(device) if device.type == "cuda" else None
+        self._file = unnamed_file(folder)
         try:
-            _reserve(self._file, total, folder)
+            reserve(self._file, total, folder)
         except BaseException:
             self.close()
             raise
 
     def read(self, key: Key, into: Tensor) -> None:
         host = into if self._staging is None else self._staging.like(into)
-        _all(os.preadv, self._file, host, self._offset(key))
+        move_all(os.preadv, self._file, host, self._offset(key))
         if self._staging is not None:
             self._staging.copy(into, host)
 
@@ -49,7 +49,7 @@ class ScratchFile:
         if self._staging is not None:
             host = self._staging.like(source)
             self._staging.copy(host, source)
-        _all(os.pwritev, self._file, host, self._offset(key))
+        move_all(os.pwritev, self._file, host, self._offset(key))
 
     def close(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -64,16 +64,19 @@ class ScratchFile:
         return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
 
 
-class _Staging(threading.local):
-    """Page-locked memory between file and GPU, one tile for each thread that copies, and a stream to wait on."""
+class Staging(threading.local):
+    """Page-locked memory between files and a GPU, for each thread that copies, and a stream to wait on."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        most = max(plan.tile * s.token_bytes for s in plan.slabs)
-        self._bytes = torch.empty(most, dtype=torch.uint8, pin_memory=True)
+    def __init__(self, device: torch.device) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
         self._stream = torch.cuda.Stream(device)
 
     def like(self, t: Tensor) -> Tensor:
-        return self._bytes[: t.nbytes].view(t.dtype).view(t.shape)
+        """Memory for a tensor, until the next call in this thread."""
+        nbytes = t.numel() * t.element_size()
+        if self._bytes.nbytes < nbytes:
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._bytes[:nbytes].view(t.dtype).view(t.shape)
 
     def copy(self, into: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -81,7 +84,8 @@ class _Staging(threading.local):
         self._stream.synchronize()
 
 
-def _unnamed(folder: str) -> int:
+def unnamed_file(folder: str) -> int:
+    """A new file of this folder that has no name."""
     flags = os.O_RDWR | os.O_CLOEXEC
     if hasattr(os, "O_TMPFILE"):
         with contextlib.suppress(OSError):  # not every file system has it
@@ -91,7 +95,8 @@ def _unnamed(folder: str) -> int:
     return file
 
 
-def _reserve(file: int, total: int, folder: str) -> None:
+def reserve(file: int, total: int, folder: str) -> None:
+    """Let the file have so many bytes. Raises OSError where the disk has not."""
     if not hasattr(os, "posix_fallocate"):  # macOS: a full disk shows later there
         os.ftruncate(file, total)
         return
@@ -108,7 +113,7 @@ def _reserve(file: int, total: int, folder: str) -> None:
         ) from None
 
 
-def _all(call: object, file: int, t: Tensor, offset: int) -> None:
+def move_all(call: object, file: int, t: Tensor, offset: int) -> None:
     """Read or write all of a contiguous CPU tensor; the calls may stop short."""
     memory = memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr())).cast("B")
     done = 0

@@ -24,7 +24,7 @@ class HostMemory:
         self._plan = plan
         self._slabs: Slabs = allocate(plan, torch.device("cpu"))
         for t in self._slabs.values():
-            _lock(t)
+            lock(t)
 
     def read(self, key: Key, into: Tensor) -> None:
         into.copy_(self._rows(key), non_blocking=True)
@@ -37,7 +37,7 @@ class HostMemory:
         return self._slabs[name, index][self._plan.rows(tile)]
 
 
-def _lock(t: Tensor) -> None:
+def lock(t: Tensor) -> None:
     """Page-lock a tensor's memory until it is freed."""
     code = int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, _PORTABLE))
     if code != 0:
@@ -62,3 +62,10 @@ def available_bytes() -> int | None:
     except OSError:
         pass
     return None
+
+
+def check_available(nbytes: int, else_do: str) -> None:
+    """Raise MemoryError where the machine has not so much memory; `else_do` is what may help."""
+    available = available_bytes()
+    if available is not None and nbytes > available:
+        raise MemoryError(f"this run needs {nbytes:,} bytes of host memory, and {available:,} are available; {else_do}")

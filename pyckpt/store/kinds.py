@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pyckpt.store.file import ScratchFile
-from pyckpt.store.host import HostMemory, available_bytes
+from pyckpt.store.host import HostMemory, check_available
 from pyckpt.store.interface import OpenStore, Store
 from pyckpt.store.lanes import CudaLanes, ThreadLanes
 from pyckpt.store.memory import InMemory, allocate
@@ -64,12 +64,9 @@ class HostStore(_Reusing):
 
     @staticmethod
     def _reserve(plan: Plan, make: Any) -> Any:
-        available = available_bytes()
-        if available is not None and plan.store_bytes > available:
-            raise MemoryError(
-                f"this run needs {plan.store_bytes:,} bytes of host memory, and {available:,} are available; keep less "
-                "(save='input', segments), use store='file', or take a shorter sequence"
-            )
+        check_available(
+            plan.store_bytes, "keep less (save='input', segments), use store='file', or take a shorter sequence"
+        )
         return make()
 
 
@@ -80,17 +77,23 @@ class FileStore(_Reusing):
 
     def __init__(self, path: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
         super().__init__(limit)
-        self.path = os.fspath(path) if path is not None else tempfile.gettempdir()
-        if not os.path.isdir(self.path):
-            raise ValueError(f"path={self.path!r} is no folder; give one that exists, for the scratch file")
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise ValueError(f"path={self.path!r} can't be written to; give a folder of your own for the scratch file")
+        self.path = scratch_folder(path)
 
     def open(self, plan: Plan, device: torch.device) -> OpenStore:
         self.check(plan)
         kind = (plan, device)
         scratch = self._memory(kind, lambda: ScratchFile(plan, self.path, device))
         return Staged(plan, device, scratch, ThreadLanes(device), lambda: self._keep(kind, scratch))
+
+
+def scratch_folder(path: str | os.PathLike[str] | None) -> str:
+    """The folder for scratch files, by default the system's. Raises ValueError where none can be made there."""
+    folder = os.fspath(path) if path is not None else tempfile.gettempdir()
+    if not os.path.isdir(folder):
+        raise ValueError(f"path={folder!r} is no folder; give one that exists, for the scratch file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"path={folder!r} can't be written to; give a folder of your own for the scratch file")
+    return folder
 
 
 STORES = ("device", "host", "file")

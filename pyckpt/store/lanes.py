@@ -31,6 +31,9 @@ class Lanes(Protocol):
     def hold(self, events: Sequence[Event]) -> None:
         """What compute queues from here on begins when `events` are over."""
 
+    def wait(self, events: Sequence[Event]) -> None:
+        """Wait on the host until `events` are over."""
+
     def close(self) -> None:
         """Wait for all that was queued."""
 
@@ -57,6 +60,10 @@ class CudaLanes:
         stream = torch.cuda.current_stream(self._device)
         for event in events:
             stream.wait_event(event)
+
+    def wait(self, events: Sequence[Any]) -> None:
+        for event in events:
+            event.synchronize()
 
     def close(self) -> None:
         for stream in self._streams.values():
@@ -88,6 +95,9 @@ class ThreadLanes:
         return job
 
     def hold(self, events: Sequence[Any]) -> None:
+        self.wait(events)
+
+    def wait(self, events: Sequence[Any]) -> None:
         for event in events:
             event.wait()
 
