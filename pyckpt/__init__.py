@@ -5,7 +5,7 @@ from pyckpt._version import __version__
 from pyckpt.block import CkptGenericBlock, CkptTransformerBlock
 from pyckpt.functional import activation, attention, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 from pyckpt.model import CkptCausalLM, CkptTransformer
-from pyckpt.save import SAVE_SETS
+from pyckpt.save import SAVE_SETS, Save
 from pyckpt.stream import Stream
 from pyckpt.swap import swap, unswap
 
@@ -15,6 +15,7 @@ __all__ = [
     "CkptGenericBlock",
     "CkptTransformer",
     "CkptTransformerBlock",
+    "Save",
     "Stream",
     "__version__",
     "activation",

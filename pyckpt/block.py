@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ from pyckpt import errors
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec import compiled, node
 from pyckpt.exec.node import NO_SEED
+from pyckpt.exec.offload import Placement
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
-from pyckpt.save import SaveSet, save_set
+from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
 from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.parameters import parameter_shapes
@@ -30,7 +32,7 @@ class CheckpointedBlock(nn.Module):
     mixes_dtypes = False  # its weights may have other dtypes than x
     spec_text: str | None = None  # of a block whose spec says all, as torch.compile needs it
 
-    def __init__(self, d_model: int, save: str | SaveSet, tile: int | None, tile_bytes: int) -> None:
+    def __init__(self, d_model: int, save: str | SaveSet | Save, tile: int | None, tile_bytes: int) -> None:
         super().__init__()
         self.d_model = d_model
         self.save = save
@@ -38,13 +40,23 @@ class CheckpointedBlock(nn.Module):
         self.tile_bytes = tile_bytes
 
     @property
-    def save(self) -> str:
-        """Name of the save set; may be set at any time, also between forward and backward of other calls."""
-        return self._save.name
+    def save(self) -> str | Save:
+        """Name of the save set, or the `Save` that was given; may be set at any time, also between the forward and the
+        backward of other calls."""
+        return self._save.name if self._placed is None else self._placed
 
     @save.setter
-    def save(self, value: str | SaveSet) -> None:
+    def save(self, value: str | SaveSet | Save) -> None:
         self._save = self._check_save(save_set(value))
+        self._placed = value if isinstance(value, Save) else None
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where what is kept waits for the backward; None where all of it stays."""
+        if self._placed is None or not self._placed.place:
+            return None
+        path = self._placed.path
+        return Placement(self._placed.place, self._placed.last, None if path is None else os.fspath(path))
 
     @property
     def tile(self) -> int | None:
@@ -122,7 +134,8 @@ class CkptTransformerBlock(CheckpointedBlock):
             stream; attention_dropout: that on attention probabilities, by default the same. In training mode only.
             One seed a forward comes from PyTorch's default generator; what is dropped depends on it and on positions
             alone, so that tiles, save sets and recomputation drop the same values.
-        save: what lives from forward to backward, see `pyckpt.save`; gradients are bitwise the same for all.
+        save: what lives from forward to backward, see `pyckpt.save`, and with a `pyckpt.Save` where; gradients are
+            bitwise the same for all.
         tile: tokens that norm, projections and MLP take at a time; None chooses by `tile_bytes`, and on a CPU what
             runs best.
         tile_bytes: what these parts may take for a tile, beside the tensors of the whole sequence.
@@ -160,7 +173,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         attention_scale: float | None = None,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
-        save: str | SaveSet = "attention",
+        save: str | SaveSet | Save = "attention",
         tile: int | None = None,
         tile_bytes: int = TILE_BYTES,
         device: torch.device | str | None = None,
@@ -260,7 +273,7 @@ class CkptGenericBlock(CheckpointedBlock):
         window: int | Window | None = None,
         softcap: float | None = None,
         scale: float | None = None,
-        save: str | SaveSet = "attention",
+        save: str | SaveSet | Save = "attention",
         tile: int | None = None,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
@@ -339,15 +352,21 @@ def run_blocks(
         positions = errors.check_positions(positions, x)
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
-    if torch.compiler.is_compiling() and len(blocks) == 1 and first.spec_text is not None:
-        options = (first.spec_text, first.save, first.tile, first.tile_bytes, compute)
+    if torch.compiler.is_compiling() and len(blocks) == 1 and first.spec_text is not None and first.placement is None:
+        options = (first.spec_text, save_set(first.save).name, first.tile, first.tile_bytes, compute)
         return compiled.block(*options, x, positions, cu_seqlens, draw_seeds(blocks), flat)
     run = node.Run(
         [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],
         [tuple(part) for part in weights],
         compute,
+        first.placement,
     )
-    return node.execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
+    execute = node.execute if first.placement is None else _execute_eagerly
+    return execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
+
+
+# Copies beside compute are nothing that a compiled graph knows.
+_execute_eagerly = torch.compiler.disable(node.execute)
 
 
 def draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:

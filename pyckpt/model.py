@@ -14,7 +14,7 @@ from pyckpt import errors
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, rms_norm
-from pyckpt.save import SaveSet
+from pyckpt.save import Save, SaveSet
 from pyckpt.spec import Window
 from pyckpt.stream import Stream, check_stream, run_loss, run_stack
 from pyckpt.tokenwise.norm import with_offset
@@ -139,7 +139,7 @@ class CkptCausalLM(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float | None = None,
         tie_embeddings: bool = False,
-        save: str | SaveSet = "attention",
+        save: str | SaveSet | Save = "attention",
         segments: Segments = None,
         tile: int | None = None,
         tile_bytes: int = TILE_BYTES,
@@ -218,7 +218,7 @@ class CkptCausalLM(nn.Module):
     def blocks(self) -> Iterator[CkptTransformerBlock]:
         return (cast(CkptTransformerBlock, block) for block in self.model.layers)
 
-    def set_save(self, save: str | SaveSet) -> None:
+    def set_save(self, save: str | SaveSet | Save) -> None:
         """Set every block's save set."""
         for block in self.blocks:
             block.save = save

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 
 import torch
 
@@ -40,10 +42,73 @@ SAVE_SETS: tuple[str, ...] = tuple(_TABLE)
 """Names of the save sets, from the one that keeps most to the one that keeps least."""
 
 
-def save_set(name: str | SaveSet) -> SaveSet:
-    """The save set of this name. Raises ValueError for an unknown one."""
+PLACES = ("device", "host", "file")
+
+
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """A save set, and where each tensor of it waits for the backward: `save=pyckpt.Save("attention", {"x": "host"})`.
+
+    Copies run beside compute, off the device one block after the tensors were made, and back one block before they
+    are wanted. Gradients are the same bits.
+
+    Args:
+        name: of the save set.
+        place: by tensor: "x" (the block's input), "o", "lse", "q", "k", "v", "mid", "gate", "up" and "down", as far as
+            the save set keeps it. "device": where it is, the default; "host": page-locked host memory (on a CPU that
+            is where it is); "file": a scratch file that is gone when the process ends, however it ends.
+        last: of so many blocks, the last of the forward, all stays on the device, since the backward wants it at once.
+        path: folder of the scratch files, by default the system's temporary one.
+
+    The blocks of a stack may share one `Save` or have their own. A segment of several blocks keeps its input alone, and
+    places that. Streamed execution has a store of its own and does not read this.
+
+    Raises ValueError for an unknown save set, for a tensor that it does not keep, and for an unknown place.
+    """
+
+    name: str = "attention"
+    place: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    last: int = 1
+    path: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        kept = kept_names(save_set(self.name))
+        if not isinstance(self.place, Mapping):
+            raise TypeError(f"place must be a dict of tensors and places, got {type(self.place).__name__}")
+        for tensor, place in self.place.items():
+            if tensor not in kept:
+                raise ValueError(
+                    f"place={tensor!r} names nothing that save={self.name!r} keeps; expected some of {', '.join(kept)}"
+                )
+            if place not in PLACES:
+                raise ValueError(
+                    f"place[{tensor!r}]={place!r} does not exist; expected one of {', '.join(map(repr, PLACES))}"
+                )
+        if not isinstance(self.last, int) or isinstance(self.last, bool) or self.last < 0:
+            raise ValueError(f"last must be a number of blocks >= 0, got {self.last!r}")
+        if self.path is not None and "file" not in self.place.values():
+            raise ValueError(f"path={os.fspath(self.path)!r} was given, and no tensor has the place 'file'")
+        object.__setattr__(self, "place", dict(self.place))
+
+
+def kept_names(save: SaveSet) -> tuple[str, ...]:
+    """All that this save set may keep of a block, whatever the block."""
+    groups = (
+        (True, ("x",)),
+        (save.attention, ("o", "lse")),
+        (save.qkv, ("q", "k", "v")),
+        (save.mid, ("mid",)),
+        (save.mlp, ("gate", "up", "down")),
+    )
+    return tuple(name for keeps, names in groups if keeps for name in names)
+
+
+def save_set(name: str | SaveSet | Save) -> SaveSet:
+    """The save set of this name, or of a `Save`. Raises ValueError for an unknown one."""
     if isinstance(name, SaveSet):
         return name
+    if isinstance(name, Save):
+        return _TABLE[name.name]
     if not isinstance(name, str) or name not in _TABLE:
         raise ValueError(f"save={name!r} does not exist; expected one of {', '.join(map(repr, SAVE_SETS))}")
     return _TABLE[name]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.attend.dense import Layout
+from pyckpt.exec.offload import Parcel, Placement, keep
 from pyckpt.exec.resident import BlockPlan, Inputs, Kept, run_backward, run_forward
 
 NO_SEED = -1  # in a tensor of seeds, of a block that drops nothing
@@ -20,11 +21,12 @@ _HOW_TO = "Use the block without {what}, or a plain PyTorch block for that part 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Consecutive blocks that run as one node: their plans, and each one's weight names."""
+    """Consecutive blocks that run as one node: their plans, each one's weight names, where what is kept waits."""
 
     plans: list[BlockPlan]
     names: list[tuple[str, ...]]
     dtype: torch.dtype
+    placement: Placement | None = None
 
     def split(self, weights: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
         """Flat weights, in order, to one dict a block, in the dtype that the products take."""
@@ -54,6 +56,8 @@ def execute(
             + _HOW_TO.format(what="the transform")
         )
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+        if run.placement is not None:
+            x = x.contiguous()  # as it comes back: the backward runs on what the forward ran on
         return _RunFunction.apply(run, x, positions, cu_seqlens, seeds, *weights)
     return forward(run, x, positions, cu_seqlens, seeds, weights, keeping=False)[0]
 
@@ -120,8 +124,12 @@ class _RunFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Run, x: Tensor, positions: Any, cu_seqlens: Any, seeds: Any, *weights: Tensor) -> Tensor:
         y, kept = forward(run, x, positions, cu_seqlens, seeds, weights, keeping=True)
-        ctx.run, ctx.kept_names, ctx.n_weights = run, tuple(kept), len(weights)
-        ctx.save_for_backward(x, positions, cu_seqlens, seeds, *weights, *kept.values())
+        here = {"x": x, **kept}
+        parcel: Parcel | None = None
+        if run.placement is not None:
+            parcel, here = keep(here, run.placement)
+        ctx.run, ctx.parcel, ctx.here, ctx.n_weights = run, parcel, tuple(here), len(weights)
+        ctx.save_for_backward(positions, cu_seqlens, seeds, *weights, *here.values())
         return y
 
     @staticmethod
@@ -132,15 +140,20 @@ class _RunFunction(torch.autograd.Function):
                 "create_graph=True, and the block's backward is made of kernels that have no derivative of their own. "
                 + _HOW_TO.format(what="create_graph")
             )
-        x, positions, cu_seqlens, seeds, *rest = ctx.saved_tensors
+        positions, cu_seqlens, seeds, *rest = ctx.saved_tensors
         weights, values = tuple(rest[: ctx.n_weights]), rest[ctx.n_weights :]
         del rest
-        kept = dict(zip(ctx.kept_names, values, strict=True))
+        kept = dict(zip(ctx.here, values, strict=True))
         del values
+        if ctx.parcel is not None:
+            kept |= ctx.parcel.fetch()
+        x = kept.pop("x")
         need = ctx.needs_input_grad
         dx, grads = backward(
             ctx.run, x, positions, cu_seqlens, seeds, weights, kept, grad_outputs[0], need[1], tuple(need[5:])
         )
+        if ctx.parcel is not None:
+            ctx.parcel.rest() if graph_is_kept() else ctx.parcel.release()
         return None, dx, None, None, None, *grads
 
     @staticmethod
@@ -149,3 +162,8 @@ class _RunFunction(torch.autograd.Function):
             "forward-mode differentiation through a pyckpt block is not supported. "
             + _HOW_TO.format(what="forward-mode")
         )
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward under way was asked for with retain_graph, so that there may be another one."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())

@@ -15,7 +15,7 @@ from pyckpt.hf import folder, weights
 from pyckpt.hf.config import CARRIED, Arguments, arguments_of, from_config, to_config
 from pyckpt.hf.weights import listed
 from pyckpt.model import CkptCausalLM, Segments
-from pyckpt.save import SaveSet
+from pyckpt.save import Save, SaveSet
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -131,7 +131,7 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    save: str | SaveSet = "attention",
+    save: str | SaveSet | Save = "attention",
     segments: Segments = None,
     tile: int | None = None,
 ) -> CkptCausalLM:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt import errors
-from pyckpt.save import save_set
+from pyckpt.save import Save, save_set
 from pyckpt.swap import encoder, families
 from pyckpt.swap import loss as losses
 from pyckpt.swap.block import MappedBlock
@@ -20,7 +20,9 @@ from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.weights import UnsupportedError
 
 
-def swap(model: nn.Module, save: str = "attention", *, tile: int | None = None, loss: bool | str = True) -> Report:
+def swap(
+    model: nn.Module, save: str | Save = "attention", *, tile: int | None = None, loss: bool | str = True
+) -> Report:
     """Make the model's transformer layers keep the save set alone from forward to backward, in place.
 
     Modules, parameters and their names stay: only the forward of the decoder layers is replaced, and that of a causal
@@ -116,7 +118,12 @@ def _check_forward(module: nn.Module) -> None:
 
 
 def _decoder(
-    name: str, module: Any, layers: list[tuple[str, nn.Module]], save: str, tile: int | None, entries: list[Entry]
+    name: str,
+    module: Any,
+    layers: list[tuple[str, nn.Module]],
+    save: str | Save,
+    tile: int | None,
+    entries: list[Entry],
 ) -> list[Replaced]:
     swapped = []
     for path, layer in layers:
@@ -137,7 +144,7 @@ def _decoder(
 
 
 def _encoder_layer(
-    name: str, layer: nn.TransformerEncoderLayer, save: str, tile: int | None, entries: list[Entry]
+    name: str, layer: nn.TransformerEncoderLayer, save: str | Save, tile: int | None, entries: list[Entry]
 ) -> list[Replaced]:
     kind = type(layer).__name__
     try:

@@ -9,13 +9,14 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
+from pyckpt.save import Save
 from pyckpt.swap.weights import Mapping
 
 
 class MappedBlock(CheckpointedBlock):
     """The standard block of a `Mapping`, with the layer's parameters as they are at the time of a call."""
 
-    def __init__(self, layer: nn.Module, mapping: Mapping, save: str, tile: int | None) -> None:
+    def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping, self.spec_text = mapping, mapping.spec.to_string()
         self._layer = (layer,)  # in a tuple: a submodule would be found twice in the model

@@ -21,7 +21,7 @@ from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.ops import philox
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
-from pyckpt.save import SaveSet
+from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.weights import Mapping, UnsupportedError, watched
 from pyckpt.tokenwise.generic import GenericTokenwise
@@ -168,7 +168,7 @@ class GenericMappedBlock(CheckpointedBlock):
 
     mixes_dtypes = True  # adapters have a dtype of their own
 
-    def __init__(self, layer: nn.Module, mapping: Mapping, save: str, tile: int | None) -> None:
+    def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping = mapping
         self._layer = (layer,)

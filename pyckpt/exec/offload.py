@@ -1,0 +1,233 @@
+"""Resident execution with tensors that wait for the backward off the device.
+
+Each node hands over a `Parcel`. The newest ones stay on the device, since the backward wants them at once. When a
+further one comes, the oldest of those begins to leave, and its memory is given up one parcel later, a block's time in
+which the copy hides. In the backward a node's parcel asks for the one before it, whose copy hides behind the node's own
+work. So beside the newest ones two parcels at most are on the device.
+
+Nothing need be known about the model: the queue is that of the forwards of one device, whoever runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyckpt.store import scratch_folder
+from pyckpt.store.file import Staging
+from pyckpt.store.lanes import CudaLanes, Event, Lanes, ThreadLanes
+from pyckpt.store.pool import FileRoom, HostRoom, Pool, Room
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the tensors of a node wait, by name; those that are not named stay where they are."""
+
+    place: Mapping[str, str]
+    last: int
+    path: str | None
+
+    def away(self, device: torch.device) -> dict[str, str]:
+        """The names that leave this device. A CPU's host memory is its own."""
+        return {n: p for n, p in self.place.items() if p == "file" or (p == "host" and device.type == "cuda")}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Route:
+    """The way off the device and back: copies, and the memory at its end."""
+
+    lanes: Lanes
+    pool: Pool
+
+
+class _Item:
+    """One tensor: on the device (`tensor`), in a `room`, or in both."""
+
+    def __init__(self, tensor: Tensor, route: Route) -> None:
+        self.like = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+        self.device, self.route = tensor.device, route
+        self.tensor: Tensor | None = tensor.detach()  # which shares the version
+        self.room: Room | None = None
+        self.spoiled = False
+        self._version: int | None = tensor._version
+        self._going: Event | None = None
+        self._coming: Event | None = None
+
+    def leave(self) -> None:
+        assert self.tensor is not None
+        self.check()
+        source = self.tensor.contiguous()
+        self.room = self.route.pool.take(source.nbytes)
+        memory, lanes = self.room.memory, self.route.lanes
+        after = [*self.room.before_write(), *_events(lanes.compute())]
+        self._going = lanes.run("out", lambda: memory.write(source), after)
+        self.room.was_written(self._going)
+
+    def come(self) -> None:
+        if self.tensor is not None:
+            return
+        assert self.room is not None
+        into = torch.empty_like(self.like, device=self.device)
+        memory, lanes = self.room.memory, self.route.lanes
+        after = [*self.room.before_read(), *_events(lanes.compute())]
+        self._coming = lanes.run("in", lambda: memory.read(into), after)
+        self.room.reads.append(self._coming)
+        self.tensor, self._version = into, None  # written by the copy, whenever that runs, and seen by nobody else
+
+    def take(self) -> Tensor:
+        """The tensor, for compute that is queued from here on."""
+        assert self.tensor is not None
+        if self._coming is not None:
+            self.route.lanes.hold([self._coming])
+            self._coming = None
+        self.check()
+        return self.tensor
+
+    def drop(self) -> None:
+        """Give up the memory on the device, for compute that is queued from here on."""
+        self.check()
+        self.route.lanes.hold(self._copies())
+        self.tensor = None
+
+    def wait(self) -> None:
+        """Wait for the copies on the host: so that the memory may be given up in any thread and stream."""
+        self.route.lanes.wait(self._copies())
+
+    def _copies(self) -> list[Event]:
+        copies = [*_events(self._going), *_events(self._coming)]
+        self._going = self._coming = None
+        return copies
+
+    def check(self) -> None:
+        """Note whether somebody has written to the tensor since it was handed over."""
+        if self.tensor is not None and self._version is not None and self.tensor._version != self._version:
+            self.spoiled = True
+
+    def give_room(self) -> None:
+        if self.room is not None:
+            self.route.pool.give(self.room)
+            self.room = None
+
+
+def _events(event: Event | None) -> list[Event]:
+    return [] if event is None else [event]
+
+
+class Parcel:
+    """What one node hands over to its queue, from its forward to its backward."""
+
+    def __init__(self, queue: Queue, tensors: dict[str, Tensor], routes: dict[str, Route]) -> None:
+        self._queue, self._items = queue, {n: _Item(t, routes[n]) for n, t in tensors.items()}
+        self.before: weakref.ref[Parcel] | None = None
+        self.state = "here"  # then "leaving", "away", and "gone" when the backward is over
+
+    def leave(self) -> None:
+        for item in self._items.values():
+            item.leave()
+        self.state = "leaving"
+
+    def left(self) -> None:
+        for item in self._items.values():
+            item.drop()
+        self.state = "away"
+
+    def come(self) -> None:
+        for item in self._items.values():
+            item.come()
+
+    def fetch(self) -> dict[str, Tensor]:
+        """The tensors, for compute that is queued from here on; the parcel before is sent for."""
+        with self._queue.lock:
+            self.come()
+            before = self.before() if self.before is not None else None
+            if before is not None and before.state == "away":
+                before.come()
+            found = {n: item.take() for n, item in self._items.items()}
+            odd = sorted(n for n, item in self._items.items() if item.spoiled)
+        if odd:
+            raise RuntimeError(
+                f"{', '.join(odd)} of a block was modified by an inplace operation between its forward and its "
+                "backward, which needs what it was. Write to a copy of it"
+            )
+        return found
+
+    def rest(self) -> None:
+        """A backward is over, and there will be another: what is in a room stays there."""
+        with self._queue.lock:
+            for item in self._items.values():
+                if item.room is not None:
+                    item.drop()
+            self.state = "here" if self.state == "here" else "away"
+
+    def release(self) -> None:
+        """The last backward is over."""
+        with self._queue.lock:
+            for item in self._items.values():
+                item.drop()
+                item.give_room()
+            self._items, self.state = {}, "gone"
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
+        with self._queue.lock:
+            for item in self._items.values():
+                item.wait()
+                item.give_room()
+
+
+class Queue:
+    """The parcels of one device, in the order of their forwards."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a parcel may die while another is at work
+        self._order: list[weakref.ref[Parcel]] = []
+
+    def add(self, tensors: dict[str, Tensor], routes: dict[str, Route], last: int) -> Parcel:
+        """A parcel of these tensors. The `last` newest ones, this one among them, stay on the device for now."""
+        with self.lock:
+            parcel = Parcel(self, tensors, routes)
+            parcel.before = self._order[-1] if self._order else None
+            for p in self._with("leaving"):
+                p.left()
+            staying = [*self._with("here"), parcel]
+            for p in staying[: len(staying) - last]:
+                p.leave()
+            near = [*self._with("here"), *self._with("leaving")]
+            self._order = [ref for ref in self._order if ref() in near] + [weakref.ref(parcel)]
+            return parcel
+
+    def _with(self, state: str) -> list[Parcel]:
+        return [p for ref in self._order if (p := ref()) is not None and p.state == state]
+
+
+def keep(tensors: dict[str, Tensor], placement: Placement) -> tuple[Parcel | None, dict[str, Tensor]]:
+    """Hand over those of a node's tensors that wait elsewhere; the parcel, if there are any, and the other tensors."""
+    device = next(iter(tensors.values())).device
+    away = {n: p for n, p in placement.away(device).items() if n in tensors}
+    if not away:
+        return None, tensors
+    routes = {n: route_of(device, place, placement.path) for n, place in away.items()}
+    parcel = queue_of(device).add({n: tensors[n] for n in away}, routes, placement.last)
+    return parcel, {n: t for n, t in tensors.items() if n not in away}
+
+
+@functools.cache
+def queue_of(device: torch.device) -> Queue:
+    return Queue()
+
+
+@functools.cache
+def route_of(device: torch.device, place: str, path: str | None) -> Route:
+    if place == "host":
+        return Route(CudaLanes(device), Pool(HostRoom))
+    folder = scratch_folder(path)
+    staging = Staging(device) if device.type == "cuda" else None
+    return Route(ThreadLanes(device), Pool(lambda nbytes: FileRoom(nbytes, folder, staging)))

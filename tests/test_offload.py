@@ -1,0 +1,422 @@
+"""What waits off the device: the same gradients, the memory that is left, and nothing read before it is there."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from lanes import DelayedLanes
+from torch import Tensor, nn
+
+import pyckpt
+from pyckpt.exec import offload
+from pyckpt.exec.offload import Queue, Route
+from pyckpt.save import bytes_per_token, kept_names, save_set
+from pyckpt.spec import BlockSpec
+from pyckpt.store.pool import FileRoom, Pool
+
+CPU = torch.device("cpu")
+SIZES = {"n_kv_heads": 2, "d_ff": 72}
+# On a CPU a file takes the way that host memory takes on a GPU.
+WAYS = [
+    ("cpu", "file"),
+    pytest.param(
+        "cuda", "host", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+    ),
+]
+
+
+def everything(save: str, place: str) -> dict[str, str]:
+    return dict.fromkeys(kept_names(save_set(save)), place)
+
+
+def stack(n: int = 4, segments=None, device="cpu", **options) -> pyckpt.CkptTransformer:
+    blocks = [pyckpt.CkptTransformerBlock(48, 4, **{**SIZES, "tile": 8, **options}, device=device) for _ in range(n)]
+    return pyckpt.CkptTransformer(blocks, segments)
+
+
+def step(model: nn.Module, x: Tensor, dy: Tensor, *args) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = model(x, *args)
+    grads = torch.autograd.grad(y, [x, *(p for p in model.parameters() if p.requires_grad)], dy)
+    return [y, *grads]
+
+
+def set_save(model, save) -> None:
+    for block in model:
+        block.save = save
+
+
+def assert_same(found: list[Tensor], truth: list[Tensor]) -> None:
+    for ours, theirs in zip(found, truth, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device, place", WAYS)
+@pytest.mark.parametrize("last", [0, 1, 2, 9])
+@pytest.mark.parametrize("save", pyckpt.SAVE_SETS)
+def test_gradients_are_the_same_bits(save, last, device, place):
+    model, shape = stack(save=save, device=device), (2, 21, 48)
+    x, dy = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    truth = step(model, x, dy)
+    set_save(model, pyckpt.Save(save, everything(save, place), last))
+    for _ in range(2):  # the second step takes the rooms of the first
+        assert_same(step(model, x, dy), truth)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": True},
+        {"norm_placement": "sandwich", "norm": "layernorm", "bias": True},
+        {"residual": "parallel", "mlp": "gelu"},
+        {"dropout": 0.3},
+    ],
+    ids=["qk_norm", "sandwich", "parallel", "dropout"],
+)
+def test_every_kind_of_block(options, seed):
+    model, x, dy = stack(save="all", **options), torch.randn(23, 48), torch.randn(23, 48)
+    cu = torch.tensor([0, 9, 9, 23], dtype=torch.int32)
+    results = []
+    for save in ("all", pyckpt.Save("all", everything("all", "file"), 1)):
+        set_save(model, save)
+        torch.manual_seed(seed)
+        results.append(step(model, x, dy, None, cu))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("segments", [2, 3, "sqrt"])
+def test_segments_place_their_inputs(segments):
+    model, x, dy = stack(5, segments), torch.randn(1, 21, 48), torch.randn(1, 21, 48)
+    truth = step(model, x, dy)
+    set_save(model, pyckpt.Save("attention", {"x": "file", "o": "file"}))
+    assert_same(step(model, x, dy), truth)
+
+
+def test_x_that_is_no_row_after_row():
+    model = stack()
+    x, dy = torch.randn(1, 48, 21).transpose(1, 2), torch.randn(1, 48, 21).transpose(1, 2)
+    truth = step(model, x.contiguous(), dy)  # as strides go, so go the products' last bits
+    set_save(model, pyckpt.Save("attention", everything("attention", "file"), 0))
+    assert_same(step(model, x, dy), truth)
+
+
+def test_frozen_blocks_and_a_model_with_a_loss():
+    model = pyckpt.CkptCausalLM(50, 4, 48, 4, **SIZES)
+    for p in model.model.layers[0].parameters():
+        p.requires_grad_(False)
+    tokens = torch.randint(50, (2, 17))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    truth = torch.autograd.grad(model.loss(tokens), trained)
+    model.set_save(pyckpt.Save("attention", {"x": "file", "o": "file"}))
+    assert_same(torch.autograd.grad(model.loss(tokens), trained), truth)
+
+
+def test_generic_blocks_place_what_they_keep():
+    class Pre(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(48, 144)
+
+        def forward(self, x, positions):
+            return self.qkv(x).chunk(3, -1)
+
+    class Post(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(48, 48)
+
+        def forward(self, x, o):
+            return x + torch.tanh(self.out(o))
+
+    blocks = [pyckpt.CkptGenericBlock(Pre(), Post(), 48, 4, save="attention+qkv", tile=8) for _ in range(4)]
+    model, x, dy = pyckpt.CkptTransformer(blocks), torch.randn(1, 21, 48), torch.randn(1, 21, 48)
+    truth = step(model, x, dy)
+    set_save(model, pyckpt.Save("attention+qkv", everything("attention+qkv", "file")))
+    assert_same(step(model, x, dy), truth)
+
+
+def test_several_forwards_before_their_backwards():
+    """As in pipelines: two forwards, then the backwards in either order."""
+    model, shape = stack(), (1, 21, 48)
+    truth, results = [], []
+    inputs = [(torch.randn(shape), torch.randn(shape)) for _ in range(2)]
+    for x, dy in inputs:
+        truth += step(model, x, dy)[1:]
+    set_save(model, pyckpt.Save("attention", {"x": "file", "o": "file"}))
+    for order in ([0, 1], [1, 0]):
+        xs = [x.clone().requires_grad_() for x, _ in inputs]
+        ys = [model(x) for x in xs]
+        found = {i: torch.autograd.grad(ys[i], [xs[i], *model.parameters()], inputs[i][1]) for i in order}
+        results = [g for i in (0, 1) for g in found[i]]
+        assert_same(results, truth)
+
+
+def test_a_kept_graph_goes_backward_again():
+    model, x, dy = stack(), torch.randn(1, 21, 48), torch.randn(1, 21, 48)
+    set_save(model, pyckpt.Save("attention", {"x": "file", "o": "file"}))
+    y = model(x)
+    weights = list(model.parameters())
+    first = torch.autograd.grad(y, weights, dy, retain_graph=True)
+    assert_same(torch.autograd.grad(y, weights, dy, retain_graph=True), first)
+    assert_same(torch.autograd.grad(y, weights, dy), first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, weights, dy)
+
+
+def test_torch_compile_and_checkpoint_around_it():
+    model, x, dy = stack(2), torch.randn(1, 21, 48), torch.randn(1, 21, 48)
+    truth = step(model, x, dy)
+    set_save(model, pyckpt.Save("attention", {"x": "file", "o": "file"}))
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same(step(compiled, x, dy), truth)
+    assert_same(
+        step(model, x, dy),
+        [*step_with(lambda t: torch.utils.checkpoint.checkpoint(model, t, use_reentrant=False), model, x, dy)],
+    )
+
+
+def step_with(fn, model, x, dy) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = fn(x)
+    return [y, *torch.autograd.grad(y, [x, *model.parameters()], dy)]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_on_the_device_does_not_grow_with_the_depth():
+    """After the forward: the last block's save set, and that of the one before, whose copy hides behind the last."""
+    tokens, kept = 512, bytes_per_token(BlockSpec.make(48, 4, **SIZES), "attention", torch.float32)
+    ends, peaks = {}, {}
+    for depth in (6, 12):
+        model = stack(depth, tile=64, save=pyckpt.Save("attention", everything("attention", "file")))
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        x = torch.randn(1, tokens, 48)
+        with pyckpt.measure.memory(model) as m:
+            y = model(x)
+            m.mark("forward")
+            y.sum().backward()
+        ends[depth], peaks[depth] = m.marks["forward"].live_bytes, m.peak_bytes
+        assert m.live_bytes <= y.nbytes + 4096  # the graph lives, and what it kept does not
+    assert ends[6] == ends[12] == pytest.approx(2 * tokens * kept + y.nbytes, rel=0.01)
+    assert peaks[6] == peaks[12]
+
+
+def test_named_tensors_alone_leave():
+    tokens, spec = 512, BlockSpec.make(48, 4, **SIZES)
+    x, live = torch.randn(1, tokens, 48), {}
+    for name in ("none", "x", "o"):
+        place = {} if name == "none" else {name: "file"}
+        model = stack(10, tile=64, save=pyckpt.Save("attention", place))
+        with pyckpt.measure.memory(model) as m:
+            y = model(x)
+        live[name] = m.live_bytes
+        del y
+    assert live["none"] - live["x"] == pytest.approx(7 * tokens * 4 * spec.d_model, rel=0.02)  # of 10, not the first x
+    assert live["none"] - live["o"] == pytest.approx(8 * tokens * 4 * spec.d_q, rel=0.02)
+
+
+def test_rooms_are_given_back_at_the_backward_and_taken_again(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(offload, "FileRoom", lambda *args: made.append(args[0]) or FileRoom(*args))
+    model, x = stack(), torch.randn(1, 21, 48)
+    set_save(model, pyckpt.Save("attention", {"x": "file", "o": "file"}, path=tmp_path))
+    losses = []
+    for _ in range(3):
+        losses.append(model(x).sum())  # as a training loop that keeps its losses
+        losses[-1].backward()
+    assert len(made) == 2 * 3  # of four blocks the last stays
+    model(x)  # a forward whose backward never comes
+    gc.collect()
+    model(x).sum().backward()
+    assert len(made) == 2 * 3
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_single_block_and_no_gradient_copy_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(offload, "FileRoom", lambda *args: pytest.fail("nothing was to leave"))
+    model = stack(1, save=pyckpt.Save("attention", {"x": "file"}, path=tmp_path))
+    model(torch.randn(1, 21, 48)).sum().backward()
+    deep = stack(4, save=pyckpt.Save("attention", {"x": "file"}, path=tmp_path))
+    with torch.no_grad():
+        deep(torch.randn(1, 21, 48))
+    if not torch.cuda.is_available():
+        set_save(deep, pyckpt.Save("attention", {"x": "host", "o": "host"}))
+        deep(torch.randn(1, 21, 48)).sum().backward()  # a CPU's host memory is where it is
+
+
+class _Heap:
+    """Memory of a pool, in plain tensors."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.bytes = nbytes, torch.empty(nbytes, dtype=torch.uint8)
+
+    def _like(self, t: Tensor) -> Tensor:
+        return self.bytes[: t.nbytes].view(t.dtype).view(t.shape)
+
+    def read(self, into: Tensor) -> None:
+        into.copy_(self._like(into))
+
+    def write(self, source: Tensor) -> None:
+        self._like(source).copy_(source)
+
+
+def test_a_pool_holds_no_more_than_was_taken_at_once():
+    pool = Pool(_Heap)
+    for size in (100, 200, 50, 300, 120):
+        rooms = [pool.take(size), pool.take(size // 10)]
+        assert all(r.memory.nbytes >= wanted for r, wanted in zip(rooms, (size, size // 10), strict=True))
+        for room in rooms:
+            pool.give(room)
+        assert len(pool._idle) == 2
+    assert pool.idle_bytes <= 2 * 300
+
+
+# --- races -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def way(monkeypatch, seed) -> Iterator[DelayedLanes]:
+    """Everything placed in files takes lanes that delay every copy by chance, into plain memory."""
+    lanes = DelayedLanes(seed)
+    route, queue = Route(lanes, Pool(_Heap)), Queue()
+    monkeypatch.setattr(offload, "route_of", lambda *_: route)
+    monkeypatch.setattr(offload, "queue_of", lambda _: queue)
+    yield lanes
+
+
+def test_no_order_of_copies_changes_a_gradient(way):
+    model, x, dy = stack(), torch.randn(1, 11, 48), torch.randn(1, 11, 48)
+    truth = step(model, x, dy)
+    for n in range(200):
+        way.random.seed(n)
+        set_save(model, pyckpt.Save("attention+mid", everything("attention+mid", "file"), n % 4))
+        assert_same(step(model, x, dy), truth)
+
+
+class _Log:
+    """`Lanes` that copy at once and write down what happens."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self._count = 0
+
+    def compute(self):
+        self._count += 1
+        self.events.append(("compute", self._count))
+        return self._count
+
+    def run(self, lane, copy, after):
+        copy()
+        self._count += 1
+        self.events += [("after", e) for e in after] + [(lane, self._count)]
+        return self._count
+
+    def hold(self, events):
+        self.events += [("hold", e) for e in events]
+
+    wait = hold
+
+
+def test_memory_is_given_up_after_its_copy_only(seed):
+    """On a GPU, memory that is freed while a copy still reads it would be written to by the next kernel."""
+    log, queue = _Log(), Queue()
+    route = Route(log, Pool(_Heap))
+    parcels, copies = [], {}
+    for i in range(6):
+        t = torch.randn(10)
+        weakref.finalize(t.untyped_storage(), lambda i=i: log.events.append(("freed", i)))
+        parcels.append(queue.add({"x": t}, {"x": route}, last=1))
+        del t
+    outs = [e for kind, e in log.events if kind == "out"]
+    copies = dict(enumerate(outs))
+    for i in range(4):
+        freed, held = log.events.index(("freed", i)), log.events.index(("hold", copies[i]))
+        assert held < freed
+    assert ("freed", 4) not in log.events  # its copy was begun, and is given the next block's time
+    # A copy in waits for the copy out of the same tensor, and what reads it for the copy in.
+    got = parcels[2].fetch()["x"]
+    read = next(e for kind, e in log.events if kind == "in")
+    where = log.events.index(("in", read))
+    assert ("after", copies[2]) in log.events[:where]
+    assert ("hold", read) in log.events[where:]
+    assert got.shape == (10,)
+
+
+def test_the_parcel_before_is_sent_for_while_one_is_used():
+    log, queue = _Log(), Queue()
+    route = Route(log, Pool(_Heap))
+    values = [torch.randn(10) for _ in range(5)]
+    parcels = [queue.add({"x": t.clone()}, {"x": route}, last=1) for t in values]
+    for i in reversed(range(5)):
+        before = sum(kind == "in" for kind, _ in log.events)
+        assert torch.equal(parcels[i].fetch()["x"], values[i])
+        came = sum(kind == "in" for kind, _ in log.events) - before
+        # The last stays, the one before is leaving; from there on each is followed by the copy of the one before it.
+        assert came == (0 if i in (4, 0) else 1)
+        parcels[i].release()
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [0, 1, 4])
+def test_what_was_changed_in_place_is_an_error(last):
+    model = stack(3, save=pyckpt.Save("attention", {"x": "file"}, last))
+    first = model[0](torch.randn(1, 21, 48)) * 1.0
+    y = model[2](model[1](first))
+    with torch.no_grad():
+        first.add_(1.0)
+    if last == 0:
+        # Its copy was over: what is written now harms nothing, as the copy is what the backward reads.
+        y.sum().backward()
+        return
+    with pytest.raises(RuntimeError, match="x of a block was modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_bad_places_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="'q' names nothing that save='attention' keeps; expected some of x, o, lse"):
+        pyckpt.Save("attention", {"q": "host"})
+    with pytest.raises(
+        ValueError, match=r"place\['x'\]='disk' does not exist; expected one of 'device', 'host', 'file'"
+    ):
+        pyckpt.Save("attention", {"x": "disk"})
+    with pytest.raises(ValueError, match="save='most' does not exist"):
+        pyckpt.Save("most")
+    with pytest.raises(ValueError, match="last must be"):
+        pyckpt.Save("attention", last=-1)
+    with pytest.raises(TypeError, match="place must be a dict"):
+        pyckpt.Save("attention", "host")
+    with pytest.raises(ValueError, match="no tensor has the place 'file'"):
+        pyckpt.Save("attention", {"x": "host"}, path=tmp_path)
+    model = stack(3, save=pyckpt.Save("attention", {"x": "file"}, path=tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="is no folder"):
+        model(torch.randn(1, 21, 48))
+
+
+def test_a_full_disk_is_an_error_of_the_forward(monkeypatch, tmp_path):
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    model = stack(3, save=pyckpt.Save("attention", {"x": "file"}, path=tmp_path))
+    with pytest.raises(OSError, match=r"scratch file of .* bytes in"):
+        model(torch.randn(1, 21, 48))
+    monkeypatch.undo()
+    model(torch.randn(1, 21, 48)).sum().backward()
+
+
+def test_a_block_says_what_was_given():
+    save = pyckpt.Save("attention+mid", {"mid": "host"})
+    block = pyckpt.CkptTransformerBlock(48, 4, save=save)
+    assert block.save == save
+    block.save = "input"
+    assert block.save == "input"
