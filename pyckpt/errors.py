@@ -149,3 +149,10 @@ def check_tokens(tokens: Tensor, vocab: int, device: torch.device, packed: bool)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab:
         raise ValueError(f"token {low if low < 0 else high} is out of range: expected 0 to {vocab - 1}")
+
+
+def check_segments(value: object) -> None:
+    """Raise ValueError unless it is None, "sqrt" or a number of blocks."""
+    count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not (count or value is None or value == "sqrt"):
+        raise ValueError(f"segments must be None, 'sqrt' or a positive int (blocks in a segment), got {value!r}")

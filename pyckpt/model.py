@@ -22,6 +22,13 @@ from pyckpt.tokenwise.norm import with_offset
 Segments = int | str | None
 
 
+def segment_length(segments: Segments, blocks: int) -> int:
+    """Blocks in a segment, of a stack of so many blocks."""
+    if segments is None:
+        return 1
+    return math.ceil(math.sqrt(blocks)) if segments == "sqrt" else int(segments)
+
+
 class CkptTransformer(nn.ModuleList):
     """A stack of blocks, applied one after another.
 
@@ -51,17 +58,13 @@ class CkptTransformer(nn.ModuleList):
 
     @segments.setter
     def segments(self, value: Segments) -> None:
-        count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not (count or value is None or value == "sqrt"):
-            raise ValueError(f"segments must be None, 'sqrt' or a positive int (blocks in a segment), got {value!r}")
+        errors.check_segments(value)
         self._segments = value
 
     @property
     def segment_length(self) -> int:
         """Blocks in a segment."""
-        if self._segments is None:
-            return 1
-        return math.ceil(math.sqrt(len(self))) if self._segments == "sqrt" else int(self._segments)
+        return segment_length(self._segments, len(self))
 
     def forward(
         self,

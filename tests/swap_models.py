@@ -69,7 +69,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
     options = {"attn_implementation": "eager", **(FAMILIES | MIXTURES)[family], **options}
     names = {"GPT2": ("GPT2", "GPT2LMHeadModel"), "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM")}
     config, model = names.get(family, (family, f"{family}ForCausalLM"))
-    made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**sizes, **options))
+    made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**{**sizes, **options}))
     with torch.no_grad():
         for p in made.parameters():
             p += 0.1 * torch.randn_like(p)

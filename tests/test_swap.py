@@ -78,6 +78,74 @@ def test_saves_sets_give_the_same_bits(implementation):
         assert_same_bits(results[0], other)
 
 
+@pytest.mark.parametrize("segments", [1, 2, 3, "sqrt", 9])
+@pytest.mark.parametrize("family", ["Gemma3", "GPT2", "Qwen3Moe"])
+def test_segments_give_the_same_bits(family, segments):
+    """Of five layers, with both paths in one segment for the mixture of experts."""
+    layers = {
+        "Gemma3": {"num_hidden_layers": 5, "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2},
+        "GPT2": {"num_hidden_layers": 5},
+        "Qwen3Moe": {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]},
+    }
+    model, batch = make_model(family, **layers[family]), make_batch("padded")
+
+    def assert_same_step() -> None:
+        results = []
+        for option in (None, segments):
+            pyckpt.swap(model, tile=10, segments=option)
+            results.append(step(model, batch))
+            pyckpt.unswap(model)
+        assert_same_bits(*results)
+
+    assert_same_step()
+    if family != "GPT2":
+        model.model.layers[1].self_attn.is_causal = False  # so that it is left as it was, between two segments
+        assert_same_step()
+
+
+def test_a_segment_keeps_its_input_alone():
+    model, ids = make_model("Llama", num_hidden_layers=6), torch.randint(1, VOCAB, (1, 64))
+    kept = {}
+    for segments in (None, 2, 3, 6):
+        pyckpt.swap(model, segments=segments, loss=False)
+        with pyckpt.measure.memory(model) as m:
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+        kept[segments] = m.saved_bytes
+        pyckpt.unswap(model)
+        del hidden
+    inputs = 64 * 48 * 4
+    assert kept[2] - kept[3] == inputs
+    assert kept[3] - kept[6] == inputs
+    assert kept[None] - kept[2] == 3 * inputs + 6 * (inputs + 64 * 4 * 4)  # three inputs more, and o and lse of six
+
+
+def test_segments_are_not_used_where_somebody_looks_at_each_layer():
+    model, batch = make_model("Llama", num_hidden_layers=4), make_batch("plain")
+    pyckpt.swap(model, tile=10)
+    truth, states = step(model, batch), model(**batch, output_hidden_states=True).hidden_states
+    pyckpt.unswap(model)
+    pyckpt.swap(model, tile=10, segments=2)
+    with pytest.warns(UserWarning, match="every layer's: segments are not used"):
+        found = model(**batch, output_hidden_states=True).hidden_states
+    for a, b in zip(found, states, strict=True):
+        assert torch.equal(a, b)
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(lambda m, args, out: seen.append(out))
+    with pytest.warns(UserWarning, match="LlamaDecoderLayer has forward hooks: segments are not used"):
+        assert_same_bits(truth, step(model, batch))
+    assert torch.equal(seen[0], states[2])
+    handle.remove()
+
+
+def test_what_is_kept_may_wait_in_a_file():
+    model, batch = make_model("Llama", num_hidden_layers=4), make_batch("padded")
+    pyckpt.swap(model, tile=10)
+    truth = step(model, batch)
+    pyckpt.unswap(model)
+    pyckpt.swap(model, pyckpt.Save("attention", {"x": "file", "o": "file"}), tile=10)
+    assert_same_bits(truth, step(model, batch))
+
+
 @pytest.mark.parametrize("family", ["Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
 def test_the_generic_path(family):
     """For an activation that no standard block has; with every save set, whose gradients are the same bits."""
@@ -442,6 +510,8 @@ def test_bad_input():
         pyckpt.swap(model, save="none")
     with pytest.raises(ValueError, match="tile must be None or a positive int"):
         pyckpt.swap(model, tile=0)
+    with pytest.raises(ValueError, match="segments must be None, 'sqrt' or a positive int"):
+        pyckpt.swap(model, segments=0)
     with pytest.raises(ValueError, match="loss must be True, False or 'always', got 'never'"):
         pyckpt.swap(model, loss="never")
     with pytest.raises(ValueError, match=r"nothing to swap in this Linear: no transformer layer of a known kind"):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt import errors
+from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
 from pyckpt.swap import encoder, families
 from pyckpt.swap import loss as losses
@@ -21,7 +22,12 @@ from pyckpt.swap.weights import UnsupportedError
 
 
 def swap(
-    model: nn.Module, save: str | Save = "attention", *, tile: int | None = None, loss: bool | str = True
+    model: nn.Module,
+    save: str | Save = "attention",
+    *,
+    segments: int | str | None = None,
+    tile: int | None = None,
+    loss: bool | str = True,
 ) -> Report:
     """Make the model's transformer layers keep the save set alone from forward to backward, in place.
 
@@ -31,6 +37,9 @@ def swap(
     Args:
         model: a model of transformers, any model that has one inside, or one with torch.nn.TransformerEncoderLayer.
         save: what lives from forward to backward, as in `CkptTransformerBlock`.
+        segments: as in `CkptTransformer`: with k, or "sqrt", k decoder layers next to each other run as one, and only
+            the input of the first is kept. Where a layer has forward hooks, which would see nothing of that (FSDP2's
+            gather one layer at a time), or where hidden states are asked for, layers run one by one, with a warning.
         tile: tokens that the tokenwise parts take at a time; None chooses.
         loss: True: while gradients are enabled a call with labels returns logits=None (`output_logits=True` in the call
             asks for both); "always": without gradients too; False: the loss is left as it is.
@@ -44,6 +53,7 @@ def swap(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     save_set(save)
     errors.check_tile(tile)
+    errors.check_segments(segments)
     if loss not in (True, False, "always"):
         raise ValueError(f"loss must be True, False or 'always', got {loss!r}")
     if any(True for _ in _replaced(model)):
@@ -54,7 +64,7 @@ def swap(
         if isinstance(module, nn.TransformerEncoderLayer):
             made += _encoder_layer(name, module, save, tile, entries)
         elif layers := _decoder_layers(module):
-            made += _decoder(name, module, layers, save, tile, entries)
+            made += _decoder(name, module, layers, save, segments, tile, entries)
     if not made:
         found = "".join(f"\n  {e.name} ({e.kind}): {e.why}" for e in entries)
         raise ValueError(
@@ -122,11 +132,12 @@ def _decoder(
     module: Any,
     layers: list[tuple[str, nn.Module]],
     save: str | Save,
+    segments: int | str | None,
     tile: int | None,
     entries: list[Entry],
 ) -> list[Replaced]:
-    swapped = []
-    for path, layer in layers:
+    swapped: list[SwappedLayer] = []
+    for place, (path, layer) in enumerate(layers):
         full, kind = f"{name}.{path}" if name else path, type(layer).__name__
         try:
             _check_forward(layer)
@@ -135,12 +146,25 @@ def _decoder(
             entries.append(Entry(full, kind, ORIGINAL, str(reason)))
             continue
         block = GenericMappedBlock if mapping.why else MappedBlock
-        swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile)))
+        swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile), place))
         why = f"its own modules, tile by tile: {mapping.why}" if mapping.why else "as a standard block"
         entries.append(Entry(full, kind, GENERIC if mapping.why else STANDARD, f"{why}; save={save!r}"))
     if not swapped:
         return []
-    return [*swapped, SwappedDecoder(module, swapped, whole=len(swapped) == len(layers))]
+    whole = len(swapped) == len(layers)
+    runs = _segments(swapped, segment_length(segments, len(layers)))
+    return [*swapped, SwappedDecoder(module, swapped, whole, runs)]
+
+
+def _segments(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:
+    """Layers in segments of at most `length` that stand next to each other."""
+    found: list[list[SwappedLayer]] = []
+    for layer in layers:
+        if found and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return found
 
 
 def _encoder_layer(

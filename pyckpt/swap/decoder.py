@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.block import CheckpointedBlock
 from pyckpt.swap import masks
 from pyckpt.swap.layer import CALL, Call, SwappedLayer
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.weights import UnsupportedError
+from pyckpt.swap.weights import UnsupportedError, watched
 
 # Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
 _KNOWN = frozenset(
@@ -35,12 +36,15 @@ class SwappedDecoder(Replaced):
 
     An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
 
-    `layers` are the swapped ones; `whole` says that the model has no others.
+    `layers` are the swapped ones; `whole` says that the model has no others; `segments` are the layers in the runs that
+    keep one input.
     """
 
-    def __init__(self, module: nn.Module, layers: list[SwappedLayer], whole: bool) -> None:
+    def __init__(
+        self, module: nn.Module, layers: list[SwappedLayer], whole: bool, segments: list[list[SwappedLayer]]
+    ) -> None:
         super().__init__(module)
-        self.layers, self.whole = layers, whole
+        self.layers, self.whole, self.segments = layers, whole, segments
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
@@ -101,7 +105,25 @@ class SwappedDecoder(Replaced):
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
-        return Call(positions, cu_seqlens)
+        return Call(positions, cu_seqlens, self._runs(given))
+
+    def _runs(self, given: dict[str, Any]) -> dict[int, list[CheckpointedBlock]]:
+        """What the layer at each place runs, in segments of several; nothing where all run one by one."""
+        if len(self.segments) == len(self.layers):
+            return {}
+        asked = given.get("output_hidden_states")
+        if getattr(self.module.config, "output_hidden_states", False) if asked is None else asked:
+            self.warn("output_hidden_states=True asks for every layer's: segments are not used")
+            return {}
+        hooked = next((s for s in self.layers if watched(s.module, replaced=True)), None)
+        if hooked is not None:
+            self.warn(f"a {type(hooked.module).__name__} has forward hooks: segments are not used")
+            return {}
+        runs: dict[int, list[CheckpointedBlock]] = {}
+        for segment in self.segments:
+            runs |= {s.place: [] for s in segment}
+            runs[segment[0].place] = [s.block for s in segment]
+        return runs
 
     @staticmethod
     def _like(given: dict[str, Any]) -> Tensor:

@@ -97,12 +97,12 @@ class Mapping:
         return None
 
 
-def watched(module: nn.Module) -> bool:
+def watched(module: nn.Module, replaced: bool = False) -> bool:
     """The module has forward hooks, other than those by which transformers records attentions and hidden states.
 
-    Or a forward of its own, as Accelerate puts there.
+    Or a forward of its own, as Accelerate puts there, unless that is known to be `replaced`.
     """
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not replaced:
         return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks)
