@@ -62,7 +62,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
         return finish(layer, options, sources)
     except UnsupportedError as reason:
         plain = {**options, "mlp": "swiglu"} if isinstance(options["mlp"], UnsupportedError) else options
-        return generic.mapping_of(layer, _spec(plain, bias=False), str(reason))
+        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason))
 
 
 def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping:
@@ -75,7 +75,7 @@ def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping
         _check_module(source, module, options["norm_eps"])
         if getattr(module, source.bias, None) is not None and "norm" not in source.names[0]:
             biased |= set(source.names)
-    spec = _spec(options, bias_of(biased))
+    spec = spec_of(options, bias_of(biased))
     kinds = tuple((s.path, type(layer.get_submodule(s.path))) for s in sources)
     mapping = Mapping(spec, tuple(sources), kinds)
     mapping.check(layer)
@@ -92,7 +92,8 @@ def _check_version() -> None:
         )
 
 
-def _spec(options: Options, bias: bool | str) -> BlockSpec:
+def spec_of(options: Options, bias: bool | str) -> BlockSpec:
+    """The spec of these options. Raises `UnsupportedError` where there is none."""
     try:
         return BlockSpec.make(**options, bias=bias)
     except ValueError as error:
