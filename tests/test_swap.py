@@ -78,7 +78,7 @@ def test_saves_sets_give_the_same_bits(implementation):
         assert_same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("family", ["Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
+@pytest.mark.parametrize("family", ["Cohere", "Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
 def test_the_generic_path(family):
     """For an activation that no standard block has; with every save set, whose gradients are the same bits."""
     model = make_model(family)
@@ -190,6 +190,22 @@ def test_lora_put_in_after_the_swap_runs_the_original():
 def test_other_types_of_rope(rope):
     rope = {"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope}
     check(make_model("Llama", rope_parameters=rope), [make_batch("plain")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cohere_with_a_norm_for_each_head(dtype):
+    """Its layers are generic; the gradients are the same bits with every save set."""
+    model = make_model("Cohere", dtype, use_qk_norm=True)
+    check(model, [make_batch(kind) for kind in KINDS])
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.unswap(model)
+        report = pyckpt.swap(model, save=save, tile=10)
+        assert [e.path for e in report.entries] == ["generic", "generic", "standard"]
+        assert "QK-norm is a LayerNorm with a weight for each head" in report.entries[0].why
+        results.append(step(model, batch))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 def test_neox_in_sequence_and_without_biases():
@@ -466,7 +482,6 @@ def test_bad_input():
             "RoPE",
         ),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'dyn"),
-        ("Cohere", {"use_qk_norm": True}, "QK-norm is a LayerNorm"),
         ("GPT2", {"add_cross_attention": True}, "cross attention"),
         ("Phi3", {"resid_pdrop": 0.1, "attn_implementation": "sdpa"}, None),
         ("Gemma3", {"use_bidirectional_attention": True}, "not causal"),
@@ -566,6 +581,22 @@ def test_compiles_without_a_break():
     torch.testing.assert_close(loss, before["loss"])
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, before[name])
+
+
+def test_the_generic_path_is_not_compiled_but_right():
+    """It breaks the graph at each layer, and what it drops is dropped again."""
+    model = make_encoder(layers=1, batch_first=True)
+    pyckpt.swap(model, tile=10)
+    x, weight = torch.randn(2, 19, 48), torch.randn(2, 19, 48)
+    made = []
+    for module in (model, torch.compile(model, backend="aot_eager")):
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        params = dict(model.named_parameters())
+        grads = torch.autograd.grad((y * weight).sum(), [leaf, *params.values()])
+        made.append(dict(zip(["y", "dx", *params], [y.detach(), *grads], strict=True)))
+    assert_same_bits(*made)
 
 
 # --- torch.nn.TransformerEncoderLayer ------------------------------------------------------------------------------
