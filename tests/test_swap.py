@@ -146,7 +146,7 @@ def test_what_is_kept_may_wait_in_a_file():
     assert_same_bits(truth, step(model, batch))
 
 
-@pytest.mark.parametrize("family", ["Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
+@pytest.mark.parametrize("family", ["Cohere", "Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
 def test_the_generic_path(family):
     """For an activation that no standard block has; with every save set, whose gradients are the same bits."""
     model = make_model(family)
@@ -258,6 +258,22 @@ def test_lora_put_in_after_the_swap_runs_the_original():
 def test_other_types_of_rope(rope):
     rope = {"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope}
     check(make_model("Llama", rope_parameters=rope), [make_batch("plain")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cohere_with_a_norm_for_each_head(dtype):
+    """Its layers are generic; the gradients are the same bits with every save set."""
+    model = make_model("Cohere", dtype, use_qk_norm=True)
+    check(model, [make_batch(kind) for kind in KINDS])
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.unswap(model)
+        report = pyckpt.swap(model, save=save, tile=10)
+        assert [e.path for e in report.entries] == ["generic", "generic", "standard"]
+        assert "QK-norm is a LayerNorm with a weight for each head" in report.entries[0].why
+        results.append(step(model, batch))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 def test_neox_in_sequence_and_without_biases():
@@ -536,7 +552,6 @@ def test_bad_input():
             "RoPE",
         ),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'dyn"),
-        ("Cohere", {"use_qk_norm": True}, "QK-norm is a LayerNorm"),
         ("GPT2", {"add_cross_attention": True}, "cross attention"),
         ("Phi3", {"resid_pdrop": 0.1, "attn_implementation": "sdpa"}, None),
         ("Gemma3", {"use_bidirectional_attention": True}, "not causal"),
@@ -638,19 +653,41 @@ def test_compiles_without_a_break():
         torch.testing.assert_close(p.grad, before[name])
 
 
+def test_the_generic_path_is_not_compiled_but_right():
+    """It breaks the graph at each layer, and what it drops is dropped again."""
+    model = make_encoder(layers=1, batch_first=True)
+    pyckpt.swap(model, tile=10)
+    x, weight = torch.randn(2, 19, 48), torch.randn(2, 19, 48)
+    made = []
+    for module in (model, torch.compile(model, backend="aot_eager")):
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        params = dict(model.named_parameters())
+        grads = torch.autograd.grad((y * weight).sum(), [leaf, *params.values()])
+        made.append(dict(zip(["y", "dx", *params], [y.detach(), *grads], strict=True)))
+    assert_same_bits(*made)
+
+
 # --- torch.nn.TransformerEncoderLayer ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_encoder_layers(norm_first, batch_first):
-    layer = nn.TransformerEncoderLayer(
-        48, 4, 72, dropout=0.0, activation="gelu", batch_first=batch_first, norm_first=norm_first
-    )
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+def make_encoder(dtype: torch.dtype = torch.float32, layers: int = 2, **options: Any) -> nn.TransformerEncoder:
+    """Layers with every parameter random, in training mode, with PyTorch's defaults where nothing is given."""
+    layer = nn.TransformerEncoderLayer(48, 4, 72, **options)
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+    randomise(model)
+    return model.to(dtype)
+
+
+def randomise(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
+
+
+def check_encoder(model: nn.Module, path: str, batch_first: bool) -> None:
+    """Output and gradients without a mask, with padding, and causal, by the 2x rule against the layers themselves."""
     x = torch.randn((2, 19, 48) if batch_first else (19, 2, 48))
     padding = torch.zeros(2, 19, dtype=torch.bool)
     padding[1, 12:] = True
@@ -658,29 +695,174 @@ def test_encoder_layers(norm_first, batch_first):
     weight = weight if batch_first else weight.transpose(0, 1)
     causal = nn.Transformer.generate_square_subsequent_mask(19)
 
-    def run(module: nn.Module, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    def run(module: nn.Module, dtype: torch.dtype) -> list[State]:
         results = []
         for options in ({}, {"src_key_padding_mask": padding}, {"mask": causal.to(dtype)}):
             leaf = x.to(dtype).requires_grad_()
-            y = module(leaf, **options)
+            y = module(leaf, **options) * (weight != 0)
             params = dict(module.named_parameters())
             grads = torch.autograd.grad((y * weight).sum(), [leaf, *params.values()])
-            results.append(dict(zip(["dx", *params], grads, strict=True)))
+            results.append(dict(zip(["y", "dx", *params], [y.detach(), *grads], strict=True)))
         return results
 
     truth, plain = run(copy.deepcopy(model).double(), torch.float64), run(model, torch.float32)
-    assert len(pyckpt.swap(model, tile=10).swapped) == 2
+    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == [path] * 2
     for ours, p, t in zip(run(model, torch.float32), plain, truth, strict=True):
         assert_as_good(ours, p, t, torch.float32)
+
+
+@pytest.mark.parametrize(("activation", "path"), [("gelu", "standard"), ("relu", "generic")])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_encoder_layers(norm_first, batch_first, activation, path):
+    options = {"dropout": 0.0, "activation": activation, "batch_first": batch_first, "norm_first": norm_first}
+    model = make_encoder(**options)
+    check_encoder(model, path, batch_first)
+    x = torch.randn((2, 19, 48) if batch_first else (19, 2, 48))
     with pytest.warns(UserWarning, match="a src_mask that is not the causal one"):
         model(x, mask=torch.zeros(19, 19))
 
 
-def test_encoder_layers_with_dropout_are_left():
-    with pytest.raises(ValueError, match="drops values inside its MLP"):
-        pyckpt.swap(nn.TransformerEncoderLayer(48, 4, 72, activation="gelu"))
-    with pytest.raises(ValueError, match="activation relu is not one"):
-        pyckpt.swap(nn.TransformerEncoderLayer(48, 4, 72))
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_layers_of_other_parts(norm_first):
+    """An activation with a weight, norms of another kind and of another eps, and no biases."""
+    options = {"activation": nn.PReLU(), "batch_first": True, "norm_first": norm_first}
+    model = make_encoder(dropout=0.0, bias=False, **options)
+    for layer in model.layers:
+        layer.norm1, layer.norm2 = nn.RMSNorm(48, eps=0.1), nn.LayerNorm(48, eps=1e-3)
+        layer.dropout = nn.Identity()
+    randomise(model)
+    check_encoder(model, "generic", batch_first=True)
+
+
+def test_encoder_layers_whose_norms_are_not_layernorms_are_not_taken_for_such():
+    model = make_encoder(dropout=0.0, activation="gelu", batch_first=True)
+    for layer in model.layers:
+        layer.norm1, layer.norm2 = nn.RMSNorm(48, eps=1e-5), nn.RMSNorm(48, eps=1e-5)
+    check_encoder(model, "generic", batch_first=True)
+
+
+def seeded(model: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> State:
+    """Output and gradients of a run that draws from seed 3, with padding."""
+    torch.manual_seed(3)
+    padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+    padding[1, 12:] = True
+    x = x.clone().requires_grad_()
+    y = model(x, src_key_padding_mask=padding)
+    params = dict(model.named_parameters())
+    grads = torch.autograd.grad((y * weight).sum(), [x, *params.values()])
+    return dict(zip(["y", "x", *params], [y.detach(), *grads], strict=True))
+
+
+@pytest.mark.parametrize(("norm_first", "mode"), [(True, "training"), (False, "training"), (True, "dropout alone")])
+def test_what_encoder_layers_drop_is_dropped_again(norm_first, mode):
+    """The gradients are the same bits with every save set, and the slope of the seeded loss, in float64."""
+    options = {"batch_first": True, "norm_first": norm_first}
+    # ReLU, the default, has corners, where there is no slope.
+    model = make_encoder(torch.float64, activation=nn.SiLU(), **options)
+    if mode == "dropout alone":  # as for sampling from a trained model
+        model.eval()
+        for layer in model.layers:
+            layer.dropout.train()
+    x, weight = torch.randn(2, 19, 48, dtype=torch.float64), torch.randn(2, 19, 48, dtype=torch.float64)
+    results = []
+    for save in ("attention", "input", "attention+qkv", "attention"):
+        assert [e.path for e in pyckpt.swap(model, save=save, tile=10).entries] == ["generic", "generic"]
+        results.append(seeded(model, x, weight))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    pyckpt.swap(model, tile=10)
+    with torch.no_grad():
+        assert not torch.equal(model(x), model(x))
+    assert_slopes(model, x, weight, results[0])
+
+
+def assert_slopes(model: nn.Module, x: torch.Tensor, weight: torch.Tensor, made: State, eps: float = 1e-6) -> None:
+    """The gradients `made` of `seeded`, against the slope along one random direction of all that they are of."""
+    leaves = [x, *model.parameters()]
+    directions = [torch.randn_like(t) for t in leaves]
+    ends = []
+    for scale in (eps, -2 * eps):
+        with torch.no_grad():
+            for t, d in zip(leaves, directions, strict=True):
+                t += scale * d
+        ends.append((seeded(model, x, weight)["y"] * weight).sum())
+    names = ("x", *(n for n, _ in model.named_parameters()))
+    found = torch.stack([(made[n] * d).sum() for n, d in zip(names, directions, strict=True)])
+    slope = (ends[0] - ends[1]) / (2 * eps)
+    torch.testing.assert_close(found.sum(), slope, rtol=0.0, atol=1e-6 * found.abs().max().item() + 1e-6)
+
+
+def test_encoder_layers_by_default_repeat_with_the_seed():
+    model = make_encoder(batch_first=True)
+    x, weight, results = torch.randn(2, 19, 48), torch.randn(2, 19, 48), []
+    for save in ("attention", "attention", "input"):
+        pyckpt.swap(model, save=save, tile=10)
+        results.append(seeded(model, x, weight))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("site", ["self_attn", "dropout", "dropout1", "dropout2"])
+def test_every_dropout_of_an_encoder_layer_drops(site):
+    """Each alone, and in training alone. Of the last one it is seen what is zero, and how the rest is scaled."""
+    model = make_encoder(layers=1, batch_first=True, norm_first=True)
+    layer = model.layers[0]
+    for name in {"dropout", "dropout1", "dropout2"} - {site}:
+        getattr(layer, name).p = 0.0
+    layer.self_attn.dropout = 0.3 if site == "self_attn" else 0.0
+    x = torch.randn(2, 19, 48)
+    before = model.eval()(x)
+    pyckpt.swap(model, tile=10)
+    torch.testing.assert_close(model(x), before)
+    made = model.train()(x)
+    assert not torch.allclose(made, before)
+    if site == "dropout2":
+        pyckpt.unswap(model)
+        layer.dropout2.p = 0.0
+        added = before - x - layer._sa_block(layer.norm1(x), None, None)
+        kept = (made - before + added) / added
+        assert torch.allclose(kept * 0.9, (kept > 0.5).float(), atol=1e-2)
+        assert 0.05 < (kept < 0.5).float().mean() < 0.15
+
+
+def test_an_activation_that_draws_at_random_draws_the_same_again():
+    model = make_encoder(torch.float64, activation=nn.RReLU(0.1, 0.9), dropout=0.0, batch_first=True)
+    x, weight = torch.randn(2, 19, 48, dtype=torch.float64), torch.randn(2, 19, 48, dtype=torch.float64)
+    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic"]
+    # Smaller steps, which meet few corners.
+    assert_slopes(model, x, weight, seeded(model, x, weight), eps=1e-8)
+
+
+def test_encoder_layers_by_default_without_dropout_in_eval_mode():
+    model = make_encoder(batch_first=True).eval()
+    x = torch.randn(2, 19, 48)
+    before = model(x)
+    with torch.no_grad():
+        fast = model(x)
+    pyckpt.swap(model)
+    torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), fast)
+
+
+def test_encoder_layers_of_unknown_parts_are_left_and_named():
+    def message(**parts: nn.Module) -> str:
+        layer = nn.TransformerEncoderLayer(48, 4, 72)
+        for name, part in parts.items():
+            setattr(layer, name, part)
+        with pytest.raises(ValueError, match="there is nothing to swap") as raised:
+            pyckpt.swap(layer)
+        return str(raised.value)
+
+    assert "norm1 is a torch.nn.modules.batchnorm.BatchNorm1d" in message(norm1=nn.BatchNorm1d(48))
+    assert "dropout2 is a torch.nn.modules.dropout.Dropout1d" in message(dropout2=nn.Dropout1d(0.1))
+    assert "biases or zeros of its own" in message(self_attn=nn.MultiheadAttention(48, 4, add_bias_kv=True))
+    hooked = nn.Linear(48, 72)
+    hooked.register_forward_hook(lambda *_: None)
+    assert "linear1 has forward hooks" in message(linear1=hooked)
 
 
 # --- transformers' Trainer -------------------------------------------------------------------------------------------

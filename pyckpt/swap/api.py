@@ -147,8 +147,7 @@ def _decoder(
             continue
         block = GenericMappedBlock if mapping.why else MappedBlock
         swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile), place))
-        why = f"its own modules, tile by tile: {mapping.why}" if mapping.why else "as a standard block"
-        entries.append(Entry(full, kind, GENERIC if mapping.why else STANDARD, f"{why}; save={save!r}"))
+        entries.append(_entry(full, kind, mapping.why, save))
     if not swapped:
         return []
     whole = len(swapped) == len(layers)
@@ -167,6 +166,12 @@ def _segments(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer
     return found
 
 
+def _entry(name: str, kind: str, why_generic: str, save: str | Save) -> Entry:
+    """Of a layer that is swapped; `why_generic` is empty for one on the standard path."""
+    why = f"its own modules, tile by tile: {why_generic}" if why_generic else "as a standard block"
+    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}")
+
+
 def _encoder_layer(
     name: str, layer: nn.TransformerEncoderLayer, save: str | Save, tile: int | None, entries: list[Entry]
 ) -> list[Replaced]:
@@ -175,12 +180,11 @@ def _encoder_layer(
         if type(layer) is not nn.TransformerEncoderLayer:
             raise UnsupportedError("a class derived from TransformerEncoderLayer is not known")
         _check_forward(layer)
-        mappings = {causal: encoder.mapping_of(layer, causal) for causal in (False, True)}
+        blocks = {causal: encoder.block_of(layer, causal, save, tile) for causal in (False, True)}
     except UnsupportedError as reason:
         entries.append(Entry(name, kind, ORIGINAL, str(reason)))
         return []
-    entries.append(Entry(name, kind, STANDARD, f"as a standard block, save={save!r}"))
-    blocks = {causal: MappedBlock(layer, mapping, save, tile) for causal, mapping in mappings.items()}
+    entries.append(_entry(name, kind, blocks[False].mapping.why, save))
     return [encoder.SwappedEncoderLayer(layer, blocks)]
 
 

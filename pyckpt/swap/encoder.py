@@ -1,53 +1,61 @@
-"""`torch.nn.TransformerEncoderLayer` as a standard block."""
+"""`torch.nn.TransformerEncoderLayer` as a standard block, or its own modules around our attention."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyckpt.block import run_blocks
-from pyckpt.swap import masks
+from pyckpt.save import Save
+from pyckpt.swap import generic, masks
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.families import ATTENTION, MLP, finish
+from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
+from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.weights import Mapping, Source, UnsupportedError
+from pyckpt.swap.weights import Mapping, Source, UnsupportedError, watched
 
+EncoderBlock = MappedBlock | GenericMappedBlock
 _ACTIVATIONS = {F.gelu: "gelu"}
+# Those that surely draw no random numbers.
+_STEADY = (F.relu, torch.relu, F.gelu, F.silu, F.mish, F.elu, F.leaky_relu, F.softplus, torch.tanh, torch.sigmoid)
 
 
-def mapping_of(layer: nn.TransformerEncoderLayer, causal: bool) -> Mapping:
-    """The layer as a block that is causal or not. Raises `UnsupportedError`, saying why not."""
-    attention, kind = layer.self_attn, _activation(layer.activation)
-    if layer.dropout.p:
+def block_of(layer: nn.TransformerEncoderLayer, causal: bool, save: str | Save, tile: int | None) -> EncoderBlock:
+    """The layer as a block that is causal or not, standard if it can be, else generic (`mapping.why` says why).
+
+    Raises `UnsupportedError`, saying why neither.
+    """
+    try:
+        return MappedBlock(layer, _standard_mapping(layer, causal), save, tile)
+    except UnsupportedError as reason:
+        return _GenericEncoderBlock(layer, _generic_mapping(layer, causal, str(reason)), save, tile)
+
+
+def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mapping:
+    kind = _activation(layer.activation)
+    if _rate(layer.dropout):
         raise UnsupportedError("it drops values inside its MLP (dropout > 0), which a block does not")
-    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
-        raise UnsupportedError("its attention has widths, biases or zeros of its own for keys and values")
-    if layer.norm1.elementwise_affine is False or layer.norm1.eps != layer.norm2.eps:
-        raise UnsupportedError("its norms have no weights, or differ in eps")
-    rates = {float(d.p) for d in (layer.dropout1, layer.dropout2)}
+    norms = (layer.norm1, layer.norm2)
+    if not all(type(n) is nn.LayerNorm and n.elementwise_affine for n in norms) or norms[0].eps != norms[1].eps:
+        raise UnsupportedError("its norms are not LayerNorms with weights and one eps")
+    rates = {_rate(d) for d in (layer.dropout1, layer.dropout2)}
     if len(rates) > 1:
         raise UnsupportedError(f"dropout after attention and after the MLP differ: {sorted(rates)}")
-    d_model = attention.embed_dim
-    options = {
-        "d_model": d_model,
-        "n_heads": attention.num_heads,
+    options = _options(layer, causal) | {
         "d_ff": layer.linear1.out_features,
-        "norm": "layernorm",
         "norm_eps": layer.norm1.eps,
-        "norm_placement": "pre" if layer.norm_first else "post",
         "mlp": kind,
-        "rope_theta": None,
-        "causal": causal,
         "dropout": rates.pop(),
-        "attention_dropout": float(attention.dropout),
     }
     last = "post_attention_layernorm" if layer.norm_first else "post_feedforward_layernorm"
     qkv = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
     sources = [
-        Source("self_attn", qkv, (d_model,) * 3, weight="in_proj_weight", bias="in_proj_bias"),
+        Source("self_attn", qkv, (options["d_model"],) * 3, weight="in_proj_weight", bias="in_proj_bias"),
         Source("self_attn.out_proj", (f"{ATTENTION}.o_proj",)),
         Source("linear1", (f"{MLP}.up_proj",)),
         Source("linear2", (f"{MLP}.down_proj",)),
@@ -57,13 +65,121 @@ def mapping_of(layer: nn.TransformerEncoderLayer, causal: bool) -> Mapping:
     return finish(layer, options, sources)
 
 
+def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) -> Mapping:
+    attention = layer.self_attn
+    for path, kinds in _KINDS.items():
+        kind = type(layer.get_submodule(path))
+        if kind not in kinds:
+            raise UnsupportedError(f"{path} is a {kind.__module__}.{kind.__name__}, not PyTorch's own; {why}")
+    generic.check_unwatched(layer)
+    if watched(attention):
+        raise UnsupportedError("self_attn has forward hooks, which a swapped layer would not run")
+    read = (("self_attn", attention), *generic.inner(layer))
+    # Of the spec the generic path reads what attention is; any MLP and norm stand for the layer's own.
+    spec = spec_of(_options(layer, causal) | {"mlp": "gelu"}, bias=False)
+    return Mapping(spec, (), tuple((path, type(module)) for path, module in read), why)
+
+
+_NORMS, _DROPOUTS = (nn.LayerNorm, nn.RMSNorm, nn.Identity), (nn.Dropout, nn.Identity)
+# What stands where these do must treat each token by itself, or, of attention, be what its weights say.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "self_attn": (nn.MultiheadAttention,),
+    "self_attn.out_proj": (NonDynamicallyQuantizableLinear, nn.Linear),
+    **dict.fromkeys(("norm1", "norm2"), _NORMS),
+    **dict.fromkeys(("dropout", "dropout1", "dropout2"), _DROPOUTS),
+}
+
+
+def _options(layer: nn.TransformerEncoderLayer, causal: bool) -> Options:
+    """What both paths read. Raises `UnsupportedError` for attention that is not of one input, by its weights alone."""
+    attention = layer.self_attn
+    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+        raise UnsupportedError("its attention has widths, biases or zeros of its own for keys and values")
+    return {
+        "d_model": attention.embed_dim,
+        "n_heads": attention.num_heads,
+        "norm": "layernorm",
+        "norm_placement": "pre" if layer.norm_first else "post",
+        "rope_theta": None,
+        "causal": causal,
+        "attention_dropout": float(attention.dropout),
+    }
+
+
+def _rate(dropout: nn.Module) -> float:
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout:
+        raise UnsupportedError(f"it has a {type(dropout).__name__} where a Dropout was expected")
+    return float(dropout.p)
+
+
 def _activation(activation: Any) -> str:
-    if isinstance(activation, nn.GELU):
+    if type(activation) is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     if activation not in _ACTIVATIONS:
         name = getattr(activation, "__name__", type(activation).__name__)
         raise UnsupportedError(f"the activation {name} is not one of a block's")
     return _ACTIVATIONS[activation]
+
+
+def _is_steady(activation: Any) -> bool:
+    """Whether the activation surely draws no random numbers."""
+    kind = type(activation)
+    return activation in _STEADY or (kind.__module__ == "torch.nn.modules.activation" and kind is not nn.RReLU)
+
+
+class _GenericEncoderBlock(GenericMappedBlock):
+    """The encoder layer's own modules around our attention."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer, mapping: Mapping, save: str | Save, tile: int | None) -> None:
+        super().__init__(layer, mapping, save, tile, (_Pre(layer), _Post(layer)))
+        self._steady = _is_steady(layer.activation)
+
+    @property
+    def drops(self) -> bool:
+        # An activation that is not known may draw what it does; a seed for nothing does no harm.
+        return super().drops or (not self._steady and self._layer[0].training)
+
+
+class _Pre(nn.Module):
+    """q, k, v (t, d_model) of x (t, d_model); positions are not read."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.norm = layer.norm1 if layer.norm_first else nn.Identity()
+        self.self_attn = layer.self_attn
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        # The attention's output projection is read by `post`.
+        return ((n, p) for n, p in super().named_parameters(*args, **kwargs) if ".out_proj." not in n)
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        attention = self.self_attn
+        return F.linear(self.norm(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+
+
+class _Post(nn.Module):
+    """y (t, d_model) of x (t, d_model) and the attention output o (t, d_model)."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.norm_first, self.activation = layer.norm_first, layer.activation
+        self.out_proj, self.dropout1 = layer.self_attn.out_proj, layer.dropout1
+        self.linear1, self.dropout, self.linear2, self.dropout2 = (
+            layer.get_submodule(n) for n in ("linear1", "dropout", "linear2", "dropout2")
+        )
+        # With norm_first the first norm is read by `pre`.
+        self.norm1, self.norm2 = nn.Identity() if layer.norm_first else layer.norm1, layer.norm2
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        mid = self.norm1(x + self.dropout1(self.out_proj(o)))
+        if self.norm_first:
+            return mid + self._mlp(self.norm2(mid))
+        return self.norm2(mid + self._mlp(mid))
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(h)))))
 
 
 class SwappedEncoderLayer(Replaced):
@@ -73,7 +189,9 @@ class SwappedEncoderLayer(Replaced):
     unbatched ones run the original forward.
     """
 
-    def __init__(self, module: nn.TransformerEncoderLayer, blocks: dict[bool, MappedBlock]) -> None:
+    def __init__(
+        self, module: nn.TransformerEncoderLayer, blocks: dict[bool, MappedBlock | GenericMappedBlock]
+    ) -> None:
         super().__init__(module)
         self._batch_first = module.self_attn.batch_first
         self.blocks = blocks  # by causal

@@ -31,6 +31,8 @@ _ACTIVATIONS = {
     "ReLUSquaredActivation": "relu2",
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
+# What stands in a spec for an option that says why it is not a block's: the generic path runs the layer's own module.
+_PLAIN: Options = {"mlp": "swiglu", "qk_norm": True}
 # Frequencies that depend on the length of the batch.
 _MOVING_ROPE = ("dynamic", "longrope")
 
@@ -61,21 +63,22 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     try:
         return finish(layer, options, sources)
     except UnsupportedError as reason:
-        plain = {**options, "mlp": "swiglu"} if isinstance(options["mlp"], UnsupportedError) else options
-        return generic.mapping_of(layer, _spec(plain, bias=False), str(reason))
+        plain = {n: _PLAIN[n] if isinstance(v, UnsupportedError) else v for n, v in options.items()}
+        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason))
 
 
 def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping:
     """The mapping, after checking the modules that hold the weights and the weights themselves."""
-    if isinstance(options["mlp"], UnsupportedError):
-        raise options["mlp"]
+    for value in options.values():
+        if isinstance(value, UnsupportedError):
+            raise value
     biased = set()
     for source in sources:
         module = layer.get_submodule(source.path)
         _check_module(source, module, options["norm_eps"])
         if getattr(module, source.bias, None) is not None and "norm" not in source.names[0]:
             biased |= set(source.names)
-    spec = _spec(options, bias_of(biased))
+    spec = spec_of(options, bias_of(biased))
     kinds = tuple((s.path, type(layer.get_submodule(s.path))) for s in sources)
     mapping = Mapping(spec, tuple(sources), kinds)
     mapping.check(layer)
@@ -92,7 +95,8 @@ def _check_version() -> None:
         )
 
 
-def _spec(options: Options, bias: bool | str) -> BlockSpec:
+def spec_of(options: Options, bias: bool | str) -> BlockSpec:
+    """The spec of these options. Raises `UnsupportedError` where there is none."""
     try:
         return BlockSpec.make(**options, bias=bias)
     except ValueError as error:
@@ -270,7 +274,7 @@ def _cohere(layer: Any) -> Family:
     options, sources = _llama(layer, eps="layer_norm_eps")
     sources = [s for s in sources if s.path != "post_attention_layernorm"]
     if layer.self_attn.use_qk_norm:
-        raise UnsupportedError("its QK-norm is a LayerNorm with a weight for each head")
+        options["qk_norm"] = UnsupportedError("its QK-norm is a LayerNorm with a weight for each head")
     return options | {"norm": "layernorm", "residual": "parallel_shared", "rope_interleaved": True}, sources
 
 

@@ -7,6 +7,7 @@ differentiated by autograd, one tile at a time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,12 @@ def check(layer: nn.Module, spec: BlockSpec) -> None:
     missing = [n for n in names if not _has(layer, n)]
     if missing:
         raise UnsupportedError(f"it has no {', '.join(missing)}, of which the generic path is put together")
-    for path, module in _inner(layer):
+    check_unwatched(layer)
+
+
+def check_unwatched(layer: nn.Module) -> None:
+    """Raise `UnsupportedError` where a module inside the layer has forward hooks."""
+    for path, module in inner(layer):
         if watched(module):
             raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
 
@@ -60,7 +66,8 @@ def _has(layer: nn.Module, path: str) -> bool:
     return True
 
 
-def _inner(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+def inner(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules inside the layer, by path; not the attention itself, which is replaced."""
     return [(path, module) for path, module in layer.named_modules() if path not in ("", ATTENTION)]
 
 
@@ -164,22 +171,36 @@ def _drawing(tile: Tile, site: int) -> Iterator[None]:
 
 
 class GenericMappedBlock(CheckpointedBlock):
-    """A layer's own modules around our attention, on the layer's parameters."""
+    """A layer's own modules around our attention, on the layer's parameters.
+
+    `parts` are `pre` and `post` (see `CkptGenericBlock`); by default those of a decoder layer.
+    """
 
     mixes_dtypes = True  # adapters have a dtype of their own
 
-    def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        mapping: Mapping,
+        save: str | Save,
+        tile: int | None,
+        parts: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping = mapping
         self._layer = (layer,)
-        self._parts = (_Pre(layer, mapping.spec), _Post(layer, mapping.spec))
+        self._parts = parts or (_Pre(layer, mapping.spec), _Post(layer, mapping.spec))
 
     @property
     def drops(self) -> bool:
-        if not self._layer[0].training:
-            return False
-        inside = (m.p for _, m in _inner(self._layer[0]) if isinstance(m, nn.modules.dropout._DropoutNd))
-        return self.mapping.spec.attention_dropout > 0.0 or any(p > 0.0 for p in inside)
+        # By each module's own mode: some keep dropout on in a model in eval mode.
+        inside = (m for _, m in inner(self._layer[0]) if isinstance(m, nn.modules.dropout._DropoutNd))
+        return self._attend().dropout > 0.0 or any(m.training and m.p > 0.0 for m in inside)
+
+    def _attend(self) -> DenseAttend:
+        attend = DenseAttend.of(self.mapping.spec)
+        training = self._layer[0].get_submodule(ATTENTION).training
+        return attend if training else dataclasses.replace(attend, dropout=0.0)
 
     def _check_save(self, save: SaveSet) -> SaveSet:
         # What lies inside `post` it can't see; it keeps the rest of the save set.
@@ -191,13 +212,12 @@ class GenericMappedBlock(CheckpointedBlock):
         }
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
-        attend = DenseAttend.of(self.mapping.spec)
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
         tokenwise = _Tokenwise(*self._parts, torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False))
-        return generic_plan(tokenwise, attend, self._save, *options)
+        return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 
 def mapping_of(layer: nn.Module, spec: BlockSpec, why: str) -> Mapping:
     """The mapping of a layer on the generic path; `why` it is not on the standard one."""
     check(layer, spec)
-    return Mapping(spec, (), tuple((path, type(module)) for path, module in _inner(layer)), why)
+    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why)
