@@ -98,14 +98,26 @@ def test_the_generic_path(family):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_of_experts(family):
     model = make_model(family)
-    exact = copy.deepcopy(model).double()
-    batches = [make_batch(kind) for kind in KINDS]
-    with InFloat64():
-        truth = [step(exact, batch) for batch in batches]
-    plain = [step(model, batch) for batch in batches]
-    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic", "original"]
-    for batch, p, t in zip(batches, plain, truth, strict=True):
-        assert_step_as_good(step(model, batch), p, t, torch.float32)
+    check(model, [make_batch(kind) for kind in KINDS])
+    pyckpt.unswap(model)
+    assert [e.path for e in pyckpt.swap(model).entries] == ["generic", "generic", "standard"]
+    assert type(model(**make_batch("plain"))).__name__ == "MoeCausalLMOutputWithPast"
+
+
+@pytest.mark.parametrize("of_config", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_loss_with_a_share_of_the_routers_is_the_models_own(family, of_config):
+    model = make_model(family, output_router_logits=of_config, router_aux_loss_coef=0.7)
+    batch = make_batch("padded") | ({} if of_config else {"output_router_logits": True})
+    before, state = model(**batch), step(model, batch)
+    pyckpt.swap(model)
+    with pytest.warns(UserWarning, match=r"output_router_logits=True .* original forward"):
+        after = model(**batch)
+    assert torch.equal(after.loss, before.loss) and torch.equal(after.aux_loss, before.aux_loss)
+    assert after.logits is not None and len(after.router_logits) == len(before.router_logits)
+    assert_same_bits(step(model, batch), state)
+    without = model(**batch | {"output_router_logits": False})
+    assert without.logits is None and without.loss < before.loss
 
 
 def test_lora():
