@@ -166,14 +166,26 @@ def test_the_generic_path(family):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_of_experts(family):
     model = make_model(family)
-    exact = copy.deepcopy(model).double()
-    batches = [make_batch(kind) for kind in KINDS]
-    with InFloat64():
-        truth = [step(exact, batch) for batch in batches]
-    plain = [step(model, batch) for batch in batches]
-    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic", "original"]
-    for batch, p, t in zip(batches, plain, truth, strict=True):
-        assert_step_as_good(step(model, batch), p, t, torch.float32)
+    check(model, [make_batch(kind) for kind in KINDS])
+    pyckpt.unswap(model)
+    assert [e.path for e in pyckpt.swap(model).entries] == ["generic", "generic", "standard"]
+    assert type(model(**make_batch("plain"))).__name__ == "MoeCausalLMOutputWithPast"
+
+
+@pytest.mark.parametrize("of_config", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_loss_with_a_share_of_the_routers_is_the_models_own(family, of_config):
+    model = make_model(family, output_router_logits=of_config, router_aux_loss_coef=0.7)
+    batch = make_batch("padded") | ({} if of_config else {"output_router_logits": True})
+    before, state = model(**batch), step(model, batch)
+    pyckpt.swap(model)
+    with pytest.warns(UserWarning, match=r"output_router_logits=True .* original forward"):
+        after = model(**batch)
+    assert torch.equal(after.loss, before.loss) and torch.equal(after.aux_loss, before.aux_loss)
+    assert after.logits is not None and len(after.router_logits) == len(before.router_logits)
+    assert_same_bits(step(model, batch), state)
+    without = model(**batch | {"output_router_logits": False})
+    assert without.logits is None and without.loss < before.loss
 
 
 def test_lora():
@@ -846,6 +858,44 @@ def test_encoder_layers_by_default_without_dropout_in_eval_mode():
     torch.testing.assert_close(model(x), before)
     with torch.no_grad():
         torch.testing.assert_close(model(x), fast)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_layers_under_autocast_and_partly_frozen(norm_first):
+    model = make_encoder(dropout=0.0, batch_first=True, norm_first=norm_first)
+    for name, p in model.named_parameters():
+        p.requires_grad_("in_proj" in name or "norm2" in name or "linear1" in name)
+    x, weight = torch.randn(2, 19, 48), torch.randn(2, 19, 48)
+
+    def run(module: nn.Module, dtype: torch.dtype) -> State:
+        params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        leaf = x.to(dtype).requires_grad_()
+        y = module(leaf)
+        grads = torch.autograd.grad((y * weight).sum(), [leaf, *params.values()])
+        return dict(zip(["y", "dx", *params], [y.detach(), *grads], strict=True))
+
+    truth = run(copy.deepcopy(model).double(), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run(model, torch.float32)
+        assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic"]
+        ours = run(model, torch.float32)
+    assert [t.dtype for t in ours.values()] == [t.dtype for t in plain.values()]
+    assert_as_good(ours, plain, truth, torch.bfloat16)
+
+
+def test_copies_of_encoder_layers_are_swapped_on_their_own():
+    model = make_encoder(batch_first=True, activation=nn.PReLU())
+    x, weight = torch.randn(2, 19, 48), torch.randn(2, 19, 48)
+    pyckpt.swap(model, tile=10)
+    before = seeded(model, x, weight)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(seeded(twin, x, weight), before)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert not seeded(twin, x, weight)["y"].any()
+        assert_same_bits(seeded(model, x, weight), before)
+        pyckpt.unswap(twin)
 
 
 def test_encoder_layers_of_unknown_parts_are_left_and_named():

@@ -27,6 +27,7 @@ class Head:
     output: str = "CausalLMOutputWithPast"
 
 
+_MIXTURE = Head(output="MoeCausalLMOutputWithPast")
 _SOFTCAPPED = Head(softcap="final_logit_softcapping")
 HEADS = {
     "CohereForCausalLM": Head(multiplier="logit_scale"),
@@ -37,10 +38,12 @@ HEADS = {
     "GraniteForCausalLM": Head(divisor="logits_scaling"),
     "LlamaForCausalLM": Head(),
     "MistralForCausalLM": Head(),
+    "MixtralForCausalLM": _MIXTURE,
     "Olmo2ForCausalLM": Head(),
     "Phi3ForCausalLM": Head(),
     "Qwen2ForCausalLM": Head(),
     "Qwen3ForCausalLM": Head(),
+    "Qwen3MoeForCausalLM": _MIXTURE,
     "SmolLM3ForCausalLM": Head(),
     "Starcoder2ForCausalLM": Head(),
 }
@@ -76,6 +79,8 @@ class SwappedHead(Replaced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
         asked = given.pop("output_logits", False) or not self._no_logits(given.get("logits_to_keep", 0))
+        if self._routes(given):  # its loss has a share of the router's logits, which the layers would have to return
+            return self.original(**given)
         if given.get("labels") is None or asked or not (self.always or torch.is_grad_enabled()):
             return self.original(**given)
         try:
@@ -84,6 +89,10 @@ class SwappedHead(Replaced):
             self.warn(f"{reason}: the loss is the model's own, from logits")
             return self.original(**given)
         return self._loss(given)
+
+    def _routes(self, given: dict[str, Any]) -> bool:
+        asked = given.get("output_router_logits")
+        return bool(getattr(self.module.config, "output_router_logits", False) if asked is None else asked)
 
     @staticmethod
     def _no_logits(keep: Any) -> bool:
