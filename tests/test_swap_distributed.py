@@ -1,4 +1,4 @@
-"""Swapped models under DDP and FSDP2, two processes over gloo: the same gradients as one process."""
+"""Swapped models under DDP and FSDP2, two and four processes over gloo: the same gradients as one process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ from swap_models import make_model
 import pyckpt
 
 pytest.importorskip("transformers")
-WORLD = 2
+# By what is done: the number of processes.
+KINDS = {
+    "ddp": 2,
+    "ddp of four": 4,
+    "swap, then fsdp2": 2,
+    "fsdp2, then swap": 2,
+    "fsdp2 of four": 4,
+    "fsdp2, offloaded": 2,
+}
 
 
 def model_and_tokens() -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
-    return make_model("Phi3", torch.float64), torch.randint(1, 61, (2 * WORLD, 17))
+    return make_model("Phi3", torch.float64), torch.randint(1, 61, (8, 17))
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -36,26 +44,31 @@ def worker(rank: int, port: int, kind: str, path: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message="pyckpt.swap")
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", rank=rank, world_size=KINDS[kind])
     model, tokens = model_and_tokens()
-    tokens = tokens.chunk(WORLD)[rank]
+    tokens = tokens.chunk(KINDS[kind])[rank]
     if kind != "fsdp2, then swap":
         pyckpt.swap(model, tile=5)
-    if kind == "ddp":
+    if kind.startswith("ddp"):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     else:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+        policy = CPUOffloadPolicy(pin_memory=False) if kind == "fsdp2, offloaded" else OffloadPolicy()
         for layer in model.model.layers:
-            fully_shard(layer)
-        wrapped = fully_shard(model)
+            fully_shard(layer, offload_policy=policy)
+        wrapped = fully_shard(model, offload_policy=policy)
     if kind == "fsdp2, then swap":
         assert not pyckpt.swap(model, tile=5).left
-    for _ in range(2):  # a second step finds what the first left behind
+    calls: dict[str, int] = {}
+    for name, p in wrapped.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, n=name: calls.update({n: calls.get(n, 0) + 1}))
+    for i in range(2):  # a second step finds what the first left behind
         wrapped.zero_grad()
         out = wrapped(input_ids=tokens, labels=tokens)
         assert out.logits is None
         out.loss.backward()
+        assert set(calls.values()) == {i + 1} and len(calls) == len(list(wrapped.parameters()))
     grads = gradients(wrapped)
     if rank == 0:
         torch.save(grads, path)
@@ -65,12 +78,12 @@ def worker(rank: int, port: int, kind: str, path: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-@pytest.mark.parametrize("kind", ["ddp", "swap, then fsdp2", "fsdp2, then swap"])
-def test_two_processes_give_the_gradients_of_one(kind, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_processes_give_the_gradients_of_one(kind, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, args=(port, kind, str(tmp_path / "grads.pt")), nprocs=WORLD)
+    mp.spawn(worker, args=(port, kind, str(tmp_path / "grads.pt")), nprocs=KINDS[kind])
     got = torch.load(tmp_path / "grads.pt")
     model, tokens = model_and_tokens()
     pyckpt.swap(model)
