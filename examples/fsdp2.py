@@ -1,0 +1,105 @@
+"""FSDP2 over a swapped Hugging Face model, started by torchrun, with a sharded checkpoint.
+
+    torchrun --nproc-per-node 2 examples/fsdp2.py
+    torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 8192 --checkpoint run/step-100
+
+On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Tokens are bytes, the model is small and random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import pyckpt
+
+
+def small_llama() -> transformers.LlamaForCausalLM:
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def batch(text: bytes, step: int, rows: int, seq_len: int) -> torch.Tensor:
+    """Pieces of the text, (rows, seq_len) int64: the same in every process."""
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    starts = torch.randint(len(tokens) - seq_len + 1, (rows,), generator=torch.Generator().manual_seed(step))
+    return tokens[starts[:, None] + torch.arange(seq_len)]
+
+
+def save(model: torch.nn.Module, folder: Path) -> None:
+    """Each process writes its shards aside; the folder has its name when all are there."""
+    aside = folder.with_name(folder.name + ".part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
+    dcp.save(model.state_dict(), checkpoint_id=aside)
+    if dist.get_rank() == 0:
+        aside.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="a file, read as bytes")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=4, help="of a batch, over all processes")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--checkpoint", type=Path, help="a folder that does not exist yet")
+    args = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it by torchrun --nproc-per-node 2 examples/fsdp2.py")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if args.rows % world:
+        parser.error(f"--rows {args.rows} can't be dealt out to {world} processes; give a multiple")
+    if args.checkpoint is not None and args.checkpoint.exists():
+        parser.error(f"--checkpoint {args.checkpoint} exists already; give another folder")
+    text = args.text.read_bytes()
+    if len(text) < args.seq_len:
+        parser.error(f"{args.text} has {len(text)} bytes, fewer than --seq-len {args.seq_len}; give a longer text")
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    torch.manual_seed(0)
+    model = small_llama().to(device)
+    pyckpt.swap(model)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(args.steps):
+        tokens = batch(text, step, args.rows, args.seq_len).chunk(world)[rank].to(device)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().double() / world
+        dist.all_reduce(mean)
+        if rank == 0:
+            print(f"step {step}: loss {mean:.6f}", flush=True)
+    if args.checkpoint is not None:
+        save(model, args.checkpoint)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

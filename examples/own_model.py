@@ -1,0 +1,82 @@
+"""A model of one's own with `CkptTransformerBlock`: own embedding, packed lines of text, and a loss without logits.
+
+    python examples/own_model.py                       # on the text of a Python module
+    python examples/own_model.py --text book.txt --save input --steps 100
+
+Lines of different lengths are packed one after the other, without padding: each sees itself alone. Tokens are bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import pyckpt
+
+IGNORED = -100
+
+
+class LineModel(nn.Module):
+    """Predicts each byte of a line from those before it."""
+
+    def __init__(self, d_model: int = 128, n_layers: int = 4, save: str = "attention") -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, d_model)
+        self.blocks = nn.ModuleList(
+            pyckpt.CkptTransformerBlock(d_model, n_heads=4, n_kv_heads=2, qk_norm=True, window=64, save=save)
+            for _ in range(n_layers)
+        )
+        self.norm = nn.Parameter(torch.ones(d_model))
+
+    def loss(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of packed tokens (T,), whose lines start at cu_seqlens (N + 1,) int32."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, cu_seqlens=cu_seqlens)
+        x = pyckpt.rms_norm(x, self.norm)
+        target = tokens.roll(-1)
+        target[cu_seqlens[1:].long() - 1] = IGNORED  # the last byte of a line predicts nothing
+        return pyckpt.linear_cross_entropy(x, self.embedding.weight, target, ignore_index=IGNORED)
+
+
+def batches(text: bytes, lines: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random lines of the text, packed: tokens (T,) int64, and where each line starts and the last one ends."""
+    found = [line for line in text.splitlines() if line.strip()]
+    for _ in range(steps):
+        chosen = [found[i] for i in torch.randint(len(found), (lines,))]
+        lengths = torch.tensor([0, *(len(line) for line in chosen)])
+        yield torch.tensor(list(b"".join(chosen))), lengths.cumsum(0).to(torch.int32)
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="a file, read as lines of bytes")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--lines", type=int, default=32, help="in a batch")
+    parser.add_argument("--save", default="attention", choices=pyckpt.SAVE_SETS)
+    args = parser.parse_args(arguments)
+    text = args.text.read_bytes()
+    if not text.split():
+        parser.error(f"{args.text} has no line with text in it; give another file")
+
+    model = LineModel(save=args.save)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step, (tokens, cu_seqlens) in enumerate(batches(text, args.lines, args.steps)):
+        with pyckpt.measure.memory(model) as memory:
+            loss = model.loss(tokens, cu_seqlens)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        kept = memory.saved_bytes / len(tokens)
+        print(f"step {step}: loss {losses[-1]:.3f}, {len(tokens):,} tokens, {kept:,.0f} bytes kept for each")
+    return losses
+
+
+if __name__ == "__main__":
+    main()
