@@ -262,6 +262,20 @@ def test_save_set_and_tile_may_change_between_forward_and_backward():
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_what_a_block_gives_may_be_written_to(packed):
+    block = make_block(torch.float32, tile=10)
+    x, cu = make_input(packed, torch.float32)
+    results = []
+    for in_place in (False, True):
+        leaf = x.clone().requires_grad_()
+        y = block(leaf, cu_seqlens=cu)
+        y = y.add_(leaf) if in_place else y + leaf
+        y = block(y, cu_seqlens=cu)
+        results.append({"y": y.detach(), "dx": torch.autograd.grad(y.square().sum(), leaf)[0]})
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(packed, dynamic):
     block = make_block(torch.float32, tile=10, qk_norm=True)

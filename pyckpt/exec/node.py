@@ -84,7 +84,8 @@ def forward(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         inp = inputs(run, x, positions, cu_seqlens)
         y, kept = run_forward(run.plans, run.split(weights), inp, _seeds(run, seeds), keeping)
-    return y.view(x.shape), kept
+    # No view: nobody could write to one that a Function returns, and `x = block(x); x += ...` is what people write.
+    return torch.ops.aten._unsafe_view(y, x.shape), kept
 
 
 def backward(
