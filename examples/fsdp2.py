@@ -65,6 +65,10 @@ def main() -> None:
     if "RANK" not in os.environ:
         parser.error("start it by torchrun --nproc-per-node 2 examples/fsdp2.py")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if args.steps < 1 or args.rows < 1 or args.seq_len < 2:
+        parser.error(f"expected --steps and --rows >= 1, --seq-len >= 2; got {args.steps}, {args.rows}, {args.seq_len}")
+    if not args.text.is_file():
+        parser.error(f"--text {args.text} is no file")
     if args.rows % world:
         parser.error(f"--rows {args.rows} can't be dealt out to {world} processes; give a multiple")
     if args.checkpoint is not None and args.checkpoint.exists():

@@ -9,6 +9,7 @@ Lines of different lengths are packed one after the other, without padding: each
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class LineModel(nn.Module):
     def __init__(self, d_model: int = 128, n_layers: int = 4, save: str = "attention") -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)  # it is the head too: at first all bytes are as likely
         self.blocks = nn.ModuleList(
             pyckpt.CkptTransformerBlock(d_model, n_heads=4, n_kv_heads=2, qk_norm=True, window=64, save=save)
             for _ in range(n_layers)
@@ -43,9 +45,14 @@ class LineModel(nn.Module):
         return pyckpt.linear_cross_entropy(x, self.embedding.weight, target, ignore_index=IGNORED)
 
 
+def lines_of(text: bytes) -> list[bytes]:
+    """Those that predict something: of two bytes and more."""
+    return [line for line in text.splitlines() if line.strip() and len(line) > 1]
+
+
 def batches(text: bytes, lines: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Random lines of the text, packed: tokens (T,) int64, and where each line starts and the last one ends."""
-    found = [line for line in text.splitlines() if line.strip()]
+    found = lines_of(text)
     for _ in range(steps):
         chosen = [found[i] for i in torch.randint(len(found), (lines,))]
         lengths = torch.tensor([0, *(len(line) for line in chosen)])
@@ -59,22 +66,29 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--lines", type=int, default=32, help="in a batch")
     parser.add_argument("--save", default="attention", choices=pyckpt.SAVE_SETS)
     args = parser.parse_args(arguments)
+    if args.steps < 1 or args.lines < 1:
+        parser.error(f"--steps and --lines must be at least 1, got {args.steps} and {args.lines}")
+    if not args.text.is_file():
+        parser.error(f"--text {args.text} is no file")
     text = args.text.read_bytes()
-    if not text.split():
-        parser.error(f"{args.text} has no line with text in it; give another file")
+    if not lines_of(text):
+        parser.error(f"{args.text} has no line of two bytes or more with text in it; give another file")
 
     model = LineModel(save=args.save)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step, (tokens, cu_seqlens) in enumerate(batches(text, args.lines, args.steps)):
-        with pyckpt.measure.memory(model) as memory:
+        # Measuring takes time itself: the first step shows what all of them take.
+        with pyckpt.measure.memory(model) if step == 0 else contextlib.nullcontext() as memory:
             loss = model.loss(tokens, cu_seqlens)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-        kept = memory.saved_bytes / len(tokens)
-        print(f"step {step}: loss {losses[-1]:.3f}, {len(tokens):,} tokens, {kept:,.0f} bytes kept for each")
+        print(f"step {step}: loss {losses[-1]:.3f}")
+        if memory is not None:
+            kept = memory.saved_bytes / len(tokens)
+            print(f"{len(tokens):,} tokens: {kept:,.0f} bytes kept for each, peak {memory.peak_bytes:,} bytes")
     return losses
 
 

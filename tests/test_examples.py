@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import runpy
@@ -10,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it then
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -32,20 +35,35 @@ def test_finetune_llama(capsys, tmp_path):
 def test_own_model(capsys, tmp_path):
     main = runpy.run_path(str(EXAMPLES / "own_model.py"))["main"]
     losses = main(["--steps", "12", "--save", "input"])
-    assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
-    assert "bytes kept for each" in capsys.readouterr().out
+    # At first every byte is as likely.
+    assert len(losses) == 12 and losses[0] == pytest.approx(math.log(256), abs=0.3) and losses[-1] < losses[0] - 0.5
+    assert "bytes kept for each, peak" in capsys.readouterr().out
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     with pytest.raises(SystemExit):
         main(["--text", str(empty)])
-    assert "has no line with text in it; give another file" in capsys.readouterr().err
+    assert "has no line of two bytes or more with text in it" in capsys.readouterr().err
+    for options in (["--lines", "0"], ["--steps", "0"], ["--text", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            main(options)
+
+
+def test_own_model_predicts_nothing_across_lines():
+    """The loss of two packed lines is the mean of each by itself, by its number of predictions."""
+    model = runpy.run_path(str(EXAMPLES / "own_model.py"))["LineModel"](d_model=32, n_layers=2)
+    tokens = torch.randint(256, (19,))
+
+    def loss(first: int, last: int, *ends: int) -> float:
+        return float(model.loss(tokens[first:last], torch.tensor([0, *ends], dtype=torch.int32)).detach())
+
+    assert loss(0, 19, 7, 19) == pytest.approx((6 * loss(0, 7, 7) + 11 * loss(7, 19, 12)) / 17, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_fsdp2_trains_as_one_process_does(tmp_path):
     pytest.importorskip("transformers")
-    losses = {}
+    losses, saved = {}, {}
     for world in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         options = ["--steps", "4", "--seq-len", "64", "--checkpoint", str(tmp_path / f"of {world}")]
@@ -55,8 +73,12 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         losses[world] = [float(found) for found in re.findall(r"loss ([\d.]+)", done.stdout)]
-        assert (tmp_path / f"of {world}" / ".metadata").exists()
+        saved[world] = runpy.run_path(str(EXAMPLES / "fsdp2.py"))["small_llama"]().state_dict()
+        dcp.load(saved[world], checkpoint_id=tmp_path / f"of {world}")
     assert len(losses[1]) == 4 and losses[1][-1] < losses[1][0]
     # Sums in another order: float32 roundings of a loss of about 5, which three steps of AdamW pass on.
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    # Three steps of AdamW at a rate of 1e-3 move each weight by some 1e-3: what was not saved would differ by that.
+    for name, p in saved[1].items():
+        torch.testing.assert_close(saved[2][name], p, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob("*.part"))
