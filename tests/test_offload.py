@@ -364,6 +364,16 @@ def test_the_parcel_before_is_sent_for_while_one_is_used():
         parcels[i].release()
 
 
+@pytest.mark.parametrize("last", range(6))
+def test_the_last_parcels_stay_and_no_others(last):
+    queue, route = Queue(), Route(_Log(), Pool(_Heap))
+    parcels = []
+    for n in range(1, 8):
+        parcels.append(queue.add({"x": torch.randn(10)}, {"x": route}, last))
+        assert [p.state for p in parcels].count("here") == min(n, last)
+        assert all(p.state == "here" for p in parcels[max(0, n - last) :])
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 

@@ -198,7 +198,7 @@ class Queue:
             for p in self._with("leaving"):
                 p.left()
             staying = [*self._with("here"), parcel]
-            for p in staying[: len(staying) - last]:
+            for p in staying[: max(0, len(staying) - last)]:
                 p.leave()
             near = [*self._with("here"), *self._with("leaving")]
             self._order = [ref for ref in self._order if ref() in near] + [weakref.ref(parcel)]
