@@ -18,7 +18,8 @@ from pyckpt.exec import offload
 from pyckpt.exec.offload import Queue, Route
 from pyckpt.save import bytes_per_token, kept_names, save_set
 from pyckpt.spec import BlockSpec
-from pyckpt.store.pool import FileRoom, Pool
+from pyckpt.store.file import Scratch
+from pyckpt.store.pool import Pool
 
 CPU = torch.device("cpu")
 SIZES = {"n_kv_heads": 2, "d_ff": 72}
@@ -225,7 +226,7 @@ def test_named_tensors_alone_leave():
 
 def test_rooms_are_given_back_at_the_backward_and_taken_again(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr(offload, "FileRoom", lambda *args: made.append(args[0]) or FileRoom(*args))
+    monkeypatch.setattr(offload, "Scratch", lambda *args: made.append(args[0]) or Scratch(*args))
     model, x = stack(), torch.randn(1, 21, 48)
     set_save(model, pyckpt.Save("attention", {"x": "file", "o": "file"}, path=tmp_path))
     losses = []
@@ -241,7 +242,7 @@ def test_rooms_are_given_back_at_the_backward_and_taken_again(monkeypatch, tmp_p
 
 
 def test_a_single_block_and_no_gradient_copy_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(offload, "FileRoom", lambda *args: pytest.fail("nothing was to leave"))
+    monkeypatch.setattr(offload, "Scratch", lambda *args: pytest.fail("nothing was to leave"))
     model = stack(1, save=pyckpt.Save("attention", {"x": "file"}, path=tmp_path))
     model(torch.randn(1, 21, 48)).sum().backward()
     deep = stack(4, save=pyckpt.Save("attention", {"x": "file"}, path=tmp_path))

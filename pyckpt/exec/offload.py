@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from pyckpt.store import scratch_folder
-from pyckpt.store.file import Staging
+from pyckpt.store.file import Scratch, Staging
 from pyckpt.store.lanes import CudaLanes, Event, Lanes, ThreadLanes
-from pyckpt.store.pool import FileRoom, HostRoom, Pool, Room
+from pyckpt.store.pool import HostRoom, Pool, Room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,9 @@ class _Item:
         source = self.tensor.contiguous()
         self.room = self.route.pool.take(source.nbytes)
         memory, lanes = self.room.memory, self.route.lanes
-        after = [*self.room.before_write(), *_events(lanes.compute())]
+        after = [*self.room.place.before_write(), *_events(lanes.compute())]
         self._going = lanes.run("out", lambda: memory.write(source), after)
-        self.room.was_written(self._going)
+        self.room.place.was_written(self._going)
 
     def come(self) -> None:
         if self.tensor is not None:
@@ -76,9 +76,9 @@ class _Item:
         assert self.room is not None
         into = torch.empty_like(self.like, device=self.device)
         memory, lanes = self.room.memory, self.route.lanes
-        after = [*self.room.before_read(), *_events(lanes.compute())]
+        after = [*self.room.place.before_read(), *_events(lanes.compute())]
         self._coming = lanes.run("in", lambda: memory.read(into), after)
-        self.room.reads.append(self._coming)
+        self.room.place.was_read("in", self._coming)
         self.tensor, self._version = into, None  # written by the copy, whenever that runs, and seen by nobody else
 
     def take(self) -> Tensor:
@@ -200,8 +200,7 @@ class Queue:
             staying = [*self._with("here"), parcel]
             for p in staying[: max(0, len(staying) - last)]:
                 p.leave()
-            near = [*self._with("here"), *self._with("leaving")]
-            self._order = [ref for ref in self._order if ref() in near] + [weakref.ref(parcel)]
+            self._order = [weakref.ref(p) for p in (*self._with("leaving"), *self._with("here"), parcel)]
             return parcel
 
     def _with(self, state: str) -> list[Parcel]:
@@ -228,6 +227,5 @@ def queue_of(device: torch.device) -> Queue:
 def route_of(device: torch.device, place: str, path: str | None) -> Route:
     if place == "host":
         return Route(CudaLanes(device), Pool(HostRoom))
-    folder = scratch_folder(path)
-    staging = Staging(device) if device.type == "cuda" else None
-    return Route(ThreadLanes(device), Pool(lambda nbytes: FileRoom(nbytes, folder, staging)))
+    folder, staging = scratch_folder(path), Staging.of(device)
+    return Route(ThreadLanes(device), Pool(lambda nbytes: Scratch(nbytes, folder, staging)))

@@ -17,11 +17,12 @@ import threading
 import torch
 from torch import Tensor
 
+from pyckpt.store.host import as_like
 from pyckpt.store.plan import Key, Plan
 
 
 class ScratchFile:
-    """`Backing` in an unnamed file of `folder`. Raises OSError where the disk has not enough room."""
+    """`Backing` in a scratch file of `folder`."""
 
     def __init__(self, plan: Plan, folder: str, device: torch.device) -> None:
         self._plan = plan
@@ -30,26 +31,46 @@ class ScratchFile:
             for i in range(s.count):
                 self._offsets[s.name, i] = total
                 total += plan.tokens * s.token_bytes
-        self._staging = Staging(device) if device.type == "cuda" else None
-        self._file = unnamed_file(folder)
+        self._scratch = Scratch(total, folder, Staging.of(device))
+
+    def read(self, key: Key, into: Tensor) -> None:
+        self._scratch.read(into, self._offset(key))
+
+    def write(self, key: Key, source: Tensor) -> None:
+        self._scratch.write(source, self._offset(key))
+
+    def _offset(self, key: Key) -> int:
+        name, index, tile = key
+        return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
+
+
+class Scratch:
+    """`nbytes` bytes of an unnamed file of `folder`. Raises OSError where the disk has not enough room.
+
+    Tensors that are read and written are contiguous; those of a GPU go through `staging`.
+    """
+
+    def __init__(self, nbytes: int, folder: str, staging: Staging | None) -> None:
+        self.nbytes, self._staging = nbytes, staging
+        self._file = _unnamed(folder)
         try:
-            reserve(self._file, total, folder)
+            _reserve(self._file, nbytes, folder)
         except BaseException:
             self.close()
             raise
 
-    def read(self, key: Key, into: Tensor) -> None:
+    def read(self, into: Tensor, offset: int = 0) -> None:
         host = into if self._staging is None else self._staging.like(into)
-        move_all(os.preadv, self._file, host, self._offset(key))
+        _all(os.preadv, self._file, host, offset)
         if self._staging is not None:
             self._staging.copy(into, host)
 
-    def write(self, key: Key, source: Tensor) -> None:
+    def write(self, source: Tensor, offset: int = 0) -> None:
         host = source
         if self._staging is not None:
             host = self._staging.like(source)
             self._staging.copy(host, source)
-        move_all(os.pwritev, self._file, host, self._offset(key))
+        _all(os.pwritev, self._file, host, offset)
 
     def close(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -59,10 +80,6 @@ class ScratchFile:
     def __del__(self) -> None:
         self.close()
 
-    def _offset(self, key: Key) -> int:
-        name, index, tile = key
-        return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
-
 
 class Staging(threading.local):
     """Page-locked memory between files and a GPU, for each thread that copies, and a stream to wait on."""
@@ -71,12 +88,17 @@ class Staging(threading.local):
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._stream = torch.cuda.Stream(device)
 
+    @classmethod
+    def of(cls, device: torch.device) -> Staging | None:
+        """None for a device whose memory files are read into as they are."""
+        return cls(device) if device.type == "cuda" else None
+
     def like(self, t: Tensor) -> Tensor:
         """Memory for a tensor, until the next call in this thread."""
         nbytes = t.numel() * t.element_size()
         if self._bytes.nbytes < nbytes:
             self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        return self._bytes[:nbytes].view(t.dtype).view(t.shape)
+        return as_like(self._bytes, t)
 
     def copy(self, into: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -84,7 +106,7 @@ class Staging(threading.local):
         self._stream.synchronize()
 
 
-def unnamed_file(folder: str) -> int:
+def _unnamed(folder: str) -> int:
     """A new file of this folder that has no name."""
     flags = os.O_RDWR | os.O_CLOEXEC
     if hasattr(os, "O_TMPFILE"):
@@ -95,7 +117,7 @@ def unnamed_file(folder: str) -> int:
     return file
 
 
-def reserve(file: int, total: int, folder: str) -> None:
+def _reserve(file: int, total: int, folder: str) -> None:
     """Let the file have so many bytes. Raises OSError where the disk has not."""
     if not hasattr(os, "posix_fallocate"):  # macOS: a full disk shows later there
         os.ftruncate(file, total)
@@ -113,7 +135,7 @@ def reserve(file: int, total: int, folder: str) -> None:
         ) from None
 
 
-def move_all(call: object, file: int, t: Tensor, offset: int) -> None:
+def _all(call: object, file: int, t: Tensor, offset: int) -> None:
     """Read or write all of a contiguous CPU tensor; the calls may stop short."""
     memory = memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr())).cast("B")
     done = 0

@@ -37,6 +37,11 @@ class HostMemory:
         return self._slabs[name, index][self._plan.rows(tile)]
 
 
+def as_like(memory: Tensor, t: Tensor) -> Tensor:
+    """The first bytes of uint8 `memory` as a tensor of the shape and dtype of t."""
+    return memory[: t.numel() * t.element_size()].view(t.dtype).view(t.shape)
+
+
 def lock(t: Tensor) -> None:
     """Page-lock a tensor's memory until it is freed."""
     code = int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, _PORTABLE))

@@ -7,6 +7,7 @@ streams, for threads, and for the tests' lanes, which delay every copy as long a
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -36,6 +37,28 @@ class Lanes(Protocol):
 
     def close(self) -> None:
         """Wait for all that was queued."""
+
+
+@dataclasses.dataclass
+class Place:
+    """Memory that compute and copies share: the end of the last write to it, and of the reads since, by who reads."""
+
+    written: Event | None = None
+    reads: dict[str, Event] = dataclasses.field(default_factory=dict)
+
+    def before_read(self) -> list[Event]:
+        return [] if self.written is None else [self.written]
+
+    def before_write(self) -> list[Event]:
+        return [*self.before_read(), *self.reads.values()]
+
+    def was_written(self, event: Event | None) -> None:
+        self.written = event
+        self.reads = {}
+
+    def was_read(self, who: str, event: Event | None) -> None:
+        if event is not None:
+            self.reads[who] = event  # a lane is in order: its last read is the end of all
 
 
 class CudaLanes:

@@ -6,17 +6,14 @@ idle one. So a pool holds at most as many rooms as were taken at once, whatever 
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pyckpt.store.file import Staging, move_all, reserve, unnamed_file
-from pyckpt.store.host import check_available, lock
-from pyckpt.store.lanes import Event
+from pyckpt.store.host import as_like, check_available, lock
+from pyckpt.store.lanes import Place
 
 
 class Memory(Protocol):
@@ -29,22 +26,11 @@ class Memory(Protocol):
     def write(self, source: Tensor) -> None: ...
 
 
-@dataclasses.dataclass(eq=False)
 class Room:
-    """Memory, and the events that its next write has to wait for."""
+    """Memory, and the events that its next copy has to wait for."""
 
-    memory: Memory
-    written: Event | None = None
-    reads: list[Event] = dataclasses.field(default_factory=list)
-
-    def before_read(self) -> list[Event]:
-        return [] if self.written is None else [self.written]
-
-    def before_write(self) -> list[Event]:
-        return [*self.before_read(), *self.reads]
-
-    def was_written(self, event: Event) -> None:
-        self.written, self.reads = event, []
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.place = memory, Place()
 
 
 class Pool:
@@ -85,41 +71,7 @@ class HostRoom:
             lock(self._bytes)
 
     def read(self, into: Tensor) -> None:
-        into.copy_(self._like(into), non_blocking=True)
+        into.copy_(as_like(self._bytes, into), non_blocking=True)
 
     def write(self, source: Tensor) -> None:
-        self._like(source).copy_(source, non_blocking=True)
-
-    def _like(self, t: Tensor) -> Tensor:
-        return self._bytes[: t.numel() * t.element_size()].view(t.dtype).view(t.shape)
-
-
-class FileRoom:
-    """A scratch file without a name: nothing of it is left when the process ends, however it ends."""
-
-    def __init__(self, nbytes: int, folder: str, staging: Staging | None) -> None:
-        self.nbytes, self._staging = nbytes, staging
-        self._file = unnamed_file(folder)
-        try:
-            reserve(self._file, nbytes, folder)
-        except BaseException:
-            self.__del__()
-            raise
-
-    def read(self, into: Tensor) -> None:
-        host = into if self._staging is None else self._staging.like(into)
-        move_all(os.preadv, self._file, host, 0)
-        if self._staging is not None:
-            self._staging.copy(into, host)
-
-    def write(self, source: Tensor) -> None:
-        host: Any = source.contiguous()
-        if self._staging is not None:
-            host = self._staging.like(source)
-            self._staging.copy(host, source)
-        move_all(os.pwritev, self._file, host, 0)
-
-    def __del__(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        as_like(self._bytes, source).copy_(source, non_blocking=True)

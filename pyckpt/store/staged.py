@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.store.interface import OpenStore
-from pyckpt.store.lanes import Event, Lanes
+from pyckpt.store.lanes import Lanes, Place
 from pyckpt.store.plan import Key, Plan
 
 
@@ -31,32 +31,10 @@ class Backing(Protocol):
     def write(self, key: Key, source: Tensor) -> None: ...
 
 
-@dataclasses.dataclass
-class _Place:
-    """Memory that compute and copies share: the end of the last write to it, and of the reads since, by who reads."""
-
-    written: Event | None = None
-    reads: dict[str, Event] = dataclasses.field(default_factory=dict)
-
-    def before_read(self) -> list[Event]:
-        return [] if self.written is None else [self.written]
-
-    def before_write(self) -> list[Event]:
-        return [*self.before_read(), *self.reads.values()]
-
-    def was_written(self, event: Event | None) -> None:
-        self.written = event
-        self.reads = {}
-
-    def was_read(self, who: str, event: Event | None) -> None:
-        if event is not None:
-            self.reads[who] = event  # a lane is in order: its last read is the end of all
-
-
 @dataclasses.dataclass(eq=False)
 class _Buffer:
     memory: Tensor
-    place: _Place = dataclasses.field(default_factory=_Place)
+    place: Place = dataclasses.field(default_factory=Place)
     key: Key | None = None
     lent: bool = False
     expected: bool = False  # prefetched and not yet asked for
@@ -79,7 +57,7 @@ class Staged(OpenStore):
         for buffer in itertools.chain.from_iterable(self._rings.values()):
             buffer.place.was_written(lanes.compute())
         self._widths = {s.name: s.width for s in plan.slabs}
-        self._places: dict[Key, _Place] = {}
+        self._places: dict[Key, Place] = {}
         self._at: dict[Key, _Buffer] = {}
         self._clock = itertools.count(1)
         self._closed = False
@@ -196,5 +174,5 @@ class Staged(OpenStore):
         tokens = rows.stop - rows.start
         return buffer.memory[: tokens * width].view(tokens, width)
 
-    def _place(self, key: Key) -> _Place:
-        return self._places.setdefault(key, _Place())
+    def _place(self, key: Key) -> Place:
+        return self._places.setdefault(key, Place())
