@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from pyckpt import errors
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec import compiled, node
 from pyckpt.exec.node import NO_SEED
-from pyckpt.exec.offload import Placement
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
@@ -43,20 +41,17 @@ class CheckpointedBlock(nn.Module):
     def save(self) -> str | Save:
         """Name of the save set, or the `Save` that was given; may be set at any time, also between the forward and the
         backward of other calls."""
-        return self._save.name if self._placed is None else self._placed
+        return self._given if isinstance(self._given, Save) else self._save.name
 
     @save.setter
     def save(self, value: str | SaveSet | Save) -> None:
         self._save = self._check_save(save_set(value))
-        self._placed = value if isinstance(value, Save) else None
+        self._given = value
 
     @property
-    def placement(self) -> Placement | None:
+    def placed(self) -> Save | None:
         """Where what is kept waits for the backward; None where all of it stays."""
-        if self._placed is None or not self._placed.place:
-            return None
-        path = self._placed.path
-        return Placement(self._placed.place, self._placed.last, None if path is None else os.fspath(path))
+        return self._given if isinstance(self._given, Save) and self._given.place else None
 
     @property
     def tile(self) -> int | None:
@@ -352,16 +347,17 @@ def run_blocks(
         positions = errors.check_positions(positions, x)
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
-    if torch.compiler.is_compiling() and len(blocks) == 1 and first.spec_text is not None and first.placement is None:
-        options = (first.spec_text, save_set(first.save).name, first.tile, first.tile_bytes, compute)
+    placed = first.placed
+    if torch.compiler.is_compiling() and len(blocks) == 1 and first.spec_text is not None and placed is None:
+        options = (first.spec_text, first._save.name, first.tile, first.tile_bytes, compute)
         return compiled.block(*options, x, positions, cu_seqlens, draw_seeds(blocks), flat)
     run = node.Run(
         [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],
         [tuple(part) for part in weights],
         compute,
-        first.placement,
+        placed,
     )
-    execute = node.execute if first.placement is None else _execute_eagerly
+    execute = node.execute if placed is None else _execute_eagerly
     return execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from pyckpt.spec import BlockSpec
+from pyckpt.store import STORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,6 @@ _TABLE = {
 }
 SAVE_SETS: tuple[str, ...] = tuple(_TABLE)
 """Names of the save sets, from the one that keeps most to the one that keeps least."""
-
-
-PLACES = ("device", "host", "file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +78,19 @@ class Save:
                 raise ValueError(
                     f"place={tensor!r} names nothing that save={self.name!r} keeps; expected some of {', '.join(kept)}"
                 )
-            if place not in PLACES:
+            if place not in STORES:
                 raise ValueError(
-                    f"place[{tensor!r}]={place!r} does not exist; expected one of {', '.join(map(repr, PLACES))}"
+                    f"place[{tensor!r}]={place!r} does not exist; expected one of {', '.join(map(repr, STORES))}"
                 )
         if not isinstance(self.last, int) or isinstance(self.last, bool) or self.last < 0:
             raise ValueError(f"last must be a number of blocks >= 0, got {self.last!r}")
         if self.path is not None and "file" not in self.place.values():
             raise ValueError(f"path={os.fspath(self.path)!r} was given, and no tensor has the place 'file'")
         object.__setattr__(self, "place", dict(self.place))
+
+    def away(self, device: torch.device) -> dict[str, str]:
+        """The tensors that leave this device, and where to. A CPU's host memory is its own."""
+        return {n: p for n, p in self.place.items() if p == "file" or (p == "host" and device.type == "cuda")}
 
 
 def kept_names(save: SaveSet) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import os
 import weakref
@@ -41,9 +42,10 @@ def stack(n: int = 4, segments=None, device="cpu", **options) -> pyckpt.CkptTran
     return pyckpt.CkptTransformer(blocks, segments)
 
 
-def step(model: nn.Module, x: Tensor, dy: Tensor, *args) -> list[Tensor]:
+def step(model: nn.Module, x: Tensor, dy: Tensor, *args, around=None) -> list[Tensor]:
+    """y, and the gradients of x and of the weights; of `around`, which calls the model, if given."""
     x = x.clone().requires_grad_()
-    y = model(x, *args)
+    y = (around or model)(x, *args)
     grads = torch.autograd.grad(y, [x, *(p for p in model.parameters() if p.requires_grad)], dy)
     return [y, *grads]
 
@@ -174,18 +176,9 @@ def test_torch_compile_and_checkpoint_around_it():
     model, x, dy = stack(2), torch.randn(1, 21, 48), torch.randn(1, 21, 48)
     truth = step(model, x, dy)
     set_save(model, pyckpt.Save("attention", {"x": "file", "o": "file"}))
-    compiled = torch.compile(model, backend="aot_eager")
-    assert_same(step(compiled, x, dy), truth)
-    assert_same(
-        step(model, x, dy),
-        [*step_with(lambda t: torch.utils.checkpoint.checkpoint(model, t, use_reentrant=False), model, x, dy)],
-    )
-
-
-def step_with(fn, model, x, dy) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    y = fn(x)
-    return [y, *torch.autograd.grad(y, [x, *model.parameters()], dy)]
+    assert_same(step(model, x, dy, around=torch.compile(model, backend="aot_eager")), truth)
+    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False)
+    assert_same(step(model, x, dy, around=checkpointed), truth)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

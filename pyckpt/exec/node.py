@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pyckpt.attend.dense import Layout
-from pyckpt.exec.offload import Parcel, Placement, keep
+from pyckpt.exec.offload import Parcel, keep
 from pyckpt.exec.resident import BlockPlan, Inputs, Kept, run_backward, run_forward
+from pyckpt.save import Save
 
 NO_SEED = -1  # in a tensor of seeds, of a block that drops nothing
 _HOW_TO = "Use the block without {what}, or a plain PyTorch block for that part of the model."
@@ -26,7 +27,7 @@ class Run:
     plans: list[BlockPlan]
     names: list[tuple[str, ...]]
     dtype: torch.dtype
-    placement: Placement | None = None
+    placed: Save | None = None
 
     def split(self, weights: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
         """Flat weights, in order, to one dict a block, in the dtype that the products take."""
@@ -56,7 +57,7 @@ def execute(
             + _HOW_TO.format(what="the transform")
         )
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
-        if run.placement is not None:
+        if run.placed is not None:
             x = x.contiguous()  # as it comes back: the backward runs on what the forward ran on
         return _RunFunction.apply(run, x, positions, cu_seqlens, seeds, *weights)
     return forward(run, x, positions, cu_seqlens, seeds, weights, keeping=False)[0]
@@ -127,8 +128,8 @@ class _RunFunction(torch.autograd.Function):
         y, kept = forward(run, x, positions, cu_seqlens, seeds, weights, keeping=True)
         here = {"x": x, **kept}
         parcel: Parcel | None = None
-        if run.placement is not None:
-            parcel, here = keep(here, run.placement)
+        if run.placed is not None:
+            parcel, here = keep(here, run.placed)
         ctx.run, ctx.parcel, ctx.here, ctx.n_weights = run, parcel, tuple(here), len(weights)
         ctx.save_for_backward(positions, cu_seqlens, seeds, *weights, *here.values())
         return y
@@ -154,7 +155,10 @@ class _RunFunction(torch.autograd.Function):
             ctx.run, x, positions, cu_seqlens, seeds, weights, kept, grad_outputs[0], need[1], tuple(need[5:])
         )
         if ctx.parcel is not None:
-            ctx.parcel.rest() if graph_is_kept() else ctx.parcel.release()
+            if graph_is_kept():
+                ctx.parcel.rest()
+            else:
+                ctx.parcel.release()
         return None, dx, None, None, None, *grads
 
     @staticmethod

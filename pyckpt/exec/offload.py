@@ -12,31 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from pyckpt.save import Save
 from pyckpt.store import scratch_folder
 from pyckpt.store.file import Scratch, Staging
 from pyckpt.store.lanes import CudaLanes, Event, Lanes, ThreadLanes
 from pyckpt.store.pool import HostRoom, Pool, Room
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where the tensors of a node wait, by name; those that are not named stay where they are."""
-
-    place: Mapping[str, str]
-    last: int
-    path: str | None
-
-    def away(self, device: torch.device) -> dict[str, str]:
-        """The names that leave this device. A CPU's host memory is its own."""
-        return {n: p for n, p in self.place.items() if p == "file" or (p == "host" and device.type == "cuda")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,14 +195,15 @@ class Queue:
         return [p for ref in self._order if (p := ref()) is not None and p.state == state]
 
 
-def keep(tensors: dict[str, Tensor], placement: Placement) -> tuple[Parcel | None, dict[str, Tensor]]:
+def keep(tensors: dict[str, Tensor], save: Save) -> tuple[Parcel | None, dict[str, Tensor]]:
     """Hand over those of a node's tensors that wait elsewhere; the parcel, if there are any, and the other tensors."""
     device = next(iter(tensors.values())).device
-    away = {n: p for n, p in placement.away(device).items() if n in tensors}
+    away = {n: p for n, p in save.away(device).items() if n in tensors}
     if not away:
         return None, tensors
-    routes = {n: route_of(device, place, placement.path) for n, place in away.items()}
-    parcel = queue_of(device).add({n: tensors[n] for n in away}, routes, placement.last)
+    path = None if save.path is None else os.fspath(save.path)
+    routes = {n: route_of(device, place, path) for n, place in away.items()}
+    parcel = queue_of(device).add({n: tensors[n] for n in away}, routes, save.last)
     return parcel, {n: t for n, t in tensors.items() if n not in away}
 
 
