@@ -862,7 +862,8 @@ def test_encoder_layers_by_default_without_dropout_in_eval_mode():
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_layers_under_autocast_and_partly_frozen(norm_first):
-    model = make_encoder(dropout=0.0, batch_first=True, norm_first=norm_first)
+    # Smooth: at ReLU's corner bfloat16 decides by chance which unit has a slope, in either implementation.
+    model = make_encoder(dropout=0.0, activation=nn.SiLU(), batch_first=True, norm_first=norm_first)
     for name, p in model.named_parameters():
         p.requires_grad_("in_proj" in name or "norm2" in name or "linear1" in name)
     x, weight = torch.randn(2, 19, 48), torch.randn(2, 19, 48)
