@@ -146,6 +146,19 @@ def test_what_is_kept_may_wait_in_a_file():
     assert_same_bits(truth, step(model, batch))
 
 
+def check_generic_save_sets(model: Any, why: str) -> None:
+    """A swapped model's layers are generic, for this reason, and the same bits with every save set."""
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.unswap(model)
+        report = pyckpt.swap(model, save=save, tile=10)
+        assert [e.path for e in report.entries] == ["generic", "generic", "standard"]
+        assert why in report.entries[0].why
+        results.append(step(model, batch))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
 @pytest.mark.parametrize("family", ["Cohere", "Gemma3", "Granite", "Llama", "Olmo2", "Qwen3", "SmolLM3"])
 def test_the_generic_path(family):
     """For an activation that no standard block has; with every save set, whose gradients are the same bits."""
@@ -153,14 +166,7 @@ def test_the_generic_path(family):
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Mish()
     check(model, [make_batch(kind) for kind in KINDS])
-    batch, results = make_batch("padded"), []
-    for save in pyckpt.SAVE_SETS:
-        pyckpt.unswap(model)
-        report = pyckpt.swap(model, save=save, tile=10)
-        assert [e.path for e in report.entries] == ["generic", "generic", "standard"]
-        results.append(step(model, batch))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    check_generic_save_sets(model, "the activation Mish is not one of a block's")
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -277,15 +283,7 @@ def test_cohere_with_a_norm_for_each_head(dtype):
     """Its layers are generic; the gradients are the same bits with every save set."""
     model = make_model("Cohere", dtype, use_qk_norm=True)
     check(model, [make_batch(kind) for kind in KINDS])
-    batch, results = make_batch("padded"), []
-    for save in pyckpt.SAVE_SETS:
-        pyckpt.unswap(model)
-        report = pyckpt.swap(model, save=save, tile=10)
-        assert [e.path for e in report.entries] == ["generic", "generic", "standard"]
-        assert "QK-norm is a LayerNorm with a weight for each head" in report.entries[0].why
-        results.append(step(model, batch))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    check_generic_save_sets(model, "QK-norm is a LayerNorm with a weight for each head")
 
 
 def test_neox_in_sequence_and_without_biases():

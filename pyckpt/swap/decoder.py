@@ -81,8 +81,7 @@ class SwappedDecoder(Replaced):
         if odd:
             raise UnsupportedError(f"the argument {', '.join(odd)} is not known")
         for name in ("output_attentions", "output_router_logits"):
-            asked = given.get(name)
-            if getattr(self.module.config, name, False) if asked is None else asked:
+            if self.asks(given, name):
                 raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
         for layer in self.layers:
             change = layer.block.mapping.change(layer.module)
@@ -111,8 +110,7 @@ class SwappedDecoder(Replaced):
         """What the layer at each place runs, in segments of several; nothing where all run one by one."""
         if len(self.segments) == len(self.layers):
             return {}
-        asked = given.get("output_hidden_states")
-        if getattr(self.module.config, "output_hidden_states", False) if asked is None else asked:
+        if self.asks(given, "output_hidden_states"):
             self.warn("output_hidden_states=True asks for every layer's: segments are not used")
             return {}
         hooked = next((s for s in self.layers if watched(s.module, replaced=True)), None)

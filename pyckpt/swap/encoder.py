@@ -189,9 +189,7 @@ class SwappedEncoderLayer(Replaced):
     unbatched ones run the original forward.
     """
 
-    def __init__(
-        self, module: nn.TransformerEncoderLayer, blocks: dict[bool, MappedBlock | GenericMappedBlock]
-    ) -> None:
+    def __init__(self, module: nn.TransformerEncoderLayer, blocks: dict[bool, EncoderBlock]) -> None:
         super().__init__(module)
         self._batch_first = module.self_attn.batch_first
         self.blocks = blocks  # by causal

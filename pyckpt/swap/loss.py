@@ -79,7 +79,9 @@ class SwappedHead(Replaced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
         asked = given.pop("output_logits", False) or not self._no_logits(given.get("logits_to_keep", 0))
-        if self._routes(given):  # its loss has a share of the router's logits, which the layers would have to return
+        if self.asks(
+            given, "output_router_logits"
+        ):  # its loss has a share of the router's logits, which the layers would have to return
             return self.original(**given)
         if given.get("labels") is None or asked or not (self.always or torch.is_grad_enabled()):
             return self.original(**given)
@@ -89,10 +91,6 @@ class SwappedHead(Replaced):
             self.warn(f"{reason}: the loss is the model's own, from logits")
             return self.original(**given)
         return self._loss(given)
-
-    def _routes(self, given: dict[str, Any]) -> bool:
-        asked = given.get("output_router_logits")
-        return bool(getattr(self.module.config, "output_router_logits", False) if asked is None else asked)
 
     @staticmethod
     def _no_logits(keep: Any) -> bool:

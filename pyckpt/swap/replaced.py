@@ -44,6 +44,11 @@ class Replaced:
         """The arguments of a call by name."""
         return dict(zip(self._names, args, strict=False)) | kwargs
 
+    def asks(self, given: dict[str, Any], name: str) -> bool:
+        """Whether an output is asked for: by the call's argument of this name or, without it, by the model's config."""
+        asked = given.get(name)
+        return bool(getattr(self.module.config, name, False) if asked is None else asked)
+
     def warn(self, text: str) -> None:
         """Warn once about each matter."""
         if text not in self._warned:
