@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py
     torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 8192 --checkpoint run/step-100
 
-On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Tokens are bytes, the model is small and random.
+On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Model and text are those of finetune_llama.py.
 """
 
 from __future__ import annotations
@@ -16,31 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
+from finetune_llama import batches, small_llama
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import pyckpt
-
-
-def small_llama() -> transformers.LlamaForCausalLM:
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def batch(text: bytes, step: int, rows: int, seq_len: int) -> torch.Tensor:
-    """Pieces of the text, (rows, seq_len) int64: the same in every process."""
-    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    starts = torch.randint(len(tokens) - seq_len + 1, (rows,), generator=torch.Generator().manual_seed(step))
-    return tokens[starts[:, None] + torch.arange(seq_len)]
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
@@ -90,8 +69,9 @@ def main() -> None:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(args.steps):
-        tokens = batch(text, step, args.rows, args.seq_len).chunk(world)[rank].to(device)
+    # Of the seed above: the same in every process, which takes its share of the rows.
+    for step, rows in enumerate(batches(text, args.rows, args.seq_len, args.steps)):
+        tokens = rows.chunk(world)[rank].to(device)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()

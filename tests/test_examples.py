@@ -73,7 +73,7 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         losses[world] = [float(found) for found in re.findall(r"loss ([\d.]+)", done.stdout)]
-        saved[world] = runpy.run_path(str(EXAMPLES / "fsdp2.py"))["small_llama"]().state_dict()
+        saved[world] = runpy.run_path(str(EXAMPLES / "finetune_llama.py"))["small_llama"]().state_dict()
         dcp.load(saved[world], checkpoint_id=tmp_path / f"of {world}")
     assert len(losses[1]) == 4 and losses[1][-1] < losses[1][0]
     # Sums in another order: float32 roundings of a loss of about 5, which three steps of AdamW pass on.
