@@ -26,7 +26,7 @@ SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py
 .PHONY: help setup demo test lint aot cuda gpu bench doctor clean
 
 help:
-	@echo "make demo     train a small model on text, then compare memory and time (3 minutes)"
+	@echo "make demo     train a small model on text, then compare memory and time (4 minutes with the set-up)"
 	@echo "make test     run the tests, but for the slow ones; those: make test ARGS='-m slow'"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile the Triton kernels for GPUs that are not here; registers, spills, shared memory"
