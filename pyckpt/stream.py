@@ -13,8 +13,9 @@ from torch import Tensor
 from pyckpt import errors
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, compute_dtype, draw_seeds
-from pyckpt.exec.ends import Embedding, Given, Loss, LossOptions, Whole
+from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate
+from pyckpt.exec.lm_ends import IGNORE, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
@@ -22,6 +23,7 @@ from pyckpt.exec.streamed import Stack, store_plan
 from pyckpt.exec.streamed_node import ENDS, Session, execute
 from pyckpt.measure.flops import attention_pairs, block_flops
 from pyckpt.store import Store, make_store
+from pyckpt.tokenwise.norm import norm_of
 
 if TYPE_CHECKING:
     from pyckpt.model import CkptCausalLM, CkptTransformer
@@ -93,40 +95,74 @@ def run_loss(
 ) -> Tensor:
     """`CkptCausalLM.loss` of checked tokens and labels, streamed."""
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
-    loss_options = _loss_options(**options)
+    weights: dict[str, Tensor] = {"embed": embed, **{f"norm.{n}": p for n, p in norm.named_parameters()}, "head": head}
+    ends = Ends(weights, norm_of(model.spec, "norm"), model.spec.norm_offset, loss=_loss_options(**options))
     if positions is not None:
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
-    blocks, segments = _blocks(model.model.layers)
-    ends: dict[str, Tensor] = {"embed": embed, **{f"norm.{n}": p for n, p in norm.named_parameters()}, "head": head}
-    weights, uses = _flat(ends, blocks)
     layout = _layout(tokens.shape, cu_seqlens)
-    stack = _stack(blocks, segments, layout, positions, embed.new_empty(0), embed.requires_grad, stream)
-    trained = torch.is_grad_enabled()
-    wanted = [n for n, w in ends.items() if trained and w.requires_grad and n != "embed"]
+    targets = Targets(labels, last_tokens(layout), IGNORE)
+    losses = stream_loss(*_blocks(model.model.layers), tokens, targets, ends, layout, positions, stream)
+    return losses if losses.dim() == 0 else losses.view(tokens.shape)
+
+
+def stream_loss(
+    blocks: list[CheckpointedBlock],
+    segments: int,
+    tokens: Tensor,
+    targets: Targets,
+    ends: Ends,
+    layout: Layout,
+    positions: Tensor | None,
+    stream: Stream,
+) -> Tensor:
+    """The loss of tokens, (T,) or (B, S), between these ends: a scalar, or (T,) with reduction "none".
+
+    positions: (T,) or None; all checked by the caller.
+    """
+    weights, uses = _flat(ends.weights, blocks)
+    trained = [n for n, w in ends.weights.items() if torch.is_grad_enabled() and w.requires_grad]
+    looked_up = not {"embed", "table"}.isdisjoint(trained)
+    stack = _stack(blocks, segments, layout, positions, ends.weights["embed"].new_empty(0), looked_up, stream)
     inward = bool(stack.schedule.backward)
-    loss = Loss(labels, layout, model.spec, stack.dtype, loss_options, stack.n_tiles, wanted, inward)
-    source = Embedding(tokens, trained and embed.requires_grad)
-    session = Session(stack, stream.store, uses, source, loss, stream.progress)
-    return execute(session, None, weights)
+
+    def make_ends() -> tuple[Source, Sink]:
+        source = ends.source(tokens, trained, stack.of_positions)
+        return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
+
+    return execute(Session(stack, stream.store, uses, make_ends, stream.progress), None, weights)
 
 
 def run_stack(
     transformer: CkptTransformer, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, stream: Stream
 ) -> Tensor:
     """`CkptTransformer.forward`, streamed. x and y are whole: what is flat is all between them."""
-    blocks, segments = _blocks(transformer)
-    errors.check_activations(x, blocks[0].d_model, packed=cu_seqlens is not None)
+    errors.check_activations(x, transformer[0].d_model, packed=cu_seqlens is not None)  # type: ignore[arg-type]
     if cu_seqlens is not None:
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if positions is not None:
         positions = errors.check_positions(positions, x)
+    return stream_blocks(*_blocks(transformer), x, positions, cu_seqlens, stream)
+
+
+def stream_blocks(
+    blocks: list[CheckpointedBlock],
+    segments: int,
+    x: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    stream: Stream,
+) -> Tensor:
+    """y of these blocks, for checked x (B, S, d_model) or (T, d_model), positions (T,) and cu_seqlens."""
     weights, uses = _flat({}, blocks)
     layout = _layout(x.shape[:-1], cu_seqlens)
     stack = _stack(blocks, segments, layout, positions, x, x.requires_grad, stream)
     flat = x.detach().reshape(-1, x.shape[-1])
-    source = Given(flat, torch.is_grad_enabled() and x.requires_grad)
-    session = Session(stack, stream.store, uses, source, Whole(layout.tokens), stream.progress)
-    return execute(session, x, weights).view(x.shape)
+    need_dx = torch.is_grad_enabled() and x.requires_grad
+
+    def make_ends() -> tuple[Source, Sink]:
+        return Given(flat, need_dx), Whole(layout.tokens)
+
+    return execute(Session(stack, stream.store, uses, make_ends, stream.progress), x, weights).view(x.shape)
 
 
 def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:
@@ -167,7 +203,7 @@ def _stack(
     compute = compute_dtype(x)
     for block in blocks:
         for name, w in block.weights().items():
-            if w.dim() == 2:
+            if w.dim() == 2 and not block.mixes_dtypes:
                 errors.check_matches(x, w, name, compute)
     tile = min(stream.tile, layout.tokens)
     first = _first_trained(blocks, source_trained)
@@ -224,13 +260,13 @@ def _fit(stack: Stack, first: int | None, limit: int | None) -> Stack:
 def _loss_options(
     softcap: float | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> LossOptions:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} can't be streamed; expected 'mean' or 'sum'")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if softcap is not None and not 0 <= softcap < float("inf"):
         raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    return LossOptions(reduction == "mean", float(softcap or 0.0), float(z_loss), float(label_smoothing))
+    return LossOptions(reduction, float(softcap or 0.0), float(z_loss), float(label_smoothing))
 
 
 def check_stream(stream: object) -> None:

@@ -133,9 +133,12 @@ def loss_bwd_samples() -> Iterator[Sample]:
 
 def loss_tile_samples() -> Iterator[Sample]:
     for x, weight, bias, target, *options in loss_samples(("sum",), False):
-        for needs in ((True, True), (False, True), (True, False), (False, False)):
-            dx, dw = (torch.zeros_like(t) if need else None for t, need in zip((x, weight), needs, strict=True))
-            yield x, weight, bias, target, *options[:-4], dx, dw
+        tensors = (x, weight, bias)
+        for needs in itertools.product((False, True), repeat=3):
+            grads = [
+                torch.zeros_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)
+            ]
+            yield x, weight, bias, target, *options[:-4], torch.rand(4) if needs[0] else None, *grads
 
 
 def block_samples(grad: bool) -> Iterator[Sample]:

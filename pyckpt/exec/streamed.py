@@ -204,9 +204,17 @@ class Streamed:
         self._ws = Workspace(self._stack.device)
         return self._sink.result()
 
-    def backward(self, ends: Named, wanted: list[Collection[str]], need_dx: bool) -> tuple[Gradients, list[Gradients]]:
-        """Gradients of the ends' weights, and of each block's `wanted` ones. `need_dx`: the source wants its own."""
+    def backward(
+        self, ends: Named, upstream: Tensor, wanted: list[Collection[str]], need_dx: bool
+    ) -> tuple[Gradients, list[Gradients]]:
+        """Gradients of the ends' weights, and of each block's `wanted` ones, from that of the result, `upstream`.
+
+        `need_dx`: the source wants its own.
+        """
+        self._sink.take(ends, upstream)
         found: list[Gradients] = [{} for _ in self._stack.plans]
+        if self._sink.deferred and not self._stack.schedule.backward:
+            self._sink_alone()
         first = 0 if need_dx else next((i for i, names in enumerate(wanted) if names), len(found))
         for step in self._stack.schedule.backward:
             if isinstance(step, Back):
@@ -217,10 +225,17 @@ class Streamed:
         if need_dx:
             for i in reversed(range(len(self._tiles))):
                 self._prefetch(HIDDEN, i - 1)
-                self._source.backward(self._tiles[i], self._store.get((*HIDDEN, i)))
+                self._source.backward(ends, self._tiles[i], self._store.get((*HIDDEN, i)))
                 self._store.release((*HIDDEN, i))
         self._ws = Workspace(self._stack.device)
         return {**self._sink.gradients(ends), **self._source.gradients(ends)}, found
+
+    def _sink_alone(self) -> None:
+        """The backward of the sink where no block has one."""
+        for i in reversed(range(len(self._tiles))):
+            self._prefetch(HIDDEN, i - 1)
+            self._sink.upstream(self._tiles[i], self._store.get((*HIDDEN, i)), None)
+            self._store.release((*HIDDEN, i))
 
     def _embed(self, ends: Named) -> None:
         place = self._places.input(0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyckpt.exec.ends import Given, Loss, Named, Source, Whole
+from pyckpt.exec.ends import Given, Named, Sink, Source
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
 from pyckpt.store import OpenStore, Store
 
@@ -33,6 +33,10 @@ class Session:
     """One streamed run, from its forward to the end of its backward: the open store, and which weight is whose.
 
     uses: for each of the flat weights, (block or ENDS, name) of every place that reads it; tied weights have two.
+    ends: makes the source and the sink of one run.
+
+    A backward empties the store as it goes along. Asked for another one (retain_graph), the run starts from its input
+    again: to keep the store's tensors instead would take memory from every user for the sake of few.
     """
 
     def __init__(
@@ -40,15 +44,17 @@ class Session:
         stack: Stack,
         store: Store,
         uses: list[list[tuple[int, str]]],
-        source: Source,
-        sink: Loss | Whole,
+        ends: Callable[[], tuple[Source, Sink]],
         progress: Progress | None,
     ) -> None:
-        self._stack, self._uses, self._source, self.sink = stack, uses, source, sink
+        self._stack, self._where, self.uses, self._ends, self._progress = stack, store, uses, ends, progress
         self._weights = _Flat(uses)
-        plan = store_plan(stack)
-        self._store: OpenStore | None = store.open(plan, stack.device)
-        self._run = Streamed(stack, self._store, source, sink, self._weights.of, progress)
+        self._open()
+
+    def _open(self) -> None:
+        self.source, sink = self._ends()
+        self._store: OpenStore | None = self._where.open(store_plan(self._stack), self._stack.device)
+        self._run = Streamed(self._stack, self._store, self.source, sink, self._weights.of, self._progress)
 
     def forward(self, weights: tuple[Tensor, ...], keeping: bool) -> Tensor:
         try:
@@ -68,15 +74,12 @@ class Session:
     ) -> list[Tensor | None]:
         """One gradient (or None) for each of the flat weights. `need_dx`: the source wants its own."""
         if self._store is None:
-            raise RuntimeError(
-                "the backward of a streamed run was asked for a second time: its store was emptied as the first went "
-                "along, also under retain_graph=True. Run the forward again"
-            )
+            self._open()
+            self.forward(weights, keeping=True)
         try:
             with torch.no_grad(), _own_precision(self._stack.device):
                 self._weights.now = weights
-                self.sink.take(upstream)
-                ends, blocks = self._run.backward(self._weights.of(ENDS), self._wanted(need), need_dx)
+                ends, blocks = self._run.backward(self._weights.of(ENDS), upstream, self._wanted(need), need_dx)
         finally:
             self.close()
         return [self._sum(i, w, ends, blocks) if need[i] else None for i, w in enumerate(weights)]
@@ -88,7 +91,7 @@ class Session:
 
     def _sum(self, i: int, like: Tensor, ends: Any, blocks: Any) -> Tensor | None:
         total: Tensor | None = None
-        for owner, name in self._uses[i]:
+        for owner, name in self.uses[i]:
             grad = (ends if owner == ENDS else blocks[owner]).get(name)
             if grad is not None:
                 total = grad if total is None else total.add_(grad)
@@ -96,7 +99,7 @@ class Session:
 
     def _wanted(self, need: tuple[bool, ...]) -> list[Collection[str]]:
         wanted: list[list[str]] = [[] for _ in self._stack.plans]
-        for uses, needed in zip(self._uses, need, strict=True):
+        for uses, needed in zip(self.uses, need, strict=True):
             for owner, name in uses:
                 if needed and owner != ENDS:
                     wanted[owner].append(name)
@@ -141,14 +144,11 @@ class _Streamed(torch.autograd.Function):
             )
         session, weights = ctx.session, ctx.saved_tensors
         need = ctx.needs_input_grad
-        upstream = grad_outputs[0]
-        source = session._source
-        if isinstance(source, Given):
-            upstream = upstream.reshape(-1, upstream.shape[-1])
-        # An embedding wants its gradient where its weight does.
-        embed = any(n and (ENDS, "embed") in uses for n, uses in zip(need[2:], session._uses, strict=True))
-        grads = session.backward(weights, upstream, tuple(need[2:]), need[1] or embed)
-        dx = source.dx if isinstance(source, Given) else None
+        # An embedding wants its gradient where one of its weights does.
+        tables = {(ENDS, "embed"), (ENDS, "table")}
+        looked_up = any(n and tables.intersection(uses) for n, uses in zip(need[2:], session.uses, strict=True))
+        grads = session.backward(weights, grad_outputs[0], tuple(need[2:]), need[1] or looked_up)
+        dx = session.source.dx if isinstance(session.source, Given) else None
         return None, None if dx is None else dx.view(ctx.shape), *grads
 
     @staticmethod

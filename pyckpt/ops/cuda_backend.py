@@ -137,8 +137,8 @@ def _loss_bwd(
 def _loss_tile(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
     if x.dtype not in DTYPES:
         return linear_cross_entropy_triton.linear_cross_entropy_tile_(x, weight, bias, target, *args)
-    *options, dx, dw = args
-    return linear_cross_entropy.tile(_Head(weight, bias, *options), x, target, dx, dw)
+    *options, dloss, dx, dw, db = args
+    return linear_cross_entropy.tile(_Head(weight, bias, *options), x, target, dloss, dx, dw, db)
 
 
 problem = register()

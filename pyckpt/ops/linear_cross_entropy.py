@@ -108,14 +108,16 @@ def _tile_fake(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
+    dloss: Tensor | None,
     dx: Tensor | None,
     dw: Tensor | None,
+    db: Tensor | None,
 ) -> Tensor:
-    return x.new_empty((), dtype=acc_dtype(x.dtype))
+    return x.new_empty(target.shape, dtype=acc_dtype(x.dtype))
 
 
 @define(
-    f"linear_cross_entropy_tile_({_ARGS}, Tensor(a!)? dx, Tensor(b!)? dw) -> Tensor",
+    f"linear_cross_entropy_tile_({_ARGS}, Tensor? dloss, Tensor(a!)? dx, Tensor(b!)? dw, Tensor(c!)? db) -> Tensor",
     fake=_tile_fake,
 )
 def linear_cross_entropy_tile_(
@@ -127,15 +129,18 @@ def linear_cross_entropy_tile_(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
+    dloss: Tensor | None,
     dx: Tensor | None,
     dw: Tensor | None,
+    db: Tensor | None,
 ) -> Tensor:
-    """The sum of the losses of some of the tokens: a scalar. Its gradients: dx is written, dw added to, where given.
+    """The losses (t,) of some of the tokens. Gradients of their sum: dx is written, dw and db added to, where given.
 
-    dw (V, D) is in the accumulation dtype: one for all tiles of a sequence.
+    dloss (t,) weighs each token's loss in the gradients; None: ones. dw (V, D) and db (V,) are in the accumulation
+    dtype: one for all tiles of a sequence.
     """
     head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
-    return tile(head, x, target, dx, dw)
+    return tile(head, x, target, dloss, dx, dw, db)
 
 
 def _bwd_fake(
@@ -218,18 +223,29 @@ def forward(
     return loss, lse, grads.dx, grads.dw, grads.db
 
 
-def tile(head: Head, x: Tensor, target: Tensor, dx: Tensor | None, dw: Tensor | None) -> Tensor:
+def tile(
+    head: Head,
+    x: Tensor,
+    target: Tensor,
+    dloss: Tensor | None,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> Tensor:
     """What `linear_cross_entropy_tile_` gives."""
-    nothing = x.new_empty(0)
-    grads = _Gradients(head, nothing if dx is None else dx, nothing if dw is None else dw, nothing)
-    return _losses(head, x, target, grads)[0].sum()
+    grads = _Gradients(head, *(x.new_empty(0) if g is None else g for g in (dx, dw, db)))
+    return _losses(head, x, target, grads, dloss)[0]
 
 
-def _losses(head: Head, x: Tensor, target: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
-    """Each token's loss and lse; fills `grads` with the gradients of the losses' sum."""
+def _losses(
+    head: Head, x: Tensor, target: Tensor, grads: _Gradients, dloss: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each token's loss and lse; fills `grads` with the gradients of the losses' sum, weighed by `dloss`."""
     losses, lse = (x.new_empty(target.shape, dtype=acc_dtype(x.dtype)) for _ in range(2))
+    upstream = None if dloss is None else dloss.to(lse.dtype)
     for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
-        made = head.chunk(x[sl], target[sl], None, losses[sl], lse[sl], grads.wanted)
+        weights = None if upstream is None else upstream[sl]
+        made = head.chunk(x[sl], target[sl], weights, losses[sl], lse[sl], grads.wanted)
         if grads.wanted:
             grads.add(sl, x[sl], *made)
     return losses, lse
@@ -391,7 +407,7 @@ def _register_flops() -> None:
 
     @register_flop_formula(ops.linear_cross_entropy_tile_)
     def tile_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-        dx, dw = args[-2:]
+        dx, dw = args[-3:-1]
         return product(x_shape, weight_shape) * (1 + (dx is not None) + (dw is not None))
 
     @register_flop_formula(ops.linear_cross_entropy_bwd)

@@ -110,8 +110,10 @@ def linear_cross_entropy_tile_(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
+    dloss: Tensor | None,
     dx: Tensor | None,
     dw: Tensor | None,
+    db: Tensor | None,
 ) -> Tensor:
     head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
-    return _op.tile(head, x, target, dx, dw)
+    return _op.tile(head, x, target, dloss, dx, dw, db)

@@ -1,0 +1,339 @@
+"""The two ends of a streamed causal language model: the embedding, and the final norm with the head and its loss."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from pyckpt.attend.dense import Layout
+from pyckpt.exec.ends import Gradients, Named
+from pyckpt.ops.chunks import acc_dtype
+from pyckpt.tokenwise.gradients import WeightGradients
+from pyckpt.tokenwise.norm import Norm, with_offset
+
+ops = torch.ops.pyckpt
+IGNORE = -100
+
+
+class _TableGradient:
+    """The gradient of a table whose rows were looked up, (rows, d_model), summed in float32 in a fixed order."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, like: Tensor, ids: Tensor, dx: Tensor) -> None:
+        if self.total is None:
+            self.total = torch.zeros(like.shape, dtype=acc_dtype(dx.dtype), device=dx.device)
+        dx = dx.to(self.total.dtype)
+        # Each is the one that adds in a fixed order on its device.
+        if dx.is_cuda:
+            self.total.index_put_((ids,), dx, accumulate=True)
+        else:
+            self.total.index_add_(0, ids, dx)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingOptions:
+    """x = dropout(scale * embed[token] + table[position]); the table is the weight "table", where there is one.
+
+    unlearned: the token whose row gets no gradient from here (`padding_idx` of torch.nn.Embedding). rate, seed: of the
+    dropout, by Philox on the row's number.
+    """
+
+    scale: float = 1.0
+    unlearned: int | None = None
+    rate: float = 0.0
+    seed: int = 0
+
+
+class Embedding:
+    """`Source`: rows of the weight "embed" by token id. Gradients are summed in float32."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        wanted: Collection[str],
+        positions: Callable[[slice], Tensor],
+        options: EmbeddingOptions = EmbeddingOptions(),
+    ) -> None:
+        self._tokens, self._positions, self._options = tokens.reshape(-1), positions, options
+        self._sums = {name: _TableGradient() for name in ("embed", "table") if name in wanted}
+
+    def fill(self, w: Named, rows: slice, out: Tensor) -> None:
+        torch.index_select(w["embed"], 0, self._tokens[rows], out=out)
+        if self._options.scale != 1.0:
+            out.mul_(self._options.scale)
+        if "table" in w:
+            out += w["table"][self._positions(rows)]
+        self._drop_(out, rows)
+
+    def backward(self, w: Named, rows: slice, dx: Tensor) -> None:
+        if not self._sums:
+            return
+        dx = dx.to(acc_dtype(dx.dtype), copy=True)
+        self._drop_(dx, rows)
+        if "table" in self._sums:
+            self._sums["table"].add(w["table"], self._positions(rows), dx)
+        if "embed" in self._sums:
+            self._sums["embed"].add(w["embed"], self._tokens[rows], dx.mul_(self._options.scale))
+
+    def _drop_(self, x: Tensor, rows: slice) -> None:
+        o = self._options
+        if o.rate:
+            ops.dropout_(x, None, x, o.rate, o.seed, rows.start)
+
+    def gradients(self, w: Named) -> Gradients:
+        found: Gradients = {}
+        for name, table in self._sums.items():
+            found[name], table.total = table.total, None
+        unlearned = self._options.unlearned
+        embed = found.get("embed")
+        if embed is not None and unlearned is not None:
+            embed[unlearned] = 0.0
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """Of `linear_cross_entropy`; "mean" divides by the number of labels that are not ignored. `scale` multiplies what
+    the head reads."""
+
+    reduction: str = "mean"
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    ignore_index: int = IGNORE
+    scale: float = 1.0
+
+
+class Targets:
+    """What each token is to predict: the label after it, none (`ignore_index`) where the token is one of `ends`.
+
+    labels: (T,) int64. ends: sorted, the last token of each sequence; None: the labels are the targets.
+    """
+
+    def __init__(self, labels: Tensor, ends: Sequence[int] | None, ignore_index: int) -> None:
+        self._labels, self._ends, self._ignore = labels.reshape(-1), ends, ignore_index
+
+    def of(self, rows: slice) -> Tensor:
+        if self._ends is None:
+            return self._labels[rows]
+        target = torch.full((rows.stop - rows.start,), self._ignore, dtype=torch.int64, device=self._labels.device)
+        after = self._labels[rows.start + 1 : rows.stop + 1]
+        target[: after.shape[0]] = after
+        low, high = (bisect.bisect_left(self._ends, token) for token in (rows.start, rows.stop))
+        if low < high:
+            ends = [end - rows.start for end in self._ends[low:high]]
+            target.index_fill_(0, torch.tensor(ends, device=target.device), self._ignore)
+        return target
+
+
+def last_tokens(layout: Layout) -> Sequence[int]:
+    """The last token of each sequence that has one. On the host: to ask a GPU for each tile's would wait for it."""
+    if layout.cu_seqlens is None:
+        return range(layout.seq - 1, layout.tokens, layout.seq)
+    return [stop - 1 for start, stop in itertools.pairwise(layout.cu_seqlens.tolist()) if stop > start]
+
+
+class _Head:
+    """Final norm, head and cross-entropy of a tile, with their gradients: what both kinds of `Loss` share.
+
+    Weights are "norm.weight", "norm.bias", "head" and "head.bias", the last one where the head has one.
+    """
+
+    def __init__(
+        self,
+        norm: Norm,
+        norm_offset: float,
+        dtype: torch.dtype,
+        options: LossOptions,
+        n_tiles: int,
+        wanted: Collection[str],
+        need_dx: bool,
+    ) -> None:
+        self._norm, self._norm_offset, self._dtype, self._options = norm, norm_offset, dtype, options
+        self._of_head = [n for n in wanted if n.startswith("head")]
+        self._of_norm = [n for n in wanted if not n.startswith("head")]
+        self._grads = WeightGradients(self._of_norm, n_tiles)
+        self._sums: dict[str, Tensor] = {}
+        self._need_dx = need_dx
+
+    def losses(self, w: Named, x: Tensor, target: Tensor) -> Tensor:
+        return self._run(w, self._normed(w, x)[0], target, None, None, {})
+
+    def losses_and_gradients(
+        self, w: Named, x: Tensor, target: Tensor, dloss: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses (t,) and the gradient of x, (t, d_model), where it is needed; sums those of the weights.
+
+        dloss: (t,) the gradient of each loss, None for ones.
+        """
+        hidden, stats = self._normed(w, x)
+        inward = self._need_dx or bool(self._of_norm)
+        dhidden = torch.empty_like(hidden) if inward else None
+        for n in self._of_head:
+            if n not in self._sums:
+                self._sums[n] = torch.zeros(w[n].shape, dtype=acc_dtype(self._dtype), device=x.device)
+        losses = self._run(w, hidden, target, dloss, dhidden, self._sums)
+        if dhidden is None:
+            return losses, None
+        if self._options.scale != 1.0:
+            dhidden *= self._options.scale
+        dx = torch.zeros_like(x)
+        self._norm.backward_add(self._norm_weights(w), dhidden, x, stats, dx, self._grads)
+        return losses, dx if self._need_dx else None
+
+    def _norm_weights(self, w: Named) -> Named:
+        return {**w, "norm.weight": with_offset(w["norm.weight"], self._norm_offset)}
+
+    def _normed(self, w: Named, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        hidden, stats = self._norm.forward(self._norm_weights(w), x)
+        hidden = hidden.to(self._dtype)
+        return hidden if self._options.scale == 1.0 else hidden * self._options.scale, stats
+
+    def _run(
+        self,
+        w: Named,
+        hidden: Tensor,
+        target: Tensor,
+        dloss: Tensor | None,
+        dhidden: Tensor | None,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        o, bias = self._options, w.get("head.bias")
+        return ops.linear_cross_entropy_tile_(
+            hidden,
+            w["head"].to(self._dtype),
+            None if bias is None else bias.to(self._dtype),
+            target,
+            *(o.ignore_index, o.softcap, o.z_loss, o.label_smoothing),
+            dloss,
+            dhidden,
+            sums.get("head"),
+            sums.get("head.bias"),
+        )
+
+    def gradients(self, w: Named) -> dict[str, Tensor]:
+        """The sums so far, in the accumulation dtype."""
+        acc = acc_dtype(self._dtype)
+        found = {n: self._grads.result(n, w[n].to(acc)) for n in self._of_norm}
+        sums, self._sums = self._sums, {}
+        return {n: g for n, g in found.items() if g is not None} | sums
+
+
+class ReducedLoss:
+    """`Sink`: the mean or the sum of the losses; their gradients are made in the forward, while there are logits.
+
+    They are those of the sum, and the backward scales them, as `linear_cross_entropy` does.
+    """
+
+    deferred = False
+
+    def __init__(self, head: _Head, targets: Targets, options: LossOptions, leaves: bool, trained: bool) -> None:
+        self.leaves = leaves
+        self._head, self._targets, self._trained = head, targets, leaves or trained
+        self._mean, self._ignore = options.reduction == "mean", options.ignore_index
+        self._loss: Tensor | None = None
+        self._count: Tensor | None = None
+        self._scale: Tensor | None = None
+
+    def forward(self, w: Named, rows: slice, x: Tensor) -> None:
+        target = self._targets.of(rows)
+        if self._trained:
+            losses, dx = self._head.losses_and_gradients(w, x, target, None)
+            if dx is not None:
+                x.copy_(dx)
+        else:
+            losses = self._head.losses(w, x, target)
+        loss, count = losses.sum(), (target != self._ignore).sum()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._count = count if self._count is None else self._count + count
+
+    def result(self) -> Tensor:
+        assert self._loss is not None and self._count is not None
+        return self._loss / self._count if self._mean else self._loss
+
+    def take(self, w: Named, upstream: Tensor) -> None:
+        assert self._count is not None
+        self._scale = upstream / self._count.clamp_min(1) if self._mean else upstream
+
+    def upstream(self, rows: slice, left: Tensor, out: Tensor | None) -> None:
+        assert self._scale is not None and out is not None
+        # A factor of one dimension, or it would be rounded to the gradient's dtype before the product.
+        torch.mul(left, self._scale.view(1).to(acc_dtype(left.dtype)), out=out)
+
+    def gradients(self, w: Named) -> Gradients:
+        assert self._scale is not None
+        return {n: g.mul_(self._scale) for n, g in self._head.gradients(w).items()}  # before they are rounded
+
+
+class TokenLosses:
+    """`Sink`: the loss of every token, (T,), each with a gradient of its own: the backward makes the logits again."""
+
+    leaves = False
+    deferred = True
+
+    def __init__(self, head: _Head, targets: Targets, tokens: int) -> None:
+        self._head, self._targets, self._tokens = head, targets, tokens
+        self._losses: Tensor | None = None
+        self._given: tuple[Named, Tensor] | None = None
+
+    def forward(self, w: Named, rows: slice, x: Tensor) -> None:
+        losses = self._head.losses(w, x, self._targets.of(rows))
+        if self._losses is None:
+            self._losses = losses.new_empty(self._tokens)
+        self._losses[rows] = losses
+
+    def result(self) -> Tensor:
+        assert self._losses is not None
+        losses, self._losses = self._losses, None
+        return losses
+
+    def take(self, w: Named, upstream: Tensor) -> None:
+        self._given = w, upstream.reshape(-1)
+
+    def upstream(self, rows: slice, left: Tensor, out: Tensor | None) -> None:
+        assert self._given is not None
+        w, dloss = self._given
+        dx = self._head.losses_and_gradients(w, left, self._targets.of(rows), dloss[rows])[1]
+        if out is not None:
+            assert dx is not None
+            out.copy_(dx)
+
+    def gradients(self, w: Named) -> Gradients:
+        self._given = None
+        return {**self._head.gradients(w)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """What surrounds the blocks of a causal language model: weights by name, and what is done with them.
+
+    weights: "embed" (V, d_model), "head" (V, d_model) and "norm.weight"; where the model has them "norm.bias",
+    "head.bias" and "table" (positions, d_model). norm: the final one, of the name "norm".
+    """
+
+    weights: Named
+    norm: Norm
+    norm_offset: float = 0.0
+    embedding: EmbeddingOptions = EmbeddingOptions()
+    loss: LossOptions = LossOptions()
+
+    def source(self, tokens: Tensor, wanted: Collection[str], positions: Callable[[slice], Tensor]) -> Embedding:
+        """wanted: the weights that want a gradient."""
+        return Embedding(tokens, wanted, positions, self.embedding)
+
+    def sink(
+        self, targets: Targets, tokens: int, dtype: torch.dtype, n_tiles: int, wanted: Collection[str], need_dx: bool
+    ) -> ReducedLoss | TokenLosses:
+        """dtype: of the products. need_dx: the last block wants its output's gradient."""
+        wanted = [n for n in wanted if n not in ("embed", "table")]
+        head = _Head(self.norm, self.norm_offset, dtype, self.loss, n_tiles, wanted, need_dx)
+        if self.loss.reduction == "none":
+            return TokenLosses(head, targets, tokens)
+        return ReducedLoss(head, targets, self.loss, need_dx, bool(wanted))
