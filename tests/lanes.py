@@ -57,9 +57,10 @@ class DelayedLanes:
             while not job.over:
                 self._one()
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None]) -> None:
         while any(self.queues.values()):
             self._one()
+        then()
 
     def _perhaps(self) -> None:
         while self.random.random() < 0.4 and self._one():

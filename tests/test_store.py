@@ -231,3 +231,28 @@ def test_a_copy_that_fails_is_raised_where_it_is_waited_for():
         store.put(("x", 0, 1))
         with pytest.raises(OSError, match="the disk is gone"):
             store.new(("x", 0, 2))
+
+
+def test_a_run_that_is_dropped_while_it_copies_is_closed_by_its_last_copy(tmp_path):
+    """Which runs in a thread of the store's own: that one can't wait for itself."""
+    store = FileStore(tmp_path)
+    slow, go = threading.Event(), threading.Event()
+    opened = store.open(PLAN, CPU)
+    name = PLAN.slabs[0].name
+    opened.new((name, 0, 0))
+    opened.put((name, 0, 0))
+
+    def last(held=opened) -> None:  # as a copy holds what it copies for
+        slow.set()
+        go.wait()
+
+    opened._lanes.run("out", last, [])
+    slow.wait()
+    del opened, last
+    gc.collect()
+    assert store._idle is None
+    go.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("pyckpt-store"):
+            thread.join()
+    assert store._idle is not None

@@ -35,8 +35,8 @@ class Lanes(Protocol):
     def wait(self, events: Sequence[Event]) -> None:
         """Wait on the host until `events` are over."""
 
-    def close(self) -> None:
-        """Wait for all that was queued."""
+    def close(self, then: Callable[[], None]) -> None:
+        """Wait for all that was queued, and do `then`."""
 
 
 @dataclasses.dataclass
@@ -88,9 +88,10 @@ class CudaLanes:
         for event in events:
             event.synchronize()
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None]) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+        then()
 
 
 class ThreadLanes:
@@ -99,7 +100,7 @@ class ThreadLanes:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._queues: dict[str, queue.SimpleQueue[_Job | None]] = {}
-        self._threads = []
+        self._threads: list[threading.Thread] = []
         for lane in LANES:
             jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
             thread = threading.Thread(target=_work, args=(jobs,), name=f"pyckpt-store-{lane}", daemon=True)
@@ -124,12 +125,15 @@ class ThreadLanes:
         for event in events:
             event.wait()
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None]) -> None:
         for jobs in self._queues.values():
             jobs.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._queues, self._threads = {}, []
+        threads, self._queues, self._threads = self._threads, {}, []
+        if threading.current_thread() in threads:
+            # What a user drops while copies are under way may go with the last one's reference to it: in its thread.
+            threading.Thread(target=_end, args=(threads, then), name="pyckpt-store-close").start()
+        else:
+            _end(threads, then)
 
 
 class _Recorded:
@@ -167,6 +171,12 @@ class _Job:
         self._over.wait()
         if self._error is not None:
             raise self._error
+
+
+def _end(threads: list[threading.Thread], then: Callable[[], None]) -> None:
+    for thread in threads:
+        thread.join()
+    then()
 
 
 def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:

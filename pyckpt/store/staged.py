@@ -108,9 +108,8 @@ class Staged(OpenStore):
         if self.__dict__.get("_closed", True):
             return
         self._closed = True
-        self._lanes.close()
+        self._lanes.close(self._done)
         self._rings, self._at = {}, {}
-        self._done()
 
     # --- buffers ---
 

@@ -10,12 +10,13 @@ from torch import nn
 from pyckpt import errors
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
+from pyckpt.stream import Stream, check_stream
 from pyckpt.swap import encoder, families
 from pyckpt.swap import loss as losses
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.decoder import SwappedDecoder
+from pyckpt.swap.decoder import SwappedDecoder, together
 from pyckpt.swap.generic import GenericMappedBlock
-from pyckpt.swap.layer import SwappedLayer
+from pyckpt.swap.layer import Streaming, SwappedLayer
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.weights import UnsupportedError
@@ -26,6 +27,7 @@ def swap(
     save: str | Save = "attention",
     *,
     segments: int | str | None = None,
+    stream: Stream | None = None,
     tile: int | None = None,
     loss: bool | str = True,
 ) -> Report:
@@ -40,6 +42,9 @@ def swap(
         segments: as in `CkptTransformer`: with k, or "sqrt", k decoder layers next to each other run as one, and only
             the input of the first is kept. Where a layer has forward hooks, which would see nothing of that (FSDP2's
             gather one layer at a time), or where hidden states are asked for, layers run one by one, with a warning.
+        stream: run the decoder layers streamed, and with labels the embedding and the loss too, so that memory on the
+            device does not depend on the sequence length. Where a layer has forward hooks, or hidden states are asked
+            for, layers run one by one on the device, with a warning.
         tile: tokens that the tokenwise parts take at a time; None chooses.
         loss: True: while gradients are enabled a call with labels returns logits=None (`output_logits=True` in the call
             asks for both); "always": without gradients too; False: the loss is left as it is.
@@ -47,13 +52,15 @@ def swap(
     Returns a `Report`: each layer, the path it takes and why. Layers that are not known are left as they are.
 
     Raises ValueError where nothing can be swapped, with the reasons, or where the model is swapped already; TypeError
-    where it is no module. Nothing is changed then.
+    where it is no module, or `stream` no `Stream`. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     save_set(save)
     errors.check_tile(tile)
     errors.check_segments(segments)
+    if stream is not None:
+        check_stream(stream)
     if loss not in (True, False, "always"):
         raise ValueError(f"loss must be True, False or 'always', got {loss!r}")
     if any(True for _ in _replaced(model)):
@@ -64,7 +71,7 @@ def swap(
         if isinstance(module, nn.TransformerEncoderLayer):
             made += _encoder_layer(name, module, save, tile, entries)
         elif layers := _decoder_layers(module):
-            made += _decoder(name, module, layers, save, segments, tile, entries)
+            made += _decoder(name, module, layers, save, segments, stream, tile, entries)
     if not made:
         found = "".join(f"\n  {e.name} ({e.kind}): {e.why}" for e in entries)
         raise ValueError(
@@ -73,8 +80,10 @@ def swap(
             + f"\nKnown layers: {', '.join(sorted(families.FAMILIES))}, TransformerEncoderLayer. For another "
             "architecture see pyckpt.CkptGenericBlock"
         )
+    if stream is not None and not any(isinstance(r, SwappedDecoder) for r in made):
+        raise ValueError("stream= takes decoder layers of transformers, and this model has none that can be swapped")
     if loss:
-        made += _heads(model, loss == "always", entries)
+        made += _heads(model, loss == "always", stream, entries)
     for replaced in made:
         replaced.install()
     return Report(tuple(entries))
@@ -133,6 +142,7 @@ def _decoder(
     layers: list[tuple[str, nn.Module]],
     save: str | Save,
     segments: int | str | None,
+    stream: Stream | None,
     tile: int | None,
     entries: list[Entry],
 ) -> list[Replaced]:
@@ -147,29 +157,23 @@ def _decoder(
             continue
         block = GenericMappedBlock if mapping.why else MappedBlock
         swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile), place))
-        entries.append(_entry(full, kind, mapping.why, save))
+        entries.append(_entry(full, kind, mapping.why, save, stream))
     if not swapped:
         return []
+    length = segment_length(segments, len(layers))
+    streaming = None if stream is None else Streaming(stream, length)
     whole = len(swapped) == len(layers)
-    runs = _segments(swapped, segment_length(segments, len(layers)))
-    return [*swapped, SwappedDecoder(module, swapped, whole, runs)]
+    return [*swapped, SwappedDecoder(module, swapped, whole, together(swapped, length), streaming)]
 
 
-def _segments(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:
-    """Layers in segments of at most `length` that stand next to each other."""
-    found: list[list[SwappedLayer]] = []
-    for layer in layers:
-        if found and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
-            found[-1].append(layer)
-        else:
-            found.append([layer])
-    return found
-
-
-def _entry(name: str, kind: str, why_generic: str, save: str | Save) -> Entry:
+def _entry(name: str, kind: str, why_generic: str, save: str | Save, stream: Stream | None = None) -> Entry:
     """Of a layer that is swapped; `why_generic` is empty for one on the standard path."""
     why = f"its own modules, tile by tile: {why_generic}" if why_generic else "as a standard block"
-    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}")
+    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}{_how(stream)}")
+
+
+def _how(stream: Stream | None) -> str:
+    return "" if stream is None else f"; streamed by {stream.tile} tokens, store {stream.store.kind!r}"
 
 
 def _encoder_layer(
@@ -188,7 +192,7 @@ def _encoder_layer(
     return [encoder.SwappedEncoderLayer(layer, blocks)]
 
 
-def _heads(model: nn.Module, always: bool, entries: list[Entry]) -> list[Replaced]:
+def _heads(model: nn.Module, always: bool, stream: Stream | None, entries: list[Entry]) -> list[Replaced]:
     """The loss of every causal language model inside."""
     made: list[Replaced] = []
     for name, module in model.named_modules():
@@ -204,6 +208,14 @@ def _heads(model: nn.Module, always: bool, entries: list[Entry]) -> list[Replace
         except UnsupportedError as reason:
             entries.append(Entry(name or "(model)", kind, ORIGINAL, f"loss: {reason}"))
             continue
-        made.append(losses.SwappedHead(module, head, always))
-        entries.append(Entry(name or "(model)", kind, STANDARD, "loss: linear_cross_entropy, no logits with labels"))
+        swapped = losses.SwappedHead(module, head, always)
+        made.append(swapped)
+        why = "loss: linear_cross_entropy, no logits with labels"
+        if stream is not None:
+            try:
+                swapped.ends()
+                why += "; streamed from the token ids on"
+            except UnsupportedError as reason:
+                why += f"; the layers alone are streamed: {reason}"
+        entries.append(Entry(name or "(model)", kind, STANDARD, why))
     return made

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyckpt.block import CheckpointedBlock
 from pyckpt.swap import masks
-from pyckpt.swap.layer import CALL, Call, SwappedLayer
+from pyckpt.swap.layer import CALL, Call, Streaming, SwappedLayer
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import UnsupportedError, watched
 
@@ -37,31 +37,45 @@ class SwappedDecoder(Replaced):
     An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
 
     `layers` are the swapped ones; `whole` says that the model has no others; `segments` are the layers in the runs that
-    keep one input.
+    keep one input. With `stream`, the layers that stand next to each other are one streamed run.
     """
 
     def __init__(
-        self, module: nn.Module, layers: list[SwappedLayer], whole: bool, segments: list[list[SwappedLayer]]
+        self,
+        module: nn.Module,
+        layers: list[SwappedLayer],
+        whole: bool,
+        segments: list[list[SwappedLayer]],
+        stream: Streaming | None = None,
     ) -> None:
         super().__init__(module)
-        self.layers, self.whole, self.segments = layers, whole, segments
+        self.layers, self.whole, self.segments, self.stream = layers, whole, segments, stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
-        scored = given.pop(CALL, False)
-        if given.get("past_key_values") is not None or self._caches(given, scored):
+        call = self.prepare(given, given.pop(CALL, False))
+        if call is None:
             return self.original(**given)
-        try:
-            call = self._call(given)
-        except UnsupportedError as reason:
-            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, which stores everything")
-            return self.original(**given)
-        if self.module.training and any(getattr(s.module, "gradient_checkpointing", False) for s in self.layers):
-            self.warn("gradient checkpointing is ignored in swapped layers, which recompute already")
         if self.whole:
             # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
         return self.original(**{**given, "use_cache": False, CALL: call})
+
+    def prepare(self, given: dict[str, Any], scored: bool) -> Call | None:
+        """What the layers are told in a call with these arguments; None where the original forward is to run.
+
+        `scored`: the outputs only serve a loss.
+        """
+        if given.get("past_key_values") is not None or self._caches(given, scored):
+            return None
+        try:
+            call = self._call(given)
+        except UnsupportedError as reason:
+            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, which stores everything")
+            return None
+        if self.module.training and any(getattr(s.module, "gradient_checkpointing", False) for s in self.layers):
+            self.warn("gradient checkpointing is ignored in swapped layers, which recompute already")
+        return call
 
     def _caches(self, given: dict[str, Any], scored: bool) -> bool:
         """Keys and values are to be returned: asked for, or by default, unless in training or only for a loss."""
@@ -104,26 +118,41 @@ class SwappedDecoder(Replaced):
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
-        return Call(positions, cu_seqlens, self._runs(given))
+        runs, streamed = self._runs(given)
+        return Call(positions, cu_seqlens, runs, self.stream if streamed else None)
 
-    def _runs(self, given: dict[str, Any]) -> dict[int, list[CheckpointedBlock]]:
-        """What the layer at each place runs, in segments of several; nothing where all run one by one."""
-        if len(self.segments) == len(self.layers):
-            return {}
+    def _runs(self, given: dict[str, Any]) -> tuple[dict[int, list[CheckpointedBlock]], bool]:
+        """What the layer at each place runs, nothing where all run one by one; and whether it is streamed."""
+        streamed = self.stream is not None
+        segments = together(self.layers, len(self.layers)) if streamed else self.segments
+        what = "streaming is" if streamed else "segments are"
+        if not streamed and len(segments) == len(self.layers):
+            return {}, False
         if self.asks(given, "output_hidden_states"):
-            self.warn("output_hidden_states=True asks for every layer's: segments are not used")
-            return {}
+            self.warn(f"output_hidden_states=True asks for every layer's: {what} not used")
+            return {}, False
         hooked = next((s for s in self.layers if watched(s.module, replaced=True)), None)
         if hooked is not None:
-            self.warn(f"a {type(hooked.module).__name__} has forward hooks: segments are not used")
-            return {}
+            self.warn(f"a {type(hooked.module).__name__} has forward hooks: {what} not used")
+            return {}, False
         runs: dict[int, list[CheckpointedBlock]] = {}
-        for segment in self.segments:
+        for segment in segments:
             runs |= {s.place: [] for s in segment}
             runs[segment[0].place] = [s.block for s in segment]
-        return runs
+        return runs, streamed
 
     @staticmethod
     def _like(given: dict[str, Any]) -> Tensor:
         ids = given.get("input_ids")
         return given["inputs_embeds"] if ids is None else ids
+
+
+def together(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:
+    """Layers in runs of at most `length` that stand next to each other."""
+    found: list[list[SwappedLayer]] = []
+    for layer in layers:
+        if found and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pyckpt import errors
+from pyckpt.exec.lm_ends import Ends, LossOptions, Targets
 from pyckpt.functional import linear_cross_entropy
 from pyckpt.swap.decoder import SwappedDecoder
+from pyckpt.swap.ends import Places, ends_of
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import UnsupportedError, watched
@@ -19,33 +22,40 @@ IGNORED = -100
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What a family does to its logits: options of the config that multiply, divide or softcap them, or None."""
+    """What a family does to its logits: options of the config that multiply, divide or softcap them, or None.
+
+    places: where the base model has what surrounds the layers, where that is known.
+    """
 
     multiplier: str | None = None
     divisor: str | None = None
     softcap: str | None = None
     output: str = "CausalLMOutputWithPast"
+    places: Places | None = None
 
 
-_MIXTURE = Head(output="MoeCausalLMOutputWithPast")
-_SOFTCAPPED = Head(softcap="final_logit_softcapping")
+_PLAIN = Head(places=Places())
+_MIXTURE = Head(output="MoeCausalLMOutputWithPast", places=Places())
+_SOFTCAPPED = Head(softcap="final_logit_softcapping", places=Places())
 HEADS = {
-    "CohereForCausalLM": Head(multiplier="logit_scale"),
-    "GPT2LMHeadModel": Head(output="CausalLMOutputWithCrossAttentions"),
-    "GPTNeoXForCausalLM": Head(),
+    "CohereForCausalLM": Head(multiplier="logit_scale", places=Places()),
+    "GPT2LMHeadModel": Head(
+        output="CausalLMOutputWithCrossAttentions", places=Places("wte", "ln_f", table="wpe", dropout="drop")
+    ),
+    "GPTNeoXForCausalLM": Head(places=Places("embed_in", "final_layer_norm", dropout="emb_dropout")),
     "Gemma2ForCausalLM": _SOFTCAPPED,
     "Gemma3ForCausalLM": _SOFTCAPPED,
-    "GraniteForCausalLM": Head(divisor="logits_scaling"),
-    "LlamaForCausalLM": Head(),
-    "MistralForCausalLM": Head(),
+    "GraniteForCausalLM": Head(divisor="logits_scaling", places=Places(multiplier="embedding_multiplier")),
+    "LlamaForCausalLM": _PLAIN,
+    "MistralForCausalLM": _PLAIN,
     "MixtralForCausalLM": _MIXTURE,
-    "Olmo2ForCausalLM": Head(),
-    "Phi3ForCausalLM": Head(),
-    "Qwen2ForCausalLM": Head(),
-    "Qwen3ForCausalLM": Head(),
+    "Olmo2ForCausalLM": _PLAIN,
+    "Phi3ForCausalLM": _PLAIN,
+    "Qwen2ForCausalLM": _PLAIN,
+    "Qwen3ForCausalLM": _PLAIN,
     "Qwen3MoeForCausalLM": _MIXTURE,
-    "SmolLM3ForCausalLM": Head(),
-    "Starcoder2ForCausalLM": Head(),
+    "SmolLM3ForCausalLM": _PLAIN,
+    "Starcoder2ForCausalLM": Head(places=Places(dropout="embedding_dropout")),
 }
 
 
@@ -103,47 +113,114 @@ class SwappedHead(Replaced):
         labels = given.pop("labels")
         given.pop("logits_to_keep", None)
         as_dict = given.pop("return_dict", None)
-        options = {n: given.pop(n, None) for n in ("num_items_in_batch", "shift_labels", "ignore_index")}
-        if isinstance(model.base_model.__dict__.get("forward"), SwappedDecoder):
+        wanted = _Wanted.of(labels, *(given.pop(n, None) for n in _Wanted.ARGUMENTS))
+        decoder = model.base_model.__dict__.get("forward")
+        if isinstance(decoder, SwappedDecoder):
             given[CALL] = True
-        outputs = model.base_model(**given)
-        loss = self._of_hidden(outputs.last_hidden_state, labels, **options)
-        fields = {n: getattr(outputs, n, None) for n in ("past_key_values", "hidden_states", "attentions")}
+        loss = self._streamed(decoder, given, wanted) if isinstance(decoder, SwappedDecoder) else None
+        fields: dict[str, Any] = {}
+        if loss is None:
+            outputs = model.base_model(**given)
+            loss = self._of_hidden(outputs.last_hidden_state, wanted)
+            fields = {n: getattr(outputs, n, None) for n in ("past_key_values", "hidden_states", "attentions")}
+        if wanted.items is not None:
+            loss = loss / (wanted.items.to(loss.device) if isinstance(wanted.items, Tensor) else wanted.items)
         made = getattr(modeling_outputs, self.head.output)(loss=loss, logits=None, **fields)
         if as_dict is None:
             as_dict = getattr(model.config, "return_dict", True)
         return made if as_dict else made.to_tuple()
 
-    def _of_hidden(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Any,
-        shift_labels: Tensor | None,
-        ignore_index: int | None,
-    ) -> Tensor:
-        """The loss of hidden states (B, S, d_model) and labels (B, S), each token's the label after it."""
-        ignored = IGNORED if ignore_index is None else ignore_index
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
+    def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: _Wanted) -> Tensor | None:
+        """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
+        if decoder.stream is None:
+            return None
+        call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, scored=True)
+        if call is None or call.stream is None:
+            return None
+        try:
+            ids, ends = self._ids(decoder, given), self.ends(wanted)
+        except UnsupportedError as reason:
+            self.warn(f"{reason}: the layers are streamed, and not what surrounds them")
+            return None
+        head = ends.weights["head"]
+        errors.check_labels(wanted.given.to(head.device), head.shape[0], wanted.ignored, head.device)
+        return call.stream_loss(decoder.layers, ids, wanted.targets(ids), ends)
+
+    @staticmethod
+    def _ids(decoder: SwappedDecoder, given: dict[str, Any]) -> Tensor:
+        if not decoder.whole:
+            raise UnsupportedError("some of its layers are not swapped")
+        if given.get("input_ids") is None or given.get("token_type_ids") is not None:
+            raise UnsupportedError("it is called with inputs_embeds or token_type_ids")
+        return given["input_ids"]
+
+    def ends(self, wanted: _Wanted | None = None) -> Ends:
+        """What surrounds the layers. Raises `UnsupportedError` where that is not known."""
+        model: Any = self.module
+        reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
+        options = LossOptions(reduction, self._softcap or 0.0, ignore_index=ignored, scale=self._scale)
+        return ends_of(model.base_model, self.head.places, model.get_output_embeddings(), options)
+
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.module.config, self.head.softcap) if self.head.softcap else None
+
+    @property
+    def _scale(self) -> float:
         config: Any = self.module.config
-        scale = 1.0
-        if self.head.multiplier:
-            scale = float(getattr(config, self.head.multiplier))
-        if self.head.divisor:
-            scale = 1.0 / float(getattr(config, self.head.divisor))
+        scale = float(getattr(config, self.head.multiplier)) if self.head.multiplier else 1.0
+        return scale / float(getattr(config, self.head.divisor)) if self.head.divisor else scale
+
+    def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
+        """The loss of hidden states (B, S, d_model)."""
         projection: Any = self.module.get_output_embeddings()  # type: ignore[operator]
-        loss = linear_cross_entropy(
-            hidden if scale == 1.0 else hidden * scale,
+        return linear_cross_entropy(
+            hidden if self._scale == 1.0 else hidden * self._scale,
             projection.weight,
-            shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
+            wanted.shifted().to(hidden.device).reshape(hidden.shape[:-1]),
             bias=projection.bias,
-            ignore_index=ignored,
-            reduction="mean" if num_items_in_batch is None else "sum",
-            softcap=getattr(config, self.head.softcap) if self.head.softcap else None,
+            ignore_index=wanted.ignored,
+            reduction=wanted.reduction,
+            softcap=self._softcap,
         )
-        if num_items_in_batch is None:
-            return loss
-        return loss / (
-            num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What a call asks for: labels (B, S), each token's the label after it; `shift_labels` are those of each token.
+
+    items: what the sum is divided by, instead of the number of labels.
+    """
+
+    ARGUMENTS: ClassVar = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+    labels: Tensor
+    items: Any
+    shift_labels: Tensor | None
+    ignored: int
+
+    @staticmethod
+    def of(labels: Tensor, items: Any, shift_labels: Tensor | None, ignore_index: int | None) -> _Wanted:
+        return _Wanted(labels, items, shift_labels, IGNORED if ignore_index is None else ignore_index)
+
+    @property
+    def reduction(self) -> str:
+        return "mean" if self.items is None else "sum"
+
+    @property
+    def given(self) -> Tensor:
+        return self.labels if self.shift_labels is None else self.shift_labels
+
+    def shifted(self) -> Tensor:
+        if self.shift_labels is not None:
+            return self.shift_labels
+        return nn.functional.pad(self.labels, (0, 1), value=self.ignored)[..., 1:]
+
+    def targets(self, ids: Tensor) -> Targets:
+        """Of a streamed run over ids (B, S), which shifts the labels tile by tile."""
+        if self.shift_labels is not None:
+            return Targets(self.shift_labels.to(ids.device), None, self.ignored)
+        if self.labels.shape != ids.shape:
+            raise ValueError(f"labels have shape {tuple(self.labels.shape)}, expected {tuple(ids.shape)} as input_ids")
+        seq = ids.shape[1]
+        return Targets(self.labels.to(ids.device), range(seq - 1, ids.numel(), seq), self.ignored)

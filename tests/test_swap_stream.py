@@ -1,0 +1,251 @@
+"""`pyckpt.swap(stream=)`: the losses and gradients of the model as it was, with tiles alone on the device."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_same_bits, relative_errors
+from swap_models import FAMILIES, MIXTURES, VOCAB, InFloat64, make_batch, make_model, step
+from test_swap import KINDS, assert_step_as_good, check, no_fallback  # noqa: F401
+
+import pyckpt
+
+transformers = pytest.importorskip("transformers")
+# Sums in another order, of gradients that nearly cancel, in float64.
+ROUNDING = 1e-11
+
+
+def stream(tile: int = 7, store: Any = "host", **options: Any) -> pyckpt.Stream:
+    return pyckpt.Stream(tile, store, **options)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_loss_and_gradients(family):
+    model = make_model(family)
+    check(model, [make_batch(kind) for kind in KINDS], stream=stream())
+    pyckpt.unswap(model)
+    assert "streamed from the token ids on" in pyckpt.swap(model, stream=stream()).entries[-1].why
+
+
+@pytest.mark.parametrize("family", ["Cohere", "Gemma3", "GPT2", "Qwen3"])
+def test_loss_and_gradients_in_bfloat16(family):
+    check(make_model(family, torch.bfloat16), [make_batch(kind) for kind in KINDS], stream=stream(11, "file"))
+
+
+def errors_of_streaming(model: Any, batch: dict[str, Any], **options: Any) -> float:
+    """The largest relative error of loss and gradients, against the same model swapped without a stream."""
+    pyckpt.swap(model)
+    with InFloat64():
+        resident = step(model, batch)
+    pyckpt.unswap(model)
+    pyckpt.swap(model, stream=stream(), **options)
+    with InFloat64():
+        return max(relative_errors(step(model, batch), resident).values())
+
+
+def shifted(batch: dict[str, Any]) -> dict[str, Any]:
+    """With labels that are of each token already, as sequence parallelism hands them out."""
+    labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    return {**batch, "shift_labels": labels.contiguous()}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"num_items_in_batch": 11},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"ignore_index": 5},
+        "shifted",
+        "embeddings",
+        "base",
+    ],
+    ids=str,
+)
+def test_what_a_call_may_ask_for(extra):
+    model, batch = make_model("Gemma3", torch.float64), make_batch("padded")
+    if extra == "shifted":
+        batch = shifted(batch)
+    elif extra == "embeddings":  # the layers alone are streamed, with a warning
+        ids = batch.pop("input_ids")
+        batch["inputs_embeds"] = model.get_input_embeddings()(ids).detach().requires_grad_()
+        warnings.filterwarnings("ignore", message=".*called with inputs_embeds .*: the layers are streamed")
+    elif extra == "base":
+        del batch["labels"]
+        pyckpt.swap(model, stream=stream())
+        seen: list[tuple[str, int, int]] = []
+        streamed = model.model(**batch, use_cache=False).last_hidden_state
+        pyckpt.unswap(model)
+        pyckpt.swap(model, stream=stream(progress=lambda *at: seen.append(at)))
+        assert torch.equal(model.model(**batch, use_cache=False).last_hidden_state, streamed)
+        assert {what for what, _, _ in seen} == {"embed", "forward", "head"}
+        return
+    else:
+        batch |= extra
+    if "ignore_index" in batch:
+        batch["labels"][batch["labels"] == -100] = 5
+    assert errors_of_streaming(model, batch) < ROUNDING
+
+
+@pytest.mark.parametrize("options", [{"segments": 2}, {"segments": "sqrt", "save": "input"}, {"save": "all"}], ids=str)
+def test_segments_and_save_sets_give_the_same_bits(options):
+    model, batch = make_model("Llama", num_hidden_layers=5), make_batch("padded")
+    results = []
+    for given in ({}, options):
+        pyckpt.swap(model, stream=stream(), **given)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    assert_same_bits(*results)
+
+
+def test_the_row_of_the_padding_token_learns_nothing_from_being_looked_up():
+    model, batch = make_model("Llama", torch.float64), make_batch("plain")
+    batch["input_ids"][0, 4:7] = 0
+    assert model.model.embed_tokens.padding_idx == 0
+    assert errors_of_streaming(model, batch) < ROUNDING
+    assert not step(model, batch)["model.embed_tokens.weight"][0].any()
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Starcoder2"])
+def test_dropout_of_embeddings(family):
+    """The gradient is that of the loss with the same values dropped; without training nothing is."""
+    rates = {"GPT2": {"embd_pdrop": 0.4}, "GPTNeoX": {"hidden_dropout": 0.4}, "Starcoder2": {"embedding_dropout": 0.4}}
+    model, batch = make_model(family, torch.float64, **rates[family]), make_batch("plain")
+    pyckpt.swap(model, stream=stream())
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(3)
+        with InFloat64():
+            return model(**batch).loss
+
+    weight = model.get_input_embeddings().weight
+    direction, eps = torch.randn_like(weight), 1e-6
+    (grad,) = torch.autograd.grad(loss(), weight)
+    with torch.no_grad():
+        weight += eps * direction
+    up = loss()
+    with torch.no_grad():
+        weight -= 2 * eps * direction
+    slope = (up - loss()).detach() / (2 * eps)
+    # Differences of a loss that is rounded to float32 in places.
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-3, atol=1e-3)
+    dropped = loss()
+    model.eval()
+    kept = loss()
+    assert kept != dropped
+    pyckpt.unswap(model)
+    torch.testing.assert_close(loss(), kept, rtol=1e-5, atol=0.0)
+
+
+def test_adapters_on_a_frozen_base():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model("Llama"), peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 0.1 * torch.randn_like(p) if "lora_B" in name else 0.0
+    exact, batch = copy.deepcopy(model).double(), make_batch("padded")
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    pyckpt.swap(model, stream=stream())
+    ours = step(model, batch)
+    assert all("lora" in n for n in ours.keys() - {"loss"})
+    assert_step_as_good(ours, plain, truth, torch.float32)
+
+
+def test_autocast_and_hooks():
+    model, batch, fired = make_model("Qwen2"), make_batch("padded"), []
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(model, batch)
+        pyckpt.swap(model, stream=stream())
+        fired.clear()
+        ours = step(model, batch)
+    assert sorted(fired) == sorted(n for n, _ in model.named_parameters())
+    assert_step_as_good(ours, plain, truth, torch.bfloat16)
+
+
+def test_the_peak_does_not_grow_with_the_length():
+    model = make_model("Llama", max_position_embeddings=4096)
+    pyckpt.swap(model, stream=stream(32, "file"))
+    peaks = {}
+    for seq in (160, 320):
+        ids = torch.randint(1, VOCAB, (1, seq))
+        with pyckpt.measure.memory(model) as m:
+            model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+        peaks[seq] = m.peak_bytes
+    # Ids, labels, and what is made of them are an int64 of every token.
+    assert peaks[320] - peaks[160] <= 160 * 8 * 4
+
+
+def test_without_gradients():
+    """A call with labels returns logits, unless loss="always", and then it is streamed from the token ids on."""
+    model, batch = make_model("Llama").eval(), make_batch("padded")
+    with torch.no_grad():
+        before = model(**batch)
+        pyckpt.swap(model, stream=stream())
+        after = model(**batch, use_cache=False)
+        seen_tokens = batch["attention_mask"] > 0
+        torch.testing.assert_close(after.logits[seen_tokens], before.logits[seen_tokens])
+        pyckpt.unswap(model)
+        seen: list[str] = []
+        pyckpt.swap(model, stream=stream(progress=lambda what, *_: seen.append(what)), loss="always")
+        always = model(**batch)
+    assert always.logits is None and math.isclose(always.loss, before.loss, rel_tol=1e-5)
+    assert {"embed", "forward", "head"} == set(seen)
+
+
+def test_where_somebody_looks_at_each_layer_it_is_not_streamed():
+    model, batch = make_model("Llama", num_hidden_layers=4), make_batch("plain")
+    pyckpt.swap(model)
+    truth, states = step(model, batch), model(**batch, output_hidden_states=True).hidden_states
+    pyckpt.unswap(model)
+    calls: list[Any] = []
+    pyckpt.swap(model, stream=stream(progress=lambda *at: calls.append(at)))
+    with pytest.warns(UserWarning, match="every layer's: streaming is not used"):
+        found = model(**batch, output_hidden_states=True).hidden_states
+    for a, b in zip(found, states, strict=True):
+        assert torch.equal(a, b)
+    handle = model.model.layers[1].register_forward_hook(lambda m, args, out: None)
+    with pytest.warns(UserWarning, match="LlamaDecoderLayer has forward hooks: streaming is not used"):
+        assert_same_bits(truth, step(model, batch))
+    assert not calls
+    handle.remove()
+
+
+@pytest.mark.parametrize("what", ["layer", "embedding", "norm", "base"])
+def test_what_cannot_be_streamed_from_the_ids_on_has_its_layers_streamed(what):
+    model, batch = make_model("Llama", torch.float64, num_hidden_layers=5), make_batch("padded")
+    if what == "layer":
+        model.model.layers[2].self_attn.is_causal = False  # so that it is left as it was
+        message = "some of its layers are not swapped"
+    else:
+        place = {"embedding": model.model.embed_tokens, "norm": model.model.norm, "base": model.model}[what]
+        place.register_forward_hook(lambda m, args, out: None)
+        message = "has forward hooks|with hooks"
+    with pytest.warns(UserWarning, match=f"({message}).*: the layers are streamed, and not what surrounds them"):
+        assert errors_of_streaming(model, batch) < ROUNDING
+
+
+def test_bad_input():
+    model = make_model("Llama")
+    with pytest.raises(TypeError, match=r"stream must be a pyckpt\.Stream, got str"):
+        pyckpt.swap(model, stream="host")
+    encoder = torch.nn.TransformerEncoderLayer(16, 2, 24)
+    with pytest.raises(ValueError, match="stream= takes decoder layers of transformers, and this model has none"):
+        pyckpt.swap(encoder, stream=stream())
+    assert "forward" not in encoder.__dict__
+    pyckpt.swap(model, stream=stream())
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((1, 9), VOCAB), labels=torch.ones(1, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"label {VOCAB} is out of range"):
+        model(input_ids=torch.ones(1, 9, dtype=torch.int64), labels=torch.full((1, 9), VOCAB))
