@@ -157,6 +157,17 @@ def test_adapters_on_a_frozen_base():
     assert_step_as_good(ours, plain, truth, torch.float32)
 
 
+def test_after_gradient_checkpointing_was_enabled():
+    """transformers leaves a hook on the embedding, which only makes its output want a gradient."""
+    model, batch, seen = make_model("Llama"), make_batch("padded"), []
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    model.enable_input_require_grads()
+    pyckpt.swap(model, stream=stream(progress=lambda what, *_: seen.append(what)))
+    step(model, batch)
+    assert {"embed", "forward", "head", "backward"} == set(seen)
+
+
 def test_autocast_and_hooks():
     model, batch, fired = make_model("Qwen2"), make_batch("padded"), []
     exact = copy.deepcopy(model).double()

@@ -97,15 +97,19 @@ class Mapping:
         return None
 
 
+# By which transformers records attentions and hidden states, and makes embeddings want a gradient for checkpointing.
+_HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
+
+
 def watched(module: nn.Module, replaced: bool = False) -> bool:
-    """The module has forward hooks, other than those by which transformers records attentions and hidden states.
+    """The module has forward hooks, other than transformers' own that change no value.
 
     Or a forward of its own, as Accelerate puts there, unless that is known to be `replaced`.
     """
     if "forward" in module.__dict__ and not replaced:
         return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks)
+    return any(getattr(h, "__name__", "") not in _HARMLESS_HOOKS for h in hooks)
 
 
 def bias_of(names: set[str]) -> bool | str:

@@ -1,0 +1,155 @@
+"""A swapped model of transformers on a CPU: time and peak of a step, against the model's own checkpointing and without.
+
+    python bench/swap.py                      # about 25 minutes on 2 cores
+    python bench/swap.py --vocab 256 --repeats 1 --layers 2 --tokens 512    # less; the results say how much
+
+A Llama in fp32 with random weights, batch 1, forward and backward with labels. Once with a small vocabulary, where the
+layers are nearly all of it, once with Llama 2's, where logits matter too. "LoRA": adapters of rank 8 on q and v, the
+base frozen. All variants hold the same weights; they take turns in one process; medians. Peaks are live bytes of
+tensors above weights and gradients (pyckpt.measure.memory). Writes bench/results/swap_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pyckpt
+from bench import common
+from pyckpt.measure.timing import interleaved
+from pyckpt.measure.units import format_bytes
+
+NAME = "swap_cpu"
+PLAIN, CHECKPOINT, SWAP, STREAM = "transformers", "its gradient checkpointing", "swap", "swap, streamed"
+CONFIG: dict[str, int] = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376}
+VOCABS = (256, 32000)
+AIMS = {"time over checkpointing": 0.85, "peak over checkpointing": 1.05, "peak over transformers": 0.35}
+TILE = 1024
+
+
+def make_model(vocab: int, layers: int, tokens: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {**CONFIG, "vocab_size": vocab, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=tokens)).train()
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+
+
+@contextmanager
+def checkpointing(model: Any) -> Iterator[None]:
+    model.gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def swapped(model: nn.Module, **options: Any) -> Iterator[None]:
+    pyckpt.swap(model, **options)
+    try:
+        yield
+    finally:
+        pyckpt.unswap(model)
+
+
+@contextmanager
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    yield
+
+
+def variants(stream: pyckpt.Stream) -> dict[str, Callable[[nn.Module], Any]]:
+    return {
+        PLAIN: as_it_is,
+        CHECKPOINT: checkpointing,
+        SWAP: swapped,
+        STREAM: lambda model: swapped(model, stream=stream),
+    }
+
+
+def measure(model: nn.Module, tokens: int, repeats: int, names: list[str] | None = None) -> list[dict[str, Any]]:
+    """A row for each variant: seconds of a step, all of them, and the peak's bytes."""
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens))  # type: ignore[union-attr,arg-type]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    stream = pyckpt.Stream(TILE, "file")
+    ways = {n: way for n, way in variants(stream).items() if names is None or n in names}
+
+    def step(way: Callable[[nn.Module], Any]) -> None:
+        with way(model):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    timings = interleaved({n: lambda way=way: step(way) for n, way in ways.items()}, repeats, warmup=1)
+    rows = []
+    for name, way in ways.items():
+        with way(model), pyckpt.measure.memory(model) as m:
+            model(input_ids=ids, labels=ids).loss.backward()
+        rows.append({"variant": name, "seconds": timings[name].median, "peak_bytes": m.peak_bytes})
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Time and peak of each of our variants over transformers' two."""
+    by = {r["variant"]: r for r in rows}
+    found: dict[str, dict[str, float]] = {}
+    for name in (SWAP, STREAM):
+        for base, word in ((CHECKPOINT, "checkpointing"), (PLAIN, "transformers")):
+            for key, what in (("seconds", "time"), ("peak_bytes", "peak")):
+                if name in by and base in by:
+                    found.setdefault(name, {})[f"{what} over {word}"] = by[name][key] / by[base][key]
+    return found
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{title}")
+    for r in rows:
+        print(f"  {r['variant']:28s} {r['seconds']:7.2f} s  peak {format_bytes(r['peak_bytes'])}")
+    for name, found in ratios(rows).items():
+        for what, value in found.items():
+            aim = f"  (aim {AIMS[what]:.2f})" if what in AIMS and name == SWAP else ""
+            print(f"  {name}: {what} {value:.3f}{aim}")
+
+
+def run(vocab: int, layers: int, tokens: int, repeats: int) -> dict[str, Any]:
+    model = make_model(vocab, layers, tokens)
+    full = measure(model, tokens, repeats)
+    show(f"vocabulary {vocab:,}: all weights trained", full)
+    adapted = with_adapters(model)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    lora = measure(adapted, tokens, repeats, [CHECKPOINT, SWAP])
+    show(f"vocabulary {vocab:,}: LoRA", lora)
+    return {"vocab": vocab, "full": full, "ratios": ratios(full), "lora": lora, "frozen_weights": frozen}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, nargs="*", default=list(VOCABS))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args(argv)
+    config = {**CONFIG, "layers": given.layers, "tokens": given.tokens, "repeats": given.repeats, "tile": TILE}
+    rows = [run(v, given.layers, given.tokens, given.repeats) for v in given.vocab]
+    path = common.write(NAME, {**common.stamp(), "aims": AIMS, "config": config, "rows": rows})
+    print(f"\nwritten to {path.relative_to(common.ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
