@@ -6,7 +6,8 @@
 A Llama in fp32 with random weights, batch 1, forward and backward with labels. Once with a small vocabulary, where the
 layers are nearly all of it, once with Llama 2's, where logits matter too. "LoRA": adapters of rank 8 on q and v, the
 base frozen. All variants hold the same weights; they take turns in one process; medians. Peaks are live bytes of
-tensors above weights and gradients (pyckpt.measure.memory). Writes bench/results/swap_cpu.json.
+tensors above the weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes
+bench/results/swap_cpu.json.
 """
 
 from __future__ import annotations
@@ -86,18 +87,18 @@ def variants(stream: pyckpt.Stream) -> dict[str, Callable[[nn.Module], Any]]:
 def measure(model: nn.Module, tokens: int, repeats: int, names: list[str] | None = None) -> list[dict[str, Any]]:
     """A row for each variant: seconds of a step, all of them, and the peak's bytes."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens))  # type: ignore[union-attr,arg-type]
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
     stream = pyckpt.Stream(TILE, "file")
     ways = {n: way for n, way in variants(stream).items() if names is None or n in names}
 
     def step(way: Callable[[nn.Module], Any]) -> None:
+        model.zero_grad()
         with way(model):
             model(input_ids=ids, labels=ids).loss.backward()
 
     timings = interleaved({n: lambda way=way: step(way) for n, way in ways.items()}, repeats, warmup=1)
     rows = []
     for name, way in ways.items():
+        model.zero_grad()
         with way(model), pyckpt.measure.memory(model) as m:
             model(input_ids=ids, labels=ids).loss.backward()
         rows.append({"variant": name, "seconds": timings[name].median, "peak_bytes": m.peak_bytes})
