@@ -681,6 +681,7 @@ class TestBadInput:
             pyckpt.attention(x, x[:4], x[:4], cu_seqlens=cu)
 
 
+@pytest.mark.usefixtures("backend")
 class TestMerge:
     @pytest.mark.parametrize("packed", [False, True])
     def test_two_sets_of_keys_are_one(self, packed):
@@ -707,6 +708,20 @@ class TestMerge:
         ops.attention_merge_(o, lse, part_o, part_lse)
         assert_close_to_truth(o, plain, want_o)
         assert_close_to_truth(lse, want_lse.float(), want_lse)
+
+    @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 1), (37, 3, 64), (300, 2, 20), (3, 2, 640)])
+    def test_views_of_odd_sizes(self, tokens, heads, dim):
+        """Of which no other element is touched."""
+        wide = torch.randn(2, tokens, 2 * heads, dim)
+        o, part_o = wide[:, :, heads:], torch.randn(2, 2 * tokens, heads, dim)[:, ::2]
+        lse, part_lse = torch.randn(2, heads, tokens + 3)[..., :tokens], torch.randn(2, heads, tokens)
+        want_o, want_lse = reference.merge(*(t.double() for t in (o, lse, part_o, part_lse)))
+        plain = reference.merge(o, lse, part_o, part_lse)[0]
+        before = wide.clone()
+        ops.attention_merge_(o, lse, part_o, part_lse)
+        assert_close_to_truth(o, plain, want_o)
+        assert_close_to_truth(lse, want_lse.float(), want_lse)
+        assert torch.equal(wide[:, :, :heads], before[:, :, :heads])
 
     def test_two_sets_without_keys(self):
         o, lse = torch.zeros(1, 2, 3, 4), torch.full((1, 3, 2), float("-inf"))

@@ -116,6 +116,16 @@ def attention_delta(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
     return kernels("attention").delta(do, o, dlse)
 
 
+@implement("attention_merge_", "triton")
+def attention_merge_(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> None:
+    if any(t.stride(-1) != 1 for t in (o, lse, part_o, part_lse)) or rounds_badly(o):
+        return op.attention_merge_(o, lse, part_o, part_lse)
+    if rounds_badly(part_o):
+        part_o = part_o.float()
+    kernels("attention_merge").merge(o, lse, part_o, part_lse)
+    return None
+
+
 @implement("attention_tile_fwd_", "triton")
 def attention_tile_fwd_(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any) -> None:
     tile = _tile_options(*options)

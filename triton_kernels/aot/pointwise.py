@@ -1,4 +1,4 @@
-"""The norm, activation and RoPE kernels to compile ahead of time: widths, dtypes and forms that models have."""
+"""The row-wise and pointwise kernels (norms to merging) to compile ahead of time: widths, dtypes, forms of models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from .. import activation, dropout, norm, rope
+from .. import activation, attention_merge, dropout, norm, rope
 from ..rows import warps
 from .compile import DTYPES, Arguments, Case, signature
 
@@ -188,6 +188,41 @@ class DropoutCase(Case):
         return signature(names, kinds, constants, {n for n in names if n.startswith("stride") or n == "width"})
 
 
+@dataclasses.dataclass(frozen=True)
+class MergeCase(Case):
+    """`wide`: into a running sum in float32."""
+
+    arch: str
+    head_dim: int
+    dtype: str
+    wide: bool
+
+    @property
+    def name(self) -> str:
+        return "merge"
+
+    @property
+    def what(self) -> str:
+        return f"{self.head_dim:>8} {DTYPES[self.dtype]:5}{'into fp32' if self.wide else ''}"
+
+    @property
+    def kernel(self) -> Any:
+        return attention_merge.attention_merge_kernel
+
+    @property
+    def num_warps(self) -> int:
+        return attention_merge.WARPS
+
+    def arguments(self) -> Arguments:
+        names = self.kernel.arg_names
+        kinds = _types(names, self.dtype) | {"p_lse": "*fp32", "p_part_lse": "*fp32"}
+        if self.wide:
+            kinds["p_o"] = "*fp32"
+        count, columns = attention_merge.tile(self.head_dim)
+        divisible = {n for n in names if n.startswith(("stride_o", "stride_p"))} | {"dim"}
+        return signature(names, kinds, {"TOKENS": count, "COLUMNS": columns}, divisible)
+
+
 def cases(arch: str, quick: bool = False) -> Iterator[Case]:
     """Every width, dtype and form. Quick: bf16, the usual widths."""
     dtypes = ("bfloat16",) if quick else ("bfloat16", "float32")  # float16 is loaded and rounded as bfloat16 is
@@ -201,5 +236,8 @@ def cases(arch: str, quick: bool = False) -> Iterator[Case]:
         yield RopeCase(arch, head_dim, dtype, interleaved)
     for dtype, residual in itertools.product(dtypes, both):
         yield DropoutCase(arch, dtype, residual)
+    for head_dim, dtype in itertools.product((128,) if quick else HEAD_DIMS, dtypes):
+        for wide in both if dtype != "float32" else (False,):
+            yield MergeCase(arch, head_dim, dtype, wide)
     if not quick:
         yield RopeCase(arch, 128, "bfloat16", tail=64)
