@@ -601,6 +601,26 @@ def test_a_bf16_run_resumes_exactly_too(text: Path) -> None:
     assert_same(train.run(resume(parted)), whole)
 
 
+def test_a_checkpoint_of_a_version_with_fewer_settings_is_resumed(text: Path, straight: train.TrainResult) -> None:
+    given = config(text)
+    train.run(given, on_step=lambda r: signal.raise_signal(signal.SIGINT) if r["step"] == 4 else None)
+    newer = ("window", "stream", "stream_tile", "stream_path")
+    for file in Path(given.out).rglob("*.json"):
+        content = json.loads(file.read_text())
+        settings = content.get("config" if file.name == "run.json" else "settings", {})
+        for name in newer:
+            settings.pop(name, None)
+        file.write_text(json.dumps(content))
+    assert_same(train.run(resume(given)), straight)
+
+
+def test_a_run_with_a_window_is_saved_as_a_model_that_has_one(text: Path) -> None:
+    result = train.run(config(text, steps=3, window=9))
+    assert result.model.config["window"] == 9
+    written = json.loads((RunFolder(Path(result.out)).model / "config.json").read_text())
+    assert (written["model_type"], written["sliding_window"]) == ("mistral", 10)  # its own key counts there
+
+
 def test_a_run_with_a_tokenizer(text: Path, tokenizer: Path) -> None:
     given = config(text, tokenizer=str(tokenizer), prompt="def f1", steps=8)
     result = train.run(given)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.train.config import TrainConfig
 from pyckpt.train.files import sync
 
 FORMAT = "pyckpt-train-checkpoint-1"
@@ -115,10 +116,12 @@ def read(path: Path) -> Checkpoint:
 
 def check(checkpoint: Checkpoint, path: Path, settings: dict[str, Any], data: str, shapes: dict[str, Any]) -> None:
     """Raise ValueError unless a checkpoint is of these settings, data and weights (name -> shape)."""
-    theirs = checkpoint.settings
-    differing = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
+    # What a checkpoint of an earlier version does not name it did as the defaults have it now.
+    defaults = TrainConfig().fixed()
+    theirs = {n: defaults.get(n) for n in settings} | checkpoint.settings
+    differing = [k for k in theirs if theirs[k] != settings.get(k)]
     if differing:
-        listed = "; ".join(f"{k}: {theirs.get(k)!r} there, {settings.get(k)!r} given" for k in differing)
+        listed = "; ".join(f"{k}: {theirs[k]!r} there, {settings.get(k)!r} given" for k in differing)
         raise ValueError(
             f"checkpoint {path} is of a run with other settings ({listed}). Resume it with its own settings, "
             f"or start a new run in another folder."

@@ -38,6 +38,7 @@ class TrainConfig:
     heads: int = _option(4, "Model", "Query heads.")
     kv_heads: int | None = _option(None, "Model", "Key/value heads (default: as many as query heads).")
     d_ff: int | None = _option(None, "Model", "Width of the MLP (default: 8/3 of d_model, a multiple of 64).")
+    window: int | None = _option(None, "Model", "Keys before each token that its attention sees (default: all).")
     tie_embeddings: bool = _option(False, "Model", "Share the embedding with the output head.")
 
     save: str = _option("attention", "Memory", "What each block keeps for the backward (save set).", free=True)
@@ -113,7 +114,7 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("d_model", "layers", "heads", "kv_heads", "d_ff", "tile", "stream_tile", "vocab_size"), 1),
     **dict.fromkeys(("steps", "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "log_every"), 1),
-    **dict.fromkeys(("warmup", "min_lr", "weight_decay", "clip", "seed", "sample_tokens", "temperature"), 0),
+    **dict.fromkeys(("window", "warmup", "min_lr", "weight_decay", "clip", "seed", "sample_tokens", "temperature"), 0),
     "seq_len": 2,
 }
 

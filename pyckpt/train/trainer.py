@@ -152,6 +152,7 @@ def _build(config: TrainConfig, corpus: Corpus) -> Any:
         config.heads,
         n_kv_heads=config.kv_heads,
         d_ff=config.d_ff,
+        window=config.window,
         tie_embeddings=config.tie_embeddings,
         segments=config.segments,
         save=config.save,
