@@ -58,7 +58,7 @@ def test_kernels_fit_the_chip(arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
     kernels = compiled("pointwise", arch, tmp_path)
-    assert len(kernels) == 2 * 8 + 6 * 2 + 2 + 2  # norms by width and form, activations, RoPE, dropout
+    assert len(kernels) == 2 * 8 + 6 * 2 + 2 + 2 + 2  # norms by width and form, activations, RoPE, dropout, merging
     for k in kernels:
         assert k["shared"] <= LIMITS[arch], k
         assert k["narrow"] == 0, k
