@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,6 +47,15 @@ def assert_exact(ours: Tensor, truth: Tensor, what: str = "result", terms: float
     got, want = _finite(what, ours, truth, ours, truth)
     error, size = float(_largest(got - want)), float(_largest(want))
     assert error <= EXACT * max(terms, size), f"{what}: off by {error:.3e}, largest value {size:.3e}"
+
+
+def a_few(values: Iterable[Any], always: Collection[int]) -> list[Any]:
+    """Values for `parametrize`: those at `always` run every time, the others are slow without a GPU.
+
+    For tests that take seconds each, in Triton's interpreter above all, where a few show nearly all that can break.
+    """
+    slow = () if torch.cuda.is_available() else (pytest.mark.slow,)
+    return [pytest.param(v, marks=() if i in always else slow) for i, v in enumerate(values)]
 
 
 def check_truth(

@@ -67,7 +67,8 @@ def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
             assert k["programs"] >= 1, k
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", LIMITS)
 def test_the_loss_fits_the_chip(arch, tmp_path):
     kernels = compiled("loss", arch, tmp_path)
     assert len(kernels) == 3 * 2 * 3  # what is made, vocabularies, options
@@ -79,7 +80,8 @@ def test_the_loss_fits_the_chip(arch, tmp_path):
             assert k["spilled"] == 0 and k["stack"] == 0, k
 
 
-@pytest.mark.parametrize("arch", ARCHS[:2])  # `make aot` has all chips
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", list(LIMITS)[:2])  # `make aot` has all chips
 def test_fused_products_fit_the_chip(arch, tmp_path):
     kernels = compiled("fused", arch, tmp_path)
     assert len(kernels) == 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import a_few
 
 import pyckpt
 from pyckpt.save import bytes_per_token, save_set
@@ -65,7 +66,7 @@ def step_peak(model, tokens: int, dtype: torch.dtype = torch.float32) -> int:
     return m.peak_bytes - 2 * x.numel() * dtype.itemsize
 
 
-@pytest.mark.parametrize("save", pyckpt.SAVE_SETS)
+@pytest.mark.parametrize("save", a_few(pyckpt.SAVE_SETS, always=(3,)))
 def test_slope_of_the_peak_over_the_length(save):
     """Above x, y, dy, dx: the save set, and do, q, k, v, dq, dk, dv of the one block, less those that are kept."""
     s = spec()
@@ -80,8 +81,11 @@ def test_slope_of_the_peak_over_the_length(save):
     assert slope == pytest.approx(kept + transient, rel=0.10)
 
 
-@pytest.mark.parametrize(("placement", "save"), [("post", "all"), ("sandwich", "attention+mid"), ("output", "input")])
-def test_slope_with_norms_after(placement, save):
+@pytest.mark.parametrize(
+    "kind", a_few([("post", "all"), ("sandwich", "attention+mid"), ("output", "input")], always=(1,)), ids="-".join
+)
+def test_slope_with_norms_after(kind):
+    placement, save = kind
     options = {"norm_placement": placement}
     s, keeps = spec(**options), save_set(save)
     expected = bytes_per_token(s, save, torch.float32) - 4 * s.d_model

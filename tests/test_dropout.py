@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks import assert_same_bits, make_block, make_input, step
-from helpers import assert_exact
+from helpers import a_few, assert_exact
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -125,7 +125,8 @@ def test_against_plain_pytorch(rates):
         assert_exact(got[name], want.detach(), name, terms=10.0)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("backend", a_few(["torch", "triton"], always=(0,)), indirect=True)
 def test_the_same_bits_for_every_save_set(packed, backend):
     x, cu = make_input(packed, torch.float32)
     dy = torch.randn_like(x)

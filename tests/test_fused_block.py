@@ -14,6 +14,7 @@ from blocks import (
     relative_errors,
     step,
 )
+from helpers import a_few
 from test_block_flops import mlp_products
 
 import pyckpt
@@ -63,7 +64,7 @@ def test_the_choice(monkeypatch):
         make_block(torch.float32)(torch.randn(1, 4, 48))
 
 
-@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES)])
+@pytest.mark.parametrize("name", a_few([*NAMES, *FAMILIES], always=(0, 3, 5)))
 def test_parity(name):
     options = OPTIONS[name]
     block = make_block(**options).to(DEVICE)
@@ -89,7 +90,7 @@ def test_the_same_bits_for_every_save_set(name):
         assert_same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", a_few(OPS, always=(2,)))
 def test_one_alone(op, monkeypatch):
     """Fused or not, one by one: the same but for rounding, and the same bits for every save set."""
     monkeypatch.setenv("PYCKPT_FUSED", "none")
@@ -106,6 +107,7 @@ def test_one_alone(op, monkeypatch):
         assert_same_bits(step(block, x, dy), got)
 
 
+@pytest.mark.slow
 def test_dropout_takes_no_residual_kernel(monkeypatch):
     """What is dropped is the same, by the library's way and by the fused one."""
     block = make_block(torch.float32, dropout=0.3).to(DEVICE)
@@ -118,6 +120,7 @@ def test_dropout_takes_no_residual_kernel(monkeypatch):
     assert_alike(*results)
 
 
+@pytest.mark.slow
 def test_autocast(monkeypatch):
     """Products in float16 and a residual stream in float32: the statistics are those of the latter."""
     block = make_block(torch.float32, tile=16).to(DEVICE)
@@ -136,7 +139,7 @@ def test_autocast(monkeypatch):
         assert_same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("frozen", ["self_attn", "mlp", "norm"])
+@pytest.mark.parametrize("frozen", a_few(["self_attn", "mlp", "norm"], always=(1,)))
 def test_frozen_parameters(frozen):
     block = make_block(torch.float32).to(DEVICE)
     x, _ = on_device(False, torch.float32)
@@ -151,8 +154,8 @@ def test_frozen_parameters(frozen):
         assert (p.grad is None) if frozen in name else torch.equal(p.grad, want[name])
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
-@pytest.mark.parametrize("save", ["all", "attention"])
+@pytest.mark.parametrize("mlp", a_few(["swiglu", "gelu"], always=(1,)))
+@pytest.mark.parametrize("save", a_few(["attention", "all"], always=(0,)))
 def test_products_of_the_mlp(save, mlp):
     """7 of a plain MLP, 11 of a gated one; 6 and 9 where gate and up are kept."""
     gated = mlp in GATED_MLPS

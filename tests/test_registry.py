@@ -233,11 +233,11 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck_under_dynamic_shapes(name):
-    """Traced by AOTAutograd with symbolic sizes: slow, so for two samples of each op, drawn anew every time."""
+    """Traced by AOTAutograd with symbolic sizes: slow, so for one sample of each op, drawn anew every time."""
     op = getattr(ops, name).default
     samples = list(SAMPLES[name](name in DIFFERENTIABLE))
-    for i in torch.randperm(len(samples))[:2].tolist():
-        torch.library.opcheck(op, samples[i], test_utils=("test_aot_dispatch_dynamic",))
+    sample = samples[int(torch.randint(len(samples), ()))]
+    torch.library.opcheck(op, sample, test_utils=("test_aot_dispatch_dynamic",))
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -663,6 +663,7 @@ def test_compiles_without_a_break():
         torch.testing.assert_close(p.grad, before[name])
 
 
+@pytest.mark.slow
 def test_the_generic_path_is_not_compiled_but_right():
     """It breaks the graph at each layer, and what it drops is dropped again."""
     model = make_encoder(layers=1, batch_first=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close_to_truth, check_truth
+from helpers import a_few, assert_close_to_truth, check_truth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,6 +137,9 @@ FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+PAIRS = [p for p in itertools.combinations(FEATURES, 2) if p != ("window", "window-both")]
+
+
 def check_features(names: tuple[str, ...], dtype: torch.dtype) -> None:
     shape = {
         "heads": 4,
@@ -159,23 +162,21 @@ def check_features(names: tuple[str, ...], dtype: torch.dtype) -> None:
 class TestFeatures:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("mask", MASKS)
-    @pytest.mark.parametrize(("sq", "sk"), LENGTHS)
-    def test_lengths_and_masks(self, sq, sk, mask, dtype):
-        check(qkv(sq, sk), mask, dtype)
+    @pytest.mark.parametrize("lengths", a_few(LENGTHS, always=(0, 4, 6)), ids=str)
+    def test_lengths_and_masks(self, lengths, mask, dtype):
+        check(qkv(*lengths), mask, dtype)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", a_few(DTYPES, always=(1,)))
     @pytest.mark.parametrize("name", FEATURES)
     def test_each(self, name, dtype):
         check_features((name,), dtype)
 
     @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-    @pytest.mark.parametrize(
-        "pair", [p for p in itertools.combinations(FEATURES, 2) if p != ("window", "window-both")], ids="+".join
-    )
+    @pytest.mark.parametrize("pair", a_few(PAIRS, always=range(3, len(PAIRS), 15)), ids="+".join)
     def test_pairs(self, pair, dtype):
         check_features(pair, dtype)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", a_few(DTYPES, always=(1,)))
     def test_all_at_once(self, dtype):
         check_features(tuple(n for n in FEATURES if n != "window"), dtype)
 
@@ -186,12 +187,12 @@ class TestFeatures:
     def test_head_dims(self, dims, dtype):
         check(qkv(40, 40, 1, 1, *dims), "causal", dtype, lse=False)
 
-    @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1), (3, 3), (5, 1)])
+    @pytest.mark.parametrize("heads", a_few([(1, 1), (4, 2), (3, 1), (3, 3), (5, 1)], always=(1, 2)))
     def test_heads(self, heads):
         check(qkv(37, 40, *heads, batch=2))
 
     @pytest.mark.parametrize("tiles", TILES)
-    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("mask", a_few(MASKS, always=(1, 3)))
     def test_tiles(self, tiles, mask):
         check(qkv(90, 75), mask, LOW)
 
@@ -229,8 +230,8 @@ class TestFeatures:
 
 
 class TestTiles:
-    @pytest.mark.parametrize("dtype", [torch.float32, LOW])
-    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("dtype", a_few([torch.float32, LOW], always=(1,)))
+    @pytest.mark.parametrize("mask", a_few(MASKS, always=(1,)))
     def test_of_a_sequence_add_up_to_it(self, mask, dtype):
         """Ragged tiles in any order against the float64 truth, no worse than the whole sequence at once."""
         inputs = {n: t.to(dtype) for n, t in qkv(75, 75, dim_v=24).items()}
@@ -444,12 +445,13 @@ class TestCost:
             attention.backward(o, q, k, v, lse, attention.delta(o, o), options)
         assert made == [lse.shape, q.shape, k.shape, v.shape]
 
-    def test_twenty_runs_give_the_same_bits(self):
+    @pytest.mark.parametrize("runs", a_few([3, 20], always=(0,)))
+    def test_runs_give_the_same_bits(self, runs):
         inputs, cu_seqlens = packed([33, 0, 31], heads=4, kv_heads=2)
         q, k, v = (t.to(LOW) for t in inputs.values())
         options = (cu_seqlens, None, 20, 0, 2.0, 0.3, None, None, 0.1, 3)
         do, first = torch.randn_like(q), None
-        for _ in range(20):
+        for _ in range(runs):
             o, lse = ops.attention_fwd(q, k, v, *options)
             now = (o, lse, *ops.attention_bwd(do, q, k, v, o, lse, None, *options))
             first = first or now
@@ -467,11 +469,13 @@ class TestCost:
 class TestSchedules:
     """What decides who computes a tile, and when, leaves its bits alone."""
 
-    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("mask", a_few(MASKS, always=(1,)))
     @pytest.mark.parametrize("way", [{"persistent": 1}, {"persistent": 1, "tma": True}, {"split": True}], ids=str)
     def test_give_the_same_bits(self, way, mask, monkeypatch):
-        monkeypatch.setattr(tuning, "multiprocessors", lambda device: 5)  # 12 or 24 tiles: a last turn not full
-        q, k, v = (t.to(LOW) for t in qkv(101, 90, heads=3, kv_heads=3, batch=2).values())
+        monkeypatch.setattr(
+            tuning, "multiprocessors", lambda device: 5
+        )  # 12 tiles of queries, 9 of keys: a last turn not full
+        q, k, v = (t.to(LOW) for t in qkv(101, 90, heads=3, kv_heads=3).values())
         options = Options(window=MASKS[mask][1], dropout=0.1, seed=7)
         found = []
         for config in (Config(32, 32), Config(32, 32, **way)):
