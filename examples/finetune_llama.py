@@ -9,11 +9,9 @@ Tokens are bytes, so that nothing has to be downloaded. With a model of your own
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 import transformers
+from arguments import at_least, parser_of, text_of
 
 import pyckpt
 
@@ -40,16 +38,12 @@ def batches(text: bytes, batch: int, seq_len: int, steps: int) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="a file, read as bytes")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser = parser_of(__doc__, steps=30)
+    parser.add_argument("--batch", type=at_least(1), default=2)
+    parser.add_argument("--seq-len", type=at_least(2), default=512)
     parser.add_argument("--save", default="attention", choices=pyckpt.SAVE_SETS)
     args = parser.parse_args(arguments)
-    text = args.text.read_bytes()
-    if len(text) < args.seq_len:
-        parser.error(f"{args.text} has {len(text)} bytes, fewer than --seq-len {args.seq_len}; give a longer text")
+    text = text_of(parser, args)
 
     model = small_llama()
     print(pyckpt.swap(model, save=args.save))

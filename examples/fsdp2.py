@@ -8,7 +8,6 @@ On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Model and text a
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from arguments import a_new_folder, at_least, parser_of, text_of
 from finetune_llama import batches, small_llama
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -34,27 +34,17 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="a file, read as bytes")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=4, help="of a batch, over all processes")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--checkpoint", type=Path, help="a folder that does not exist yet")
+    parser = parser_of(__doc__, steps=10)
+    parser.add_argument("--rows", type=at_least(1), default=4, help="of a batch, over all processes")
+    parser.add_argument("--seq-len", type=at_least(2), default=256)
+    parser.add_argument("--checkpoint", type=a_new_folder, help="a folder that does not exist yet")
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it by torchrun --nproc-per-node 2 examples/fsdp2.py")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if args.steps < 1 or args.rows < 1 or args.seq_len < 2:
-        parser.error(f"expected --steps and --rows >= 1, --seq-len >= 2; got {args.steps}, {args.rows}, {args.seq_len}")
-    if not args.text.is_file():
-        parser.error(f"--text {args.text} is no file")
     if args.rows % world:
         parser.error(f"--rows {args.rows} can't be dealt out to {world} processes; give a multiple")
-    if args.checkpoint is not None and args.checkpoint.exists():
-        parser.error(f"--checkpoint {args.checkpoint} exists already; give another folder")
-    text = args.text.read_bytes()
-    if len(text) < args.seq_len:
-        parser.error(f"{args.text} has {len(text)} bytes, fewer than --seq-len {args.seq_len}; give a longer text")
+    text = text_of(parser, args)
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which rea
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+def load(name: str) -> dict[str, Any]:
+    """What the example of this name defines; run as a script it would find its neighbours by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        return runpy.run_path(str(EXAMPLES / name))
+
+
 def test_finetune_llama(capsys, tmp_path):
     pytest.importorskip("transformers")
-    main = runpy.run_path(str(EXAMPLES / "finetune_llama.py"))["main"]
+    main = load("finetune_llama.py")["main"]
     losses = main(["--steps", "12", "--seq-len", "128"])
     assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
     assert "5 swapped, 0 left as they are" in capsys.readouterr().out
@@ -33,7 +41,7 @@ def test_finetune_llama(capsys, tmp_path):
 
 
 def test_own_model(capsys, tmp_path):
-    main = runpy.run_path(str(EXAMPLES / "own_model.py"))["main"]
+    main = load("own_model.py")["main"]
     losses = main(["--steps", "12", "--save", "input"])
     # At first every byte is as likely.
     assert len(losses) == 12 and losses[0] == pytest.approx(math.log(256), abs=0.3) and losses[-1] < losses[0] - 0.5
@@ -43,14 +51,28 @@ def test_own_model(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["--text", str(empty)])
     assert "has no line of two bytes or more with text in it" in capsys.readouterr().err
-    for options in (["--lines", "0"], ["--steps", "0"], ["--text", str(tmp_path)]):
-        with pytest.raises(SystemExit):
-            main(options)
+
+
+BAD = {
+    "--lines=0": ("own_model.py", "argument --lines: must be at least 1, got 0"),
+    "--steps=-3": ("own_model.py", "argument --steps: must be at least 1, got -3"),
+    "--text=.": ("own_model.py", "argument --text: . is no file"),
+    "--seq-len=1": ("finetune_llama.py", "argument --seq-len: must be at least 2, got 1"),
+    "--batch=x": ("finetune_llama.py", "argument --batch: invalid number value: 'x'"),
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_a_bad_argument_is_named(option, capsys):
+    example, message = BAD[option]
+    with pytest.raises(SystemExit):
+        load(example)["main"]([option])
+    assert message in capsys.readouterr().err
 
 
 def test_own_model_predicts_nothing_across_lines():
     """The loss of two packed lines is the mean of each by itself, by its number of predictions."""
-    model = runpy.run_path(str(EXAMPLES / "own_model.py"))["LineModel"](d_model=32, n_layers=2)
+    model = load("own_model.py")["LineModel"](d_model=32, n_layers=2)
     tokens = torch.randint(256, (19,))
 
     def loss(first: int, last: int, *ends: int) -> float:
@@ -73,7 +95,7 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         losses[world] = [float(found) for found in re.findall(r"loss ([\d.]+)", done.stdout)]
-        saved[world] = runpy.run_path(str(EXAMPLES / "finetune_llama.py"))["small_llama"]().state_dict()
+        saved[world] = load("finetune_llama.py")["small_llama"]().state_dict()
         dcp.load(saved[world], checkpoint_id=tmp_path / f"of {world}")
     assert len(losses[1]) == 4 and losses[1][-1] < losses[1][0]
     # Sums in another order: float32 roundings of a loss of about 5, which three steps of AdamW pass on.
