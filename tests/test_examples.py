@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import math
 import os
 import re
@@ -38,6 +40,33 @@ def test_finetune_llama(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["--text", str(short)])
     assert "has 9 bytes, fewer than --seq-len 512; give a longer text" in capsys.readouterr().err
+
+
+def test_finetune_llama_with_lora(capsys, tmp_path, monkeypatch):
+    """Adapters alone are trained; loaded over the base as it was, they do what they were trained for."""
+    peft = pytest.importorskip("peft")
+    example = load("finetune_llama.py")
+    torch.manual_seed(3)
+    base = example["small_llama"]()
+    torch.manual_seed(3)
+    options = ["--lora", "4", "--seq-len", "128"]
+    losses = example["main"]([*options, "--steps", "12", "--output", str(tmp_path / "adapter")])
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
+    out = capsys.readouterr().out
+    assert "5 swapped, 0 left as they are" in out and "36,352 of 807,552 parameters are trained" in out
+    tokens = example["batches"](Path(argparse.__file__).read_bytes(), 2, 128, 1)[0]
+    with torch.no_grad():
+        before = float(base(input_ids=tokens, labels=tokens).loss)
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert float(adapted(input_ids=tokens, labels=tokens).loss) < before - 0.5
+    assert [found.name for found in tmp_path.iterdir()] == ["adapter"]
+    with pytest.raises(SystemExit):
+        example["main"]([*options, "--output", str(tmp_path / "adapter")])
+    assert "adapter exists already; give another folder" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        example["main"](options)
+    assert "--lora needs peft, which is not installed: pip install peft" in capsys.readouterr().err
 
 
 def test_own_model(capsys, tmp_path):
