@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from blocks import assert_as_good
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -115,3 +116,12 @@ def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"loss": loss.detach(), **grads}
+
+
+def assert_step_as_good(
+    ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """`assert_as_good`, but for the loss: a single value's error is chance, and four roundings are allowed."""
+    error, reference = ((r["loss"].double() - truth["loss"]).abs() for r in (ours, plain))
+    assert error <= 2 * reference + 4 * torch.finfo(dtype).eps * truth["loss"]
+    assert_as_good(*({n: t for n, t in r.items() if n != "loss"} for r in (ours, plain, truth)), dtype)

@@ -91,7 +91,8 @@ class Mapping:
         for path, kind in self.kinds:
             module = layer.get_submodule(path)
             if type(module) is not kind:
-                return f"{path} is now a {type(module).__name__}, not the {kind.__name__} it was when swapped"
+                now, then = (f"{k.__module__}.{k.__name__}" for k in (type(module), kind))
+                return f"{path} is now a {now}, not the {then} it was when swapped (unswap and swap again)"
             if watched(module):
                 return f"{path} has forward hooks, which a swapped layer would not run"
         return None
