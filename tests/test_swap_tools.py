@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import InFloat64, assert_step_as_good, make_batch, make_model, step
+from swap_models import VOCAB, InFloat64, assert_step_as_good, make_batch, make_model, step
 from torch import nn
 
 import pyckpt
+from pyckpt.swap.layer import SwappedLayer
 
 pytest.importorskip("transformers")
 State = dict[str, torch.Tensor]
@@ -165,3 +168,99 @@ def test_float16_with_a_grad_scaler(path):
     assert same == 2.0**10
     assert_step_as_good(ours, plain, truth, torch.float16)
     assert scaled(2.0**40)[1] == 2.0**39
+
+
+# --- Gradient checkpointing ------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_around_a_layers_call_is_not_doubled(monkeypatch):
+    """As transformers 5.0 has it, where later versions have it in the layer's forward."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, batch = make_model("Llama"), make_batch("padded")
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(nn.Module.__call__, layer, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False) if layer.gradient_checkpointing else run(*args)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "__call__", call)
+    pyckpt.swap(model)
+    before, calls, own = step(model, batch), [], SwappedLayer.__call__
+    monkeypatch.setattr(SwappedLayer, "__call__", lambda layer, *a, **k: calls.append(layer) or own(layer, *a, **k))
+    model.gradient_checkpointing_enable()
+    with pytest.warns(UserWarning, match="gradient checkpointing is ignored"):
+        assert_same_bits(step(model, batch), before)
+    assert len(calls) == 2
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+# --- TRL -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_trls_packing_gives_beside_positions():
+    """Its collator's tensors for kernels that take packed sequences: they say what the positions say."""
+    batch = make_batch("packed")
+    starts = torch.tensor([0, 5, 6, 30], dtype=torch.int32)
+    batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 24, "max_length_k": 24}
+    batch |= {"seq_idx": (batch["position_ids"] == 0).cumsum(1).int() - 1}
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, -100)
+    assert as_before(make_model("Llama", attn_implementation="sdpa"), batch)[0].path == "standard"
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[pad]": 0, **{f"t{i}": i for i in range(1, VOCAB)}}
+    model = Tokenizer(models.WordLevel(words, unk_token="[pad]"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[pad]", eos_token="t1")
+
+
+SFT = {
+    "padded": {},
+    "packed": {"packing": True, "activation_checkpointing": True},
+    "completion": {},
+    "LoRA": {},
+    "swapped after": {},
+}
+
+
+@pytest.mark.parametrize("kind", SFT)
+def test_sfttrainer_trains_as_before(kind, tmp_path):
+    """Losses, entropy and accuracy of tokens, and evaluation, as of the model that is not swapped."""
+    trl, datasets = pytest.importorskip("trl", minversion="1.15"), pytest.importorskip("datasets")
+    rows = [{"input_ids": torch.randint(1, VOCAB, (n,)).tolist()} for n in (19, 12, 7, 19, 5, 9, 11, 3)]
+    if kind == "completion":
+        rows = [{**row, "completion_mask": [int(i > 2) for i in range(len(row["input_ids"]))]} for row in rows]
+    data = datasets.Dataset.from_list(rows)
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    options |= {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 1, "disable_tqdm": True}
+    options |= {"max_length": 24, "learning_rate": 1e-2, "activation_checkpointing": False, **SFT[kind]}
+    model, results = make_model("Qwen3", attn_implementation="sdpa"), []
+    if kind == "LoRA":
+        model = adapted(model, target_modules="all-linear")
+    for swapped in (False, True):
+        trained = copy.deepcopy(model)
+        if swapped and kind != "swapped after":
+            pyckpt.swap(trained)
+        trainer = trl.SFTTrainer(
+            model=trained,
+            args=trl.SFTConfig(str(tmp_path), **options),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=tokenizer(),
+        )
+        if swapped and kind == "swapped after":
+            assert [e.path for e in pyckpt.swap(trainer.model).entries] == ["standard", "standard", "original"]
+        warned = swapped and options["activation_checkpointing"]
+        with pytest.warns(UserWarning, match="checkpointing is ignored") if warned else contextlib.nullcontext():
+            trainer.train()
+        entries = [*trainer.state.log_history, trainer.evaluate()]
+        results.append([{n: e[n] for n in e if n.endswith(("loss", "entropy", "accuracy", "norm"))} for e in entries])
+    assert [sorted(e) for e in results[0]] == [
+        *[["entropy", "grad_norm", "loss", "mean_token_accuracy"]] * 2,
+        ["train_loss"],
+        ["eval_entropy", "eval_loss", "eval_mean_token_accuracy"],
+    ]
+    for ours, before in zip(*reversed(results), strict=True):
+        assert ours == pytest.approx(before, rel=1e-4)
