@@ -170,6 +170,50 @@ def test_float16_with_a_grad_scaler(path):
     assert scaled(2.0**40)[1] == 2.0**39
 
 
+# --- Accelerate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerate():
+    """The library. What an Accelerator decides for the whole process is forgotten before and after."""
+    library = pytest.importorskip("accelerate")
+    reset = functools.partial(library.state.AcceleratorState._reset_state, reset_partial_state=True)
+    reset()
+    yield library
+    reset()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accumulated_and_clipped_by_accelerate(accelerate, precision):
+    """Over batches of two lengths, by `accumulate`: the clipped gradients and the mean loss."""
+    model, batches = make_model("Qwen2"), [make_batch(kind) for kind in ("padded", "packed")]
+    exact = copy.deepcopy(model).double()
+
+    def run(module: nn.Module, mixed: str) -> State:
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=mixed)
+        optimizer = torch.optim.SGD(module.parameters(), 0.0)
+        module, optimizer = accelerator.prepare(module, optimizer)
+        losses = []
+        for batch in batches:
+            with accelerator.accumulate(module):
+                losses.append(module(**batch).loss)
+                accelerator.backward(losses[-1])
+                if accelerator.sync_gradients:
+                    assert accelerator.clip_grad_norm_(module.parameters(), 0.1) > 0.1
+                    grads = {n: p.grad.clone() for n, p in module.named_parameters()}
+                optimizer.step()
+                optimizer.zero_grad()
+        return {"loss": torch.stack(losses).mean().detach(), **grads}
+
+    with InFloat64():
+        truth = run(exact, "no")
+    plain = run(copy.deepcopy(model), precision)
+    pyckpt.swap(model, tile=10)
+    ours = run(model, precision)
+    assert_step_as_good(ours, plain, truth, torch.float32 if precision == "no" else torch.bfloat16)
+
+
 # --- Gradient checkpointing ------------------------------------------------------------------------------------------
 
 
