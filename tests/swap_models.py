@@ -77,6 +77,18 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
     return made.to(dtype).train()
 
 
+def make_adapted(model: Any, **options: Any) -> Any:
+    """The model with LoRA adapters of which none is zero."""
+    import peft
+
+    made = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=4, **options))
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_B" in name:
+                p += 0.1 * torch.randn_like(p)
+    return made
+
+
 def make_batch(kind: str) -> dict[str, Tensor]:
     """Tokens and labels: "plain" (2, 19), "padded" at either end, or "packed" (1, 30) by position_ids."""
     if kind == "packed":

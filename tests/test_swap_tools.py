@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import VOCAB, InFloat64, assert_step_as_good, make_batch, make_model, step
+from swap_models import VOCAB, InFloat64, assert_step_as_good, make_adapted, make_batch, make_model, step
 from torch import nn
 
 import pyckpt
@@ -40,17 +40,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(model: Any, **options: Any) -> Any:
-    """The model with LoRA adapters of which none is zero."""
-    peft = pytest.importorskip("peft")
-    made = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=4, **options))
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "lora_B" in name:
-                p += 0.1 * torch.randn_like(p)
-    return made
-
-
 def as_before(model: Any, batch: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """Swap the model: its loss and gradients are as good as those before. The report's entries."""
     exact = copy.deepcopy(model).double()
@@ -65,7 +54,7 @@ def as_before(model: Any, batch: dict[str, Any], dtype: torch.dtype = torch.floa
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters(kind):
-    model = adapted(make_model("Llama"), **ADAPTERS[kind])
+    model = make_adapted(make_model("Llama"), **ADAPTERS[kind])
     assert as_before(model, make_batch("padded"))[0].path == "generic"
 
 
@@ -73,7 +62,7 @@ def test_adapters(kind):
 def test_what_loras_dropout_drops_it_drops_again(options):
     """The same bits with every save set, and the slope of the seeded loss; in eval mode the gradients as before."""
     options = {"lora_dropout": 0.3, "target_modules": "all-linear", **options}
-    model, batch = adapted(make_model("Llama", torch.float64), **options).double(), make_batch("padded")
+    model, batch = make_adapted(make_model("Llama", torch.float64), **options).double(), make_batch("padded")
 
     def seeded() -> State:
         torch.manual_seed(3)
@@ -113,7 +102,7 @@ def test_adapters_put_in_or_merged_after_the_swap():
     """The layers run their original forward, with a warning, until the model is swapped again."""
     model, batch = make_model("Llama"), make_batch("padded")
     pyckpt.swap(model)
-    model = adapted(model, target_modules=["q_proj"])
+    model = make_adapted(model, target_modules=["q_proj"])
     with pytest.warns(UserWarning, match=r"q_proj is now a peft.*, not the .*original forward"):
         step(model, batch)
     pyckpt.unswap(model)
@@ -126,7 +115,7 @@ def test_adapters_put_in_or_merged_after_the_swap():
 
 
 def test_an_adapter_that_is_switched_off_is_seen():
-    model, batch = adapted(make_model("Llama"), target_modules=["q_proj"]), make_batch("padded")
+    model, batch = make_adapted(make_model("Llama"), target_modules=["q_proj"]), make_batch("padded")
     with model.disable_adapter():
         without = model(**batch).loss
     pyckpt.swap(model)
@@ -282,7 +271,7 @@ def test_sfttrainer_trains_as_before(kind, tmp_path):
     options |= {"max_length": 24, "learning_rate": 1e-2, "activation_checkpointing": False, **SFT[kind]}
     model, results = make_model("Qwen3", attn_implementation="sdpa"), []
     if kind == "LoRA":
-        model = adapted(model, target_modules="all-linear")
+        model = make_adapted(model, target_modules="all-linear")
     for swapped in (False, True):
         trained = copy.deepcopy(model)
         if swapped and kind != "swapped after":
