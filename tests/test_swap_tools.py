@@ -159,6 +159,19 @@ def test_float16_with_a_grad_scaler(path):
     assert scaled(2.0**40)[1] == 2.0**39
 
 
+# --- DeepSpeed: its own tests, for where it is installed, are in test_swap_deepspeed.py ------------------------------
+
+
+def test_hooks_of_zero3_inside_a_layer_are_warned_of_with_what_to_do():
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight.ds_id = 0  # as ZeRO-3 marks its parameters
+    projection.register_forward_pre_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"q_proj has forward hooks.*set_z3_leaf_modules\(model, \[LlamaDecoderLayer"):
+        model(**make_batch("plain"))
+
+
 # --- Accelerate ------------------------------------------------------------------------------------------------------
 
 
