@@ -27,6 +27,12 @@ def a_new_folder(given: str) -> Path:
     return Path(given)
 
 
+def a_checkpoint(given: str) -> Path:
+    if not (Path(given) / ".metadata").is_file():
+        raise argparse.ArgumentTypeError(f"{given} is no folder of a checkpoint")
+    return Path(given)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     def number(given: str) -> int:
         value = int(given)

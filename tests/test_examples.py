@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import math
 import os
 import re
@@ -110,26 +112,57 @@ def test_own_model_predicts_nothing_across_lines():
     assert loss(0, 19, 7, 19) == pytest.approx((6 * loss(0, 7, 7) + 11 * loss(7, 19, 12)) / 17, rel=1e-5)
 
 
+def fsdp2(world: int, *options: str) -> str:
+    """What the example prints in as many processes: one is this one, which starts nothing."""
+    options = (*options, "--seq-len", "64")
+    if world == 1:
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            for name, value in single.items():
+                patch.setenv(name, value)
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            try:
+                load("fsdp2.py")["main"]([*options])
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+        return printed.getvalue()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "fsdp2.py"), *options], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_fsdp2_trains_as_one_process_does(tmp_path):
+def test_fsdp2_trains_as_one_process_does(capsys, tmp_path):
+    """Four steps of one process; and two of two, with the rest by one from their checkpoint."""
     pytest.importorskip("transformers")
+    whole, half, rest = (str(tmp_path / name) for name in ("whole", "half", "rest"))
     losses, saved = {}, {}
-    for world in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        options = ["--steps", "4", "--seq-len", "64", "--checkpoint", str(tmp_path / f"of {world}")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [*command, str(EXAMPLES / "fsdp2.py"), *options], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        losses[world] = [float(found) for found in re.findall(r"loss ([\d.]+)", done.stdout)]
-        saved[world] = load("finetune_llama.py")["small_llama"]().state_dict()
-        dcp.load(saved[world], checkpoint_id=tmp_path / f"of {world}")
-    assert len(losses[1]) == 4 and losses[1][-1] < losses[1][0]
+    for world, folder, options in (
+        (1, whole, ["--steps", "4"]),
+        (2, half, ["--steps", "2"]),
+        (1, rest, ["--steps", "4", "--resume", half]),
+    ):
+        printed = fsdp2(world, "--checkpoint", folder, *options)
+        losses[folder] = [float(found) for found in re.findall(r"loss ([\d.]+)", printed)]
+        saved[folder] = load("finetune_llama.py")["small_llama"]().state_dict()
+        dcp.load({"model": saved[folder]}, checkpoint_id=folder)
+    assert len(losses[whole]) == 4 and losses[whole][-1] < losses[whole][0]
     # Sums in another order: float32 roundings of a loss of about 5, which three steps of AdamW pass on.
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
-    # Three steps of AdamW at a rate of 1e-3 move each weight by some 1e-3: what was not saved would differ by that.
-    for name, p in saved[1].items():
-        torch.testing.assert_close(saved[2][name], p, rtol=1e-4, atol=1e-5)
+    assert losses[half] + losses[rest] == pytest.approx(losses[whole], rel=1e-4)
+    # Steps of AdamW at a rate of 1e-3 move each weight by some 1e-3: what was not saved would differ by that.
+    for name, p in saved[whole].items():
+        torch.testing.assert_close(saved[rest][name], p, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(SystemExit):
+        fsdp2(1, "--steps", "4", "--resume", whole)
+    assert "has 4 steps, --steps 4 asks for no more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fsdp2(1, "--resume", str(tmp_path))
+    assert f"argument --resume: {tmp_path} is no folder of a checkpoint" in capsys.readouterr().err
