@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Callable
@@ -43,3 +44,19 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             grads[name.removeprefix("module.")] = grad.clone()
     return grads
+
+
+def compile_nothing_of_deepspeed() -> None:
+    """On a CPU it would compile an op for messages in shared memory, which takes minutes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def zero_config(stage: int) -> dict[str, Any]:
+    """DeepSpeed's, for batches of two rows in each process and any optimizer of PyTorch."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }

@@ -107,6 +107,16 @@ def make_batch(kind: str) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
+def make_tokenizer() -> Any:
+    """Words "t1", "t2", ..., each its number, for what the models above read."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[pad]": 0, **{f"t{i}": i for i in range(1, VOCAB)}}
+    model = Tokenizer(models.WordLevel(words, unk_token="[pad]"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[pad]", eos_token="t1")
+
+
 class InFloat64(TorchFunctionMode):
     """Makes transformers compute in float64 where it asks for float32: in its norms, softmax, RoPE and loss."""
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import sys
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from blocks import assert_as_good
-from processes import needs_gloo, run_processes
+from processes import compile_nothing_of_deepspeed, needs_gloo, run_processes, zero_config
 from swap_models import InFloat64, make_adapted, make_model, step
 
 import pyckpt
@@ -35,14 +33,8 @@ EXPECTED = {
 def engine_of(model: Any, stage: int) -> Any:
     import deepspeed
 
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
     trained = [p for p in model.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=model, config=config, optimizer=torch.optim.SGD(trained, 0.0))[0]
+    return deepspeed.initialize(model=model, config=zero_config(stage), optimizer=torch.optim.SGD(trained, 0.0))[0]
 
 
 def check(rank: int, stage: int, kind: str) -> None:
@@ -80,11 +72,7 @@ def check(rank: int, stage: int, kind: str) -> None:
 
 
 def worker(rank: int, seed: int) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.comm.torch  # noqa: F401
-
-    # It would compile an op for messages in shared memory.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    compile_nothing_of_deepspeed()
     for stage, kind in EXPECTED:
         print(f"rank {rank}: ZeRO-{stage} {kind}", flush=True)
         torch.manual_seed(seed)
