@@ -2,18 +2,21 @@
 
     python examples/finetune_llama.py                  # a small random Llama, on the text of a Python module
     python examples/finetune_llama.py --text book.txt --seq-len 4096 --steps 100
+    python examples/finetune_llama.py --lora 8 --seq-len 8192 --output adapter     # needs peft
 
-Tokens are bytes, so that nothing has to be downloaded. With a model of your own, `from_pretrained` takes the place of
-`small_llama`.
+With --lora adapters alone are trained. Tokens are bytes, so that nothing has to be downloaded. With a model of your
+own, `from_pretrained` takes the place of `small_llama`.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
+from arguments import a_new_folder, at_least, parser_of, text_of
 
 import pyckpt
 
@@ -32,6 +35,24 @@ def small_llama() -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(config)
 
 
+def with_adapters(model: transformers.PreTrainedModel, rank: int) -> torch.nn.Module:
+    """The model with LoRA on every linear layer but the head; the rest is frozen."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, config)
+
+
+def save(model: torch.nn.Module, folder: Path) -> None:
+    """The adapters, or without them the model. The folder has its name when all is there."""
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    aside.rename(folder)
+
+
 def batches(text: bytes, batch: int, seq_len: int, steps: int) -> torch.Tensor:
     """Random pieces of the text, (steps, batch, seq_len) int64."""
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
@@ -40,20 +61,26 @@ def batches(text: bytes, batch: int, seq_len: int, steps: int) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="a file, read as bytes")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser = parser_of(__doc__, steps=30)
+    parser.add_argument("--batch", type=at_least(1), default=2)
+    parser.add_argument("--seq-len", type=at_least(2), default=512)
     parser.add_argument("--save", default="attention", choices=pyckpt.SAVE_SETS)
+    parser.add_argument("--lora", type=at_least(1), metavar="RANK", help="train LoRA adapters of this rank alone")
+    parser.add_argument("--output", type=a_new_folder, help="a new folder, for the trained adapters or model")
     args = parser.parse_args(arguments)
-    text = args.text.read_bytes()
-    if len(text) < args.seq_len:
-        parser.error(f"{args.text} has {len(text)} bytes, fewer than --seq-len {args.seq_len}; give a longer text")
+    text = text_of(parser, args)
+    if args.lora and importlib.util.find_spec("peft") is None:
+        parser.error("--lora needs peft, which is not installed: pip install peft")
 
     model = small_llama()
+    if args.lora:
+        model = with_adapters(model, args.lora)  # before the swap
     print(pyckpt.swap(model, save=args.save))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()  # from_pretrained gives one in eval mode
+    trained = [p for p in model.parameters() if p.requires_grad]
+    numbers = (sum(p.numel() for p in parameters) for parameters in (trained, model.parameters()))
+    print("{:,} of {:,} parameters are trained".format(*numbers))
+    optimizer = torch.optim.AdamW(trained, lr=1e-2 if args.lora else 1e-3)
     losses = []
     for step, tokens in enumerate(batches(text, args.batch, args.seq_len, args.steps)):
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -62,6 +89,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
         print(f"step {step}: loss {losses[-1]:.3f}")
+    if args.output is not None:
+        save(model, args.output)
     return losses
 
 

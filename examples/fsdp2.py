@@ -1,60 +1,68 @@
-"""FSDP2 over a swapped Hugging Face model, started by torchrun, with a sharded checkpoint.
+"""FSDP2 over a swapped Hugging Face model, started by torchrun, with sharded checkpoints.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
-    torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 8192 --checkpoint run/step-100
+    torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 8192 --steps 100 --checkpoint run/100
+    torchrun --nproc-per-node 4 examples/fsdp2.py --text book.txt --seq-len 8192 --steps 200 --resume run/100
 
 On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Model and text are those of finetune_llama.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from arguments import a_checkpoint, a_new_folder, at_least, parser_of, text_of
 from finetune_llama import batches, small_llama
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import pyckpt
 
 
-def save(model: torch.nn.Module, folder: Path) -> None:
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    """What a run goes on from: both states, each process's shards of them, and how many steps were made."""
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {"model": of_model, "optimizer": of_optimizer, "steps": steps}
+
+
+def save(state: dict[str, Any], folder: Path) -> None:
     """Each process writes its shards aside; the folder has its name when all are there."""
     aside = folder.with_name(folder.name + ".part")
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
-    dcp.save(model.state_dict(), checkpoint_id=aside)
+    dcp.save(state, checkpoint_id=aside)
     if dist.get_rank() == 0:
         aside.rename(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="a file, read as bytes")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=4, help="of a batch, over all processes")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--checkpoint", type=Path, help="a folder that does not exist yet")
-    args = parser.parse_args()
+def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
+    """Go on from a checkpoint, of any number of processes; the number of steps that were made."""
+    state = state_of(model, optimizer, 0)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(state["steps"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = parser_of(__doc__, steps=10)
+    parser.add_argument("--rows", type=at_least(1), default=4, help="of a batch, over all processes")
+    parser.add_argument("--seq-len", type=at_least(2), default=256)
+    parser.add_argument("--checkpoint", type=a_new_folder, help="a folder that does not exist yet")
+    parser.add_argument("--resume", type=a_checkpoint, help="the folder of a checkpoint to go on from, up to --steps")
+    args = parser.parse_args(arguments)
     if "RANK" not in os.environ:
         parser.error("start it by torchrun --nproc-per-node 2 examples/fsdp2.py")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if args.steps < 1 or args.rows < 1 or args.seq_len < 2:
-        parser.error(f"expected --steps and --rows >= 1, --seq-len >= 2; got {args.steps}, {args.rows}, {args.seq_len}")
-    if not args.text.is_file():
-        parser.error(f"--text {args.text} is no file")
     if args.rows % world:
         parser.error(f"--rows {args.rows} can't be dealt out to {world} processes; give a multiple")
-    if args.checkpoint is not None and args.checkpoint.exists():
-        parser.error(f"--checkpoint {args.checkpoint} exists already; give another folder")
-    text = args.text.read_bytes()
-    if len(text) < args.seq_len:
-        parser.error(f"{args.text} has {len(text)} bytes, fewer than --seq-len {args.seq_len}; give a longer text")
+    text = text_of(parser, args)
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -69,8 +77,15 @@ def main() -> None:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    # Of the seed above: the same in every process, which takes its share of the rows.
-    for step, rows in enumerate(batches(text, args.rows, args.seq_len, args.steps)):
+    first = 0 if args.resume is None else load(model, optimizer, args.resume)
+    if first >= args.steps:
+        parser.error(
+            f"--resume {args.resume} has {first} steps, --steps {args.steps} asks for no more; give a larger one"
+        )
+    for step in range(first, args.steps):
+        # The rows follow from the step: the same in every process, which takes its share, and in a resumed run.
+        torch.manual_seed(step)
+        (rows,) = batches(text, args.rows, args.seq_len, 1)
         tokens = rows.chunk(world)[rank].to(device)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -81,7 +96,7 @@ def main() -> None:
         if rank == 0:
             print(f"step {step}: loss {mean:.6f}", flush=True)
     if args.checkpoint is not None:
-        save(model, args.checkpoint)
+        save(state_of(model, optimizer, args.steps), args.checkpoint)
     dist.destroy_process_group()
 
 

@@ -8,12 +8,11 @@ Lines of different lengths are packed one after the other, without padding: each
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from arguments import at_least, parser_of
 from torch import Tensor, nn
 
 import pyckpt
@@ -60,16 +59,10 @@ def batches(text: bytes, lines: int, steps: int) -> Iterator[tuple[Tensor, Tenso
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="a file, read as lines of bytes")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--lines", type=int, default=32, help="in a batch")
+    parser = parser_of(__doc__, steps=30)
+    parser.add_argument("--lines", type=at_least(1), default=32, help="in a batch")
     parser.add_argument("--save", default="attention", choices=pyckpt.SAVE_SETS)
     args = parser.parse_args(arguments)
-    if args.steps < 1 or args.lines < 1:
-        parser.error(f"--steps and --lines must be at least 1, got {args.steps} and {args.lines}")
-    if not args.text.is_file():
-        parser.error(f"--text {args.text} is no file")
     text = args.text.read_bytes()
     if not lines_of(text):
         parser.error(f"{args.text} has no line of two bytes or more with text in it; give another file")

@@ -131,13 +131,14 @@ def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[st
 
 
 def pooled_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """`relative_errors`, those of all gradients of vectors as one: their root mean square.
+    """`relative_errors`, those of all gradients of vectors and of LoRA's adapters as one: their root mean square.
 
-    Such a gradient is few numbers, each of them a sum over tokens that cancels, so that its own error is chance.
+    Such a gradient is few numbers (a matrix of rank three is little more than three vectors), each of them a sum over
+    tokens that cancels, so that its own error is chance.
     """
     errors = relative_errors(got, truth)
-    vectors = [errors.pop(name) for name, t in truth.items() if t.dim() == 1 and name != "loss"]
-    return errors | ({"gradients of vectors": math.hypot(*vectors) / len(vectors) ** 0.5} if vectors else {})
+    few = [errors.pop(n) for n, t in truth.items() if (t.dim() == 1 or "lora_" in n) and n != "loss"]
+    return errors | ({"gradients of vectors and adapters": math.hypot(*few) / len(few) ** 0.5} if few else {})
 
 
 def assert_as_good(

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from blocks import assert_as_good
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -76,6 +77,18 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
     return made.to(dtype).train()
 
 
+def make_adapted(model: Any, **options: Any) -> Any:
+    """The model with LoRA adapters of which none is zero."""
+    import peft
+
+    made = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=4, **options))
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_B" in name:
+                p += 0.1 * torch.randn_like(p)
+    return made
+
+
 def make_batch(kind: str) -> dict[str, Tensor]:
     """Tokens and labels: "plain" (2, 19), "padded" at either end, or "packed" (1, 30) by position_ids."""
     if kind == "packed":
@@ -92,6 +105,16 @@ def make_batch(kind: str) -> dict[str, Tensor]:
     labels = ids.masked_fill(mask == 0, -100)
     labels[1, 3] = -100  # the token before it is padding, whose state means nothing
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def make_tokenizer() -> Any:
+    """Words "t1", "t2", ..., each its number, for what the models above read."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[pad]": 0, **{f"t{i}": i for i in range(1, VOCAB)}}
+    model = Tokenizer(models.WordLevel(words, unk_token="[pad]"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[pad]", eos_token="t1")
 
 
 class InFloat64(TorchFunctionMode):
@@ -115,3 +138,12 @@ def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"loss": loss.detach(), **grads}
+
+
+def assert_step_as_good(
+    ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """`assert_as_good`, but for the loss: a single value's error is chance, and four roundings are allowed."""
+    error, reference = ((r["loss"].double() - truth["loss"]).abs() for r in (ours, plain))
+    assert error <= 2 * reference + 4 * torch.finfo(dtype).eps * truth["loss"]
+    assert_as_good(*({n: t for n, t in r.items() if n != "loss"} for r in (ours, plain, truth)), dtype)

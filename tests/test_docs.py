@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from processes import compile_nothing_of_deepspeed, needs_gloo, zero_config
+from swap_models import VOCAB, make_model, make_tokenizer
 
 import pyckpt
 
@@ -21,6 +27,64 @@ def test_snippets_name_what_there_is(snippet):
     names = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "pyckpt"]
     assert names
     assert all(hasattr(pyckpt, name) for name in names)
+
+
+def names_of(snippet: str, folder: Path) -> dict[str, Any]:
+    """What the page says there is, and what else a snippet takes for granted, small; skips where a tool is missing."""
+    for tool in re.findall(r"^(?:import|from) (peft|trl|deepspeed|accelerate)", snippet, flags=re.MULTILINE):
+        if importlib.util.find_spec(tool) is None:
+            pytest.skip(f"needs {tool}")
+    model = make_model("Llama", attn_implementation="sdpa")
+    ids = torch.randint(1, VOCAB, (2, 19))
+    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+    found = {"model": model, "ids": ids, "batches": [ids] * 4, "data": rows, "folder": folder}
+    found["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options = {"max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    if "trl" in snippet:
+        import datasets
+        import trl
+
+        found["data"] = datasets.Dataset.from_list(rows)
+        found |= {"arguments": trl.SFTConfig(str(folder), bf16=False, **options), "tokenizer": make_tokenizer()}
+    elif "Trainer" in snippet:
+        from transformers import TrainingArguments
+
+        found["arguments"] = TrainingArguments(str(folder), **options)
+    elif "deepspeed" in snippet:
+        compile_nothing_of_deepspeed()
+        found["config"] = zero_config(3) | {"optimizer": {"type": "SGD", "params": {"lr": 1e-3}}}
+    return found
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A group of one process, for the snippets that are about several, in a folder of its own."""
+    accelerate = importlib.util.find_spec("accelerate") is not None
+    if accelerate:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield tmp_path
+    torch.distributed.destroy_process_group()
+    if accelerate:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@needs_gloo
+@pytest.mark.filterwarnings("ignore:pyckpt.swap. gradient checkpointing")
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippets_run(snippet, alone):
+    """On a CPU; in whole, and the model is swapped, or was: some undo it."""
+    pytest.importorskip("transformers")
+    names = names_of(snippet, alone)
+    exec(compile(snippet.replace('"cuda"', '"cpu"'), "how-to.md", "exec"), names)
+    swapped = [m for m in names["model"].modules() if "forward" in m.__dict__]
+    assert swapped
 
 
 def test_the_tests_that_are_named_are_there():

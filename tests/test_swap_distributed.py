@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import copy
+import importlib.util
 import warnings
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from blocks import relative_errors
-from swap_models import make_model
+from blocks import assert_as_good, relative_errors
+from processes import gradients, needs_gloo, run_processes
+from swap_models import InFloat64, make_adapted, make_model, step
 
 import pyckpt
 
 pytest.importorskip("transformers")
-# By what is done: the number of processes.
+# What is done, by the number of processes. Starting them takes most of the time.
 KINDS = {
-    "ddp": 2,
-    "ddp of four": 4,
-    "swap, then fsdp2": 2,
-    "fsdp2, then swap": 2,
-    "fsdp2 of four": 4,
-    "fsdp2, offloaded": 2,
+    2: ("ddp", "swap, then fsdp2", "fsdp2, then swap", "fsdp2, offloaded", "mixed precision", "mixed precision, LoRA"),
+    4: ("ddp", "swap, then fsdp2"),
 }
 
 
@@ -32,60 +28,99 @@ def model_and_tokens() -> tuple[torch.nn.Module, torch.Tensor]:
     return make_model("Phi3", torch.float64), torch.randint(1, 61, (8, 17))
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    grads = {}
+def counted_hooks(model: torch.nn.Module) -> dict[str, int]:
+    """How often each parameter's hook has run, by its name."""
+    calls: dict[str, int] = {}
     for name, p in model.named_parameters():
-        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        grads[name.removeprefix("module.")] = grad.clone()
-    return grads
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, n=name: calls.update({n: calls.get(n, 0) + 1}))
+    return calls
 
 
-def worker(rank: int, port: int, kind: str, path: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error", message="pyckpt.swap")
-    dist.init_process_group("gloo", rank=rank, world_size=KINDS[kind])
+def run(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
+    """The gradients of this kind of training, of the whole batch."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
     model, tokens = model_and_tokens()
-    tokens = tokens.chunk(KINDS[kind])[rank]
+    tokens = tokens.chunk(world)[rank]
     if kind != "fsdp2, then swap":
         pyckpt.swap(model, tile=5)
-    if kind.startswith("ddp"):
+    if kind == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     else:
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
         policy = CPUOffloadPolicy(pin_memory=False) if kind == "fsdp2, offloaded" else OffloadPolicy()
-        for layer in model.model.layers:
-            fully_shard(layer, offload_policy=policy)
-        wrapped = fully_shard(model, offload_policy=policy)
+        wrapped = sharded(model, offload_policy=policy)
     if kind == "fsdp2, then swap":
         assert not pyckpt.swap(model, tile=5).left
-    calls: dict[str, int] = {}
-    for name, p in wrapped.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda _, n=name: calls.update({n: calls.get(n, 0) + 1}))
+    calls = counted_hooks(wrapped)
     for i in range(2):  # a second step finds what the first left behind
         wrapped.zero_grad()
         out = wrapped(input_ids=tokens, labels=tokens)
         assert out.logits is None
         out.loss.backward()
-        assert set(calls.values()) == {i + 1} and len(calls) == len(list(wrapped.parameters()))
-    grads = gradients(wrapped)
+        assert calls == {n: i + 1 for n, _ in wrapped.named_parameters()}
+    return gradients(wrapped)
+
+
+def sharded(model: Any, **policies: Any) -> Any:
+    """The model under FSDP2, each layer by itself."""
+    from torch.distributed.fsdp import fully_shard
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in inner.model.layers:
+        fully_shard(layer, **policies)
+    return fully_shard(model, **policies)
+
+
+def check_mixed(rank: int, world: int, kind: str, seed: int) -> None:
+    """In bfloat16, summed in float32: gradients as good as those of the model before, each hook once."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    torch.manual_seed(seed)
+    model, tokens = make_model("Llama"), torch.randint(1, 61, (4, 17))
+    if kind.endswith("LoRA"):
+        model = make_adapted(model, target_modules="all-linear")
+    with InFloat64():
+        truth = step(copy.deepcopy(model).double(), {"input_ids": tokens, "labels": tokens})
+    del truth["loss"]  # of all processes
+    results = []
+    for swapped in (False, True):
+        trained = copy.deepcopy(model)
+        if swapped:
+            assert not pyckpt.swap(trained, tile=5).left
+        trained = sharded(trained, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        calls, mine = counted_hooks(trained), tokens.chunk(world)[rank]
+        trained(input_ids=mine, labels=mine).loss.backward()
+        assert calls == dict.fromkeys(truth, 1)
+        results.append(gradients(trained))
+    assert all(g.dtype == torch.float32 for g in results[1].values())
+    assert_as_good(results[1], results[0], truth, torch.bfloat16)
+
+
+def worker(rank: int, world: int, kinds: list[str], seed: int, path: str) -> None:
+    warnings.filterwarnings("error", message="pyckpt.swap")
+    results = {}
+    for kind in kinds:
+        print(f"rank {rank}: {kind}", flush=True)
+        if kind.startswith("mixed precision"):
+            check_mixed(rank, world, kind, seed)
+        else:
+            results[kind] = run(rank, world, kind)
     if rank == 0:
-        torch.save(grads, path)
-    dist.barrier()
-    dist.destroy_process_group()
+        torch.save(results, path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-@pytest.mark.parametrize("kind", KINDS)
-def test_several_processes_give_the_gradients_of_one(kind, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, args=(port, kind, str(tmp_path / "grads.pt")), nprocs=KINDS[kind])
-    got = torch.load(tmp_path / "grads.pt")
+@needs_gloo
+@pytest.mark.parametrize("world", KINDS)
+def test_several_processes_give_the_gradients_of_one(world, seed, tmp_path):
+    kinds = [k for k in KINDS[world] if "LoRA" not in k or importlib.util.find_spec("peft")]
+    run_processes(world, worker, world, kinds, seed, str(tmp_path / "grads.pt"))
+    results = torch.load(tmp_path / "grads.pt")
+    assert list(results) == [k for k in kinds if "mixed" not in k]
     model, tokens = model_and_tokens()
     pyckpt.swap(model)
     model(input_ids=tokens, labels=tokens).loss.backward()
-    assert max(relative_errors(got, {n: g.double() for n, g in gradients(model).items()}).values()) < 1e-6
+    truth = {n: g.double() for n, g in gradients(model).items()}
+    for kind, grads in results.items():
+        assert max(relative_errors(grads, truth).values()) < 1e-6, kind

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from blocks import assert_same_bits, relative_errors
-from swap_models import FAMILIES, MIXTURES, VOCAB, InFloat64, make_batch, make_model, step
-from test_swap import KINDS, assert_step_as_good, check, no_fallback  # noqa: F401
+from swap_models import FAMILIES, MIXTURES, VOCAB, InFloat64, assert_step_as_good, make_batch, make_model, step
+from test_swap import KINDS, check, no_fallback  # noqa: F401
 
 import pyckpt
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,10 +27,23 @@ _KNOWN = frozenset(
             "output_hidden_states",
             "return_dict",
         ),
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        # Beside position_ids, which say the same (TRL's packing): for kernels that take packed sequences.
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
         *("num_items_in_batch", "labels", "logits_to_keep"),
     )
 )
+
+
+@contextlib.contextmanager
+def _not_checkpointed(layers: list[Any]) -> Iterator[None]:
+    """Layers without transformers' checkpointing, which older versions do around a layer's call, not its forward."""
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 class SwappedDecoder(Replaced):
@@ -59,7 +74,8 @@ class SwappedDecoder(Replaced):
         if self.whole:
             # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
-        return self.original(**{**given, "use_cache": False, CALL: call})
+        with _not_checkpointed(self._checkpointed):
+            return self.original(**{**given, "use_cache": False, CALL: call})
 
     def prepare(self, given: dict[str, Any], scored: bool) -> Call | None:
         """What the layers are told in a call with these arguments; None where the original forward is to run.
@@ -73,9 +89,14 @@ class SwappedDecoder(Replaced):
         except UnsupportedError as reason:
             self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, which stores everything")
             return None
-        if self.module.training and any(getattr(s.module, "gradient_checkpointing", False) for s in self.layers):
+        if self.module.training and self._checkpointed:
             self.warn("gradient checkpointing is ignored in swapped layers, which recompute already")
         return call
+
+    @property
+    def _checkpointed(self) -> list[nn.Module]:
+        """Layers whose gradient checkpointing is switched on."""
+        return [s.module for s in self.layers if getattr(s.module, "gradient_checkpointing", False)]
 
     def _caches(self, given: dict[str, Any], scored: bool) -> bool:
         """Keys and values are to be returned: asked for, or by default, unless in training or only for a loss."""

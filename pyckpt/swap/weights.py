@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
@@ -75,9 +76,8 @@ class Mapping:
     def check(self, layer: nn.Module) -> None:
         """Raise `UnsupportedError` where the layer's weights do not make up the spec's parameters."""
         shapes = parameter_shapes(self.spec)
-        found: dict[str, Tensor] = {}
-        for source in self.sources:
-            found |= source.read(layer)
+        with _whole(layer):
+            found = {name: t for source in self.sources for name, t in source.read(layer).items()}
         odd = sorted(n for n in found if n not in shapes)
         missing = sorted(n for n in shapes if n not in found and not n.endswith(".bias"))
         if odd or missing:
@@ -91,10 +91,36 @@ class Mapping:
         for path, kind in self.kinds:
             module = layer.get_submodule(path)
             if type(module) is not kind:
-                return f"{path} is now a {type(module).__name__}, not the {kind.__name__} it was when swapped"
+                now, then = (f"{k.__module__}.{k.__name__}" for k in (type(module), kind))
+                return f"{path} is now a {now}, not the {then} it was when swapped (unswap and swap again)"
             if watched(module):
-                return f"{path} has forward hooks, which a swapped layer would not run"
+                return f"{path} has forward hooks, which a swapped layer would not run{_advice(layer)}"
         return None
+
+
+def _sharded(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that DeepSpeed's ZeRO-3 has dealt out to the processes."""
+    return [p for p in layer.parameters() if hasattr(p, "ds_id")]
+
+
+def _whole(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The layer's parameters gathered, where they are dealt out: in every process of the group at once."""
+    sharded = _sharded(layer)
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+def _advice(layer: nn.Module) -> str:
+    """What to do about hooks on the modules inside the layer."""
+    if not _sharded(layer):
+        return ""
+    return (
+        " (for ZeRO-3 to gather a layer whole, call deepspeed.utils.set_z3_leaf_modules(model, "
+        f"[{type(layer).__name__}]) before deepspeed.initialize)"
+    )
 
 
 # By which transformers records attentions and hidden states, and makes embeddings want a gradient for checkpointing.

@@ -1,0 +1,88 @@
+"""Swapped models under DeepSpeed's ZeRO, two processes over gloo: the gradients of one process without it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_as_good
+from processes import compile_nothing_of_deepspeed, needs_gloo, run_processes, zero_config
+from swap_models import InFloat64, make_adapted, make_model, step
+
+import pyckpt
+
+pytest.importorskip("transformers")
+HEAD = "its output embeddings are a Linear with hooks, or no plain nn.Linear: the loss is the model's own"
+ADVICE = "set_z3_leaf_modules(model, [LlamaDecoderLayer]) before deepspeed.initialize): LlamaModel runs its original"
+# By the stage and what else there is to it: what is warned of in the first step.
+EXPECTED = {
+    (1, ""): [],
+    (2, ""): [],
+    (3, "leaves"): [HEAD],
+    (3, "leaves of views"): [HEAD],
+    (3, "leaves, swapped late"): [],  # the report has said so
+    (3, "leaves, LoRA"): [HEAD],
+    (3, "no leaves"): [HEAD, ADVICE],
+}
+
+
+def engine_of(model: Any, stage: int) -> Any:
+    import deepspeed
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, config=zero_config(stage), optimizer=torch.optim.SGD(trained, 0.0))[0]
+
+
+def check(rank: int, stage: int, kind: str) -> None:
+    from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
+
+    model, tokens = make_model("Phi3" if "views" in kind else "Llama"), torch.randint(1, 61, (4, 17))
+    if "LoRA" in kind:
+        model = make_adapted(model, target_modules="all-linear")
+        model.enable_input_require_grads()  # DeepSpeed's hooks on a leaf need that, with and without a swap
+    batch = {"input_ids": tokens, "labels": tokens}
+    with InFloat64():
+        truth = step(copy.deepcopy(model).double(), batch)
+    plain = step(model, batch)
+    del truth["loss"], plain["loss"]  # of all processes
+    if kind.startswith("leaves"):
+        layers = model.get_base_model().model.layers if "LoRA" in kind else model.model.layers
+        set_z3_leaf_modules(model, [type(layers[0])])
+    if "late" not in kind:
+        assert not pyckpt.swap(model, tile=5).left
+    engine = engine_of(model, stage)
+    if "late" in kind:
+        left = pyckpt.swap(model, tile=5).left
+        assert [e.why.partition(":")[0] for e in left] == ["loss"]
+    mine = tokens.chunk(2)[rank]
+    for i in range(2):  # a second step finds what the first left behind
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", message="pyckpt.swap")
+            engine.backward(engine(input_ids=mine, labels=mine).loss)
+        grads = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+        engine.step()
+        assert_as_good(grads, plain, truth, torch.float32)
+        warned = [str(w.message) for w in caught if "pyckpt.swap" in str(w.message)]
+        expected = [] if i else EXPECTED[stage, kind]
+        assert len(warned) == len(expected) and all(e in w for e, w in zip(expected, warned, strict=True)), warned
+
+
+def worker(rank: int, seed: int) -> None:
+    compile_nothing_of_deepspeed()
+    for stage, kind in EXPECTED:
+        print(f"rank {rank}: ZeRO-{stage} {kind}", flush=True)
+        torch.manual_seed(seed)
+        check(rank, stage, kind)
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_zero_gives_the_gradients_of_one_process(seed):
+    missing = [name for name in ("deepspeed", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    run_processes(2, worker, seed)

@@ -1,0 +1,312 @@
+"""Swapped models under the tools that people train with: the same results as without the swap."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_same_bits
+from swap_models import (
+    VOCAB,
+    InFloat64,
+    assert_step_as_good,
+    make_adapted,
+    make_batch,
+    make_model,
+    make_tokenizer,
+    step,
+)
+from torch import nn
+
+import pyckpt
+from pyckpt.swap.layer import SwappedLayer
+
+pytest.importorskip("transformers")
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    """A fall-back to the original forward fails the test, unless it expects one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pyckpt.swap")
+        yield
+
+
+# --- PEFT ----------------------------------------------------------------------------------------------------------
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA on all": {"target_modules": "all-linear"},
+    "DoRA": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    "DoRA on all": {"target_modules": "all-linear", "use_dora": True},
+    "biases too": {"target_modules": ["v_proj"], "bias": "all", "use_rslora": True},
+    "norms too": {"target_modules": ["down_proj"], "modules_to_save": ["post_attention_layernorm"]},
+}
+
+
+def as_before(model: Any, batch: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """Swap the model: its loss and gradients are as good as those before. The report's entries."""
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    report = pyckpt.swap(model, tile=10)
+    assert not report.left, str(report)
+    assert_step_as_good(step(model, batch), plain, truth, dtype)
+    return report.entries
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters(kind):
+    model = make_adapted(make_model("Llama"), **ADAPTERS[kind])
+    assert as_before(model, make_batch("padded"))[0].path == "generic"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_what_loras_dropout_drops_it_drops_again(options):
+    """The same bits with every save set, and the slope of the seeded loss; in eval mode the gradients as before."""
+    options = {"lora_dropout": 0.3, "target_modules": "all-linear", **options}
+    model, batch = make_adapted(make_model("Llama", torch.float64), **options).double(), make_batch("padded")
+
+    def seeded() -> State:
+        torch.manual_seed(3)
+        return step(model, batch)
+
+    results = []
+    for save in ("attention", "attention+qkv", "input"):
+        pyckpt.swap(model, save=save, tile=10)
+        results.append(seeded())
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    pyckpt.swap(model, tile=10)
+    with InFloat64():
+        made = seeded()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert made.keys() - {"loss"} == trained.keys()
+    assert not torch.equal(step(model, batch)["loss"], made["loss"])  # each step drops others
+    # DoRA takes a weight's norm for a constant: of the gradients only its magnitudes' are slopes.
+    moved = {n: p for n, p in trained.items() if "magnitude" in n} or trained
+    direction, eps = {n: torch.randn_like(p) for n, p in moved.items()}, 1e-6
+    ends = []
+    for scale in (eps, -2 * eps):
+        with torch.no_grad():
+            for name, p in moved.items():
+                p += scale * direction[name]
+        with InFloat64():
+            ends.append(seeded()["loss"])
+    shares = torch.stack([(made[n] * d).sum() for n, d in direction.items()])
+    slope = (ends[0] - ends[1]) / (2 * eps)
+    torch.testing.assert_close(shares.sum(), slope, rtol=0.0, atol=1e-5 * shares.abs().max().item())
+    pyckpt.unswap(model)
+    as_before(model.float().eval(), batch)
+
+
+def test_adapters_put_in_or_merged_after_the_swap():
+    """The layers run their original forward, with a warning, until the model is swapped again."""
+    model, batch = make_model("Llama"), make_batch("padded")
+    pyckpt.swap(model)
+    model = make_adapted(model, target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match=r"q_proj is now a peft.*, not the .*original forward"):
+        step(model, batch)
+    pyckpt.unswap(model)
+    as_before(model, batch)
+    merged = model.merge_and_unload().train().requires_grad_()
+    with pytest.warns(UserWarning, match=r"q_proj is now a torch.*, not the peft.*original forward"):
+        step(merged, batch)
+    pyckpt.unswap(merged)
+    assert as_before(merged, batch)[0].path == "standard"
+
+
+def test_an_adapter_that_is_switched_off_is_seen():
+    model, batch = make_adapted(make_model("Llama"), target_modules=["q_proj"]), make_batch("padded")
+    with model.disable_adapter():
+        without = model(**batch).loss
+    pyckpt.swap(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**batch).loss, without)
+    assert not torch.allclose(model(**batch).loss, without)
+
+
+# --- Mixed precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["standard", "generic"])
+def test_float16_with_a_grad_scaler(path):
+    """Unscaled gradients as good as those before; a step whose gradients overflow is left out."""
+    model, batch = make_model("Llama"), make_batch("padded")
+    for layer in model.model.layers if path == "generic" else ():
+        layer.mlp.act_fn = nn.Mish()
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+
+    def scaled(scale: float) -> tuple[State, float]:
+        """A step of SGD at a rate of 0: the unscaled gradients, and the scale after it."""
+        scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=scale), torch.optim.SGD(model.parameters(), 0.0)
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        model.zero_grad()
+        return {"loss": loss.detach(), **grads}, scaler.get_scale()
+
+    plain, same = scaled(2.0**10)
+    assert same == 2.0**10
+    assert pyckpt.swap(model, tile=10).entries[0].path == path
+    ours, same = scaled(2.0**10)
+    assert same == 2.0**10
+    assert_step_as_good(ours, plain, truth, torch.float16)
+    assert scaled(2.0**40)[1] == 2.0**39
+
+
+# --- DeepSpeed: its own tests, for where it is installed, are in test_swap_deepspeed.py ------------------------------
+
+
+def test_hooks_of_zero3_inside_a_layer_are_warned_of_with_what_to_do():
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight.ds_id = 0  # as ZeRO-3 marks its parameters
+    projection.register_forward_pre_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"q_proj has forward hooks.*set_z3_leaf_modules\(model, \[LlamaDecoderLayer"):
+        model(**make_batch("plain"))
+
+
+# --- Accelerate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerate():
+    """The library. What an Accelerator decides for the whole process is forgotten before and after."""
+    library = pytest.importorskip("accelerate")
+    reset = functools.partial(library.state.AcceleratorState._reset_state, reset_partial_state=True)
+    reset()
+    yield library
+    reset()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accumulated_and_clipped_by_accelerate(accelerate, precision):
+    """Over batches of two lengths, by `accumulate`: the clipped gradients and the mean loss."""
+    model, batches = make_model("Qwen2"), [make_batch(kind) for kind in ("padded", "packed")]
+    exact = copy.deepcopy(model).double()
+
+    def run(module: nn.Module, mixed: str) -> State:
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=mixed)
+        optimizer = torch.optim.SGD(module.parameters(), 0.0)
+        module, optimizer = accelerator.prepare(module, optimizer)
+        losses = []
+        for batch in batches:
+            with accelerator.accumulate(module):
+                losses.append(module(**batch).loss)
+                accelerator.backward(losses[-1])
+                if accelerator.sync_gradients:
+                    assert accelerator.clip_grad_norm_(module.parameters(), 0.1) > 0.1
+                    grads = {n: p.grad.clone() for n, p in module.named_parameters()}
+                optimizer.step()
+                optimizer.zero_grad()
+        return {"loss": torch.stack(losses).mean().detach(), **grads}
+
+    with InFloat64():
+        truth = run(exact, "no")
+    plain = run(copy.deepcopy(model), precision)
+    pyckpt.swap(model, tile=10)
+    ours = run(model, precision)
+    assert_step_as_good(ours, plain, truth, torch.float32 if precision == "no" else torch.bfloat16)
+
+
+# --- Gradient checkpointing ------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_around_a_layers_call_is_not_doubled(monkeypatch):
+    """As transformers 5.0 has it, where later versions have it in the layer's forward."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, batch = make_model("Llama"), make_batch("padded")
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(nn.Module.__call__, layer, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False) if layer.gradient_checkpointing else run(*args)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "__call__", call)
+    pyckpt.swap(model)
+    before, calls, own = step(model, batch), [], SwappedLayer.__call__
+    monkeypatch.setattr(SwappedLayer, "__call__", lambda layer, *a, **k: calls.append(layer) or own(layer, *a, **k))
+    model.gradient_checkpointing_enable()
+    with pytest.warns(UserWarning, match="gradient checkpointing is ignored"):
+        assert_same_bits(step(model, batch), before)
+    assert len(calls) == 2
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+# --- TRL -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_trls_packing_gives_beside_positions():
+    """Its collator's tensors for kernels that take packed sequences: they say what the positions say."""
+    batch = make_batch("packed")
+    starts = torch.tensor([0, 5, 6, 30], dtype=torch.int32)
+    batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 24, "max_length_k": 24}
+    batch |= {"seq_idx": (batch["position_ids"] == 0).cumsum(1).int() - 1}
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, -100)
+    assert as_before(make_model("Llama", attn_implementation="sdpa"), batch)[0].path == "standard"
+
+
+SFT = {
+    "padded": {},
+    "packed": {"packing": True, "activation_checkpointing": True},
+    "completion": {},
+    "LoRA": {},
+    "swapped after": {},
+}
+
+
+@pytest.mark.parametrize("kind", SFT)
+def test_sfttrainer_trains_as_before(kind, tmp_path):
+    """Losses, entropy and accuracy of tokens, and evaluation, as of the model that is not swapped."""
+    trl, datasets = pytest.importorskip("trl", minversion="1.15"), pytest.importorskip("datasets")
+    rows = [{"input_ids": torch.randint(1, VOCAB, (n,)).tolist()} for n in (19, 12, 7, 19, 5, 9, 11, 3)]
+    if kind == "completion":
+        rows = [{**row, "completion_mask": [int(i > 2) for i in range(len(row["input_ids"]))]} for row in rows]
+    data = datasets.Dataset.from_list(rows)
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    options |= {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 1, "disable_tqdm": True}
+    options |= {"max_length": 24, "learning_rate": 1e-2, "activation_checkpointing": False, **SFT[kind]}
+    model, results = make_model("Qwen3", attn_implementation="sdpa"), []
+    if kind == "LoRA":
+        model = make_adapted(model, target_modules="all-linear")
+    for swapped in (False, True):
+        trained = copy.deepcopy(model)
+        if swapped and kind != "swapped after":
+            pyckpt.swap(trained)
+        trainer = trl.SFTTrainer(
+            model=trained,
+            args=trl.SFTConfig(str(tmp_path), **options),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=make_tokenizer(),
+        )
+        if swapped and kind == "swapped after":
+            assert not pyckpt.swap(trainer.model, loss=False).left
+        warned = swapped and options["activation_checkpointing"]
+        with pytest.warns(UserWarning, match="checkpointing is ignored") if warned else contextlib.nullcontext():
+            trainer.train()
+        entries = [*trainer.state.log_history, trainer.evaluate()]
+        results.append([{n: e[n] for n in e if n.endswith(("loss", "entropy", "accuracy", "norm"))} for e in entries])
+    assert [sorted(e) for e in results[0]] == [
+        *[["entropy", "grad_norm", "loss", "mean_token_accuracy"]] * 2,
+        ["train_loss"],
+        ["eval_entropy", "eval_loss", "eval_mean_token_accuracy"],
+    ]
+    for ours, before in zip(*reversed(results), strict=True):
+        assert ours == pytest.approx(before, rel=1e-4)
