@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 import torch
+from blocks import assert_as_good
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+import pyckpt
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it then
 
 VOCAB = 61
+KINDS = ("plain", "padded", "packed")
+State = dict[str, Tensor]
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -30,6 +36,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7}
 # By the name of transformers' config without "Config"; what a family has of its own is set, and odd.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -55,6 +62,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 MIXTURES: dict[str, dict[str, Any]] = {
+    "GptOss": {
+        **EXPERTS,
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "sliding_window": 7,
+        "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
     "Mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": 7},
     "Qwen3Moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [0]},
 }
@@ -115,3 +129,23 @@ def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"loss": loss.detach(), **grads}
+
+
+def check(model: Any, batches: list[dict[str, Any]], **options: Any) -> None:
+    """Loss and gradients of the swapped model against those before, and both against float64."""
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = [step(exact, batch) for batch in batches]
+    plain = [step(model, batch) for batch in batches]
+    report = pyckpt.swap(model, tile=10, **options)
+    assert not report.left, str(report)
+    for batch, p, t in zip(batches, plain, truth, strict=True):
+        assert model(**batch).logits is None
+        assert_step_as_good(step(model, batch), p, t, next(model.parameters()).dtype)
+
+
+def assert_step_as_good(ours: State, plain: State, truth: State, dtype: torch.dtype) -> None:
+    """`assert_as_good`, but for the loss: a single value's error is chance, and four roundings are allowed."""
+    error, reference = ((r["loss"].double() - truth["loss"]).abs() for r in (ours, plain))
+    assert error <= 2 * reference + 4 * torch.finfo(dtype).eps * truth["loss"]
+    assert_as_good(*({n: t for n, t in r.items() if n != "loss"} for r in (ours, plain, truth)), dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.ops.attention import sinks_backward
 from pyckpt.spec import BlockSpec, Window
 
 ops = torch.ops.pyckpt
@@ -42,7 +43,10 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class DenseAttend:
-    """Attention of one block: heads, mask and score options; see `pyckpt.ops.attention`."""
+    """Attention of one block: heads, mask and score options; see `pyckpt.ops.attention`.
+
+    `sinks`: the name of the block's weight that holds them, None for none.
+    """
 
     n_heads: int
     n_kv_heads: int
@@ -51,6 +55,7 @@ class DenseAttend:
     softcap: float
     scale: float
     dropout: float = 0.0
+    sinks: str | None = None
 
     @staticmethod
     def of(spec: BlockSpec) -> DenseAttend:
@@ -65,10 +70,16 @@ class DenseAttend:
         )
 
     def forward(
-        self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, seed: int | None = None
+        self,
+        layout: Layout,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seed: int | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """o (T, H * D) and lse from flat q, k, v. `seed` of the dropout; None drops nothing."""
-        o, lse = ops.attention_fwd(*self._heads(layout, q, k, v), *self._options(layout, seed))
+        """o (T, H * D) and lse from flat q, k, v, and sinks (H,). `seed` of the dropout; None drops nothing."""
+        o, lse = ops.attention_fwd(*self._heads(layout, q, k, v), *self._options(layout, seed, sinks))
         return o.view(layout.tokens, -1), lse
 
     def backward(
@@ -82,20 +93,25 @@ class DenseAttend:
         lse: Tensor,
         seed: int | None = None,
         delta: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Flat dq, dk, dv. `delta` (heads, T): the sums of do * o by head, where somebody has them already."""
         do, q, k, v, o = self._heads(layout, do, q, k, v, o)
         if delta is not None and layout.cu_seqlens is None:
             delta = delta.unflatten(1, (layout.batch, layout.seq)).transpose(0, 1)
-        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed), delta=delta)
+        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed, sinks), delta=delta)
         return dq.view(layout.tokens, -1), dk.view(layout.tokens, -1), dv.view(layout.tokens, -1)
+
+    def sinks_backward(self, layout: Layout, do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+        """The gradient of the sinks (H,)."""
+        return sinks_backward(sinks, lse, ops.attention_delta(*self._heads(layout, do, o), None))
 
     def _heads(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
         return [layout.by_head(t, self.head_dim) for t in tensors]
 
-    def _options(self, layout: Layout, seed: int | None) -> tuple[Any, ...]:
+    def _options(self, layout: Layout, seed: int | None, sinks: Tensor | None) -> tuple[Any, ...]:
         cu = layout.cu_seqlens
         options = (cu, cu, *self.window, self.softcap, self.scale)
-        if seed is None or not self.dropout:
-            return options
-        return *options, None, None, self.dropout, seed
+        if seed is not None and self.dropout:
+            return *options, sinks, None, self.dropout, seed
+        return options if sinks is None else (*options, sinks)

@@ -35,6 +35,8 @@ class TiledAttend:
     """`DenseAttend` by pairs of tiles. q, o (t, H * D), k, v (t, Hkv * D), lse and delta (1, H, t)."""
 
     def __init__(self, attend: DenseAttend, layout: Layout, tile: int) -> None:
+        if attend.sinks is not None:
+            raise ValueError("attention with sinks cannot be streamed; run these blocks without stream=")
         self._attend, self._tile, self._tokens = attend, tile, layout.tokens
         cu = layout.cu_seqlens
         starts = range(0, layout.tokens + 1, layout.seq) if cu is None else cu.tolist()

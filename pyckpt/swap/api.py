@@ -10,7 +10,7 @@ from torch import nn
 from pyckpt import errors
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
-from pyckpt.swap import encoder, families
+from pyckpt.swap import encoder, families, survey
 from pyckpt.swap import loss as losses
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.decoder import SwappedDecoder
@@ -152,7 +152,8 @@ def _decoder(
         return []
     whole = len(swapped) == len(layers)
     runs = _segments(swapped, segment_length(segments, len(layers)))
-    return [*swapped, SwappedDecoder(module, swapped, whole, runs)]
+    cuts = type(module).__name__ not in families.UNCUT or survey.cuts_by_positions(module, [p for p, _ in layers])
+    return [*swapped, SwappedDecoder(module, swapped, whole, runs, cuts)]
 
 
 def _segments(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:

@@ -37,14 +37,19 @@ class SwappedDecoder(Replaced):
     An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
 
     `layers` are the swapped ones; `whole` says that the model has no others; `segments` are the layers in the runs that
-    keep one input.
+    keep one input. `cuts`: whether the model's masks are cut where position_ids start anew; None: not known.
     """
 
     def __init__(
-        self, module: nn.Module, layers: list[SwappedLayer], whole: bool, segments: list[list[SwappedLayer]]
+        self,
+        module: nn.Module,
+        layers: list[SwappedLayer],
+        whole: bool,
+        segments: list[list[SwappedLayer]],
+        cuts: bool | None = True,
     ) -> None:
         super().__init__(module)
-        self.layers, self.whole, self.segments = layers, whole, segments
+        self.layers, self.whole, self.segments, self.cuts = layers, whole, segments, cuts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
@@ -100,7 +105,9 @@ class SwappedDecoder(Replaced):
             )
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
-        cu_seqlens = masks.packed(mask, positions if looks else None, batch, seq)
+        cu_seqlens = masks.packed(mask, positions if looks and self.cuts is not False else None, batch, seq)
+        if cu_seqlens is not None and mask is None and self.cuts is None:
+            raise UnsupportedError("position_ids start anew, and whether that cuts the model's masks is not known")
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]

@@ -33,6 +33,8 @@ _ACTIVATIONS = {
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 # What stands in a spec for an option that says why it is not a block's: the generic path runs the layer's own module.
 _PLAIN: Options = {"mlp": "swiglu", "qk_norm": True}
+# Models whose masks are not all cut where position_ids start anew.
+UNCUT = ("GptOssModel", "FSDPGptOssModel")
 # Frequencies that depend on the length of the batch.
 _MOVING_ROPE = ("dynamic", "longrope")
 
@@ -51,6 +53,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     config = attention.config
     if not attention.is_causal or not getattr(config, "is_causal", True):
         raise UnsupportedError("its attention is not causal")
+    sinks = options.pop("sinks", None)
     if options.pop("rope", True):
         options |= rope_options(rotary, getattr(attention, "layer_type", None))
         if options.get("rope_dim") == options["head_dim"]:
@@ -64,7 +67,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
         return finish(layer, options, sources)
     except UnsupportedError as reason:
         plain = {n: _PLAIN[n] if isinstance(v, UnsupportedError) else v for n, v in options.items()}
-        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason))
+        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks)
 
 
 def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping:
@@ -214,6 +217,12 @@ def _moe(layer: Any) -> Family:
 def _qwen3_moe(layer: Any) -> Family:
     options, sources = _moe(layer)
     return options | {"qk_norm": True}, sources
+
+
+def _gpt_oss(layer: Any) -> Family:
+    options, sources = _moe(layer)
+    options.pop("window", None)  # of every other layer
+    return _windowed(options, layer.self_attn.sliding_window) | {"sinks": f"{ATTENTION}.sinks"}, sources
 
 
 def _windowed(options: Options, window: int | None) -> Options:
@@ -378,6 +387,7 @@ FAMILIES: dict[str, Callable[[Any], Family]] = {
     "GPTNeoXLayer": _gpt_neox,
     "Gemma2DecoderLayer": _gemma2,
     "Gemma3DecoderLayer": _gemma3,
+    "GptOssDecoderLayer": _gpt_oss,
     "GraniteDecoderLayer": _granite,
     "LlamaDecoderLayer": _llama,
     "MistralDecoderLayer": _mistral,

@@ -30,6 +30,7 @@ from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 
 kernels = torch.ops.pyckpt
+SINKS = "attend.sinks"  # among the weights, beside those of "pre." and "post."
 # Where a seed is derived for random numbers; attention's probabilities take site 0.
 PRE_SITE, POST_SITE = 1, 2
 _QKV = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
@@ -198,7 +199,7 @@ class GenericMappedBlock(CheckpointedBlock):
         return self._attend().dropout > 0.0 or any(m.training and m.p > 0.0 for m in inside)
 
     def _attend(self) -> DenseAttend:
-        attend = DenseAttend.of(self.mapping.spec)
+        attend = dataclasses.replace(DenseAttend.of(self.mapping.spec), sinks=self.mapping.sinks and SINKS)
         training = self._layer[0].get_submodule(ATTENTION).training
         return attend if training else dataclasses.replace(attend, dropout=0.0)
 
@@ -207,9 +208,11 @@ class GenericMappedBlock(CheckpointedBlock):
         return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
 
     def weights(self) -> dict[str, Tensor]:
-        return {
-            f"{n}.{k}": p for n, m in zip(("pre", "post"), self._parts, strict=True) for k, p in m.named_parameters()
-        }
+        parts = zip(("pre", "post"), self._parts, strict=True)
+        found: dict[str, Tensor] = {f"{n}.{k}": p for n, m in parts for k, p in m.named_parameters()}
+        if self.mapping.sinks:
+            found[SINKS] = self._layer[0].get_parameter(self.mapping.sinks)
+        return found
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
@@ -217,7 +220,7 @@ class GenericMappedBlock(CheckpointedBlock):
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 
-def mapping_of(layer: nn.Module, spec: BlockSpec, why: str) -> Mapping:
+def mapping_of(layer: nn.Module, spec: BlockSpec, why: str, sinks: str | None = None) -> Mapping:
     """The mapping of a layer on the generic path; `why` it is not on the standard one."""
     check(layer, spec)
-    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why)
+    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why, sinks)

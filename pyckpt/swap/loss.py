@@ -35,6 +35,7 @@ HEADS = {
     "GPTNeoXForCausalLM": Head(),
     "Gemma2ForCausalLM": _SOFTCAPPED,
     "Gemma3ForCausalLM": _SOFTCAPPED,
+    "GptOssForCausalLM": _MIXTURE,
     "GraniteForCausalLM": Head(divisor="logits_scaling"),
     "LlamaForCausalLM": Head(),
     "MistralForCausalLM": Head(),

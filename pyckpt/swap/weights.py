@@ -54,6 +54,7 @@ class Source:
 class Mapping:
     """A layer as a block: what it computes, and where its weights are.
 
+    `sinks` is the name of the parameter that holds attention's, where it has any (on the generic path alone).
     `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are read, by path: another
     class there means that the layer has changed.
     """
@@ -62,6 +63,7 @@ class Mapping:
     sources: tuple[Source, ...]
     kinds: tuple[tuple[str, type], ...]
     why: str = ""
+    sinks: str | None = None
 
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The block's weights in the order of `parameter_shapes`; biases that the layer lacks are zeros."""

@@ -1,0 +1,106 @@
+"""Which decoder layers `pyckpt.swap` takes: sinks, RoPE of any type, and classes that it has no table of."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_same_bits
+from swap_models import KINDS, VOCAB, check, make_batch, make_model, step
+
+import pyckpt
+from pyckpt.attend.dense import DenseAttend, Layout
+from pyckpt.attend.tiled import TiledAttend
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    """A fall-back to the original forward fails the test, unless it expects one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pyckpt.swap")
+        yield
+
+
+def assert_same_with_every_save_set(model: Any) -> None:
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.swap(model, save=save, tile=10)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+def assert_generates_the_same(model: Any) -> None:
+    ids = torch.randint(1, VOCAB, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    before = model.eval().generate(ids, **options)
+    pyckpt.swap(model)
+    assert torch.equal(model.generate(ids, **options), before)
+
+
+# --- gpt-oss ---------------------------------------------------------------------------------------------------------
+
+
+def make_gpt_oss(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """With sinks as large as scores."""
+    model = make_model("GptOss", **options)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks += torch.randn(4)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_have_a_gradient(dtype):
+    """With all experts at work: which are chosen may change with a rounding."""
+    model = make_gpt_oss(dtype, num_experts_per_tok=4)
+    check(model, [make_batch(kind) for kind in KINDS])
+    for layer in model.model.layers:
+        layer.self_attn.sinks.requires_grad_(False)
+    assert not [n for n in step(model, make_batch("plain")) if "sinks" in n]
+
+
+def test_gpt_oss_is_the_same_with_every_save_set():
+    assert_same_with_every_save_set(make_gpt_oss())
+
+
+def test_gpt_oss_generates_the_same_tokens():
+    assert_generates_the_same(make_gpt_oss())
+
+
+def test_gpt_oss_under_autocast_and_partly_frozen():
+    """Sinks alone are trained: they have the gradient that they have beside all others."""
+    model = make_gpt_oss()
+    pyckpt.swap(model, tile=10)
+    batch = make_batch("padded")
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = step(model, batch)
+        for name, p in model.named_parameters():
+            p.requires_grad_("sinks" in name)
+        alone = step(model, batch)
+    assert alone.keys() == {"loss", *(n for n in whole if "sinks" in n)}
+    assert_same_bits(alone, {n: whole[n] for n in alone})
+
+
+def test_positions_do_not_cut_where_the_models_masks_are_not_cut():
+    """This model does not tell its masks of them; a model on the meta device can't be asked, and is not guessed."""
+    model = make_gpt_oss()
+    pyckpt.swap(model)
+    assert model.model.forward.cuts is False
+    model.model.forward.cuts = None
+    with pytest.warns(UserWarning, match=r"whether that cuts the model's masks is not known.* original forward"):
+        model(**make_batch("packed"))
+
+
+def test_sinks_cannot_be_streamed():
+    attend = dataclasses.replace(DenseAttend(4, 2, 12, (-1, 0), 0.0, 0.3), sinks="attend.sinks")
+    with pytest.raises(ValueError, match="attention with sinks cannot be streamed"):
+        TiledAttend(attend, Layout(1, 8), 4)
