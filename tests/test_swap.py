@@ -546,12 +546,6 @@ def test_bad_input():
 @pytest.mark.parametrize(
     ("family", "options", "why"),
     [
-        (
-            "Llama",
-            {"hidden_act": "mish", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "RoPE",
-        ),
-        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'dyn"),
         ("GPT2", {"add_cross_attention": True}, "cross attention"),
         ("Phi3", {"resid_pdrop": 0.1, "attn_implementation": "sdpa"}, None),
         ("Gemma3", {"use_bidirectional_attention": True}, "not causal"),

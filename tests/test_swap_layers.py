@@ -10,6 +10,7 @@ import pytest
 import torch
 from blocks import assert_same_bits
 from swap_models import KINDS, VOCAB, check, make_batch, make_model, step
+from torch import nn
 
 import pyckpt
 from pyckpt.attend.dense import DenseAttend, Layout
@@ -104,3 +105,84 @@ def test_sinks_cannot_be_streamed():
     attend = dataclasses.replace(DenseAttend(4, 2, 12, (-1, 0), 0.0, 0.3), sinks="attend.sinks")
     with pytest.raises(ValueError, match="attention with sinks cannot be streamed"):
         TiledAttend(attend, Layout(1, 8), 4)
+
+
+# --- RoPE whose frequencies depend on the length ----------------------------------------------------------------------
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.2, 1.5, 1.4],
+    "long_factor": [1.0, 2.5, 4.0, 3.0, 6.0, 9.0],
+    "original_max_position_embeddings": 16,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+MOVING = {
+    "Phi3": {"rope_parameters": LONGROPE, "max_position_embeddings": 64},
+    "Llama": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+}
+
+
+def short_batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, VOCAB, (2, 9))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("path", ["standard", "generic"])
+@pytest.mark.parametrize("family", MOVING)
+def test_rope_that_depends_on_the_length(family, path):
+    """Batches above and below the length at which the frequencies change, in turn.
+
+    The last is a short one: "dynamic" keeps the frequencies of the longest batch until one is short again.
+    """
+    model = make_model("Qwen3" if (family, path) == ("Phi3", "generic") else family, **moving(family, path))
+    if path == "generic":
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.Mish()
+    check(model, [make_batch("plain"), short_batch(), make_batch("padded"), make_batch("packed"), short_batch()])
+    assert {e.path for e in swap_anew(model).entries[:-1]} == {path}
+
+
+def moving(family: str, path: str) -> dict[str, Any]:
+    """Phi-3 has fused projections, of which the generic path knows nothing: there longrope is that of a Qwen 3."""
+    return MOVING[family] | ({"head_dim": 12} if (family, path) == ("Phi3", "generic") else {})
+
+
+def swap_anew(model: Any, **options: Any) -> Any:
+    pyckpt.unswap(model)
+    return pyckpt.swap(model, tile=10, **options)
+
+
+@pytest.mark.parametrize("family", MOVING)
+def test_the_frequencies_of_a_call_are_those_of_its_backward(family):
+    """Of two losses, one after the other, and then their backwards; in segments too."""
+    model = make_model(family, **MOVING[family])
+    batches, results = [make_batch("plain"), short_batch()], []
+    apart = [step(model, batch) for batch in batches]
+    truth = {n: sum(part[n] for part in apart) for n in apart[0]}
+    for segments in (None, 2):
+        pyckpt.swap(model, tile=10, segments=segments)
+        losses = [model(**batch).loss for batch in batches]
+        sum(losses).backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        model.zero_grad()
+        pyckpt.unswap(model)
+    assert_same_bits(*results)
+    for name, grad in results[0].items():
+        torch.testing.assert_close(grad, truth[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MOVING)
+def test_generates_beyond_the_length_as_before(family):
+    assert_generates_the_same(make_model(family, **MOVING[family]))
+
+
+def test_rope_that_depends_on_the_length_is_right_when_compiled():
+    """The model's own forward is compiled: frequencies that were read once would be those of another length."""
+    model = make_model("Phi3", attn_implementation="sdpa", num_hidden_layers=1, **MOVING["Phi3"])
+    batches = [short_batch(), make_batch("plain")]
+    before = [model(**batch).loss for batch in batches]
+    pyckpt.swap(model)
+    compiled = torch.compile(model, backend="eager")
+    for batch, loss in zip(batches, before, strict=True):
+        torch.testing.assert_close(compiled(**batch).loss, loss)

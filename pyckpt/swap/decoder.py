@@ -103,6 +103,8 @@ class SwappedDecoder(Replaced):
             raise UnsupportedError(
                 "an attention_mask or position_ids under torch.compile: how they cut the batch is not known"
             )
+        if torch.compiler.is_compiling() and any(s.block.mapping.moving is not None for s in self.layers):
+            raise UnsupportedError("RoPE whose frequencies depend on the length, under torch.compile")
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
         cu_seqlens = masks.packed(mask, positions if looks and self.cuts is not False else None, batch, seq)

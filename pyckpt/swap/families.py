@@ -13,6 +13,7 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic
+from pyckpt.swap.rope import MovingRope, given
 from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, watched
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -35,7 +36,7 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 _PLAIN: Options = {"mlp": "swiglu", "qk_norm": True}
 # Models whose masks are not all cut where position_ids start anew.
 UNCUT = ("GptOssModel", "FSDPGptOssModel")
-# Frequencies that depend on the length of the batch.
+# Whose frequencies depend on the length of the batch.
 _MOVING_ROPE = ("dynamic", "longrope")
 
 
@@ -54,8 +55,10 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     if not attention.is_causal or not getattr(config, "is_causal", True):
         raise UnsupportedError("its attention is not causal")
     sinks = options.pop("sinks", None)
+    moving = None
     if options.pop("rope", True):
-        options |= rope_options(rotary, getattr(attention, "layer_type", None))
+        of_rope, moving = rope_options(rotary, getattr(attention, "layer_type", None))
+        options |= of_rope
         if options.get("rope_dim") == options["head_dim"]:
             del options["rope_dim"]
     else:
@@ -64,13 +67,13 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     if "attention_dropout" not in options:
         options["attention_dropout"] = float(attention.attention_dropout)
     try:
-        return finish(layer, options, sources)
+        return finish(layer, options, sources, moving)
     except UnsupportedError as reason:
         plain = {n: _PLAIN[n] if isinstance(v, UnsupportedError) else v for n, v in options.items()}
-        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks)
+        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks, moving)
 
 
-def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping:
+def finish(layer: nn.Module, options: Options, sources: list[Source], moving: MovingRope | None = None) -> Mapping:
     """The mapping, after checking the modules that hold the weights and the weights themselves."""
     for value in options.values():
         if isinstance(value, UnsupportedError):
@@ -83,7 +86,7 @@ def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping
             biased |= set(source.names)
     spec = spec_of(options, bias_of(biased))
     kinds = tuple((s.path, type(layer.get_submodule(s.path))) for s in sources)
-    mapping = Mapping(spec, tuple(sources), kinds)
+    mapping = Mapping(spec, tuple(sources), kinds, moving=moving)
     mapping.check(layer)
     return mapping
 
@@ -125,24 +128,24 @@ def activation(module: nn.Module, gated: bool) -> str | UnsupportedError:
     return names[kind]
 
 
-def rope_options(rotary: Any, layer_type: str | None) -> Options:
-    """RoPE by the very frequencies of the model's rotary embedding, of a layer's type where each has its own."""
+def rope_options(rotary: Any, layer_type: str | None) -> tuple[Options, MovingRope | None]:
+    """RoPE by the very frequencies of the model's rotary embedding, of a layer's type where each has its own.
+
+    With where to read them at each call, if they change.
+    """
     if rotary is None:
         raise UnsupportedError("no rotary embedding was found beside the layers")
     kind, prefix = rotary.rope_type, ""
     if isinstance(kind, dict):
         kind, prefix = kind.get(layer_type), f"{layer_type}_"
-    if kind is None or kind in _MOVING_ROPE:
-        raise UnsupportedError(f"RoPE of type {kind!r} is not a fixed list of frequencies")
+    if kind is None:
+        raise UnsupportedError("its rotary embedding does not say of which type it is")
     frequencies = getattr(rotary, f"{prefix}inv_freq")
     if frequencies.is_meta:
         raise UnsupportedError("its rotary embedding is on the meta device; swap the model when it has its weights")
-    scaling = {
-        "rope_type": "given",
-        "frequencies": tuple(frequencies.double().tolist()),
-        "amplitude": float(getattr(rotary, f"{prefix}attention_scaling")),
-    }
-    return {"rope_theta": 10000.0, "rope_scaling": scaling, "rope_dim": 2 * frequencies.numel()}
+    moving = MovingRope(rotary, prefix) if kind in _MOVING_ROPE else None
+    options = {"rope_theta": 10000.0, "rope_scaling": given(rotary, prefix), "rope_dim": 2 * frequencies.numel()}
+    return options, moving
 
 
 def _check_module(source: Source, module: Any, eps: float) -> None:

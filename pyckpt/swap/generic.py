@@ -24,6 +24,7 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
+from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.weights import Mapping, UnsupportedError, watched
 from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.interface import Tile, Weights
@@ -216,11 +217,16 @@ class GenericMappedBlock(CheckpointedBlock):
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
-        tokenwise = _Tokenwise(*self._parts, torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False))
+        pre, post = self._parts
+        if self.mapping.moving is not None:
+            pre = _Pre(self._layer[0], self.mapping.spec_now)  # of this call, also in its backward
+        tokenwise = _Tokenwise(pre, post, torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False))
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 
-def mapping_of(layer: nn.Module, spec: BlockSpec, why: str, sinks: str | None = None) -> Mapping:
+def mapping_of(
+    layer: nn.Module, spec: BlockSpec, why: str, sinks: str | None = None, moving: MovingRope | None = None
+) -> Mapping:
     """The mapping of a layer on the generic path; `why` it is not on the standard one."""
     check(layer, spec)
-    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why, sinks)
+    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why, sinks, moving)
