@@ -10,14 +10,14 @@ from torch import nn
 from pyckpt import errors
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
-from pyckpt.swap import encoder, families, survey
+from pyckpt.swap import encoder, families
 from pyckpt.swap import loss as losses
-from pyckpt.swap.block import MappedBlock
+from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder
-from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.layer import SwappedLayer
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
+from pyckpt.swap.traced import TracedLayer
 from pyckpt.swap.weights import UnsupportedError
 
 
@@ -119,7 +119,13 @@ def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:
-    return families.family_class(layer) in families.FAMILIES or type(layer).__name__.endswith("DecoderLayer")
+    kind = families.family_class(layer)
+    attends = any("attn" in name or "attention" in name for name, _ in layer.named_children())
+    return (
+        kind in families.FAMILIES
+        or type(layer).__name__.endswith("DecoderLayer")
+        or (kind.endswith("Block") and attends)
+    )
 
 
 def _check_forward(module: nn.Module) -> None:
@@ -137,40 +143,43 @@ def _decoder(
     entries: list[Entry],
 ) -> list[Replaced]:
     swapped: list[SwappedLayer] = []
+    chooser = Chooser(module, [path for path, _ in layers], save, tile)
     for place, (path, layer) in enumerate(layers):
         full, kind = f"{name}.{path}" if name else path, type(layer).__name__
         try:
             _check_forward(layer)
-            mapping = families.mapping_of(layer, getattr(module, "rotary_emb", None))
+            made = chooser.layer(layer, place)
         except UnsupportedError as reason:
             entries.append(Entry(full, kind, ORIGINAL, str(reason)))
             continue
-        block = GenericMappedBlock if mapping.why else MappedBlock
-        swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile), place))
-        entries.append(_entry(full, kind, mapping.why, save))
+        swapped.append(made)
+        apart = segments is not None and isinstance(made, TracedLayer)
+        entries.append(_entry(full, kind, made.block.mapping.why, save, "; not in segments" if apart else ""))
     if not swapped:
         return []
-    whole = len(swapped) == len(layers)
+    whole = len(swapped) == len(layers) and chooser.maskless(swapped)
     runs = _segments(swapped, segment_length(segments, len(layers)))
-    cuts = type(module).__name__ not in families.UNCUT or survey.cuts_by_positions(module, [p for p, _ in layers])
-    return [*swapped, SwappedDecoder(module, swapped, whole, runs, cuts)]
+    unknown = frozenset(["token_type_ids"] if any(isinstance(s, TracedLayer) for s in swapped) else [])
+    return [*swapped, SwappedDecoder(module, swapped, whole, runs, chooser.cuts(), unknown)]
 
 
 def _segments(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:
     """Layers in segments of at most `length` that stand next to each other."""
     found: list[list[SwappedLayer]] = []
     for layer in layers:
-        if found and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
+        # A traced layer runs on what it is itself called with.
+        alone = isinstance(layer, TracedLayer) or (found and isinstance(found[-1][-1], TracedLayer))
+        if found and not alone and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
             found[-1].append(layer)
         else:
             found.append([layer])
     return found
 
 
-def _entry(name: str, kind: str, why_generic: str, save: str | Save) -> Entry:
+def _entry(name: str, kind: str, why_generic: str, save: str | Save, note: str = "") -> Entry:
     """Of a layer that is swapped; `why_generic` is empty for one on the standard path."""
     why = f"its own modules, tile by tile: {why_generic}" if why_generic else "as a standard block"
-    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}")
+    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}{note}")
 
 
 def _encoder_layer(

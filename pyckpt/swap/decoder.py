@@ -38,6 +38,7 @@ class SwappedDecoder(Replaced):
 
     `layers` are the swapped ones; `whole` says that the model has no others; `segments` are the layers in the runs that
     keep one input. `cuts`: whether the model's masks are cut where position_ids start anew; None: not known.
+    `unknown`: arguments that this model may read in another way than those that are known.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class SwappedDecoder(Replaced):
         whole: bool,
         segments: list[list[SwappedLayer]],
         cuts: bool | None = True,
+        unknown: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(module)
+        self.unknown = unknown
         self.layers, self.whole, self.segments, self.cuts = layers, whole, segments, cuts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +85,8 @@ class SwappedDecoder(Replaced):
         return bool(getattr(self.module.config, "use_cache", False))
 
     def _call(self, given: dict[str, Any]) -> Call:
-        odd = sorted(n for n, value in given.items() if n not in _KNOWN and value is not None)
+        known = _KNOWN - self.unknown
+        odd = sorted(n for n, value in given.items() if n not in known and value is not None)
         if odd:
             raise UnsupportedError(f"the argument {', '.join(odd)} is not known")
         for name in ("output_attentions", "output_router_logits"):

@@ -14,6 +14,7 @@ from torch import nn
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic
 from pyckpt.swap.rope import MovingRope, given
+from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, watched
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -48,7 +49,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     make = FAMILIES.get(family_class(layer))
     if make is None:
         raise UnsupportedError("this class is not known")
-    _check_version()
+    check_version()
     options, sources = make(layer)
     attention: Any = layer.get_submodule(options.pop("attention", ATTENTION))
     config = attention.config
@@ -70,7 +71,10 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
         return finish(layer, options, sources, moving)
     except UnsupportedError as reason:
         plain = {n: _PLAIN[n] if isinstance(v, UnsupportedError) else v for n, v in options.items()}
-        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks, moving)
+        try:
+            return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks, moving)
+        except UnsupportedError as other:
+            raise reason from other
 
 
 def finish(layer: nn.Module, options: Options, sources: list[Source], moving: MovingRope | None = None) -> Mapping:
@@ -91,7 +95,8 @@ def finish(layer: nn.Module, options: Options, sources: list[Source], moving: Mo
     return mapping
 
 
-def _check_version() -> None:
+def check_version() -> None:
+    """Raise `UnsupportedError` for a transformers whose layers are called in another way."""
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < OLDEST:
@@ -111,9 +116,7 @@ def spec_of(options: Options, bias: bool | str) -> BlockSpec:
 
 def family_class(layer: nn.Module) -> str:
     """The name of the layer's class in transformers; of a class made by FSDP2, that of the class it wraps."""
-    kind = type(layer)
-    if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2:
-        kind = kind.__bases__[1]
+    kind = unsharded_class(layer)
     return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
 
 
@@ -358,7 +361,7 @@ def _gpt2(layer: Any) -> Family:
         "d_model": d_model,
         "n_heads": config.num_attention_heads,
         "head_dim": layer.attn.head_dim,
-        "d_ff": layer.mlp.c_fc.nf,
+        "d_ff": config.n_inner or 4 * d_model,
         "norm": "layernorm",
         "norm_eps": config.layer_norm_epsilon,
         "mlp": activation(layer.mlp.act, gated=False),

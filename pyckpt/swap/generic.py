@@ -125,7 +125,7 @@ class _Post(nn.Module):
         return mid + m * self.after_mlp((made[0] if isinstance(made, tuple) else made)[0])
 
 
-class _Tokenwise(GenericTokenwise):
+class SeededTokenwise(GenericTokenwise):
     """Runs the modules under the autocast that the model runs under: the executor turns it off around them.
 
     What they draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it again.
@@ -143,20 +143,24 @@ class _Tokenwise(GenericTokenwise):
         with self._precision:
             return super()._call_post(w, x, o)
 
+    def _at(self, tile: Tile, site: int) -> contextlib.AbstractContextManager[None]:
+        """In which `pre` (or `post`) of this tile runs."""
+        return _drawing(tile, site)
+
     def pre(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, PRE_SITE):
+        with self._at(tile, PRE_SITE):
             super().pre(w, tile, *tensors)
 
     def post(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, POST_SITE):
+        with self._at(tile, POST_SITE):
             super().post(w, tile, *tensors)
 
     def pre_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, PRE_SITE):
+        with self._at(tile, PRE_SITE):
             super().pre_bwd(w, tile, *tensors)
 
     def post_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, POST_SITE):
+        with self._at(tile, POST_SITE):
             super().post_bwd(w, tile, *tensors)
 
 
@@ -172,13 +176,36 @@ def _drawing(tile: Tile, site: int) -> Iterator[None]:
         yield
 
 
-class GenericMappedBlock(CheckpointedBlock):
-    """A layer's own modules around our attention, on the layer's parameters.
+def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) -> torch.autocast:
+    """The autocast under which products are in `dtype`."""
+    return torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False)
+
+
+class OwnModulesBlock(CheckpointedBlock):
+    """A block that runs a layer's own modules, on the layer's parameters, around our attention."""
+
+    mixes_dtypes = True  # adapters have a dtype of their own
+
+    def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
+        super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
+        self.mapping = mapping
+        self._layer = (layer,)
+
+    def _drops_inside(self) -> bool:
+        # By each module's own mode: some keep dropout on in a model in eval mode.
+        inside = (m for m in self._layer[0].modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+        return any(m.training and m.p > 0.0 for m in inside)
+
+    def _check_save(self, save: SaveSet) -> SaveSet:
+        # What lies inside `post` it can't see; it keeps the rest of the save set.
+        return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
+
+
+class GenericMappedBlock(OwnModulesBlock):
+    """The modules in the order that the layer's family has.
 
     `parts` are `pre` and `post` (see `CkptGenericBlock`); by default those of a decoder layer.
     """
-
-    mixes_dtypes = True  # adapters have a dtype of their own
 
     def __init__(
         self,
@@ -188,25 +215,17 @@ class GenericMappedBlock(CheckpointedBlock):
         tile: int | None,
         parts: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
-        super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
-        self.mapping = mapping
-        self._layer = (layer,)
+        super().__init__(layer, mapping, save, tile)
         self._parts = parts or (_Pre(layer, mapping.spec), _Post(layer, mapping.spec))
 
     @property
     def drops(self) -> bool:
-        # By each module's own mode: some keep dropout on in a model in eval mode.
-        inside = (m for _, m in inner(self._layer[0]) if isinstance(m, nn.modules.dropout._DropoutNd))
-        return self._attend().dropout > 0.0 or any(m.training and m.p > 0.0 for m in inside)
+        return self._attend().dropout > 0.0 or self._drops_inside()
 
     def _attend(self) -> DenseAttend:
         attend = dataclasses.replace(DenseAttend.of(self.mapping.spec), sinks=self.mapping.sinks and SINKS)
         training = self._layer[0].get_submodule(ATTENTION).training
         return attend if training else dataclasses.replace(attend, dropout=0.0)
-
-    def _check_save(self, save: SaveSet) -> SaveSet:
-        # What lies inside `post` it can't see; it keeps the rest of the save set.
-        return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
 
     def weights(self) -> dict[str, Tensor]:
         parts = zip(("pre", "post"), self._parts, strict=True)
@@ -220,7 +239,7 @@ class GenericMappedBlock(CheckpointedBlock):
         pre, post = self._parts
         if self.mapping.moving is not None:
             pre = _Pre(self._layer[0], self.mapping.spec_now)  # of this call, also in its backward
-        tokenwise = _Tokenwise(pre, post, torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False))
+        tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype))
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 

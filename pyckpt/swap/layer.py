@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.generic import OwnModulesBlock
 from pyckpt.swap.replaced import Replaced
 
 CALL = "pyckpt_call"
@@ -33,7 +33,7 @@ class SwappedLayer(Replaced):
     Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is.
     """
 
-    def __init__(self, module: nn.Module, block: MappedBlock | GenericMappedBlock, place: int) -> None:
+    def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int) -> None:
         super().__init__(module)
         self.block, self.place = block, place
 
@@ -41,10 +41,15 @@ class SwappedLayer(Replaced):
         call = kwargs.pop(CALL, None)
         if call is None:
             return self.original(*args, **kwargs)
-        x = self.given(args, kwargs)["hidden_states"]
+        given = self.given(args, kwargs)
+        x = given["hidden_states"]
         blocks = call.runs[self.place] if call.runs else [self.block]
         if not blocks:
             return x
+        return self.run(blocks, x, call, given)
+
+    def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
+        """What the layer returns: `blocks` of x, of a call with the arguments `given`."""
         if call.cu_seqlens is None:
             return run_blocks(blocks, x, call.positions, None)
         positions = None if call.positions is None else call.positions.expand(x.shape[:2]).reshape(-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.functional import linear_cross_entropy
+from pyckpt.swap import heads
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.replaced import Replaced
@@ -52,11 +53,20 @@ HEADS = {
 
 def head_of(model: nn.Module) -> Head:
     """The model's `Head`. Raises `UnsupportedError` where its loss is not known to be the usual one."""
+    check(model)
+    head = HEADS.get(type(model).__name__.removeprefix("FSDP"))
+    if head is not None:
+        return head
+    try:
+        return Head(output=heads.output_of(model))
+    except UnsupportedError as reason:
+        raise UnsupportedError(f"this class is not known, and {reason}") from reason
+
+
+def check(model: nn.Module) -> None:
+    """Raise `UnsupportedError` where the loss is not the usual one of plain output embeddings."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    head = HEADS.get(type(model).__name__.removeprefix("FSDP"))
-    if head is None:
-        raise UnsupportedError("the logits and loss of this class are not known")
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError("its loss_function is not transformers' ForCausalLMLoss")
     projection = model.get_output_embeddings()  # type: ignore[operator]
@@ -64,7 +74,6 @@ def head_of(model: nn.Module) -> Head:
         raise UnsupportedError(
             f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
         )
-    return head
 
 
 class SwappedHead(Replaced):
@@ -87,7 +96,7 @@ class SwappedHead(Replaced):
         if given.get("labels") is None or asked or not (self.always or torch.is_grad_enabled()):
             return self.original(**given)
         try:
-            head_of(self.module)
+            check(self.module)
         except UnsupportedError as reason:
             self.warn(f"{reason}: the loss is the model's own, from logits")
             return self.original(**given)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.shadow import attention_config, twin_of, unsharded_class
@@ -30,16 +29,19 @@ MASK, HIDDEN = "attention_mask", "hidden_states"
 
 @dataclasses.dataclass(frozen=True)
 class Handed:
-    """What one layer is handed in a call of two rows of `SEQ` tokens, by name, and how it returns.
+    """What one layer is handed in a call of two rows of `SEQ` tokens, by name, and what it returns.
 
-    `plain` are rows of one sequence each, `packed` of two (see `packed_positions`). `window`: earlier keys that a token
-    sees, None for all. `returns`: the length of the tuple that it returns, the hidden states and Nones; 0: no tuple.
+    `plain` are rows of one sequence each, `packed` of two (see `packed_positions`), of which the second does not see
+    the first if `cut`. `window`: earlier keys that a token sees, None for all. `width` is that of the hidden states;
+    `returns` the length of the tuple that is returned, with Nones after them, or 0 for no tuple.
     """
 
     plain: dict[str, Any]
     packed: dict[str, Any]
     window: int | None
+    cut: bool
     returns: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +62,23 @@ def check_weights(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if p.is_meta:
             raise UnsupportedError(f"{name} is on the meta device; swap the model when it has its weights")
-        if isinstance(p, DTensor) or (p.numel() == 0 and hasattr(p, "ds_id")):
+        if type(p).__name__ == "DTensor" or (p.numel() == 0 and hasattr(p, "ds_id")):
             raise UnsupportedError(f"{name} is sharded; swap the model before it is sharded")
 
 
 def cuts_by_positions(model: Any, paths: list[str]) -> bool | None:
     """Whether position_ids that start anew cut the masks; None where that can't be seen."""
-    if "flash" in str(getattr(model.config, "_attn_implementation", "")):
+    if packs_by_itself(model.config):
         return True
     try:
         return survey(model, paths).cuts
     except UnsupportedError:
         return None
+
+
+def packs_by_itself(config: Any) -> bool:
+    """The attention function is one that looks at position_ids itself."""
+    return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
 def survey(model: Any, paths: list[str]) -> Survey:
@@ -96,7 +103,9 @@ def survey(model: Any, paths: list[str]) -> Survey:
             windows = {scene.window(c.get(MASK), kind) for kind, c in kinds}
             if len(windows) > 1:
                 raise UnsupportedError("padding or packing changes its window")
-            handed[place] = Handed(_arguments(call), _arguments(packed[place]), windows.pop(), scene.returned(place))
+            returns, width = scene.returned(place), call[HIDDEN].shape[-1]
+            both = _arguments(call), _arguments(packed[place])
+            handed[place] = Handed(*both, windows.pop(), cuts, returns, width)
         except UnsupportedError as reason:
             handed[place] = str(reason)
     return Survey(handed, cuts, scene.maskless(plain, padded))
@@ -105,6 +114,11 @@ def survey(model: Any, paths: list[str]) -> Survey:
 def packed_positions(device: torch.device) -> Tensor:
     """position_ids (2, SEQ) of rows of two sequences each."""
     return torch.stack([torch.cat([torch.arange(n), torch.arange(SEQ - n)]) for n in _CUTS]).to(device)
+
+
+def packed_lengths(device: torch.device) -> Tensor:
+    """cu_seqlens of those rows, one after the other."""
+    return torch.tensor([0, _CUTS[0], SEQ, SEQ + _CUTS[1], 2 * SEQ], dtype=torch.int32, device=device)
 
 
 def visible(kind: str | None, window: int | None, device: torch.device) -> Tensor:
@@ -182,7 +196,7 @@ class _Scene:
             with torch.no_grad(), torch.random.fork_rng():
                 self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
         except Exception as error:
-            raise UnsupportedError(f"its model cannot be called for a look at it: {_shown(error)}") from error
+            raise UnsupportedError(f"its model cannot be called for a look at it: {shown(error)}") from error
         return self._calls
 
     def packed(self, plain: dict[int, dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], bool]:
@@ -256,5 +270,6 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _shown(error: Exception) -> str:
+def shown(error: Exception) -> str:
+    """The error in a line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"[:160]
