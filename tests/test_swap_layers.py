@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import KINDS, VOCAB, check, make_batch, make_model, step
+from swap_models import KINDS, OTHERS, VOCAB, check, make_batch, make_model, step
 from torch import nn
 
 import pyckpt
@@ -186,3 +186,33 @@ def test_rope_that_depends_on_the_length_is_right_when_compiled():
     compiled = torch.compile(model, backend="eager")
     for batch, loss in zip(batches, before, strict=True):
         torch.testing.assert_close(compiled(**batch).loss, loss)
+
+
+# --- classes without a table -----------------------------------------------------------------------------------------
+
+OWN_LOSS = ("Cohere2", "GPTBigCode", "OPT", "VaultGemma")  # logits that are scaled or capped, another base model
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_class_without_a_table(family):
+    """Its layers run by their own forward around our attention; but for linear attention, which is left as it is."""
+    left = ("model.layers.0",) if family == "Qwen3Next" else ()
+    check(make_model(family), [make_batch(kind) for kind in KINDS], left + ("(model)",) * (family in OWN_LOSS))
+
+
+LEFT = {
+    "Bloom": ({"n_layer": 1, "n_head": 4}, "its model does not hand further arguments on"),  # ALiBi
+    "DiffLlama": ({"num_hidden_layers": 1}, "calls an attention function 2 times"),
+    "Doge": ({"num_hidden_layers": 1}, "its output is not that of its parts around attention"),
+    "Falcon": ({"num_hidden_layers": 1}, "its model does not hand further arguments on"),
+    "Phimoe": ({"num_hidden_layers": 1, "num_local_experts": 4}, "it draws random numbers for something else"),
+    "XGLM": ({"num_layers": 1, "attention_heads": 4}, "does not go through transformers' attention functions"),
+}
+
+
+@pytest.mark.parametrize("family", LEFT)
+def test_a_class_that_cannot_be_cut_is_left_with_the_reason(family):
+    options, why = LEFT[family]
+    model = make_model(family, **options)
+    with pytest.raises(ValueError, match=rf"this class is not known, and .*{why}"):
+        pyckpt.swap(model)

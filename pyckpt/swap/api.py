@@ -121,11 +121,8 @@ def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _is_decoder_layer(layer: nn.Module) -> bool:
     kind = families.family_class(layer)
     attends = any("attn" in name or "attention" in name for name, _ in layer.named_children())
-    return (
-        kind in families.FAMILIES
-        or type(layer).__name__.endswith("DecoderLayer")
-        or (kind.endswith("Block") and attends)
-    )
+    named = any(k.__name__.endswith("DecoderLayer") for k in type(layer).__mro__)
+    return kind in families.FAMILIES or named or (kind.endswith("Block") and attends)
 
 
 def _check_forward(module: nn.Module) -> None:

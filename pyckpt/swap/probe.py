@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from pyckpt.exec import node
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import survey as surveys
-from pyckpt.swap.shadow import attention_config, twin_of
+from pyckpt.swap.shadow import attention_config, twin_of, untouched
 from pyckpt.swap.survey import MASK, SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Arguments, Trace, TracedBlock, TracedTokenwise
@@ -43,13 +43,16 @@ def traced_block(layer: nn.Module, handed: Handed, why: str, save: Any, tile: in
         if path and watched(module):
             raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
     device = next(layer.parameters()).device
-    with _untouched(layer), torch.random.fork_rng([device] if device.type == "cuda" else []), _exact(device):
+    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with untouched(layer) as changed, generators, _exact(device):
         try:
             trace = _Probe(layer, handed, device).trace()
         except UnsupportedError:
             raise
         except Exception as error:
             raise UnsupportedError(f"its forward cannot be tried out: {surveys.shown(error)}") from error
+    if changed:
+        raise UnsupportedError(f"its {changed[0]} keeps what it has seen")
     return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)
 
 
@@ -203,11 +206,14 @@ class _Probe:
     def _compare(self, trace: Trace, kind: str, watch: _Watch) -> None:
         """Raise `UnsupportedError` where the block's output or gradients are not the layer's."""
         dy = torch.randn_like(self.x)
+        before = _generator_states(self.device)
         truth = self._results(lambda x: self._layer_forward(x, kind), dy)
+        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(self.device), strict=True)):
+            raise UnsupportedError("it draws random numbers for something else than dropout")
         self._check_buffers()
         again = self._results(lambda x: self._layer_forward(x, kind), dy)
         if not all(_close(a, truth[n]) for n, a in again.items()):
-            raise UnsupportedError("it draws random numbers, or keeps what it has seen")
+            raise UnsupportedError("it gives different results when it runs again")
         ours = self._results(lambda x: self._block_forward(trace, x, kind, watch), dy)
         floor = max(float(t.abs().max()) for n, t in truth.items() if n != "y")
         odd = [n for n, t in truth.items() if not _close(ours[n], t, 0.0 if n == "y" else 0.01 * floor)]
@@ -271,6 +277,12 @@ def _widened_all(values: Any) -> Any:
     if isinstance(values, (tuple, list)):
         return type(values)(_widened_all(v) for v in values)
     return _widened(values) if isinstance(values, Tensor) else values
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that are drawn from by default."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _unit(path: str, attention: str) -> str:
@@ -354,25 +366,6 @@ def _mode(layer: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
-
-
-@contextlib.contextmanager
-def _untouched(layer: nn.Module) -> Iterator[None]:
-    """Raises `UnsupportedError` where a module has other attributes afterwards, which it gets back."""
-    before = {module: dict(module.__dict__) for module in layer.modules()}
-    try:
-        yield
-    finally:
-        changed = {m: was for m, was in before.items() if not _same_attributes(m.__dict__, was)}
-        for module, was in changed.items():
-            module.__dict__.clear()
-            module.__dict__.update(was)
-    if changed:
-        raise UnsupportedError(f"its {type(next(iter(changed))).__name__} keeps what it has seen")
-
-
-def _same_attributes(now: dict[str, Any], was: dict[str, Any]) -> bool:
-    return now.keys() == was.keys() and all(now[n] is value for n, value in was.items())
 
 
 @contextlib.contextmanager

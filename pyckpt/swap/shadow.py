@@ -5,11 +5,13 @@ A twin is called in the place of the module, so that nothing of the module itsel
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -46,6 +48,30 @@ def twin_of(
     if config is not None:
         twin.__dict__["config"] = config_of(path, config)
     return twin
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[list[str]]:
+    """Afterwards all modules inside have the attributes and the buffers that they had.
+
+    The list that it gives is then that of the classes of those that had others.
+    """
+    attributes = {m: dict(m.__dict__) for m in module.modules()}
+    buffers = [(m, b, b.detach().clone()) for m in module.modules() for b in m._buffers.values() if b is not None]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for m, was in attributes.items():
+            if m.__dict__.keys() != was.keys() or any(m.__dict__[n] is not value for n, value in was.items()):
+                changed.append(type(m).__name__)
+                m.__dict__.clear()
+                m.__dict__.update(was)
+        for m, buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                changed.append(type(m).__name__)
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def unsharded_class(module: nn.Module) -> type[Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.shadow import attention_config, twin_of, unsharded_class
+from pyckpt.swap.shadow import attention_config, twin_of, unsharded_class, untouched
 from pyckpt.swap.weights import UnsupportedError
 
 SEQ = 11
@@ -151,7 +151,7 @@ class _Scene:
     """The twin of a model, whose layers write down what they are given and hand the hidden states on."""
 
     def __init__(self, model: Any, paths: list[str]) -> None:
-        self.config = model.config
+        self._model, self.config = model, model.config
         self.device = next(model.parameters()).device
         self._returns: dict[int, Any] = {}
         self._calls: dict[int, dict[str, Any]] = {}
@@ -193,7 +193,7 @@ class _Scene:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self._vocab, (2, SEQ), generator=generator).to(self.device)
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng(), untouched(self._model):
                 self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
         except Exception as error:
             raise UnsupportedError(f"its model cannot be called for a look at it: {shown(error)}") from error
