@@ -104,7 +104,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "Nemotron": {"num_hidden_layers": 1},
     "OPT": {"num_hidden_layers": 1, "ffn_dim": 72, "word_embed_proj_dim": 48, "dropout": 0.0},
     "Olmo": {"num_hidden_layers": 1, "clip_qkv": 1.5},
-    "Olmo3": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "Olmo3": {"sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"]},
     "Phi": {"num_hidden_layers": 1, "partial_rotary_factor": 0.5},
     "Qwen3Next": {
         **ROUTED,

@@ -42,6 +42,9 @@ class Chooser:
             return TracedLayer(layer, probe.traced_block(layer, handed, why, self._save, self._tile), place)
         except UnsupportedError as reason:
             raise UnsupportedError(why if str(reason) == why else f"{why}, and {reason}") from reason
+        except Exception as error:
+            # Of any class anything may be met.
+            raise UnsupportedError(f"{why}, and it cannot be tried out: {surveys.shown(error)}") from error
 
     def _survey(self) -> Survey:
         if self._seen is None:
@@ -49,6 +52,8 @@ class Chooser:
                 self._seen = surveys.survey(self._model, self._paths)
             except UnsupportedError as reason:
                 self._seen = reason
+            except Exception as error:
+                self._seen = UnsupportedError(f"its model cannot be looked at: {surveys.shown(error)}")
         if isinstance(self._seen, UnsupportedError):
             raise UnsupportedError(str(self._seen))
         return self._seen

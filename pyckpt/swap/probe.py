@@ -45,12 +45,7 @@ def traced_block(layer: nn.Module, handed: Handed, why: str, save: Any, tile: in
     device = next(layer.parameters()).device
     generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with untouched(layer) as changed, generators, _exact(device):
-        try:
-            trace = _Probe(layer, handed, device).trace()
-        except UnsupportedError:
-            raise
-        except Exception as error:
-            raise UnsupportedError(f"its forward cannot be tried out: {surveys.shown(error)}") from error
+        trace = _Probe(layer, handed, device).trace()
     if changed:
         raise UnsupportedError(f"its {changed[0]} keeps what it has seen")
     return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)

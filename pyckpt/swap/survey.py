@@ -59,7 +59,7 @@ class Survey:
 
 def check_weights(module: nn.Module) -> None:
     """Raise `UnsupportedError` where the weights are not here to be run."""
-    for name, p in module.named_parameters():
+    for name, p in (*module.named_parameters(), *module.named_buffers()):
         if p.is_meta:
             raise UnsupportedError(f"{name} is on the meta device; swap the model when it has its weights")
         if type(p).__name__ == "DTensor" or (p.numel() == 0 and hasattr(p, "ds_id")):
