@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import KINDS, OTHERS, VOCAB, check, make_batch, make_model, step
+from swap_models import KINDS, OTHERS, VOCAB, InFloat64, assert_step_as_good, check, make_batch, make_model, step
 from torch import nn
 
 import pyckpt
@@ -178,7 +180,7 @@ def test_generates_beyond_the_length_as_before(family):
 
 
 def test_rope_that_depends_on_the_length_is_right_when_compiled():
-    """The model's own forward is compiled: frequencies that were read once would be those of another length."""
+    """Frequencies that a graph has in it would be those of another length."""
     model = make_model("Phi3", attn_implementation="sdpa", num_hidden_layers=1, **MOVING["Phi3"])
     batches = [short_batch(), make_batch("plain")]
     before = [model(**batch).loss for batch in batches]
@@ -216,3 +218,170 @@ def test_a_class_that_cannot_be_cut_is_left_with_the_reason(family):
     model = make_model(family, **options)
     with pytest.raises(ValueError, match=rf"this class is not known, and .*{why}"):
         pyckpt.swap(model)
+
+
+def test_a_class_without_a_table_in_bfloat16_and_under_autocast():
+    check(make_model("Olmo3", torch.bfloat16), [make_batch(kind) for kind in KINDS])
+    model, batch = make_model("Phi"), make_batch("padded")
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(model, batch)
+        pyckpt.swap(model, tile=10)
+        assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "OPT", "Olmo3"])
+def test_a_class_without_a_table_generates_the_same_tokens(family):
+    assert_generates_the_same(make_model(family))
+
+
+@pytest.mark.parametrize("family", ["Phi", "DeepseekV3"])
+def test_a_class_without_a_table_is_the_same_with_every_save_set(family):
+    assert_same_with_every_save_set(make_model(family))
+
+
+def test_a_class_without_a_table_in_segments():
+    """Each of its layers runs by itself, which the report says."""
+    model, batch = make_model("Exaone4"), make_batch("padded")
+    pyckpt.swap(model, tile=10)
+    truth = step(model, batch)
+    pyckpt.unswap(model)
+    report = pyckpt.swap(model, tile=10, segments=2)
+    assert all(e.why.endswith("; not in segments") for e in report.entries[:-1])
+    assert_same_bits(truth, step(model, batch))
+
+
+def test_copies_of_a_class_without_a_table_are_swapped_on_their_own():
+    model, batch = make_model("Olmo"), make_batch("plain")
+    pyckpt.swap(model, tile=10)
+    before = step(model, batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(step(twin, batch), before)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert_same_bits(step(model, batch), before)
+        pyckpt.unswap(twin)
+
+
+def test_frozen_parameters_and_hooks_of_a_class_without_a_table():
+    """Its norm is read before and after attention: one gradient, and its hook runs once."""
+    model, batch = make_model("Phi"), make_batch("padded")
+    pyckpt.swap(model, tile=10)
+    whole, calls = step(model, batch), {}
+    for name, p in model.named_parameters():
+        p.requires_grad_("layernorm" in name or "k_proj" in name)
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, n=name: calls.update({n: calls.get(n, 0) + 1}))
+    some = step(model, batch)
+    assert_same_bits(some, {n: whole[n] for n in some})
+    assert set(calls.values()) == {1} and calls.keys() == some.keys() - {"loss"}
+
+
+@pytest.mark.parametrize(("family", "maskless"), [("Olmo", True), ("OPT", False)])
+def test_the_models_own_mask_is_made_only_where_it_reads_it_itself(family, maskless):
+    """OPT counts its positions in it."""
+    model = make_model(family)
+    pyckpt.swap(model)
+    seen = []
+    layer = (model.model.decoder if family == "OPT" else model.model).layers[0]
+    layer.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["attention_mask"].shape), with_kwargs=True
+    )
+    model(**make_batch("padded"))
+    assert seen == [(1, 1, 1, 1) if maskless else (2, 1, 19, 19)]
+
+
+def test_rope_that_depends_on_the_length_in_a_class_without_a_table():
+    model = make_model("Olmo", rope_parameters=DYNAMIC, max_position_embeddings=16)
+    check(model, [make_batch("plain"), short_batch(), make_batch("padded"), short_batch()])
+
+
+def test_sinks_of_a_class_without_a_table():
+    model = make_gpt_oss(num_experts_per_tok=4, num_hidden_layers=1)
+    model.model.layers[0].__class__ = type("OtherDecoderLayer", (type(model.model.layers[0]),), {})
+    assert "this class is not known" in pyckpt.swap(model).entries[0].why
+    assert model.model.layers[0].forward.block.trace.sinks == "self_attn.sinks"
+    pyckpt.unswap(model)
+    check(model, [make_batch(kind) for kind in KINDS])
+
+
+def test_what_changes_after_the_swap_runs_the_original():
+    model, batch = make_model("Olmo"), make_batch("plain")
+    before = model(**batch).loss
+    pyckpt.swap(model)
+    with pytest.warns(UserWarning, match="token_type_ids is not known"):
+        torch.testing.assert_close(model(**batch, token_type_ids=torch.zeros(2, 19, dtype=torch.long)).loss, before)
+    attention = model.model.layers[0].self_attn
+    handle = attention.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="self_attn has forward hooks"):
+        torch.testing.assert_close(model(**batch).loss, before)
+    handle.remove()
+    attention.q_proj = nn.Sequential(attention.q_proj)
+    with pytest.warns(UserWarning, match=r"self_attn\.q_proj is now a Sequential"):
+        torch.testing.assert_close(model(**batch).loss, before)
+
+
+def test_a_class_without_a_table_is_refused_where_it_cannot_be_tried_out():
+    with torch.device("meta"):
+        model = make_model("Olmo")
+    with pytest.raises(ValueError, match="is on the meta device; swap the model when it has its weights"):
+        pyckpt.swap(model)
+    with pytest.raises(ValueError, match=r"leaves out layers at random \(layerdrop\)"):
+        pyckpt.swap(make_model("OPT", layerdrop=0.1))
+    hooked = make_model("Olmo")
+    hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="mlp has forward hooks"):
+        pyckpt.swap(hooked)
+
+
+@pytest.mark.parametrize("options", [{}, {"save": pyckpt.Save("attention", {"o": "host"})}, {"segments": 2}])
+@pytest.mark.parametrize("family", ["Llama", "Olmo"])
+def test_what_breaks_a_compiled_graph_is_not_compiled_but_right(family, options):
+    """Layers by their own forward, or by modules in order, and standard ones with other saves or in segments."""
+    model, batch = make_model(family, num_hidden_layers=2, attn_implementation="sdpa"), make_batch("plain")
+    if not options:
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.Mish()
+    pyckpt.swap(model, tile=10, **options)
+    before = step(model, batch)
+    for name, value in step(torch.compile(model, backend="eager"), batch).items():
+        torch.testing.assert_close(value, before[name.removeprefix("_orig_mod.")])
+
+
+# --- adapters on fused projections -----------------------------------------------------------------------------------
+
+FUSED = {"GPT2": ["c_attn", "c_fc"], "GPTNeoX": ["query_key_value"], "Phi3": ["qkv_proj", "down_proj"]}
+
+
+def with_adapters(family: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, target_modules=FUSED[family], lora_dropout=dropout)
+    model = peft.get_peft_model(make_model(family, num_hidden_layers=1), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 0.1 * torch.randn_like(p) if "lora_B" in name else 0.0
+    return model.to(dtype).train()
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_adapters_on_fused_projections(family):
+    """Whose parts the table's generic path does not know: the layer's own forward is cut."""
+    model = with_adapters(family)
+    check(model, [make_batch(kind) for kind in KINDS])
+    assert all("lora" in n for n in step(model, make_batch("plain")).keys() - {"loss"})
+
+
+def test_what_adapters_on_fused_projections_drop_is_dropped_again():
+    model, batch, results = with_adapters("Phi3", dropout=0.4), make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.swap(model, save=save, tile=10)
+        torch.manual_seed(3)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    pyckpt.swap(model, tile=10)
+    assert step(model, batch)["loss"] != results[0]["loss"]

@@ -56,6 +56,17 @@ class SwappedDecoder(Replaced):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
+        # A break inside the model's own forward would be resumed by a call of its `forward`, which is this one.
+        run = _run_uncompiled if torch.compiler.is_compiling() and self._breaks() else SwappedDecoder._run
+        return run(self, given)
+
+    def _breaks(self) -> bool:
+        """Some layer breaks a compiled graph, or has RoPE whose frequencies are read at each call."""
+        blocks = [s.block for s in self.layers]
+        alone = len(self.segments) == len(self.layers)
+        return not alone or any(b.spec_text is None or b.placed or b.mapping.moving for b in blocks)
+
+    def _run(self, given: dict[str, Any]) -> Any:
         scored = given.pop(CALL, False)
         if given.get("past_key_values") is not None or self._caches(given, scored):
             return self.original(**given)
@@ -107,8 +118,6 @@ class SwappedDecoder(Replaced):
             raise UnsupportedError(
                 "an attention_mask or position_ids under torch.compile: how they cut the batch is not known"
             )
-        if torch.compiler.is_compiling() and any(s.block.mapping.moving is not None for s in self.layers):
-            raise UnsupportedError("RoPE whose frequencies depend on the length, under torch.compile")
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
         cu_seqlens = masks.packed(mask, positions if looks and self.cuts is not False else None, batch, seq)
@@ -140,3 +149,6 @@ class SwappedDecoder(Replaced):
     def _like(given: dict[str, Any]) -> Tensor:
         ids = given.get("input_ids")
         return given["inputs_embeds"] if ids is None else ids
+
+
+_run_uncompiled = torch.compiler.disable(SwappedDecoder._run)
