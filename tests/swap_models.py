@@ -92,15 +92,24 @@ ROUTED = {
 OTHERS: dict[str, dict[str, Any]] = {
     "Apertus": {"num_hidden_layers": 1},
     "Arcee": {"num_hidden_layers": 1},
-    "Cohere2": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "Cohere2": {"logit_scale": 0.25, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
     "DeepseekV3": {**MLA, **ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "Ernie4_5": {"num_hidden_layers": 1},
+    "GraniteMoe": {
+        **EXPERTS,
+        "num_hidden_layers": 1,
+        "num_local_experts": 4,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
     "Exaone4": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
     "GPTBigCode": {"num_hidden_layers": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "Gemma": {"num_hidden_layers": 1, "head_dim": 16},
     "Glm": {"num_hidden_layers": 1, "head_dim": 12},
     "Glm4": {"num_hidden_layers": 1, "head_dim": 12},
     "Helium": {"num_hidden_layers": 1, "head_dim": 12},
+    "NanoChat": {"num_hidden_layers": 1, "final_logit_softcapping": 2.0},
     "Nemotron": {"num_hidden_layers": 1},
     "OPT": {"num_hidden_layers": 1, "ffn_dim": 72, "word_embed_proj_dim": 48, "dropout": 0.0},
     "Olmo": {"num_hidden_layers": 1, "clip_qkv": 1.5},
@@ -122,6 +131,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "sliding_window": 7,
         "layer_types": ["sliding_attention", "full_attention"],
         "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
     },
 }
 GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}

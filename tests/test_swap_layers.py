@@ -192,7 +192,7 @@ def test_rope_that_depends_on_the_length_is_right_when_compiled():
 
 # --- classes without a table -----------------------------------------------------------------------------------------
 
-OWN_LOSS = ("Cohere2", "GPTBigCode", "OPT", "VaultGemma")  # logits that are scaled or capped, another base model
+OWN_LOSS = ("GPTBigCode", "OPT")  # their base models are called, or return, in another way
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -239,7 +239,7 @@ def test_a_class_without_a_table_generates_the_same_tokens(family):
 
 @pytest.mark.parametrize("family", ["Phi", "DeepseekV3"])
 def test_a_class_without_a_table_is_the_same_with_every_save_set(family):
-    assert_same_with_every_save_set(make_model(family))
+    assert_same_with_every_save_set(make_model(family, num_hidden_layers=1))
 
 
 def test_a_class_without_a_table_in_segments():
@@ -337,8 +337,15 @@ def test_a_class_without_a_table_is_refused_where_it_cannot_be_tried_out():
         pyckpt.swap(hooked)
 
 
-@pytest.mark.parametrize("options", [{}, {"save": pyckpt.Save("attention", {"o": "host"})}, {"segments": 2}])
-@pytest.mark.parametrize("family", ["Llama", "Olmo"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Olmo", {}),
+        ("Llama", {}),
+        ("Llama", {"save": pyckpt.Save("attention", {"o": "host"})}),
+        ("Llama", {"segments": 2}),
+    ],
+)
 def test_what_breaks_a_compiled_graph_is_not_compiled_but_right(family, options):
     """Layers by their own forward, or by modules in order, and standard ones with other saves or in segments."""
     model, batch = make_model(family, num_hidden_layers=2, attn_implementation="sdpa"), make_batch("plain")

@@ -23,6 +23,7 @@ class Chooser:
     def __init__(self, model: Any, paths: list[str], save: str | Save, tile: int | None) -> None:
         self._model, self._paths, self._save, self._tile = model, paths, save, tile
         self._seen: Survey | UnsupportedError | None = None
+        self._alike: set[Any] = set()
 
     def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
         """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
@@ -39,7 +40,8 @@ class Chooser:
             handed = self._survey().handed[place]
             if isinstance(handed, str):
                 raise UnsupportedError(handed)
-            return TracedLayer(layer, probe.traced_block(layer, handed, why, self._save, self._tile), place)
+            block = probe.traced_block(layer, handed, why, self._save, self._tile, self._alike)
+            return TracedLayer(layer, block, place)
         except UnsupportedError as reason:
             raise UnsupportedError(why if str(reason) == why else f"{why}, and {reason}") from reason
         except Exception as error:

@@ -31,6 +31,7 @@ class Head:
 _MIXTURE = Head(output="MoeCausalLMOutputWithPast")
 _SOFTCAPPED = Head(softcap="final_logit_softcapping")
 HEADS = {
+    "Cohere2ForCausalLM": Head(multiplier="logit_scale"),
     "CohereForCausalLM": Head(multiplier="logit_scale"),
     "GPT2LMHeadModel": Head(output="CausalLMOutputWithCrossAttentions"),
     "GPTNeoXForCausalLM": Head(),
@@ -38,9 +39,11 @@ HEADS = {
     "Gemma3ForCausalLM": _SOFTCAPPED,
     "GptOssForCausalLM": _MIXTURE,
     "GraniteForCausalLM": Head(divisor="logits_scaling"),
+    "GraniteMoeForCausalLM": Head(divisor="logits_scaling", output="MoeCausalLMOutputWithPast"),
     "LlamaForCausalLM": Head(),
     "MistralForCausalLM": Head(),
     "MixtralForCausalLM": _MIXTURE,
+    "NanoChatForCausalLM": _SOFTCAPPED,
     "Olmo2ForCausalLM": Head(),
     "Phi3ForCausalLM": Head(),
     "Qwen2ForCausalLM": Head(),
@@ -48,6 +51,7 @@ HEADS = {
     "Qwen3MoeForCausalLM": _MIXTURE,
     "SmolLM3ForCausalLM": Head(),
     "Starcoder2ForCausalLM": Head(),
+    "VaultGemmaForCausalLM": _SOFTCAPPED,
 }
 
 

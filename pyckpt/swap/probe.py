@@ -2,7 +2,7 @@
 
 The layer's own forward with eager attention, and the block that would stand in its place, run on random weights in
 float32: the layer's own may hide a part (zeros in an adapter) or make attention nearly uniform. Outputs and all
-gradients have to agree, for rows of one sequence and of two, in training and in eval mode, with dropout made idle,
+gradients have to agree, for rows of one sequence and of two, in eval and in training mode, with dropout made idle,
 tiles that end anywhere in a row, and one of a single token. What is then left to chance is a layer that behaves
 differently for more tokens than these; the mask's window is read from the config (see `pyckpt.swap.survey`), and a
 layer that counts tokens by itself before its attention is refused.
@@ -36,8 +36,14 @@ _COUNTS = (torch.arange, torch.cumsum, Tensor.cumsum, torch.linspace)
 _UNREAD = ("output_attentions", "use_cache", "output_router_logits")
 
 
-def traced_block(layer: nn.Module, handed: Handed, why: str, save: Any, tile: int | None) -> TracedBlock:
-    """The layer's block. Raises `UnsupportedError`, saying why it can't be cut; the layer stays as it is."""
+def traced_block(
+    layer: nn.Module, handed: Handed, why: str, save: Any, tile: int | None, alike: set[Any]
+) -> TracedBlock:
+    """The layer's block. Raises `UnsupportedError`, saying why it can't be cut; the layer stays as it is.
+
+    `alike`: what makes layers alike, of those whose gradients were held to the layer's own. Of another one like them
+    the output is; it is added to.
+    """
     surveys.check_weights(layer)
     for path, module in layer.named_modules():
         if path and watched(module):
@@ -45,7 +51,7 @@ def traced_block(layer: nn.Module, handed: Handed, why: str, save: Any, tile: in
     device = next(layer.parameters()).device
     generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with untouched(layer) as changed, generators, _exact(device):
-        trace = _Probe(layer, handed, device).trace()
+        trace = _Probe(layer, handed, device).trace(alike)
     if changed:
         raise UnsupportedError(f"its {changed[0]} keeps what it has seen")
     return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)
@@ -68,7 +74,7 @@ class _Probe:
         self.x = torch.randn(2, SEQ, handed.width, device=device)
         self.arguments = {kind: _widened_all(getattr(handed, kind)) for kind in ("plain", "packed")}
 
-    def trace(self) -> Trace:
+    def trace(self, alike: set[Any]) -> Trace:
         with _mode(self.layer, training=False):
             path, called, taken, watch = self._taken()
             if taken.options.get("dropout"):
@@ -80,12 +86,13 @@ class _Probe:
         self._check_run(path)
         trace = self._put_together(path, taken, dropout)
         trace = dataclasses.replace(trace, **self._parameters(trace, called))
+        key = (type(self.layer), trace, tuple((n, p.shape) for n, p in self.layer.named_parameters()))
         draws = False
-        for training in (False, True):
+        for training, kind in ((False, "plain"), (True, "packed")):
             with _mode(self.layer, training), _Watch() as watch:
-                for kind in ("plain", "packed"):
-                    self._compare(trace, kind, watch)
+                self._compare(trace, kind, watch, gradients=key not in alike)
             draws = draws or watch.drops
+        alike.add(key)
         return dataclasses.replace(trace, draws=draws)
 
     # --- what attention is ----------------------------------------------------------------------------------------
@@ -198,30 +205,32 @@ class _Probe:
 
     # --- the comparison -------------------------------------------------------------------------------------------
 
-    def _compare(self, trace: Trace, kind: str, watch: _Watch) -> None:
+    def _compare(self, trace: Trace, kind: str, watch: _Watch, gradients: bool) -> None:
         """Raise `UnsupportedError` where the block's output or gradients are not the layer's."""
-        dy = torch.randn_like(self.x)
+        dy = torch.randn_like(self.x) if gradients else None
         before = _generator_states(self.device)
         truth = self._results(lambda x: self._layer_forward(x, kind), dy)
         if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(self.device), strict=True)):
             raise UnsupportedError("it draws random numbers for something else than dropout")
         self._check_buffers()
-        again = self._results(lambda x: self._layer_forward(x, kind), dy)
-        if not all(_close(a, truth[n]) for n, a in again.items()):
+        if not _close(self._results(lambda x: self._layer_forward(x, kind), None)["y"], truth["y"]):
             raise UnsupportedError("it gives different results when it runs again")
         ours = self._results(lambda x: self._block_forward(trace, x, kind, watch), dy)
-        floor = max(float(t.abs().max()) for n, t in truth.items() if n != "y")
+        floor = max((float(t.abs().max()) for n, t in truth.items() if n != "y"), default=0.0)
         odd = [n for n, t in truth.items() if not _close(ours[n], t, 0.0 if n == "y" else 0.01 * floor)]
         if odd:
             what = "its output" if "y" in odd else f"the gradient of {odd[0]}"
             raise UnsupportedError(f"{what} is not that of its parts around attention (tried with random weights)")
 
-    def _results(self, forward: Callable[[Tensor], Tensor], dy: Tensor) -> dict[str, Tensor]:
+    def _results(self, forward: Callable[[Tensor], Tensor], dy: Tensor | None) -> dict[str, Tensor]:
+        """The output y and, with dy, the gradients of x and of the weights."""
         given = {"x": self.x.clone().requires_grad_()}
         given |= {n: t for n, t in self.weights.items() if t.requires_grad}
         with torch.enable_grad():
             y = forward(given["x"])
         _check_leaves(y, list(given.values()))
+        if dy is None:
+            return {"y": y.detach()}
         grads = torch.autograd.grad(y, list(given.values()), dy, allow_unused=True)
         made = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(given.items(), grads, strict=True)}
         return {"y": y.detach(), **made}
