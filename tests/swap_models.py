@@ -143,7 +143,11 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
 
     sizes = GPT2_SIZES if family == "GPT2" else SIZES
     options = {"attn_implementation": "eager", **(FAMILIES | MIXTURES | OTHERS).get(family, {}), **options}
-    names = {"GPT2": ("GPT2", "GPT2LMHeadModel"), "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM")}
+    names = {
+        "GPT2": ("GPT2", "GPT2LMHeadModel"),
+        "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM"),
+        "Llama4": ("Llama4Text", "Llama4ForCausalLM"),
+    }
     config, model = names.get(family, (family, f"{family}ForCausalLM"))
     made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**{**sizes, **options}))
     with torch.no_grad():

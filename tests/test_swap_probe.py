@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -394,3 +395,83 @@ def test_a_swap_changes_nothing_but_forwards():
 
 def test_a_gradient_of_the_classs_own_is_kept():
     check(odd_model(Detached), [make_batch("plain")])
+
+
+def test_a_layer_that_is_not_as_its_class_was_made_is_tried_out():
+    model = make_model("Llama", num_hidden_layers=1)
+    del model.model.layers[0].self_attn.attention_dropout
+    model.model.layers[0].self_attn.config = copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match="it is not as its class was made: AttributeError"):
+        pyckpt.swap(model)
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+class LlamaForCausalLM(llama.LlamaForCausalLM):
+    """Of a name that is known, with places for what is odd."""
+
+    def base(self, **given: Any) -> Tensor:
+        return self.model(**given).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(logits, labels, self.config.vocab_size)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        logits = self.logits(self.base(**given, **kwargs))
+        loss = None if labels is None else self.loss(logits, labels)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class Capped(LlamaForCausalLM):
+    def logits(self, hidden):
+        return 50.0 * torch.tanh(self.lm_head(hidden) / 50.0)
+
+
+class ScaledHead(LlamaForCausalLM):
+    def logits(self, hidden):
+        return self.lm_head(hidden * (1.0 if self.training else 0.5))
+
+
+class Penalised(LlamaForCausalLM):
+    """In training its loss has a share of the logits' size."""
+
+    def loss(self, logits, labels):
+        return super().loss(logits, labels) + (1e-4 * logits.logsumexp(-1).square().mean() if self.training else 0.0)
+
+
+class Unshifted(LlamaForCausalLM):
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Shuffling(LlamaForCausalLM):
+    """Changes what it was given, before its base model sees it."""
+
+    def base(self, input_ids, **given):
+        return super().base(input_ids=input_ids.flip(1), **given)
+
+
+def test_a_head_of_ones_own_makes_no_logits():
+    model = make_model("Llama", num_hidden_layers=1)
+    model.__class__ = LlamaForCausalLM
+    check(model, [make_batch(kind) for kind in KINDS])
+
+
+@pytest.mark.parametrize("kind", [Capped, ScaledHead, Penalised, Unshifted, Shuffling], ids=lambda kind: kind.__name__)
+def test_no_head_deceives_the_trial(kind):
+    """Its loss is left as it is, and what was known of its class's name is not believed."""
+    model = make_model("Llama", num_hidden_layers=1)
+    model.__class__ = type("LlamaForCausalLM", (kind,), {})
+    batch = make_batch("plain")
+    before = model(**batch).loss
+    state = snapshot(model)
+    (left,) = pyckpt.swap(model).left
+    assert left.name == "(model)" and ("logits or loss" in left.why or "other arguments" in left.why)
+    torch.testing.assert_close(model(**batch).loss, before)
+    pyckpt.unswap(model)
+    assert_unchanged(state, snapshot(model))

@@ -31,6 +31,8 @@ class Chooser:
             mapping = families.mapping_of(layer, getattr(self._model, "rotary_emb", None))
         except UnsupportedError as reason:
             return self._traced(layer, place, str(reason))
+        except AttributeError as error:
+            return self._traced(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
         block = GenericMappedBlock if mapping.why else MappedBlock
         return SwappedLayer(layer, block(layer, mapping, self._save, self._tile), place)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyckpt.swap.shadow import twin_of
-from pyckpt.swap.survey import check_weights, shown
+from pyckpt.swap.survey import check_weights, forked, shown
 from pyckpt.swap.weights import UnsupportedError
 
 _SEQ = 7
@@ -29,30 +29,41 @@ def output_of(model: Any) -> str:
 
     projection = model.get_output_embeddings()
     check_weights(projection)
-    labels = torch.randint(0, projection.out_features, (2, _SEQ), device=projection.weight.device)
-    labels[0, :2] = -100
-    with torch.random.fork_rng([labels.device] if labels.is_cuda else []), torch.no_grad():
-        hidden = torch.randn(2, _SEQ, projection.in_features, device=labels.device).to(projection.weight.dtype)
+    device = projection.weight.device
+    with forked(device), torch.no_grad():
+        hidden = torch.randn(2, _SEQ, projection.in_features, device=device).to(projection.weight.dtype)
         hidden = hidden * (_LOGITS / projection(hidden).float().std()).to(hidden.dtype)
-        logits = projection(hidden)
-        positions = torch.arange(_SEQ, device=labels.device)[None]
-        given = {"input_ids": labels.clamp_min(0), "attention_mask": torch.ones_like(labels), "position_ids": positions}
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        labels = torch.randint(0, projection.out_features, (2, _SEQ), device=device)
+        labels[0, :2] = -100
         for training in (False, True):
-            base = _Given(hidden, model.base_model)
-            try:
-                made = _twin(model, base, training).forward(**given, labels=labels)
-            except Exception as error:
-                raise UnsupportedError(f"its forward cannot be tried out: {shown(error)}") from error
-            odd = sorted(n for n, value in base.called.items() if not (given.get(n) is value or _is_plain(value)))
-            if odd or base.called.keys() < given.keys():
-                raise UnsupportedError(f"it calls its base model with other arguments than its own: {', '.join(odd)}")
-            if not (_close(made.logits, logits) and _close(made.loss, loss)):
-                raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
+            made = _tried(model, hidden, labels, training)
     name = type(made).__name__
     if getattr(modeling_outputs, name, None) is not type(made):
         raise UnsupportedError(f"it returns a {name}, which is not known")
     return name
+
+
+def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> Any:
+    """What the model returns for hidden states and labels. Raises `UnsupportedError` where that is not the usual."""
+    logits = model.get_output_embeddings()(hidden)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    given = {
+        "input_ids": labels.clamp_min(0),
+        "attention_mask": torch.ones_like(labels),
+        "position_ids": torch.arange(_SEQ, device=labels.device)[None],
+    }
+    base = _Given(hidden, model.base_model)
+    try:
+        made = _twin(model, base, training).forward(**given, labels=labels)
+    except Exception as error:
+        raise UnsupportedError(f"its forward cannot be tried out: {shown(error)}") from error
+    odd = [n for n, value in given.items() if base.called.get(n) is not value]
+    odd += [str(n) for n, value in base.called.items() if n not in given and not _is_plain(value)]
+    if odd:
+        raise UnsupportedError(f"it calls its base model with other arguments than its own: {', '.join(odd)}")
+    if not (_close(made.logits, logits) and _close(made.loss, loss)):
+        raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
+    return made
 
 
 def _twin(model: Any, given: _Given, training: bool) -> nn.Module:

@@ -13,6 +13,7 @@ from pyckpt.swap import heads
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import UnsupportedError, watched
 
 IGNORED = -100
@@ -58,9 +59,10 @@ HEADS = {
 def head_of(model: nn.Module) -> Head:
     """The model's `Head`. Raises `UnsupportedError` where its loss is not known to be the usual one."""
     check(model)
-    head = HEADS.get(type(model).__name__.removeprefix("FSDP"))
-    if head is not None:
-        return head
+    kind = unsharded_class(model)
+    # Another's class may have the same name.
+    if kind.__name__ in HEADS and kind.__module__.startswith("transformers.models."):
+        return HEADS[kind.__name__]
     try:
         return Head(output=heads.output_of(model))
     except UnsupportedError as reason:

@@ -49,8 +49,7 @@ def traced_block(
         if path and watched(module):
             raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
     device = next(layer.parameters()).device
-    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with untouched(layer) as changed, generators, _exact(device):
+    with untouched(layer) as changed, surveys.forked(device), _exact(device):
         trace = _Probe(layer, handed, device).trace(alike)
     if changed:
         raise UnsupportedError(f"its {changed[0]} keeps what it has seen")

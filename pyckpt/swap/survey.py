@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ def check_weights(module: nn.Module) -> None:
             raise UnsupportedError(f"{name} is on the meta device; swap the model when it has its weights")
         if type(p).__name__ == "DTensor" or (p.numel() == 0 and hasattr(p, "ds_id")):
             raise UnsupportedError(f"{name} is sharded; swap the model before it is sharded")
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, random numbers leave the generators of the CPU and of the device as they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def cuts_by_positions(model: Any, paths: list[str]) -> bool | None:
@@ -193,7 +199,7 @@ class _Scene:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self._vocab, (2, SEQ), generator=generator).to(self.device)
         try:
-            with torch.no_grad(), torch.random.fork_rng(), untouched(self._model):
+            with torch.no_grad(), forked(self.device), untouched(self._model):
                 self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
         except Exception as error:
             raise UnsupportedError(f"its model cannot be called for a look at it: {shown(error)}") from error
