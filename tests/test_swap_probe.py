@@ -405,6 +405,46 @@ def test_a_layer_that_is_not_as_its_class_was_made_is_tried_out():
         pyckpt.swap(model)
 
 
+class Narrow(llama.LlamaModel):
+    """A window of another name, of which a mask of a few tokens shows nothing."""
+
+    span = 40
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None] if position_ids is None else position_ids
+        distance = positions[:, :, None] - positions[:, None]
+        mask = attention_mask
+        if mask is None or mask.dim() == 2:
+            seen = (distance >= 0) & (distance < self.span)
+            mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None]
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=self.rotary_emb(hidden, positions),
+                position_ids=positions,
+                **kwargs,
+            )
+        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+def test_a_window_that_shows_in_longer_masks_alone_is_seen():
+    model = odd_model(OddDecoderLayer, max_position_embeddings=256)
+    model.model.__class__ = Narrow
+    with pytest.raises(ValueError, match="its mask is not that of causal attention"):
+        pyckpt.swap(model)
+
+
+@pytest.mark.parametrize("option", [{"sliding_windows": [7, 9]}, {"local_span": {"first": 7}}])
+def test_windows_that_cannot_be_read_are_not_guessed(option):
+    model = odd_model(OddDecoderLayer)
+    for name, value in option.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"its config has options that may be windows: {next(iter(option))}"):
+        pyckpt.swap(model)
+
+
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 

@@ -108,7 +108,7 @@ class _Probe:
         return path, called, taken, watch
 
     def _call(self, twin: nn.Module, kind: str, x: Tensor, mask: Tensor | None = None) -> Any:
-        """The twin on some rows of x; its last rows where x is not all of it."""
+        """What the twin returns for both rows of x, or for the first alone."""
         names = {n for n, _ in (*twin.named_parameters(), *twin.named_buffers())}
         values = {n: t for n, t in (self.weights | self.buffers).items() if n in names}
         given = self.arguments[kind] if len(x) > 1 else Arguments(self.arguments[kind], 2, SEQ).of(slice(0, SEQ))

@@ -1,6 +1,7 @@
 """What a model hands to its decoder layers: masks, positions and other arguments, seen in calls of its twin.
 
-The twin (see `pyckpt.swap.shadow`) has a config with small windows, so that a window shows in a mask of a few tokens.
+The twin (see `pyckpt.swap.shadow`) has a config with small windows, so that a window shows in a mask of a few tokens;
+those of options with unheard-of names show in a longer one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pyckpt.swap.shadow import attention_config, twin_of, unsharded_class, untou
 from pyckpt.swap.weights import UnsupportedError
 
 SEQ = 11
+_LONG = 1025  # of a call in which masks alone are looked at
 # Of the twin's windows, a different one for each option that may be one; they count the query's own key.
 _SMALL = (4, 5, 6, 7, 8, 9)
 _LIMITS, _NO_LIMITS = ("window", "chunk", "local"), ("layers", "pattern", "experts", "feed_forward")  # in their names
@@ -100,8 +102,9 @@ def survey(model: Any, paths: list[str]) -> Survey:
     lost = [place for place, call in plain.items() if CALL not in call]
     if lost or len(plain) < len(paths):
         raise UnsupportedError("its model does not hand further arguments on to its layers")
-    padded = scene.run(**{MASK: _padding_mask(scene.device)})
+    padded = scene.run(attention_mask=_padding_mask(scene.device))
     packed, cuts = scene.packed(plain)
+    long = scene.run(min(_LONG, getattr(model.config, "max_position_embeddings", None) or _LONG))
     handed: dict[int, Handed | str] = {}
     for place, call in plain.items():
         try:
@@ -109,6 +112,8 @@ def survey(model: Any, paths: list[str]) -> Survey:
             windows = {scene.window(c.get(MASK), kind) for kind, c in kinds}
             if len(windows) > 1:
                 raise UnsupportedError("padding or packing changes its window")
+            if scene.window(long[place].get(MASK), None) not in windows:
+                raise UnsupportedError("its mask is another one for more tokens")
             returns, width = scene.returned(place), call[HIDDEN].shape[-1]
             both = _arguments(call), _arguments(packed[place])
             handed[place] = Handed(*both, windows.pop(), cuts, returns, width)
@@ -127,11 +132,11 @@ def packed_lengths(device: torch.device) -> Tensor:
     return torch.tensor([0, _CUTS[0], SEQ, SEQ + _CUTS[1], 2 * SEQ], dtype=torch.int32, device=device)
 
 
-def visible(kind: str | None, window: int | None, device: torch.device) -> Tensor:
-    """(2, SEQ, SEQ): which key each query sees, causal, in rows that are plain (None), "padded" or "packed"."""
-    token = torch.arange(SEQ, device=device)
+def visible(kind: str | None, window: int | None, device: torch.device, seq: int = SEQ) -> Tensor:
+    """(2, seq, seq): which key each query sees, causal, in rows that are plain (None), "padded" or "packed"."""
+    token = torch.arange(seq, device=device)
     distance = token[:, None] - token
-    seen = (distance >= 0).expand(2, SEQ, SEQ)
+    seen = (distance >= 0).expand(2, seq, seq)
     if window is not None:
         seen = seen & (distance <= window)
     if kind == "padded":
@@ -162,8 +167,13 @@ class _Scene:
         self._returns: dict[int, Any] = {}
         self._calls: dict[int, dict[str, Any]] = {}
         limits = sorted(n for n, v in vars(model.config).items() if _is_limit(n, v))
-        if len(limits) > len(_SMALL):
-            raise UnsupportedError(f"its config has too many options that may be windows: {', '.join(limits)}")
+        lists = [
+            n for n, v in vars(model.config).items() if _names_limit(n) and isinstance(v, (list, tuple, dict)) and v
+        ]
+        inside = [n for n, v in vars(model.config).items() if hasattr(v, "_attn_implementation")]
+        lists += [f"{n}.{m}" for n in inside for m, v in vars(getattr(model.config, n)).items() if _is_limit(m, v)]
+        if lists or len(limits) > len(_SMALL):
+            raise UnsupportedError(f"its config has options that may be windows: {', '.join(lists or limits)}")
         self._limits = dict(zip(limits, _SMALL, strict=False))
         self._vocab = int(getattr(model.config, "vocab_size", 2))
         replaced: dict[str, nn.Module] = {p: self._recorder(i, model.get_submodule(p)) for i, p in enumerate(paths)}
@@ -193,16 +203,18 @@ class _Scene:
         twin.__dict__["forward"] = forward
         return twin
 
-    def run(self, **options: Any) -> dict[int, dict[str, Any]]:
-        """What each layer is given in a call with these options."""
+    def run(self, seq: int = SEQ, **options: Any) -> dict[int, dict[str, Any]]:
+        """What each layer is given in a call of two rows with these options."""
         self._calls = {}
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self._vocab, (2, SEQ), generator=generator).to(self.device)
+        ids = torch.randint(0, self._vocab, (2, seq), generator=generator).to(self.device)
         try:
             with torch.no_grad(), forked(self.device), untouched(self._model):
                 self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
         except Exception as error:
             raise UnsupportedError(f"its model cannot be called for a look at it: {shown(error)}") from error
+        if any(tuple(call[HIDDEN].shape[:-1]) != (2, seq) for call in self._calls.values()):
+            raise UnsupportedError("its model hands hidden states of another shape to its layers")
         return self._calls
 
     def packed(self, plain: dict[int, dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], bool]:
@@ -210,24 +222,24 @@ class _Scene:
         if "position_ids" not in inspect.signature(type(self._twin).forward).parameters:
             return plain, False
         found = self.run(position_ids=packed_positions(self.device))
-        first = found[0].get(MASK)
-        whole = isinstance(first, Tensor) and plain[0].get(MASK) is not None
-        return found, not (whole and torch.equal(*(c[0][MASK].expand(2, -1, -1, -1) for c in (found, plain))))
+        pairs = [(call.get(MASK), found[place].get(MASK)) for place, call in plain.items()]
+        return found, any(not _same_mask(a, b) for a, b in pairs if isinstance(a, Tensor) and a.dim() == 4)
 
     def window(self, mask: Any, kind: str | None) -> int | None:
         """The layer's window, of the model's own config. Raises `UnsupportedError` for no mask of causal attention."""
-        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] != SEQ:
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
             raise UnsupportedError("it is not handed a mask for all of its heads")
         seen = mask if mask.dtype == torch.bool else mask == 0
         if mask.dtype != torch.bool and bool((mask[~seen] > -1e4).any()):
             raise UnsupportedError("its mask adds numbers to the scores")
-        seen = seen[:, 0].expand(2, SEQ, SEQ)
+        seq = mask.shape[-1]
+        seen = seen[:, 0].expand(2, seq, seq)
         # What padding sees does not matter.
-        rows = _padding_mask(self.device).bool() if kind == "padded" else torch.ones(2, SEQ, dtype=torch.bool)
-        if torch.equal(seen[rows], visible(kind, None, self.device)[rows]):
+        rows = _padding_mask(self.device).bool() if kind == "padded" else slice(None)
+        if torch.equal(seen[rows], visible(kind, None, self.device, seq)[rows]):
             return None
         for name, small in self._limits.items():
-            if torch.equal(seen[rows], visible(kind, small - 1, self.device)[rows]):
+            if torch.equal(seen[rows], visible(kind, small - 1, self.device, seq)[rows]):
                 return int(getattr(self.config, name)) - 1
         raise UnsupportedError("its mask is not that of causal attention" + (f", {kind}" if kind else ""))
 
@@ -242,15 +254,22 @@ class _Scene:
     def maskless(self, plain: dict[int, dict[str, Any]], padded: dict[int, dict[str, Any]]) -> bool:
         """The model's own mask of two dims, and one of four, change nothing but the layers' masks."""
         try:
-            dummy = self.run(**{MASK: torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)})
+            dummy = self.run(attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device))
         except UnsupportedError:
             return False
         return all(_same(plain[i], padded[i]) and _same(plain[i], dummy[i]) for i in plain)
 
 
 def _is_limit(name: str, value: Any) -> bool:
-    counts = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return counts and any(w in name for w in _LIMITS) and not any(w in name for w in _NO_LIMITS)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and _names_limit(name)
+
+
+def _names_limit(name: str) -> bool:
+    return any(w in name for w in _LIMITS) and not any(w in name for w in _NO_LIMITS)
+
+
+def _same_mask(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and b.dim() == 4 and torch.equal(*torch.broadcast_tensors(a, b))
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
