@@ -344,6 +344,16 @@ def test_what_changes_after_the_swap_runs_the_original():
         torch.testing.assert_close(model(**batch).loss, before)
 
 
+def test_an_argument_that_does_not_go_by_tokens_is_an_error():
+    """Such as none was handed when the layer was tried out: its model has no mask left to go on without us."""
+    model = make_model("Olmo")
+    pyckpt.swap(model)
+    own = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda *args, **kwargs: tuple(t[:, :5] for t in own(*args, **kwargs))
+    with pytest.raises(RuntimeError, match=r"position_embeddings of shape \(1, 5, 12\), .* call pyckpt\.unswap"):
+        model(**make_batch("plain"))
+
+
 def test_a_class_without_a_table_is_refused_where_it_cannot_be_tried_out():
     with torch.device("meta"):
         model = make_model("Olmo")

@@ -203,6 +203,12 @@ class TracedLayer(SwappedLayer):
 
     @torch.compiler.disable
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
-        with self.block.called_with(given, *x.shape[:2]):
-            y = super().run(blocks, x, call, given)
+        try:
+            with self.block.called_with(given, *x.shape[:2]):
+                y = super().run(blocks, x, call, given)
+        except UnsupportedError as reason:
+            raise RuntimeError(
+                f"a swapped {type(self.module).__name__} is called in another way than when it was tried out: "
+                f"{reason}; call pyckpt.unswap(model)"
+            ) from reason
         return (y, *[None] * (self.block.trace.returns - 1)) if self.block.trace.returns else y
