@@ -1,4 +1,4 @@
-"""Write the table of docs/swap.md: what `pyckpt.swap` reports for the models of tests/test_swap.py.
+"""Write the table of docs/swap.md: what `pyckpt.swap` reports for the models of its tests.
 
 python docs/swap_table.py
 """
@@ -23,7 +23,8 @@ import pyckpt  # noqa: E402
 def table() -> str:
     """A row for each family: its layer's class, the layers' path, the loss's, and the options that the test sets."""
     lines = ["| family | layer | path | loss | options in the test |", "|---|---|---|---|---|"]
-    for family, options in sorted((swap_models.FAMILIES | swap_models.MIXTURES).items()):
+    models = swap_models.FAMILIES | swap_models.MIXTURES | swap_models.OTHERS
+    for family, options in sorted(models.items()):
         *layers, loss = pyckpt.swap(swap_models.make_model(family)).entries
         paths = ", ".join(dict.fromkeys(e.path for e in layers))
         way = "no logits" if loss.path == "standard" else "the model's own"

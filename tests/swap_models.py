@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -10,9 +11,13 @@ from blocks import assert_as_good
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import pyckpt
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it then
 
 VOCAB = 61
+KINDS = ("plain", "padded", "packed")
+State = dict[str, Tensor]
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -31,6 +36,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7}
 # By the name of transformers' config without "Config"; what a family has of its own is set, and odd.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -56,8 +62,77 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 MIXTURES: dict[str, dict[str, Any]] = {
+    "GptOss": {
+        **EXPERTS,
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "sliding_window": 7,
+        "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
     "Mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": 7},
     "Qwen3Moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [0]},
+}
+MLA: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
+ROUTED = {
+    **EXPERTS,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 1,
+}
+# Of classes that swap has no table of: they are cut at their attention.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Apertus": {"num_hidden_layers": 1},
+    "Arcee": {"num_hidden_layers": 1},
+    "Cohere2": {"logit_scale": 0.25, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "DeepseekV3": {**MLA, **ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "Ernie4_5": {"num_hidden_layers": 1},
+    "GraniteMoe": {
+        **EXPERTS,
+        "num_hidden_layers": 1,
+        "num_local_experts": 4,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "Exaone4": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "GPTBigCode": {"num_hidden_layers": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "Gemma": {"num_hidden_layers": 1, "head_dim": 16},
+    "Glm": {"num_hidden_layers": 1, "head_dim": 12},
+    "Glm4": {"num_hidden_layers": 1, "head_dim": 12},
+    "Helium": {"num_hidden_layers": 1, "head_dim": 12},
+    "NanoChat": {"num_hidden_layers": 1, "final_logit_softcapping": 2.0},
+    "Nemotron": {"num_hidden_layers": 1},
+    "OPT": {"num_hidden_layers": 1, "ffn_dim": 72, "word_embed_proj_dim": 48, "dropout": 0.0},
+    "Olmo": {"num_hidden_layers": 1, "clip_qkv": 1.5},
+    "Olmo3": {"sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi": {"num_hidden_layers": 1, "partial_rotary_factor": 0.5},
+    "Qwen3Next": {
+        **ROUTED,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 16,
+    },
+    "SeedOss": {"num_hidden_layers": 1, "head_dim": 12, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "StableLm": {"num_hidden_layers": 1, "partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "VaultGemma": {
+        "head_dim": 12,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
+    },
 }
 GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
@@ -67,8 +142,12 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
     import transformers
 
     sizes = GPT2_SIZES if family == "GPT2" else SIZES
-    options = {"attn_implementation": "eager", **(FAMILIES | MIXTURES)[family], **options}
-    names = {"GPT2": ("GPT2", "GPT2LMHeadModel"), "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM")}
+    options = {"attn_implementation": "eager", **(FAMILIES | MIXTURES | OTHERS).get(family, {}), **options}
+    names = {
+        "GPT2": ("GPT2", "GPT2LMHeadModel"),
+        "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM"),
+        "Llama4": ("Llama4Text", "Llama4ForCausalLM"),
+    }
     config, model = names.get(family, (family, f"{family}ForCausalLM"))
     made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**{**sizes, **options}))
     with torch.no_grad():
@@ -140,9 +219,23 @@ def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **grads}
 
 
-def assert_step_as_good(
-    ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
-) -> None:
+def check(model: Any, batches: list[dict[str, Any]], left: tuple[str, ...] = (), **options: Any) -> None:
+    """Loss and gradients of the swapped model against those before, and both against float64.
+
+    `left`: names of what the report says is left as it was, "(model)" for the loss.
+    """
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = [step(exact, batch) for batch in batches]
+    plain = [step(model, batch) for batch in batches]
+    report = pyckpt.swap(model, tile=10, **options)
+    assert tuple(e.name for e in report.left) == left, str(report)
+    for batch, p, t in zip(batches, plain, truth, strict=True):
+        assert (model(**batch).logits is None) == ("(model)" not in left)
+        assert_step_as_good(step(model, batch), p, t, next(model.parameters()).dtype)
+
+
+def assert_step_as_good(ours: State, plain: State, truth: State, dtype: torch.dtype) -> None:
     """`assert_as_good`, but for the loss: a single value's error is chance, and four roundings are allowed."""
     error, reference = ((r["loss"].double() - truth["loss"]).abs() for r in (ours, plain))
     assert error <= 2 * reference + 4 * torch.finfo(dtype).eps * truth["loss"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.ops.attention import sinks_backward
 from pyckpt.spec import BlockSpec, Window
 
 ops = torch.ops.pyckpt
@@ -42,7 +43,11 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class DenseAttend:
-    """Attention of one block: heads, mask and score options; see `pyckpt.ops.attention`."""
+    """Attention of one block: heads, mask and score options; see `pyckpt.ops.attention`.
+
+    `sinks`: the name of the block's weight that holds them, None for none. `v_head_dim`: of values and outputs, where
+    it is not `head_dim`.
+    """
 
     n_heads: int
     n_kv_heads: int
@@ -51,6 +56,26 @@ class DenseAttend:
     softcap: float
     scale: float
     dropout: float = 0.0
+    sinks: str | None = None
+    v_head_dim: int | None = None
+
+    @property
+    def d_q(self) -> int:
+        """Width of q."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def d_k(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def d_v(self) -> int:
+        return self.n_kv_heads * (self.v_head_dim or self.head_dim)
+
+    @property
+    def d_o(self) -> int:
+        """Width of the output."""
+        return self.n_heads * (self.v_head_dim or self.head_dim)
 
     @staticmethod
     def of(spec: BlockSpec) -> DenseAttend:
@@ -65,10 +90,18 @@ class DenseAttend:
         )
 
     def forward(
-        self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, seed: int | None = None
+        self,
+        layout: Layout,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seed: int | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """o (T, H * D) and lse from flat q, k, v. `seed` of the dropout; None drops nothing."""
-        o, lse = ops.attention_fwd(*self._heads(layout, q, k, v), *self._options(layout, seed))
+        """o (T, H * D) and lse from flat q, k, v, and sinks (H,). `seed` of the dropout; None drops nothing."""
+        o, lse = ops.attention_fwd(
+            *self._keyed(layout, q, k), *self._valued(layout, v), *self._options(layout, seed, sinks)
+        )
         return o.view(layout.tokens, -1), lse
 
     def backward(
@@ -82,20 +115,29 @@ class DenseAttend:
         lse: Tensor,
         seed: int | None = None,
         delta: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Flat dq, dk, dv. `delta` (heads, T): the sums of do * o by head, where somebody has them already."""
-        do, q, k, v, o = self._heads(layout, do, q, k, v, o)
+        q, k = self._keyed(layout, q, k)
+        do, v, o = self._valued(layout, do, v, o)
         if delta is not None and layout.cu_seqlens is None:
             delta = delta.unflatten(1, (layout.batch, layout.seq)).transpose(0, 1)
-        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed), delta=delta)
+        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed, sinks), delta=delta)
         return dq.view(layout.tokens, -1), dk.view(layout.tokens, -1), dv.view(layout.tokens, -1)
 
-    def _heads(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
+    def sinks_backward(self, layout: Layout, do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+        """The gradient of the sinks (H,)."""
+        return sinks_backward(sinks, lse, ops.attention_delta(*self._valued(layout, do, o), None))
+
+    def _keyed(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
         return [layout.by_head(t, self.head_dim) for t in tensors]
 
-    def _options(self, layout: Layout, seed: int | None) -> tuple[Any, ...]:
+    def _valued(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
+        return [layout.by_head(t, self.v_head_dim or self.head_dim) for t in tensors]
+
+    def _options(self, layout: Layout, seed: int | None, sinks: Tensor | None) -> tuple[Any, ...]:
         cu = layout.cu_seqlens
         options = (cu, cu, *self.window, self.softcap, self.scale)
-        if seed is None or not self.dropout:
-            return options
-        return *options, None, None, self.dropout, seed
+        if seed is not None and self.dropout:
+            return *options, sinks, None, self.dropout, seed
+        return options if sinks is None else (*options, sinks)

@@ -35,6 +35,9 @@ class TiledAttend:
     """`DenseAttend` by pairs of tiles. q, o (t, H * D), k, v (t, Hkv * D), lse and delta (1, H, t)."""
 
     def __init__(self, attend: DenseAttend, layout: Layout, tile: int) -> None:
+        for what, given in (("sinks", attend.sinks), ("values of another head dim than keys", attend.v_head_dim)):
+            if given is not None:
+                raise ValueError(f"attention with {what} cannot be streamed; run these blocks without stream=")
         self._attend, self._tile, self._tokens = attend, tile, layout.tokens
         cu = layout.cu_seqlens
         starts = range(0, layout.tokens + 1, layout.seq) if cu is None else cu.tolist()

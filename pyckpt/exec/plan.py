@@ -56,7 +56,7 @@ def generic_plan(
         attend=attend,
         save=save,
         tile=tile or choose_tile(tokens, token_bytes, device, tile_bytes),
-        pre_names=frozenset(tokenwise.pre_names),
+        pre_names=frozenset((*tokenwise.pre_names, *([] if attend.sinks is None else [attend.sinks]))),
         token_bytes=token_bytes,
     )
 

@@ -43,13 +43,17 @@ class BlockPlan:
     keeps_raw_qk: bool = False
     token_bytes: int = 0
 
+    def sinks(self, w: Weights) -> Tensor | None:
+        """The weight that holds attention's sinks, where there are any."""
+        return None if self.attend.sinks is None else w[self.attend.sinks]
+
     @property
     def d_q(self) -> int:
-        return self.attend.n_heads * self.attend.head_dim
+        return self.attend.d_q
 
     @property
     def d_kv(self) -> int:
-        return self.attend.n_kv_heads * self.attend.head_dim
+        return self.attend.d_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keeping: bool) -> tu
     if keep.qkv and plan.keeps_raw_qk:
         kept["q"], kept["k"] = inp.empty(plan.d_q), inp.empty(plan.d_kv)
     q, k, v = _project(plan, w, inp, kept, ws)
-    o, lse = plan.attend.forward(inp.layout, q, k, v, inp.attention_seed)
+    o, lse = plan.attend.forward(inp.layout, q, k, v, inp.attention_seed, plan.sinks(w))
     if keep.qkv:
         kept = {"q": q, "k": k, "v": v} | kept
     del q, k, v
@@ -120,7 +124,7 @@ def block_backward(
     need_pre = need_dx or any(n in plan.pre_names for n in wanted)
     o, lse, qkv = _attention_outputs(plan, w, inp, kept, ws)
     dx = torch.empty_like(inp.x, memory_format=torch.contiguous_format) if need_dx else None
-    do = inp.empty(plan.d_q) if need_pre else None
+    do = inp.empty(plan.attend.d_o) if need_pre else None
     delta = inp.by_head(plan.attend.n_heads) if need_pre and plan.tokenwise.makes_delta else None
     for sl in tiles(inp.layout.tokens, plan.tile):
         tile = inp.tile(sl, kept, POST_NAMES)
@@ -129,7 +133,10 @@ def block_backward(
     if do is not None:
         q, k, v = qkv or _attention_inputs(plan, w, inp, kept, ws)
         del qkv
-        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed, delta)
+        sinks = plan.sinks(w)
+        dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed, delta, sinks)
+        if sinks is not None and plan.attend.sinks in wanted:
+            grads.add(str(plan.attend.sinks), plan.attend.sinks_backward(inp.layout, do, o, lse, sinks))
         del do, q, k, v, o, delta
         for sl in tiles(inp.layout.tokens, plan.tile):
             tile = inp.tile(sl, kept, ("q", "k") if plan.keeps_raw_qk else ())
@@ -142,7 +149,7 @@ def _rows(t: Tensor | None, sl: slice) -> Tensor | None:
 
 
 def _project(plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, ws: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = inp.empty(plan.d_q), inp.empty(plan.d_kv), inp.empty(plan.d_kv)
+    q, k, v = inp.empty(plan.d_q), inp.empty(plan.d_kv), inp.empty(plan.attend.d_v)
     for sl in tiles(inp.layout.tokens, plan.tile):
         plan.tokenwise.pre(w, inp.tile(sl, kept, ("q", "k")), q[sl], k[sl], v[sl], ws)
     return q, k, v
@@ -155,7 +162,7 @@ def _attention_outputs(
     if "o" in kept:
         return kept["o"], kept["lse"], None
     qkv = _project(plan, w, inp, {}, ws)
-    return *plan.attend.forward(inp.layout, *qkv, inp.attention_seed), qkv
+    return *plan.attend.forward(inp.layout, *qkv, inp.attention_seed, plan.sinks(w)), qkv
 
 
 def _attention_inputs(

@@ -217,11 +217,11 @@ def _autograd_backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
     dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, dlse, cu_q, cu_k, *ctx.options, *extras)
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[9]:
-        dsinks = _sinks_backward(sinks, lse, ops.attention_delta(do, o, dlse))
+        dsinks = sinks_backward(sinks, lse, ops.attention_delta(do, o, dlse))
     return dq, dk, dv, None, None, None, None, None, None, dsinks, None, None, None
 
 
-def _sinks_backward(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def sinks_backward(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """A sink's probability p takes part in every row's sum, and has no value: its score's gradient is -p delta."""
     p = torch.exp(sinks.to(lse.dtype).view(-1, 1) - lse).masked_fill(lse == float("-inf"), 0.0)
     by_head = (p * delta).transpose(-1, -2).flatten(0, -2).sum(0)

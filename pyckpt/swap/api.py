@@ -13,9 +13,8 @@ from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
 from pyckpt.swap import encoder, families
 from pyckpt.swap import loss as losses
-from pyckpt.swap.block import MappedBlock
+from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, together
-from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.layer import Streaming, SwappedLayer
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
@@ -80,8 +79,8 @@ def swap(
             + f"\nKnown layers: {', '.join(sorted(families.FAMILIES))}, TransformerEncoderLayer. For another "
             "architecture see pyckpt.CkptGenericBlock"
         )
-    if stream is not None and not any(isinstance(r, SwappedDecoder) for r in made):
-        raise ValueError("stream= takes decoder layers of transformers, and this model has none that can be swapped")
+    if stream is not None and not any(isinstance(r, SwappedLayer) and r.streams for r in made):
+        raise ValueError("stream= takes decoder layers of transformers, and this model has none that can be streamed")
     if loss:
         made += _heads(model, loss == "always", stream, entries)
     for replaced in made:
@@ -128,7 +127,10 @@ def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:
-    return families.family_class(layer) in families.FAMILIES or type(layer).__name__.endswith("DecoderLayer")
+    kind = families.family_class(layer)
+    attends = any("attn" in name or "attention" in name for name, _ in layer.named_children())
+    named = any(k.__name__.endswith("DecoderLayer") for k in type(layer).__mro__)
+    return kind in families.FAMILIES or named or (kind.endswith("Block") and attends)
 
 
 def _check_forward(module: nn.Module) -> None:
@@ -147,33 +149,37 @@ def _decoder(
     entries: list[Entry],
 ) -> list[Replaced]:
     swapped: list[SwappedLayer] = []
+    chooser = Chooser(module, [path for path, _ in layers], save, tile)
     for place, (path, layer) in enumerate(layers):
         full, kind = f"{name}.{path}" if name else path, type(layer).__name__
         try:
             _check_forward(layer)
-            mapping = families.mapping_of(layer, getattr(module, "rotary_emb", None))
+            made = chooser.layer(layer, place)
         except UnsupportedError as reason:
             entries.append(Entry(full, kind, ORIGINAL, str(reason)))
             continue
-        block = GenericMappedBlock if mapping.why else MappedBlock
-        swapped.append(SwappedLayer(layer, block(layer, mapping, save, tile), place))
-        entries.append(_entry(full, kind, mapping.why, save, stream))
+        swapped.append(made)
+        entries.append(_entry(full, kind, made.block.mapping.why, save, _notes(made, segments, stream)))
     if not swapped:
         return []
-    length = segment_length(segments, len(layers))
+    length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
     streaming = None if stream is None else Streaming(stream, length)
-    whole = len(swapped) == len(layers)
-    return [*swapped, SwappedDecoder(module, swapped, whole, together(swapped, length), streaming)]
+    whole = complete and chooser.maskless(swapped)
+    unknown = frozenset(["token_type_ids"] if any(s.apart for s in swapped) else [])
+    more = (together(swapped, length), streaming, chooser.cuts(), unknown)
+    return [*swapped, SwappedDecoder(module, swapped, complete, whole, *more)]
 
 
-def _entry(name: str, kind: str, why_generic: str, save: str | Save, stream: Stream | None = None) -> Entry:
+def _notes(layer: SwappedLayer, segments: int | str | None, stream: Stream | None) -> str:
+    if stream is None:
+        return "; not in segments" if segments is not None and layer.apart else ""
+    return f"; streamed by {stream.tile} tokens, store {stream.store.kind!r}" if layer.streams else "; not streamed"
+
+
+def _entry(name: str, kind: str, why_generic: str, save: str | Save, note: str = "") -> Entry:
     """Of a layer that is swapped; `why_generic` is empty for one on the standard path."""
     why = f"its own modules, tile by tile: {why_generic}" if why_generic else "as a standard block"
-    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}{_how(stream)}")
-
-
-def _how(stream: Stream | None) -> str:
-    return "" if stream is None else f"; streamed by {stream.tile} tokens, store {stream.store.kind!r}"
+    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}{note}")
 
 
 def _encoder_layer(

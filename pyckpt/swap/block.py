@@ -31,4 +31,4 @@ class MappedBlock(CheckpointedBlock):
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         options = (tokens, x_dtype, dtype, device, self.tile_bytes)
-        return standard_plan(self.mapping.spec, self._save, self.tile, *options)
+        return standard_plan(self.mapping.spec_now, self._save, self.tile, *options)

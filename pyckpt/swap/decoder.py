@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,23 +51,47 @@ class SwappedDecoder(Replaced):
 
     An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
 
-    `layers` are the swapped ones; `whole` says that the model has no others; `segments` are the layers in the runs that
-    keep one input. With `stream`, the layers that stand next to each other are one streamed run.
+    `layers` are the swapped ones; `complete` says that the model has no others, `whole` that
+    nothing reads the mask that the model would make; `segments` are the layers in the runs that
+    keep one input. With `stream`, the layers that stand next to each other are one streamed run. `cuts`: whether the
+    model's masks are cut where position_ids start anew; None: not known. `unknown`: arguments that this model may read
+    in another way than those that are known.
     """
 
     def __init__(
         self,
         module: nn.Module,
         layers: list[SwappedLayer],
+        complete: bool,
         whole: bool,
         segments: list[list[SwappedLayer]],
         stream: Streaming | None = None,
+        cuts: bool | None = True,
+        unknown: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(module)
-        self.layers, self.whole, self.segments, self.stream = layers, whole, segments, stream
+        self.cuts, self.unknown = cuts, unknown
+        self.layers, self.complete, self.whole = layers, complete, whole
+        self.segments, self.stream = segments, stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
+        # A break inside the model's own forward would be resumed by a call of its `forward`, which is this one.
+        run = _run_uncompiled if torch.compiler.is_compiling() and self._breaks() else SwappedDecoder._run
+        return run(self, given)
+
+    def _breaks(self) -> bool:
+        """Some layer breaks a compiled graph, or has RoPE whose frequencies are read at each call."""
+        blocks = [s.block for s in self.layers]
+        alone = len(self.segments) == len(self.layers) and self.stream is None
+        return not alone or any(b.spec_text is None or b.placed or b.mapping.moving for b in blocks)
+
+    @property
+    def streams(self) -> bool:
+        """All of its layers are one streamed run, which needs nothing that the model's own forward makes."""
+        return self.complete and all(s.streams and s.block.mapping.moving is None for s in self.layers)
+
+    def _run(self, given: dict[str, Any]) -> Any:
         call = self.prepare(given, given.pop(CALL, False))
         if call is None:
             return self.original(**given)
@@ -112,7 +136,8 @@ class SwappedDecoder(Replaced):
         return bool(getattr(self.module.config, "use_cache", False))
 
     def _call(self, given: dict[str, Any]) -> Call:
-        odd = sorted(n for n, value in given.items() if n not in _KNOWN and value is not None)
+        known = _KNOWN - self.unknown
+        odd = sorted(n for n, value in given.items() if n not in known and value is not None)
         if odd:
             raise UnsupportedError(f"the argument {', '.join(odd)} is not known")
         for name in ("output_attentions", "output_router_logits"):
@@ -135,7 +160,9 @@ class SwappedDecoder(Replaced):
             )
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
-        cu_seqlens = masks.packed(mask, positions if looks else None, batch, seq)
+        cu_seqlens = masks.packed(mask, positions if looks and self.cuts is not False else None, batch, seq)
+        if cu_seqlens is not None and mask is None and self.cuts is None:
+            raise UnsupportedError("position_ids start anew, and whether that cuts the model's masks is not known")
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
@@ -145,7 +172,9 @@ class SwappedDecoder(Replaced):
     def _runs(self, given: dict[str, Any]) -> tuple[dict[int, list[CheckpointedBlock]], bool]:
         """What the layer at each place runs, nothing where all run one by one; and whether it is streamed."""
         streamed = self.stream is not None
-        segments = together(self.layers, len(self.layers)) if streamed else self.segments
+        segments = (
+            together(self.layers, len(self.layers), lambda layer: not layer.streams) if streamed else self.segments
+        )
         what = "streaming is" if streamed else "segments are"
         if not streamed and len(segments) == len(self.layers):
             return {}, False
@@ -168,11 +197,17 @@ class SwappedDecoder(Replaced):
         return given["inputs_embeds"] if ids is None else ids
 
 
-def together(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:
-    """Layers in runs of at most `length` that stand next to each other."""
+_run_uncompiled = torch.compiler.disable(SwappedDecoder._run)
+
+
+def together(
+    layers: list[SwappedLayer], length: int, apart: Callable[[SwappedLayer], bool] = lambda layer: layer.apart
+) -> list[list[SwappedLayer]]:
+    """Layers in runs of at most `length` that stand next to each other; those that are `apart` alone."""
     found: list[list[SwappedLayer]] = []
     for layer in layers:
-        if found and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
+        alone = apart(layer) or (found and apart(found[-1][-1]))
+        if found and not alone and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
             found[-1].append(layer)
         else:
             found.append([layer])

@@ -13,6 +13,8 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic
+from pyckpt.swap.rope import MovingRope, given
+from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, watched
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -33,7 +35,9 @@ _ACTIVATIONS = {
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 # What stands in a spec for an option that says why it is not a block's: the generic path runs the layer's own module.
 _PLAIN: Options = {"mlp": "swiglu", "qk_norm": True}
-# Frequencies that depend on the length of the batch.
+# Models whose masks are not all cut where position_ids start anew.
+UNCUT = ("GptOssModel", "FSDPGptOssModel")
+# Whose frequencies depend on the length of the batch.
 _MOVING_ROPE = ("dynamic", "longrope")
 
 
@@ -45,14 +49,17 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     make = FAMILIES.get(family_class(layer))
     if make is None:
         raise UnsupportedError("this class is not known")
-    _check_version()
+    check_version()
     options, sources = make(layer)
     attention: Any = layer.get_submodule(options.pop("attention", ATTENTION))
     config = attention.config
     if not attention.is_causal or not getattr(config, "is_causal", True):
         raise UnsupportedError("its attention is not causal")
+    sinks = options.pop("sinks", None)
+    moving = None
     if options.pop("rope", True):
-        options |= rope_options(rotary, getattr(attention, "layer_type", None))
+        of_rope, moving = rope_options(rotary, getattr(attention, "layer_type", None))
+        options |= of_rope
         if options.get("rope_dim") == options["head_dim"]:
             del options["rope_dim"]
     else:
@@ -61,13 +68,16 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     if "attention_dropout" not in options:
         options["attention_dropout"] = float(attention.attention_dropout)
     try:
-        return finish(layer, options, sources)
+        return finish(layer, options, sources, moving)
     except UnsupportedError as reason:
         plain = {n: _PLAIN[n] if isinstance(v, UnsupportedError) else v for n, v in options.items()}
-        return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason))
+        try:
+            return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks, moving)
+        except UnsupportedError as other:
+            raise reason from other
 
 
-def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping:
+def finish(layer: nn.Module, options: Options, sources: list[Source], moving: MovingRope | None = None) -> Mapping:
     """The mapping, after checking the modules that hold the weights and the weights themselves."""
     for value in options.values():
         if isinstance(value, UnsupportedError):
@@ -80,12 +90,13 @@ def finish(layer: nn.Module, options: Options, sources: list[Source]) -> Mapping
             biased |= set(source.names)
     spec = spec_of(options, bias_of(biased))
     kinds = tuple((s.path, type(layer.get_submodule(s.path))) for s in sources)
-    mapping = Mapping(spec, tuple(sources), kinds)
+    mapping = Mapping(spec, tuple(sources), kinds, moving=moving)
     mapping.check(layer)
     return mapping
 
 
-def _check_version() -> None:
+def check_version() -> None:
+    """Raise `UnsupportedError` for a transformers whose layers are called in another way."""
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < OLDEST:
@@ -105,9 +116,7 @@ def spec_of(options: Options, bias: bool | str) -> BlockSpec:
 
 def family_class(layer: nn.Module) -> str:
     """The name of the layer's class in transformers; of a class made by FSDP2, that of the class it wraps."""
-    kind = type(layer)
-    if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2:
-        kind = kind.__bases__[1]
+    kind = unsharded_class(layer)
     return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
 
 
@@ -122,24 +131,24 @@ def activation(module: nn.Module, gated: bool) -> str | UnsupportedError:
     return names[kind]
 
 
-def rope_options(rotary: Any, layer_type: str | None) -> Options:
-    """RoPE by the very frequencies of the model's rotary embedding, of a layer's type where each has its own."""
+def rope_options(rotary: Any, layer_type: str | None) -> tuple[Options, MovingRope | None]:
+    """RoPE by the very frequencies of the model's rotary embedding, of a layer's type where each has its own.
+
+    With where to read them at each call, if they change.
+    """
     if rotary is None:
         raise UnsupportedError("no rotary embedding was found beside the layers")
     kind, prefix = rotary.rope_type, ""
     if isinstance(kind, dict):
         kind, prefix = kind.get(layer_type), f"{layer_type}_"
-    if kind is None or kind in _MOVING_ROPE:
-        raise UnsupportedError(f"RoPE of type {kind!r} is not a fixed list of frequencies")
+    if kind is None:
+        raise UnsupportedError("its rotary embedding does not say of which type it is")
     frequencies = getattr(rotary, f"{prefix}inv_freq")
     if frequencies.is_meta:
         raise UnsupportedError("its rotary embedding is on the meta device; swap the model when it has its weights")
-    scaling = {
-        "rope_type": "given",
-        "frequencies": tuple(frequencies.double().tolist()),
-        "amplitude": float(getattr(rotary, f"{prefix}attention_scaling")),
-    }
-    return {"rope_theta": 10000.0, "rope_scaling": scaling, "rope_dim": 2 * frequencies.numel()}
+    moving = MovingRope(rotary, prefix) if kind in _MOVING_ROPE else None
+    options = {"rope_theta": 10000.0, "rope_scaling": given(rotary, prefix), "rope_dim": 2 * frequencies.numel()}
+    return options, moving
 
 
 def _check_module(source: Source, module: Any, eps: float) -> None:
@@ -214,6 +223,12 @@ def _moe(layer: Any) -> Family:
 def _qwen3_moe(layer: Any) -> Family:
     options, sources = _moe(layer)
     return options | {"qk_norm": True}, sources
+
+
+def _gpt_oss(layer: Any) -> Family:
+    options, sources = _moe(layer)
+    options.pop("window", None)  # of every other layer
+    return _windowed(options, layer.self_attn.sliding_window) | {"sinks": f"{ATTENTION}.sinks"}, sources
 
 
 def _windowed(options: Options, window: int | None) -> Options:
@@ -346,7 +361,7 @@ def _gpt2(layer: Any) -> Family:
         "d_model": d_model,
         "n_heads": config.num_attention_heads,
         "head_dim": layer.attn.head_dim,
-        "d_ff": layer.mlp.c_fc.nf,
+        "d_ff": config.n_inner or 4 * d_model,
         "norm": "layernorm",
         "norm_eps": config.layer_norm_epsilon,
         "mlp": activation(layer.mlp.act, gated=False),
@@ -378,6 +393,7 @@ FAMILIES: dict[str, Callable[[Any], Family]] = {
     "GPTNeoXLayer": _gpt_neox,
     "Gemma2DecoderLayer": _gemma2,
     "Gemma3DecoderLayer": _gemma3,
+    "GptOssDecoderLayer": _gpt_oss,
     "GraniteDecoderLayer": _granite,
     "LlamaDecoderLayer": _llama,
     "MistralDecoderLayer": _mistral,

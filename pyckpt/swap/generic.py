@@ -24,12 +24,14 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
+from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.weights import Mapping, UnsupportedError, watched
 from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 
 kernels = torch.ops.pyckpt
+SINKS = "attend.sinks"  # among the weights, beside those of "pre." and "post."
 # Where a seed is derived for random numbers; attention's probabilities take site 0.
 PRE_SITE, POST_SITE = 1, 2
 _QKV = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
@@ -123,7 +125,7 @@ class _Post(nn.Module):
         return mid + m * self.after_mlp((made[0] if isinstance(made, tuple) else made)[0])
 
 
-class _Tokenwise(GenericTokenwise):
+class SeededTokenwise(GenericTokenwise):
     """Runs the modules under the autocast that the model runs under: the executor turns it off around them.
 
     What they draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it again.
@@ -141,20 +143,24 @@ class _Tokenwise(GenericTokenwise):
         with self._precision:
             return super()._call_post(w, x, o)
 
+    def _at(self, tile: Tile, site: int) -> contextlib.AbstractContextManager[None]:
+        """In which `pre` (or `post`) of this tile runs."""
+        return _drawing(tile, site)
+
     def pre(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, PRE_SITE):
+        with self._at(tile, PRE_SITE):
             super().pre(w, tile, *tensors)
 
     def post(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, POST_SITE):
+        with self._at(tile, POST_SITE):
             super().post(w, tile, *tensors)
 
     def pre_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, PRE_SITE):
+        with self._at(tile, PRE_SITE):
             super().pre_bwd(w, tile, *tensors)
 
     def post_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with _drawing(tile, POST_SITE):
+        with self._at(tile, POST_SITE):
             super().post_bwd(w, tile, *tensors)
 
 
@@ -170,13 +176,36 @@ def _drawing(tile: Tile, site: int) -> Iterator[None]:
         yield
 
 
-class GenericMappedBlock(CheckpointedBlock):
-    """A layer's own modules around our attention, on the layer's parameters.
+def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) -> torch.autocast:
+    """The autocast under which products are in `dtype`."""
+    return torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False)
+
+
+class OwnModulesBlock(CheckpointedBlock):
+    """A block that runs a layer's own modules, on the layer's parameters, around our attention."""
+
+    mixes_dtypes = True  # adapters have a dtype of their own
+
+    def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
+        super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
+        self.mapping = mapping
+        self._layer = (layer,)
+
+    def _drops_inside(self) -> bool:
+        # By each module's own mode: some keep dropout on in a model in eval mode.
+        inside = (m for m in self._layer[0].modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+        return any(m.training and m.p > 0.0 for m in inside)
+
+    def _check_save(self, save: SaveSet) -> SaveSet:
+        # What lies inside `post` it can't see; it keeps the rest of the save set.
+        return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
+
+
+class GenericMappedBlock(OwnModulesBlock):
+    """The modules in the order that the layer's family has.
 
     `parts` are `pre` and `post` (see `CkptGenericBlock`); by default those of a decoder layer.
     """
-
-    mixes_dtypes = True  # adapters have a dtype of their own
 
     def __init__(
         self,
@@ -186,38 +215,37 @@ class GenericMappedBlock(CheckpointedBlock):
         tile: int | None,
         parts: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
-        super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
-        self.mapping = mapping
-        self._layer = (layer,)
+        super().__init__(layer, mapping, save, tile)
         self._parts = parts or (_Pre(layer, mapping.spec), _Post(layer, mapping.spec))
 
     @property
     def drops(self) -> bool:
-        # By each module's own mode: some keep dropout on in a model in eval mode.
-        inside = (m for _, m in inner(self._layer[0]) if isinstance(m, nn.modules.dropout._DropoutNd))
-        return self._attend().dropout > 0.0 or any(m.training and m.p > 0.0 for m in inside)
+        return self._attend().dropout > 0.0 or self._drops_inside()
 
     def _attend(self) -> DenseAttend:
-        attend = DenseAttend.of(self.mapping.spec)
+        attend = dataclasses.replace(DenseAttend.of(self.mapping.spec), sinks=self.mapping.sinks and SINKS)
         training = self._layer[0].get_submodule(ATTENTION).training
         return attend if training else dataclasses.replace(attend, dropout=0.0)
 
-    def _check_save(self, save: SaveSet) -> SaveSet:
-        # What lies inside `post` it can't see; it keeps the rest of the save set.
-        return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
-
     def weights(self) -> dict[str, Tensor]:
-        return {
-            f"{n}.{k}": p for n, m in zip(("pre", "post"), self._parts, strict=True) for k, p in m.named_parameters()
-        }
+        parts = zip(("pre", "post"), self._parts, strict=True)
+        found: dict[str, Tensor] = {f"{n}.{k}": p for n, m in parts for k, p in m.named_parameters()}
+        if self.mapping.sinks:
+            found[SINKS] = self._layer[0].get_parameter(self.mapping.sinks)
+        return found
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
-        tokenwise = _Tokenwise(*self._parts, torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False))
+        pre, post = self._parts
+        if self.mapping.moving is not None:
+            pre = _Pre(self._layer[0], self.mapping.spec_now)  # of this call, also in its backward
+        tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype))
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 
-def mapping_of(layer: nn.Module, spec: BlockSpec, why: str) -> Mapping:
+def mapping_of(
+    layer: nn.Module, spec: BlockSpec, why: str, sinks: str | None = None, moving: MovingRope | None = None
+) -> Mapping:
     """The mapping of a layer on the generic path; `why` it is not on the standard one."""
     check(layer, spec)
-    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why)
+    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why, sinks, moving)

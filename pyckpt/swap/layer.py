@@ -12,7 +12,7 @@ from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Stream, stream_blocks, stream_loss
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.generic import OwnModulesBlock
 from pyckpt.swap.replaced import Replaced
 
 CALL = "pyckpt_call"
@@ -39,20 +39,6 @@ class Call:
     runs: dict[int, list[CheckpointedBlock]] = dataclasses.field(default_factory=dict)
     stream: Streaming | None = None
 
-    def run(self, place: int, block: CheckpointedBlock, x: Tensor) -> Tensor:
-        """What follows from hidden states (B, S, d_model) where the layer at `place`, of this block, stands."""
-        blocks = self.runs[place] if self.runs else [block]
-        if not blocks:
-            return x
-        positions = None if self.positions is None else self.positions.expand(x.shape[:2]).reshape(-1)
-        if self.stream is not None:
-            rows = x if self.cu_seqlens is None else x.flatten(0, 1)
-            options = (self.stream.segments, rows, positions, self.cu_seqlens, self.stream.stream)
-            return stream_blocks(blocks, *options).view(x.shape)
-        if self.cu_seqlens is None:
-            return run_blocks(blocks, x, self.positions, None)
-        return run_blocks(blocks, x.flatten(0, 1), positions, self.cu_seqlens, checked=True).view(x.shape)
-
     def stream_loss(self, layers: list[SwappedLayer], ids: Tensor, targets: Targets, ends: Ends) -> Tensor:
         """The loss of token ids (B, S) over all of a model's layers and its ends."""
         assert self.stream is not None
@@ -68,12 +54,38 @@ class SwappedLayer(Replaced):
     Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is.
     """
 
-    def __init__(self, module: nn.Module, block: MappedBlock | GenericMappedBlock, place: int) -> None:
+    def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int) -> None:
         super().__init__(module)
         self.block, self.place = block, place
+
+    @property
+    def apart(self) -> bool:
+        """It runs by itself alone, in no segment."""
+        return False
+
+    @property
+    def streams(self) -> bool:
+        """It can be streamed."""
+        return not self.apart and self.block.mapping.sinks is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
         if call is None:
             return self.original(*args, **kwargs)
-        return call.run(self.place, self.block, self.given(args, kwargs)["hidden_states"])
+        given = self.given(args, kwargs)
+        x = given["hidden_states"]
+        blocks = call.runs[self.place] if call.runs else [self.block]
+        if not blocks:
+            return x
+        return self.run(blocks, x, call, given)
+
+    def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
+        """What the layer returns: `blocks` of x, of a call with the arguments `given`."""
+        positions = None if call.positions is None else call.positions.expand(x.shape[:2]).reshape(-1)
+        if call.stream is not None and self.streams:
+            rows = x if call.cu_seqlens is None else x.flatten(0, 1)
+            how = (call.stream.segments, rows, positions, call.cu_seqlens, call.stream.stream)
+            return stream_blocks(blocks, *how).view(x.shape)
+        if call.cu_seqlens is None:
+            return run_blocks(blocks, x, call.positions, None)
+        return run_blocks(blocks, x.flatten(0, 1), positions, call.cu_seqlens, checked=True).view(x.shape)

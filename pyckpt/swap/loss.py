@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.exec.lm_ends import Ends, LossOptions, Targets
 from pyckpt.functional import linear_cross_entropy
+from pyckpt.swap import heads
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places, ends_of
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import UnsupportedError, watched
 
 IGNORED = -100
@@ -38,6 +40,7 @@ _PLAIN = Head(places=Places())
 _MIXTURE = Head(output="MoeCausalLMOutputWithPast", places=Places())
 _SOFTCAPPED = Head(softcap="final_logit_softcapping", places=Places())
 HEADS = {
+    "Cohere2ForCausalLM": Head(multiplier="logit_scale", places=Places()),
     "CohereForCausalLM": Head(multiplier="logit_scale", places=Places()),
     "GPT2LMHeadModel": Head(
         output="CausalLMOutputWithCrossAttentions", places=Places("wte", "ln_f", table="wpe", dropout="drop")
@@ -45,10 +48,13 @@ HEADS = {
     "GPTNeoXForCausalLM": Head(places=Places("embed_in", "final_layer_norm", dropout="emb_dropout")),
     "Gemma2ForCausalLM": _SOFTCAPPED,
     "Gemma3ForCausalLM": _SOFTCAPPED,
+    "GptOssForCausalLM": _MIXTURE,
     "GraniteForCausalLM": Head(divisor="logits_scaling", places=Places(multiplier="embedding_multiplier")),
+    "GraniteMoeForCausalLM": Head(divisor="logits_scaling", output="MoeCausalLMOutputWithPast"),
     "LlamaForCausalLM": _PLAIN,
     "MistralForCausalLM": _PLAIN,
     "MixtralForCausalLM": _MIXTURE,
+    "NanoChatForCausalLM": Head(softcap="final_logit_softcapping"),
     "Olmo2ForCausalLM": _PLAIN,
     "Phi3ForCausalLM": _PLAIN,
     "Qwen2ForCausalLM": _PLAIN,
@@ -56,16 +62,27 @@ HEADS = {
     "Qwen3MoeForCausalLM": _MIXTURE,
     "SmolLM3ForCausalLM": _PLAIN,
     "Starcoder2ForCausalLM": Head(places=Places(dropout="embedding_dropout")),
+    "VaultGemmaForCausalLM": Head(softcap="final_logit_softcapping"),
 }
 
 
 def head_of(model: nn.Module) -> Head:
     """The model's `Head`. Raises `UnsupportedError` where its loss is not known to be the usual one."""
+    check(model)
+    kind = unsharded_class(model)
+    # Another's class may have the same name.
+    if kind.__name__ in HEADS and kind.__module__.startswith("transformers.models."):
+        return HEADS[kind.__name__]
+    try:
+        return Head(output=heads.output_of(model))
+    except UnsupportedError as reason:
+        raise UnsupportedError(f"this class is not known, and {reason}") from reason
+
+
+def check(model: nn.Module) -> None:
+    """Raise `UnsupportedError` where the loss is not the usual one of plain output embeddings."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    head = HEADS.get(type(model).__name__.removeprefix("FSDP"))
-    if head is None:
-        raise UnsupportedError("the logits and loss of this class are not known")
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError("its loss_function is not transformers' ForCausalLMLoss")
     projection = model.get_output_embeddings()  # type: ignore[operator]
@@ -73,7 +90,6 @@ def head_of(model: nn.Module) -> Head:
         raise UnsupportedError(
             f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
         )
-    return head
 
 
 class SwappedHead(Replaced):
@@ -96,7 +112,7 @@ class SwappedHead(Replaced):
         if given.get("labels") is None or asked or not (self.always or torch.is_grad_enabled()):
             return self.original(**given)
         try:
-            head_of(self.module)
+            check(self.module)
         except UnsupportedError as reason:
             self.warn(f"{reason}: the loss is the model's own, from logits")
             return self.original(**given)
@@ -148,8 +164,8 @@ class SwappedHead(Replaced):
 
     @staticmethod
     def _ids(decoder: SwappedDecoder, given: dict[str, Any]) -> Tensor:
-        if not decoder.whole:
-            raise UnsupportedError("some of its layers are not swapped")
+        if not decoder.streams:
+            raise UnsupportedError("some of its layers are not streamed, or need the model's own forward")
         if given.get("input_ids") is None or given.get("token_type_ids") is not None:
             raise UnsupportedError("it is called with inputs_embeds or token_type_ids")
         return given["input_ids"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.spec import BlockSpec
+from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.parameters import parameter_shapes
 
 
@@ -55,6 +56,8 @@ class Source:
 class Mapping:
     """A layer as a block: what it computes, and where its weights are.
 
+    `sinks` is the name of the parameter that holds attention's, where it has any (on the generic path alone).
+    `moving` says where RoPE's frequencies are to be read at each call, where they depend on it.
     `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are read, by path: another
     class there means that the layer has changed.
     """
@@ -63,6 +66,13 @@ class Mapping:
     sources: tuple[Source, ...]
     kinds: tuple[tuple[str, type], ...]
     why: str = ""
+    sinks: str | None = None
+    moving: MovingRope | None = None
+
+    @property
+    def spec_now(self) -> BlockSpec:
+        """The spec for the call under way."""
+        return self.spec if self.moving is None else self.moving.now(self.spec)
 
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The block's weights in the order of `parameter_shapes`; biases that the layer lacks are zeros."""

@@ -1,0 +1,74 @@
+"""Which path a decoder layer takes: a standard block, its family's modules in order, or its own forward cut in two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pyckpt.save import Save
+from pyckpt.swap import families, probe
+from pyckpt.swap import survey as surveys
+from pyckpt.swap.block import MappedBlock
+from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.layer import SwappedLayer
+from pyckpt.swap.survey import Survey
+from pyckpt.swap.traced import TracedLayer
+from pyckpt.swap.weights import UnsupportedError
+
+
+class Chooser:
+    """For the layers of one model, which is called for a look at what it hands to them where that matters."""
+
+    def __init__(self, model: Any, paths: list[str], save: str | Save, tile: int | None) -> None:
+        self._model, self._paths, self._save, self._tile = model, paths, save, tile
+        self._seen: Survey | UnsupportedError | None = None
+        self._alike: set[Any] = set()
+
+    def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
+        """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
+        try:
+            mapping = families.mapping_of(layer, getattr(self._model, "rotary_emb", None))
+        except UnsupportedError as reason:
+            return self._traced(layer, place, str(reason))
+        except AttributeError as error:
+            return self._traced(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
+        block = GenericMappedBlock if mapping.why else MappedBlock
+        return SwappedLayer(layer, block(layer, mapping, self._save, self._tile), place)
+
+    def _traced(self, layer: nn.Module, place: int, why: str) -> TracedLayer:
+        try:
+            families.check_version()
+            handed = self._survey().handed[place]
+            if isinstance(handed, str):
+                raise UnsupportedError(handed)
+            block = probe.traced_block(layer, handed, why, self._save, self._tile, self._alike)
+            return TracedLayer(layer, block, place)
+        except UnsupportedError as reason:
+            raise UnsupportedError(why if str(reason) == why else f"{why}, and {reason}") from reason
+        except Exception as error:
+            # Of any class anything may be met.
+            raise UnsupportedError(f"{why}, and it cannot be tried out: {surveys.shown(error)}") from error
+
+    def _survey(self) -> Survey:
+        if self._seen is None:
+            try:
+                self._seen = surveys.survey(self._model, self._paths)
+            except UnsupportedError as reason:
+                self._seen = reason
+            except Exception as error:
+                self._seen = UnsupportedError(f"its model cannot be looked at: {surveys.shown(error)}")
+        if isinstance(self._seen, UnsupportedError):
+            raise UnsupportedError(str(self._seen))
+        return self._seen
+
+    def cuts(self) -> bool | None:
+        """Whether position_ids that start anew cut the model's masks; None where that is not known."""
+        if isinstance(self._seen, Survey):
+            return self._seen.cuts or surveys.packs_by_itself(self._model.config)
+        known = type(self._model).__name__ not in families.UNCUT
+        return known or surveys.cuts_by_positions(self._model, self._paths)
+
+    def maskless(self, layers: list[SwappedLayer]) -> bool:
+        """The model may be given a mask in place of its own, which none of these layers reads."""
+        return not any(isinstance(s, TracedLayer) for s in layers) or self._survey().maskless

@@ -1,0 +1,383 @@
+"""Whether a decoder layer of any class can be cut at its attention, found by running it on a few random tokens.
+
+The layer's own forward with eager attention, and the block that would stand in its place, run on random weights in
+float32: the layer's own may hide a part (zeros in an adapter) or make attention nearly uniform. Outputs and all
+gradients have to agree, for rows of one sequence and of two, in eval and in training mode, with dropout made idle,
+tiles that end anywhere in a row, and one of a single token. What is then left to chance is a layer that behaves
+differently for more tokens than these; the mask's window is read from the config (see `pyckpt.swap.survey`), and a
+layer that counts tokens by itself before its attention is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from pyckpt.exec import node
+from pyckpt.spec import BlockSpec
+from pyckpt.swap import survey as surveys
+from pyckpt.swap.shadow import attention_config, twin_of, untouched
+from pyckpt.swap.survey import MASK, SEQ, Handed, packed_lengths, visible
+from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
+from pyckpt.swap.traced import Arguments, Trace, TracedBlock, TracedTokenwise
+from pyckpt.swap.weights import Mapping, UnsupportedError, watched
+
+_TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
+_CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above
+_COUNTS = (torch.arange, torch.cumsum, Tensor.cumsum, torch.linspace)
+_UNREAD = ("output_attentions", "use_cache", "output_router_logits")
+
+
+def traced_block(
+    layer: nn.Module, handed: Handed, why: str, save: Any, tile: int | None, alike: set[Any]
+) -> TracedBlock:
+    """The layer's block. Raises `UnsupportedError`, saying why it can't be cut; the layer stays as it is.
+
+    `alike`: what makes layers alike, of those whose gradients were held to the layer's own. Of another one like them
+    the output is; it is added to.
+    """
+    surveys.check_weights(layer)
+    for path, module in layer.named_modules():
+        if path and watched(module):
+            raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
+    device = next(layer.parameters()).device
+    with untouched(layer) as changed, surveys.forked(device), _exact(device):
+        trace = _Probe(layer, handed, device).trace(alike)
+    if changed:
+        raise UnsupportedError(f"its {changed[0]} keeps what it has seen")
+    return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)
+
+
+def _mapping(layer: nn.Module, handed: Handed, trace: Trace, why: str) -> Mapping:
+    # Of the spec the block reads its width alone; the trace has the rest.
+    spec = BlockSpec.make(handed.width, 1, rope_theta=None, mlp="gelu")
+    return Mapping(spec, (), tuple((path, type(m)) for path, m in layer.named_modules() if path), why)
+
+
+class _Probe:
+    def __init__(self, layer: nn.Module, handed: Handed, device: torch.device) -> None:
+        self.layer, self.handed, self.device = layer, handed, device
+        self.eager = twin_of(layer, lambda _, config: attention_config(config, "eager"))
+        self.tap = Tap()
+        self._configs = configs_of(layer, self.tap)
+        self.weights = {n: _stand_in(p) for n, p in layer.named_parameters()}
+        self.buffers = {n: _widened(b) for n, b in layer.named_buffers()}
+        self.x = torch.randn(2, SEQ, handed.width, device=device)
+        self.arguments = {kind: _widened_all(getattr(handed, kind)) for kind in ("plain", "packed")}
+
+    def trace(self, alike: set[Any]) -> Trace:
+        with _mode(self.layer, training=False):
+            path, called, taken, watch = self._taken()
+            if taken.options.get("dropout"):
+                raise UnsupportedError("its attention drops values in eval mode")
+        if watch.counted:
+            raise UnsupportedError("it counts tokens by itself before its attention")
+        with _mode(self.layer, training=True):
+            dropout = float(self._taken()[2].options.get("dropout") or 0.0)
+        self._check_run(path)
+        trace = self._put_together(path, taken, dropout)
+        trace = dataclasses.replace(trace, **self._parameters(trace, called))
+        key = (type(self.layer), trace, tuple((n, p.shape) for n, p in self.layer.named_parameters()))
+        draws = False
+        for training, kind in ((False, "plain"), (True, "packed")):
+            with _mode(self.layer, training), _Watch() as watch:
+                self._compare(trace, kind, watch, gradients=key not in alike)
+            draws = draws or watch.drops
+        alike.add(key)
+        return dataclasses.replace(trace, draws=draws)
+
+    # --- what attention is ----------------------------------------------------------------------------------------
+
+    def _taken(self) -> tuple[str, dict[str, int | None], Taken, _Watch]:
+        """The path of the attention, the modules that were called before it (see `_calls`), and what it is given."""
+        twin = tapped(self.layer, self._configs)
+        called: dict[str, int | None] = {}
+        with _calls(twin, called), _Watch() as watch:
+            taken = self.tap.take(lambda: self._call(twin, "plain", self.x[:1]))
+        path = next((p for p, m in twin.named_modules() if m is taken.module), None)
+        if path is None:
+            raise UnsupportedError("the attention function is not called by a module of its own")
+        return path, called, taken, watch
+
+    def _call(self, twin: nn.Module, kind: str, x: Tensor, mask: Tensor | None = None) -> Any:
+        """What the twin returns for both rows of x, or for the first alone."""
+        names = {n for n, _ in (*twin.named_parameters(), *twin.named_buffers())}
+        values = {n: t for n, t in (self.weights | self.buffers).items() if n in names}
+        given = self.arguments[kind] if len(x) > 1 else Arguments(self.arguments[kind], 2, SEQ).of(slice(0, SEQ))
+        return functional_call(twin, values, (x,), {**given, MASK: mask})
+
+    def _check_run(self, attention: str) -> None:
+        """Raise `UnsupportedError` where a part of the layer is not run: its gradient would be 0 instead of None."""
+        called: dict[str, int | None] = {}
+        with _mode(self.layer, training=False), _calls(self.eager, called), torch.no_grad():
+            self._layer_forward(self.x, "plain")
+        run = {_unit(path, attention) for path in called}
+        units = {_unit(name, attention): name for name in self.weights}
+        idle = sorted(unit for unit, name in units.items() if unit not in run and unit != name)
+        if idle:
+            raise UnsupportedError(f"it has {', '.join(idle)}, which it does not run")
+
+    def _put_together(self, path: str, taken: Taken, dropout: float) -> Trace:
+        options, window = taken.options, self.handed.window
+        self._check_options(options, taken)
+        scale = options.get("scaling")
+        return Trace(
+            attention=path,
+            n_heads=taken.n_heads,
+            n_kv_heads=taken.n_kv_heads,
+            head_dim=taken.head_dim,
+            v_head_dim=taken.v_head_dim,
+            window=(-1 if window is None else window, 0),
+            softcap=float(options.get("softcap") or 0.0),
+            scale=taken.head_dim**-0.5 if scale is None else float(scale),
+            dropout=dropout,
+            sinks=self._sinks(options.get("s_aux")),
+            pre=(),
+            post=(),
+            idle=(),
+            arguments=tuple(self.handed.plain),
+            returns=self.handed.returns,
+            draws=False,
+        )
+
+    def _check_options(self, options: dict[str, Any], taken: Taken) -> None:
+        """Every option of the attention function is one that ours has, or one that says nothing."""
+        if options.get("is_causal") is False or getattr(taken.module, "is_causal", True) is False:
+            raise UnsupportedError("its attention is not causal")
+        for name in ("scaling", "softcap", "dropout"):
+            if isinstance(options.get(name), Tensor):
+                raise UnsupportedError(f"{name} of its attention is a tensor")
+        window, told = self.handed.window, options.get("sliding_window")
+        if "sliding_window" in options and (told is None) != (window is None):
+            raise UnsupportedError(f"its attention is told of a window of {told}, and its mask shows {window}")
+        if told is not None and told - 1 != window:
+            raise UnsupportedError(f"its attention is told of a window of {told}, and its mask shows {window} + 1")
+        known = {"scaling", "softcap", "dropout", "sliding_window", "s_aux", "is_causal", *_UNREAD, *self.handed.plain}
+        odd = sorted(n for n, value in options.items() if n not in known and value is not None)
+        if odd:
+            raise UnsupportedError(f"its attention has the option {', '.join(odd)}")
+        if taken.n_heads % taken.n_kv_heads or not len(taken.q) == len(taken.k) == len(taken.v) == SEQ:
+            raise UnsupportedError("its queries, keys and values are not those of grouped heads")
+
+    def _sinks(self, given: Tensor | None) -> str | None:
+        if given is None:
+            return None
+        name = next((n for n, t in self.weights.items() if t is given), None)
+        if name is None:
+            raise UnsupportedError("its attention's sinks are not a parameter of its own")
+        return name
+
+    # --- which parameters and modules either part runs on ---------------------------------------------------------
+
+    def _parameters(self, trace: Trace, called: dict[str, Any]) -> dict[str, Any]:
+        units = {_unit(path, trace.attention) for path in called if not _around(path, trace.attention)}
+        idle = self._idle(trace, {u: called[u] for u in units if called.get(u)})
+        direct = {n for n in self.weights if _unit(n, trace.attention) == n}
+        pre = tuple(n for n in self.weights if n in direct or _unit(n, trace.attention) in units)
+        post = tuple(n for n in self.weights if _unit(n, trace.attention) not in dict(idle))
+        return {"pre": pre, "post": post, "idle": idle}
+
+    def _idle(self, trace: Trace, shapes: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+        """The modules before attention whose output `post` does not read."""
+        o = torch.randn(SEQ, trace.n_heads, trace.v_head_dim, device=self.device)
+        with _mode(self.layer, training=False), torch.no_grad():
+            whole = self._post({}, o)
+            idle: dict[str, int] = {}
+            for path, width in shapes.items():
+                tried: dict[str, nn.Module] = {p: Idle(w, noisy=True) for p, w in {**idle, path: width}.items()}
+                if _close(self._post(tried, o), whole):
+                    idle[path] = width
+        return tuple(idle.items())
+
+    def _post(self, idle: dict[str, nn.Module], o: Tensor) -> Tensor:
+        twin = tapped(self.layer, self._configs, idle)
+        made = self.tap.fill(lambda: self._call(twin, "plain", self.x[:1]), o)
+        return made[0] if isinstance(made, tuple) else made
+
+    # --- the comparison -------------------------------------------------------------------------------------------
+
+    def _compare(self, trace: Trace, kind: str, watch: _Watch, gradients: bool) -> None:
+        """Raise `UnsupportedError` where the block's output or gradients are not the layer's."""
+        dy = torch.randn_like(self.x) if gradients else None
+        before = _generator_states(self.device)
+        truth = self._results(lambda x: self._layer_forward(x, kind), dy)
+        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(self.device), strict=True)):
+            raise UnsupportedError("it draws random numbers for something else than dropout")
+        self._check_buffers()
+        if not _close(self._results(lambda x: self._layer_forward(x, kind), None)["y"], truth["y"]):
+            raise UnsupportedError("it gives different results when it runs again")
+        ours = self._results(lambda x: self._block_forward(trace, x, kind, watch), dy)
+        floor = max((float(t.abs().max()) for n, t in truth.items() if n != "y"), default=0.0)
+        odd = [n for n, t in truth.items() if not _close(ours[n], t, 0.0 if n == "y" else 0.01 * floor)]
+        if odd:
+            what = "its output" if "y" in odd else f"the gradient of {odd[0]}"
+            raise UnsupportedError(f"{what} is not that of its parts around attention (tried with random weights)")
+
+    def _results(self, forward: Callable[[Tensor], Tensor], dy: Tensor | None) -> dict[str, Tensor]:
+        """The output y and, with dy, the gradients of x and of the weights."""
+        given = {"x": self.x.clone().requires_grad_()}
+        given |= {n: t for n, t in self.weights.items() if t.requires_grad}
+        with torch.enable_grad():
+            y = forward(given["x"])
+        _check_leaves(y, list(given.values()))
+        if dy is None:
+            return {"y": y.detach()}
+        grads = torch.autograd.grad(y, list(given.values()), dy, allow_unused=True)
+        made = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(given.items(), grads, strict=True)}
+        return {"y": y.detach(), **made}
+
+    def _layer_forward(self, x: Tensor, kind: str) -> Tensor:
+        seen = visible("packed" if kind == "packed" and self.handed.cut else None, self.handed.window, self.device)
+        mask = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
+        made = self._call(self.eager, kind, x, mask[:, None])
+        return made[0] if isinstance(made, tuple) else made
+
+    def _block_forward(self, trace: Trace, x: Tensor, kind: str, watch: _Watch) -> Tensor:
+        block = TracedBlock(self.layer, _mapping(self.layer, self.handed, trace, "probe"), "attention", _TILE, trace)
+        weights = block.named(self.weights)
+        with block.called_with(self.arguments[kind], 2, SEQ):
+            plan = block.plan(2 * SEQ, x.dtype, x.dtype, self.device)
+        if isinstance(plan.tokenwise, TracedTokenwise):
+            plan.tokenwise.around = watch  # in its backward no mode of the caller's is on
+        run = node.Run([plan], [tuple(weights)], x.dtype)
+        # No seed: attention drops nothing.
+        rest = (None, tuple(weights.values()))
+        if kind == "packed" and self.handed.cut:
+            return node.execute(run, x.flatten(0, 1), None, packed_lengths(self.device), *rest).view(x.shape)
+        return node.execute(run, x, None, None, *rest)
+
+    def _check_buffers(self) -> None:
+        for name, buffer in self.layer.named_buffers():
+            if not torch.equal(_widened(buffer), self.buffers[name]):
+                raise UnsupportedError(f"it changes its buffer {name}")
+
+
+def _stand_in(p: Tensor) -> Tensor:
+    """Random numbers for a parameter: matrices that keep the size of what they multiply, vectors around 1."""
+    if not p.is_floating_point():
+        return p.detach()
+    made = torch.randn(p.shape, device=p.device)
+    made = made * (p.shape[-1] * p.shape[-2]) ** -0.25 if p.dim() > 1 else 1.0 + 0.3 * made
+    return made.requires_grad_()
+
+
+def _widened(t: Tensor) -> Tensor:
+    """A copy, in float32 where it is of another floating dtype."""
+    return t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+
+
+def _widened_all(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {n: _widened_all(v) for n, v in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(_widened_all(v) for v in values)
+    return _widened(values) if isinstance(values, Tensor) else values
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that are drawn from by default."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _unit(path: str, attention: str) -> str:
+    """The outermost module that holds the module or parameter at `path` and does not hold the attention."""
+    parts = path.split(".")
+    for i in range(1, len(parts) + 1):
+        if not _around(".".join(parts[:i]), attention):
+            return ".".join(parts[:i])
+    return path
+
+
+def _around(path: str, attention: str) -> bool:
+    return path in ("", attention) or attention.startswith(f"{path}.")
+
+
+def _close(a: Tensor, b: Tensor, floor: float = 0.0) -> bool:
+    return bool(a.isfinite().all()) and float((a - b).abs().max()) <= _CLOSE * max(float(b.abs().max()), floor)
+
+
+def _check_leaves(y: Tensor, known: list[Tensor]) -> None:
+    """Raise `UnsupportedError` where y depends on a tensor with a gradient that is none of these."""
+    ids, seen, todo = {id(t) for t in known}, set(), [y.grad_fn]
+    while todo:
+        fn = todo.pop()
+        if fn is None or fn in seen:
+            continue
+        seen.add(fn)
+        if id(getattr(fn, "variable", known[0])) not in ids:
+            raise UnsupportedError("it runs on parameters that are not its own")
+        todo += [f for f, _ in fn.next_functions]
+
+
+class _Watch(TorchFunctionMode):
+    """Makes dropout idle and writes down whether there was any (`drops`), or a count of tokens (`counted`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drops = self.counted = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip(("input", "p", "training"), args, strict=False)) | (kwargs or {})
+        if func is F.dropout:
+            self.drops = self.drops or (given.get("p", 0.5) > 0.0 and given.get("training", True))
+            return given["input"]
+        self.counted = self.counted or func in _COUNTS
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _calls(twin: nn.Module, called: dict[str, int | None]) -> Iterator[None]:
+    """Writes down the modules that are called, by path, with the width of an output that goes by the input's rows."""
+    paths = {module: path for path, module in twin.named_modules()}
+
+    def before(module: nn.Module, args: Any) -> None:
+        if module in paths:
+            called.setdefault(paths[module], None)
+
+    def after(module: nn.Module, args: Any, made: Any) -> None:
+        if module in paths and args and isinstance(args[0], Tensor) and isinstance(made, Tensor):
+            by_row = made.shape[:-1] == args[0].shape[:-1]
+            called[paths[module]] = made.shape[-1] if by_row else None
+
+    handles = (
+        torch.nn.modules.module.register_module_forward_pre_hook(before),
+        torch.nn.modules.module.register_module_forward_hook(after),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _mode(layer: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in one mode, and afterwards each in its own."""
+    before = {module: module.training for module in layer.modules()}
+    layer.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Products in float32 proper, whatever the caller has chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,38 @@
+"""RoPE whose frequencies depend on the length of the batch ("dynamic", "longrope")."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyckpt.spec import BlockSpec, canonical_rope_scaling
+
+
+class MovingRope:
+    """The frequencies of a model's rotary embedding as its last call left them.
+
+    The model calls it before its layers, and it writes down the frequencies that it has chosen for the batch.
+    """
+
+    def __init__(self, rotary: nn.Module, prefix: str) -> None:
+        self._rotary, self._prefix = (rotary,), prefix
+        self._seen: tuple[Tensor, int, Any] | None = None
+
+    def now(self, spec: BlockSpec) -> BlockSpec:
+        """The spec with the present frequencies."""
+        frequencies = getattr(self._rotary[0], f"{self._prefix}inv_freq")
+        # Read once a call, not by every layer: a GPU has to be waited for.
+        if self._seen is None or self._seen[0] is not frequencies or self._seen[1] != frequencies._version:
+            self._seen = frequencies, frequencies._version, given(self._rotary[0], self._prefix)
+        return dataclasses.replace(spec, rope_scaling=canonical_rope_scaling(self._seen[2], spec.rope_theta))
+
+
+def given(rotary: Any, prefix: str) -> dict[str, Any]:
+    """The frequencies and the amplitude of a rotary embedding, as `rope_scaling` of a block."""
+    return {
+        "rope_type": "given",
+        "frequencies": tuple(getattr(rotary, f"{prefix}inv_freq").double().tolist()),
+        "amplitude": float(getattr(rotary, f"{prefix}attention_scaling")),
+    }

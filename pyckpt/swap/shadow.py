@@ -1,0 +1,88 @@
+"""Twins of modules: shallow copies on the same parameters, whose configs may say something else.
+
+A twin is called in the place of the module, so that nothing of the module itself, its hooks or its config is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def twin_of(
+    module: nn.Module,
+    config_of: Callable[[str, Any], Any],
+    replaced: Mapping[str, nn.Module] | None = None,
+    path: str = "",
+) -> nn.Module:
+    """The module's twin. Inside it only those that have a config, and those around them, are twins too.
+
+    config_of: the config of the twin, from the module's path and its config. replaced: what stands at a path instead.
+    """
+    children: dict[str, nn.Module | None] = {}
+    for name, child in module._modules.items():
+        inner = f"{path}.{name}" if path else name
+        if replaced and inner in replaced:
+            children[name] = replaced[inner]
+        else:
+            children[name] = child if child is None else twin_of(child, config_of, replaced, inner)
+    config = module.__dict__.get("config")
+    if path and config is None and all(children[n] is child for n, child in module._modules.items()):
+        return module
+    kind = unsharded_class(module)
+    twin: nn.Module = nn.Module.__new__(kind)
+    # The dicts of parameters and buffers are the module's own: what is put there is seen in both.
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update({name: OrderedDict() for name in _HOOKS}, _modules=children)
+    twin.__dict__.pop("forward", None)
+    if "gradient_checkpointing" in twin.__dict__:
+        twin.__dict__["gradient_checkpointing"] = False
+    if config is not None:
+        twin.__dict__["config"] = config_of(path, config)
+    return twin
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[list[str]]:
+    """Afterwards all modules inside have the attributes and the buffers that they had.
+
+    The list that it gives is then that of the classes of those that had others.
+    """
+    attributes = {m: dict(m.__dict__) for m in module.modules()}
+    buffers = [(m, b, b.detach().clone()) for m in module.modules() for b in m._buffers.values() if b is not None]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for m, was in attributes.items():
+            if m.__dict__.keys() != was.keys() or any(m.__dict__[n] is not value for n, value in was.items()):
+                changed.append(type(m).__name__)
+                m.__dict__.clear()
+                m.__dict__.update(was)
+        for m, buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                changed.append(type(m).__name__)
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def unsharded_class(module: nn.Module) -> type[Any]:
+    """The module's class; of one made by FSDP2, the class that it wraps."""
+    kind = type(module)
+    return kind.__bases__[1] if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2 else kind
+
+
+def attention_config(config: Any, implementation: str, **changes: Any) -> Any:
+    """A copy of a config of transformers that names this attention implementation."""
+    made = copy.deepcopy(config)
+    made._attn_implementation = implementation
+    made.__dict__.update(changes)
+    return made

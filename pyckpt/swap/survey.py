@@ -1,0 +1,300 @@
+"""What a model hands to its decoder layers: masks, positions and other arguments, seen in calls of its twin.
+
+The twin (see `pyckpt.swap.shadow`) has a config with small windows, so that a window shows in a mask of a few tokens;
+those of options with unheard-of names show in a longer one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyckpt.swap.layer import CALL
+from pyckpt.swap.shadow import attention_config, twin_of, unsharded_class, untouched
+from pyckpt.swap.weights import UnsupportedError
+
+SEQ = 11
+_LONG = 1025  # of a call in which masks alone are looked at
+# Of the twin's windows, a different one for each option that may be one; they count the query's own key.
+_SMALL = (4, 5, 6, 7, 8, 9)
+_LIMITS, _NO_LIMITS = ("window", "chunk", "local"), ("layers", "pattern", "experts", "feed_forward")  # in their names
+_PADDING = ((0, SEQ - 3), (2, SEQ))  # where the tokens of each row begin and end
+_CUTS = (4, 7)  # where each row's second sequence begins
+MASK, HIDDEN = "attention_mask", "hidden_states"
+
+
+@dataclasses.dataclass(frozen=True)
+class Handed:
+    """What one layer is handed in a call of two rows of `SEQ` tokens, by name, and what it returns.
+
+    `plain` are rows of one sequence each, `packed` of two (see `packed_positions`), of which the second does not see
+    the first if `cut`. `window`: earlier keys that a token sees, None for all. `width` is that of the hidden states;
+    `returns` the length of the tuple that is returned, with Nones after them, or 0 for no tuple.
+    """
+
+    plain: dict[str, Any]
+    packed: dict[str, Any]
+    window: int | None
+    cut: bool
+    returns: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """`handed`: by a layer's place, or why it can't be known.
+
+    `cuts`: position_ids that start anew cut the model's masks. `maskless`: the model reads its mask for nothing but the
+    layers' masks, and hands one of four dims on as it is.
+    """
+
+    handed: dict[int, Handed | str]
+    cuts: bool
+    maskless: bool
+
+
+def check_weights(module: nn.Module) -> None:
+    """Raise `UnsupportedError` where the weights are not here to be run."""
+    for name, p in (*module.named_parameters(), *module.named_buffers()):
+        if p.is_meta:
+            raise UnsupportedError(f"{name} is on the meta device; swap the model when it has its weights")
+        if type(p).__name__ == "DTensor" or (p.numel() == 0 and hasattr(p, "ds_id")):
+            raise UnsupportedError(f"{name} is sharded; swap the model before it is sharded")
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, random numbers leave the generators of the CPU and of the device as they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def cuts_by_positions(model: Any, paths: list[str]) -> bool | None:
+    """Whether position_ids that start anew cut the masks; None where that can't be seen."""
+    if packs_by_itself(model.config):
+        return True
+    try:
+        return survey(model, paths).cuts
+    except UnsupportedError:
+        return None
+
+
+def packs_by_itself(config: Any) -> bool:
+    """The attention function is one that looks at position_ids itself."""
+    return "flash" in str(getattr(config, "_attn_implementation", ""))
+
+
+def survey(model: Any, paths: list[str]) -> Survey:
+    """Call the model's twin with a few tokens; the model stays as it is. `paths` are those of its layers.
+
+    Raises `UnsupportedError` where it can't be called, or where its masks are not those of causal attention.
+    """
+    check_weights(model)
+    if getattr(model.config, "layerdrop", 0):
+        raise UnsupportedError("its model leaves out layers at random (layerdrop)")
+    scene = _Scene(model, paths)
+    plain = scene.run()
+    lost = [place for place, call in plain.items() if CALL not in call]
+    if lost or len(plain) < len(paths):
+        raise UnsupportedError("its model does not hand further arguments on to its layers")
+    padded = scene.run(attention_mask=_padding_mask(scene.device))
+    packed, cuts = scene.packed(plain)
+    long = scene.run(min(_LONG, getattr(model.config, "max_position_embeddings", None) or _LONG))
+    handed: dict[int, Handed | str] = {}
+    for place, call in plain.items():
+        try:
+            kinds = ((None, call), ("padded", padded[place]), ("packed" if cuts else None, packed[place]))
+            windows = {scene.window(c.get(MASK), kind) for kind, c in kinds}
+            if len(windows) > 1:
+                raise UnsupportedError("padding or packing changes its window")
+            if scene.window(long[place].get(MASK), None) not in windows:
+                raise UnsupportedError("its mask is another one for more tokens")
+            returns, width = scene.returned(place), call[HIDDEN].shape[-1]
+            both = _arguments(call), _arguments(packed[place])
+            handed[place] = Handed(*both, windows.pop(), cuts, returns, width)
+        except UnsupportedError as reason:
+            handed[place] = str(reason)
+    return Survey(handed, cuts, scene.maskless(plain, padded))
+
+
+def packed_positions(device: torch.device) -> Tensor:
+    """position_ids (2, SEQ) of rows of two sequences each."""
+    return torch.stack([torch.cat([torch.arange(n), torch.arange(SEQ - n)]) for n in _CUTS]).to(device)
+
+
+def packed_lengths(device: torch.device) -> Tensor:
+    """cu_seqlens of those rows, one after the other."""
+    return torch.tensor([0, _CUTS[0], SEQ, SEQ + _CUTS[1], 2 * SEQ], dtype=torch.int32, device=device)
+
+
+def visible(kind: str | None, window: int | None, device: torch.device, seq: int = SEQ) -> Tensor:
+    """(2, seq, seq): which key each query sees, causal, in rows that are plain (None), "padded" or "packed"."""
+    token = torch.arange(seq, device=device)
+    distance = token[:, None] - token
+    seen = (distance >= 0).expand(2, seq, seq)
+    if window is not None:
+        seen = seen & (distance <= window)
+    if kind == "padded":
+        seen = seen & _padding_mask(device).bool()[:, None]
+    elif kind == "packed":
+        second = token >= torch.tensor(_CUTS, device=device)[:, None]
+        seen = seen & (second[:, :, None] == second[:, None])
+    return seen
+
+
+def _padding_mask(device: torch.device) -> Tensor:
+    mask = torch.zeros(2, SEQ, dtype=torch.long, device=device)
+    for row, (start, stop) in zip(mask, _PADDING, strict=True):
+        row[start:stop] = 1
+    return mask
+
+
+def _arguments(call: dict[str, Any]) -> dict[str, Any]:
+    return {n: value for n, value in call.items() if n not in (CALL, HIDDEN, MASK)}
+
+
+class _Scene:
+    """The twin of a model, whose layers write down what they are given and hand the hidden states on."""
+
+    def __init__(self, model: Any, paths: list[str]) -> None:
+        self._model, self.config = model, model.config
+        self.device = next(model.parameters()).device
+        self._returns: dict[int, Any] = {}
+        self._calls: dict[int, dict[str, Any]] = {}
+        limits = sorted(n for n, v in vars(model.config).items() if _is_limit(n, v))
+        lists = [
+            n for n, v in vars(model.config).items() if _names_limit(n) and isinstance(v, (list, tuple, dict)) and v
+        ]
+        inside = [n for n, v in vars(model.config).items() if hasattr(v, "_attn_implementation")]
+        lists += [f"{n}.{m}" for n in inside for m, v in vars(getattr(model.config, n)).items() if _is_limit(m, v)]
+        if lists or len(limits) > len(_SMALL):
+            raise UnsupportedError(f"its config has options that may be windows: {', '.join(lists or limits)}")
+        self._limits = dict(zip(limits, _SMALL, strict=False))
+        self._vocab = int(getattr(model.config, "vocab_size", 2))
+        replaced: dict[str, nn.Module] = {p: self._recorder(i, model.get_submodule(p)) for i, p in enumerate(paths)}
+        for name, child in model.named_children():
+            # Rotary embeddings may keep what they have seen.
+            if next(child.parameters(), None) is None and next(child.buffers(), None) is not None:
+                replaced[name] = copy.deepcopy(child)
+        self._twin = twin_of(model, self._config, replaced)
+        self._twin.__dict__["training"] = False
+
+    def _config(self, path: str, config: Any) -> Any:
+        return attention_config(config, "eager", **{n: v for n, v in self._limits.items() if n in vars(config)})
+
+    def _recorder(self, place: int, layer: nn.Module) -> nn.Module:
+        twin = twin_of(layer, self._config)
+        own = unsharded_class(layer).forward
+        names = tuple(inspect.signature(own).parameters)[1:]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self._calls[place] = given
+            if place not in self._returns:
+                self._returns[place] = own(twin, **{n: v for n, v in given.items() if n != CALL})
+            made = self._returns[place]
+            return (given[HIDDEN], *made[1:]) if isinstance(made, tuple) else given[HIDDEN]
+
+        twin.__dict__["forward"] = forward
+        return twin
+
+    def run(self, seq: int = SEQ, **options: Any) -> dict[int, dict[str, Any]]:
+        """What each layer is given in a call of two rows with these options."""
+        self._calls = {}
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self._vocab, (2, seq), generator=generator).to(self.device)
+        try:
+            with torch.no_grad(), forked(self.device), untouched(self._model):
+                self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
+        except Exception as error:
+            raise UnsupportedError(f"its model cannot be called for a look at it: {shown(error)}") from error
+        if any(tuple(call[HIDDEN].shape[:-1]) != (2, seq) for call in self._calls.values()):
+            raise UnsupportedError("its model hands hidden states of another shape to its layers")
+        return self._calls
+
+    def packed(self, plain: dict[int, dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], bool]:
+        """A call with rows of two sequences, and whether its masks are cut between them."""
+        if "position_ids" not in inspect.signature(type(self._twin).forward).parameters:
+            return plain, False
+        found = self.run(position_ids=packed_positions(self.device))
+        pairs = [(call.get(MASK), found[place].get(MASK)) for place, call in plain.items()]
+        return found, any(not _same_mask(a, b) for a, b in pairs if isinstance(a, Tensor) and a.dim() == 4)
+
+    def window(self, mask: Any, kind: str | None) -> int | None:
+        """The layer's window, of the model's own config. Raises `UnsupportedError` for no mask of causal attention."""
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+            raise UnsupportedError("it is not handed a mask for all of its heads")
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        if mask.dtype != torch.bool and bool((mask[~seen] > -1e4).any()):
+            raise UnsupportedError("its mask adds numbers to the scores")
+        seq = mask.shape[-1]
+        seen = seen[:, 0].expand(2, seq, seq)
+        # What padding sees does not matter.
+        rows = _padding_mask(self.device).bool() if kind == "padded" else slice(None)
+        if torch.equal(seen[rows], visible(kind, None, self.device, seq)[rows]):
+            return None
+        for name, small in self._limits.items():
+            if torch.equal(seen[rows], visible(kind, small - 1, self.device, seq)[rows]):
+                return int(getattr(self.config, name)) - 1
+        raise UnsupportedError("its mask is not that of causal attention" + (f", {kind}" if kind else ""))
+
+    def returned(self, place: int) -> int:
+        made = self._returns[place]
+        if isinstance(made, Tensor):
+            return 0
+        if not (isinstance(made, tuple) and isinstance(made[0], Tensor) and all(m is None for m in made[1:])):
+            raise UnsupportedError("it returns more than hidden states")
+        return len(made)
+
+    def maskless(self, plain: dict[int, dict[str, Any]], padded: dict[int, dict[str, Any]]) -> bool:
+        """The model's own mask of two dims, and one of four, change nothing but the layers' masks."""
+        try:
+            dummy = self.run(attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device))
+        except UnsupportedError:
+            return False
+        return all(_same(plain[i], padded[i]) and _same(plain[i], dummy[i]) for i in plain)
+
+
+def _is_limit(name: str, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and _names_limit(name)
+
+
+def _names_limit(name: str) -> bool:
+    return any(w in name for w in _LIMITS) and not any(w in name for w in _NO_LIMITS)
+
+
+def _same_mask(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and b.dim() == 4 and torch.equal(*torch.broadcast_tensors(a, b))
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Two calls of a layer are the same but for the mask."""
+    pairs = [(a.get(n), b.get(n)) for n in a.keys() | b.keys() if n != MASK]
+    return all(_equal(x, y) for x, y in pairs)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    found, other = list(leaves(a)), list(leaves(b))
+    return len(found) == len(other) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else type(x) is type(y) and x == y
+        for x, y in zip(found, other, strict=True)
+    )
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What stands in tuples and lists, in order."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value
+
+
+def shown(error: Exception) -> str:
+    """The error in a line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"[:160]

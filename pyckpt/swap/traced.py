@@ -1,0 +1,218 @@
+"""A decoder layer of any class, by its own forward: up to its attention function, and from there on.
+
+`pyckpt.swap.probe` finds out whether that is exact, and how the class calls its attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyckpt.attend.dense import DenseAttend
+from pyckpt.block import CheckpointedBlock
+from pyckpt.exec.plan import generic_plan
+from pyckpt.exec.resident import BlockPlan
+from pyckpt.save import Save
+from pyckpt.spec import Window
+from pyckpt.swap.generic import SINKS, OwnModulesBlock, SeededTokenwise, precision
+from pyckpt.swap.layer import Call, SwappedLayer
+from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
+from pyckpt.swap.weights import Mapping, UnsupportedError
+from pyckpt.tokenwise.interface import Tile, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """How a layer's forward falls into `pre` and `post`, and what its attention is.
+
+    `attention`: the path of the module that calls the attention function. `pre`, `post`: the layer's parameters that
+    each runs on. `idle`: modules that `post` need not run, with their outputs' widths. `arguments`: names of what the
+    layer is called with, beside hidden states and mask. `returns`: the length of the tuple that it returns, 0 for none.
+    `draws`: it drops values by functions, which no module tells of.
+    """
+
+    attention: str
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: Window
+    softcap: float
+    scale: float
+    dropout: float
+    sinks: str | None
+    pre: tuple[str, ...]
+    post: tuple[str, ...]
+    idle: tuple[tuple[str, int], ...]
+    arguments: tuple[str, ...]
+    returns: int
+    draws: bool
+
+    def attend(self, training: bool) -> DenseAttend:
+        return DenseAttend(
+            self.n_heads,
+            self.n_kv_heads,
+            self.head_dim,
+            self.window,
+            self.softcap,
+            self.scale,
+            self.dropout if training else 0.0,
+            self.sinks and SINKS,
+            None if self.v_head_dim == self.head_dim else self.v_head_dim,
+        )
+
+
+class Arguments:
+    """What a layer is called with, for any range of the flat batch's tokens. `batch` rows of `seq` tokens."""
+
+    def __init__(self, values: dict[str, Any], batch: int, seq: int) -> None:
+        self._batch, self._seq = batch, seq
+        self._values = values
+        for name, value in values.items():
+            self._map(name, value, lambda t: t)
+
+    def of(self, rows: slice) -> dict[str, Any]:
+        """The arguments for these tokens, as a batch of one."""
+        return {name: self._map(name, value, lambda t: self._cut(t, rows)) for name, value in self._values.items()}
+
+    def _map(self, name: str, value: Any, cut: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._map(name, v, cut) for v in value)
+        if not isinstance(value, Tensor):
+            if value is None or isinstance(value, (bool, int, float, str)):
+                return value
+            raise UnsupportedError(f"it is handed {name}, a {type(value).__name__}")
+        shapes = ((self._batch, self._seq), (1, self._seq))
+        if (tuple(value.shape[:2]) not in shapes and tuple(value.shape) != (self._seq,)) or value.requires_grad:
+            raise UnsupportedError(f"it is handed {name} of shape {tuple(value.shape)}, which does not go by tokens")
+        return cut(value)
+
+    def _cut(self, t: Tensor, rows: slice) -> Tensor:
+        if t.dim() == 1:
+            return self._cut(t[None], rows)[0]
+        if t.shape[0] == self._batch:
+            return t.flatten(0, 1)[rows][None]
+        first, last = rows.start % self._seq, (rows.stop - 1) % self._seq
+        if last - first == rows.stop - 1 - rows.start:  # within one row
+            return t[:, first : last + 1]
+        return t[:, torch.arange(rows.start, rows.stop, device=t.device) % self._seq]
+
+
+class TracedTokenwise(SeededTokenwise):
+    """`pre` and `post` of one call, `around` each forward of the layer.
+
+    What is no weight of theirs is on the meta device, so that it can't be read.
+    """
+
+    def __init__(self, block: TracedBlock, arguments: Arguments, precision: AbstractContextManager[Any]) -> None:
+        trace = block.trace
+        self._trace, self._tap, self._arguments, self.around = trace, block.tap, arguments, precision
+        self.pre_names = tuple(f"pre.{n}" for n in trace.pre)
+        self.post_names = tuple(f"post.{n}" for n in trace.post)
+        idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
+        self._pre_twin, self._post_twin = block.twin(), block.twin(idle)
+        self._others = [_others(t, names) for t, names in ((self._pre_twin, trace.pre), (self._post_twin, trace.post))]
+        self._rows = slice(0, 0)
+
+    @contextlib.contextmanager
+    def _at(self, tile: Tile, site: int) -> Iterator[None]:
+        self._rows = slice(tile.first, tile.first + tile.x.shape[0])
+        with super()._at(tile, site):
+            yield
+
+    def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values = self._others[0] | {n: w[f"pre.{n}"] for n in self._trace.pre}
+        taken = self._tap.take(lambda: self._call(self._pre_twin, values, x))
+        return taken.q, taken.k, taken.v
+
+    def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
+        values = self._others[1] | {n: w[f"post.{n}"] for n in self._trace.post}
+        heads = o.unflatten(1, (self._trace.n_heads, -1))
+        made = self._tap.fill(lambda: self._call(self._post_twin, values, x), heads)
+        return (made[0] if isinstance(made, tuple) else made)[0]
+
+    def _call(self, twin: nn.Module, values: dict[str, Tensor], x: Tensor) -> Any:
+        options = {**self._arguments.of(self._rows), "attention_mask": None}
+        with self.around:
+            return functional_call(twin, values, (x[None],), options)
+
+
+def _others(twin: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    chosen = frozenset(names)
+    return {n: torch.empty_like(p, device="meta") for n, p in twin.named_parameters() if n not in chosen}
+
+
+class TracedBlock(OwnModulesBlock):
+    """A layer's own forward around our attention. It has to be told what the layer is called with (`called_with`)."""
+
+    def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None, trace: Trace) -> None:
+        super().__init__(layer, mapping, save, tile)
+        self.trace, self.tap = trace, Tap()
+        self._configs = configs_of(layer, self.tap)
+        self._arguments: Arguments | None = None
+
+    def twin(self, replaced: dict[str, nn.Module] | None = None) -> nn.Module:
+        # Anew for each call: what was put into the layer since is in it.
+        return tapped(self._layer[0], self._configs, replaced)
+
+    @contextlib.contextmanager
+    def called_with(self, given: dict[str, Any], batch: int, seq: int) -> Iterator[None]:
+        """Plans made inside are for a call of the layer with these arguments."""
+        self._arguments = Arguments({n: given.get(n) for n in self.trace.arguments}, batch, seq)
+        try:
+            yield
+        finally:
+            self._arguments = None
+
+    @property
+    def drops(self) -> bool:
+        training = any(m.training for m in self._layer[0].modules())
+        return self._attend().dropout > 0.0 or self._drops_inside() or (self.trace.draws and training)
+
+    def _attend(self) -> DenseAttend:
+        return self.trace.attend(self._layer[0].get_submodule(self.trace.attention).training)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.named(dict(self._layer[0].named_parameters()))
+
+    def named(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The block's weights, from the layer's parameters by name."""
+        parts = (("pre", self.trace.pre), ("post", self.trace.post))
+        weights = {f"{part}.{n}": found[n] for part, names in parts for n in names}
+        return weights | ({SINKS: found[self.trace.sinks]} if self.trace.sinks else {})
+
+    def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
+        if self._arguments is None:
+            raise RuntimeError("this layer runs on what its model hands to it, and cannot be planned without a call")
+        tokenwise = TracedTokenwise(self, self._arguments, precision(device, x_dtype, dtype))
+        options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
+        return generic_plan(tokenwise, self._attend(), self._save, *options)
+
+
+class TracedLayer(SwappedLayer):
+    """A layer whose block takes what the layer is called with; it returns what the class returns."""
+
+    block: TracedBlock
+
+    @property
+    def apart(self) -> bool:
+        return True  # it runs on what it is itself called with
+
+    @torch.compiler.disable
+    def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
+        try:
+            with self.block.called_with(given, *x.shape[:2]):
+                y = super().run(blocks, x, call, given)
+        except UnsupportedError as reason:
+            raise RuntimeError(
+                f"a swapped {type(self.module).__name__} is called in another way than when it was tried out: "
+                f"{reason}; call pyckpt.unswap(model)"
+            ) from reason
+        return (y, *[None] * (self.block.trace.returns - 1)) if self.block.trace.returns else y

@@ -1,0 +1,517 @@
+"""Layers of odd classes in `pyckpt.swap`: around attention may stand anything, and nothing deceives the probe."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_same_bits
+from swap_models import KINDS, InFloat64, check, make_batch, make_model, step
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pyckpt
+
+transformers = pytest.importorskip("transformers")
+llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    """A fall-back to the original forward fails the test, unless it expects one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pyckpt.swap")
+        yield
+
+
+class OddAttention(llama.LlamaAttention):
+    """A Llama's attention, with places for what is odd."""
+
+    function = staticmethod(llama.eager_attention_forward)
+
+    def before(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def options(self, hidden: Tensor) -> dict[str, Any]:
+        return {}
+
+    def mask(self, mask: Tensor | None) -> Tensor | None:
+        return mask
+
+    def after(self, o: Tensor, hidden: Tensor, v: Tensor) -> Tensor:
+        return self.o_proj(o)
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        hidden = self.before(hidden_states)
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(hidden).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+        attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.function)
+        options = {"dropout": 0.0, "scaling": self.scaling, **self.options(hidden)}
+        o = attend(self, q, k, v, self.mask(attention_mask), **options)[0].flatten(2)
+        return self.after(o, hidden_states, v), None
+
+
+class OddDecoderLayer(llama.LlamaDecoderLayer):
+    """A Llama's layer around it."""
+
+    attention: type = OddAttention
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.self_attn = self.attention(config, layer_idx)
+
+    def outer(self, mid: Tensor, made: Tensor) -> Any:
+        return mid + made
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        x = hidden_states
+        mid = x + self.self_attn(self.input_layernorm(x), position_embeddings, attention_mask)[0]
+        return self.outer(mid, self.mlp(self.post_attention_layernorm(mid)))
+
+
+def odd_model(kind: type, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A Llama whose one layer, or that layer's attention, is of this class."""
+    model = make_model("Llama", num_hidden_layers=1, **options)
+    if issubclass(kind, OddAttention):
+        kind = type("OddDecoderLayer", (OddDecoderLayer,), {"attention": kind})
+    layer = kind(model.config, 0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.1 * torch.randn_like(p)
+    model.model.layers[0] = layer
+    return model.to(dtype).train()
+
+
+# --- what is right ---------------------------------------------------------------------------------------------------
+
+
+class Gated(OddAttention):
+    """Reads what it was given, and its values, after attention too; scores have another scale."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def options(self, hidden):
+        return {"scaling": 0.4}
+
+    def after(self, o, hidden, v):
+        values = v.repeat_interleave(self.num_key_value_groups, 1).transpose(1, 2).flatten(2)
+        return self.o_proj(o * self.gate(hidden).sigmoid() + 0.3 * values)
+
+
+class Weighed(OddDecoderLayer):
+    attention = Gated
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+
+    def outer(self, mid, made):
+        return self.weight * mid - 0.4 * made
+
+
+def softcapped(module, query, key, value, attention_mask, scaling, softcap, **kwargs):
+    """Attention as its options say, softcap among them."""
+    groups = module.num_key_value_groups
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+class Softcapped(OddAttention):
+    function = staticmethod(softcapped)
+
+    def options(self, hidden):
+        return {"softcap": 0.7}
+
+
+@pytest.mark.parametrize("kind", [OddDecoderLayer, Weighed, Softcapped])
+def test_what_stands_around_attention_may_be_anything(kind):
+    """With every save set, whose gradients are the same bits."""
+    model = odd_model(kind)
+    check(model, [make_batch(kind) for kind in KINDS])
+    results, batch = [], make_batch("padded")
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.unswap(model)
+        pyckpt.swap(model, save=save, tile=10)
+        results.append(step(model, batch))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+class Dropping(OddDecoderLayer):
+    """Drops values by a function, of which no module tells."""
+
+    def outer(self, mid, made):
+        return mid + F.dropout(made, 0.3, self.training)
+
+
+def test_what_a_function_drops_is_dropped_again():
+    """The gradient is the slope of the loss with the same values dropped; another seed drops others."""
+    model = odd_model(Dropping, torch.float64)
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.swap(model, save=save, tile=10)
+        torch.manual_seed(3)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    pyckpt.swap(model, tile=10)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+
+    def loss(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        with InFloat64():
+            return model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0].square().sum()
+
+    assert loss(3) == loss(3) != loss(4)
+    (grad,) = torch.autograd.grad(loss(3), weight)
+    direction, eps, ends = torch.randn_like(weight), 1e-6, []
+    for scale in (eps, -2 * eps):
+        with torch.no_grad():
+            weight += scale * direction
+            ends.append(loss(3))
+    slope = (ends[0] - ends[1]) / (2 * eps)
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-4, atol=1e-4)
+    assert model.eval().model.layers[0].forward.block.drops is False
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+class Shifted(OddAttention):
+    """Queries, keys and values of the token before."""
+
+    def before(self, hidden):
+        return F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+
+
+class Counting(OddAttention):
+    """Scores grow with the position, as some do from thousands of tokens on: nothing shows at the first."""
+
+    def before(self, hidden):
+        steps = torch.arange(hidden.shape[1], device=hidden.device) // 8192
+        return hidden * (1.0 + 0.1 * steps)[:, None]
+
+
+class Lasting(OddAttention):
+    """Behaves differently for many tokens."""
+
+    def before(self, hidden):
+        return hidden * (2.0 if hidden.shape[1] > 8 else 1.0)
+
+
+class Blind(OddAttention):
+    def mask(self, mask):
+        return None
+
+
+class Told(OddAttention):
+    """Tells its attention of a window that its mask does not have."""
+
+    def options(self, hidden):
+        return {"sliding_window": 6}
+
+
+class Biased(OddAttention):
+    def options(self, hidden):
+        return {"position_bias": torch.zeros(1)}
+
+
+class Bidirectional(OddAttention):
+    def options(self, hidden):
+        return {"is_causal": False}
+
+
+def steeper(module, query, key, value, attention_mask, **kwargs):
+    """Not what its options say."""
+    return llama.eager_attention_forward(module, 1.5 * query, key, value, attention_mask, **kwargs)
+
+
+class Steeper(OddAttention):
+    function = staticmethod(steeper)
+
+
+class Learned(OddAttention):
+    """Sinks that are made of a parameter."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.sinks = nn.Parameter(torch.ones(config.num_attention_heads))
+
+    def options(self, hidden):
+        return {"s_aux": 2.0 * self.sinks}
+
+
+class Twice(OddAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        first, _ = super().forward(hidden_states, *args, **kwargs)
+        return super().forward(first, *args, **kwargs)
+
+
+class ByItself(OddAttention):
+    """Without transformers' attention functions."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        q = self.q_proj(hidden_states)
+        mask = 0.0 if attention_mask is None else attention_mask[:, 0]
+        seen = (q @ q.transpose(1, 2) + mask).softmax(-1)
+        return self.o_proj(seen @ q), None
+
+
+class Keeping(OddAttention):
+    """Its MLP's activation, of which there is no twin, writes down what it has seen."""
+
+    class Seen(nn.Module):
+        def forward(self, x):
+            self.last = x
+            return x
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.seen = self.Seen()
+
+    def before(self, hidden):
+        return self.seen(hidden)
+
+
+class Averaging(OddDecoderLayer):
+    """A running mean, in training alone."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.register_buffer("mean", torch.zeros(config.hidden_size))
+
+    def outer(self, mid, made):
+        if self.training:
+            self.mean.lerp_(made.detach().mean((0, 1)), 0.1)
+        return mid + made
+
+
+class Mixing(OddDecoderLayer):
+    """Mixes tokens after attention."""
+
+    def outer(self, mid, made):
+        return mid + made - made.mean(1, keepdim=True)
+
+
+class Noisy(OddDecoderLayer):
+    def outer(self, mid, made):
+        return mid + made + (0.01 * torch.randn_like(made) if self.training else 0.0)
+
+
+class Training(OddDecoderLayer):
+    """In training alone it mixes tokens."""
+
+    def outer(self, mid, made):
+        return mid + (made.cumsum(1) if self.training else made)
+
+
+class Hiding(OddDecoderLayer):
+    """Runs on a weight that is not registered."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.hidden = [nn.Parameter(torch.eye(config.hidden_size))]
+
+    def outer(self, mid, made):
+        return mid + made @ self.hidden[0]
+
+
+class Unused(OddDecoderLayer):
+    """Has a part that it does not run: its gradient is None."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.spare = nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class Detached(OddDecoderLayer):
+    """Its gradient is not the slope of its output; it is the layer's own all the same."""
+
+    def outer(self, mid, made):
+        return mid.detach() + made
+
+
+REFUSED = {
+    Shifted: "its output is not that of its parts",
+    Counting: "it counts tokens by itself before its attention",
+    Lasting: "its output is not that of its parts",
+    Blind: "its output is not that of its parts",
+    Told: "its attention is told of a window of 6, and its mask shows None",
+    Biased: "its attention has the option position_bias",
+    Bidirectional: "its attention is not causal",
+    Steeper: "its output is not that of its parts",
+    Learned: "its attention's sinks are not a parameter of its own",
+    Twice: "it calls an attention function 2 times",
+    ByItself: "its attention does not go through transformers' attention functions",
+    Keeping: "its Seen keeps what it has seen",
+    Averaging: "it changes its buffer mean",
+    Mixing: "its output is not that of its parts",
+    Noisy: "it draws random numbers for something else than dropout",
+    Training: "its output is not that of its parts",
+    Hiding: "it runs on parameters that are not its own",
+    Unused: "it has spare, which it does not run",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+def test_nothing_deceives_the_probe(kind):
+    """And it leaves everything as it was: attributes, buffers, modes, gradients and random numbers."""
+    model = odd_model(kind)
+    model.model.layers[0].mlp.eval()
+    state = snapshot(model)
+    with pytest.raises(ValueError, match=REFUSED[kind]):
+        pyckpt.swap(model)
+    assert_unchanged(state, snapshot(model))
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    tensors = {n: t.clone() for n, t in model.state_dict().items()} | {"generator": torch.get_rng_state()}
+    modules = [(m, dict(m.__dict__), dict(m._forward_hooks)) for m in model.modules()]
+    return [tensors, modules, [p.grad for p in model.parameters()]]
+
+
+def assert_unchanged(before: list[Any], after: list[Any]) -> None:
+    assert_same_bits(before[0], after[0])
+    for (_, was, hooks), (_, now, hooks_now) in zip(before[1], after[1], strict=True):
+        assert was.keys() == now.keys() and all(was[n] is now[n] for n in was) and hooks == hooks_now
+    assert all(g is None for g in after[2])
+
+
+def test_a_swap_changes_nothing_but_forwards():
+    model = odd_model(Weighed)
+    state = snapshot(model)
+    pyckpt.swap(model)
+    pyckpt.unswap(model)
+    assert_unchanged(state, snapshot(model))
+
+
+def test_a_gradient_of_the_classs_own_is_kept():
+    check(odd_model(Detached), [make_batch("plain")])
+
+
+def test_a_layer_that_is_not_as_its_class_was_made_is_tried_out():
+    model = make_model("Llama", num_hidden_layers=1)
+    del model.model.layers[0].self_attn.attention_dropout
+    model.model.layers[0].self_attn.config = copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match="it is not as its class was made: AttributeError"):
+        pyckpt.swap(model)
+
+
+class Narrow(llama.LlamaModel):
+    """A window of another name, of which a mask of a few tokens shows nothing."""
+
+    span = 40
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None] if position_ids is None else position_ids
+        distance = positions[:, :, None] - positions[:, None]
+        mask = attention_mask
+        if mask is None or mask.dim() == 2:
+            seen = (distance >= 0) & (distance < self.span)
+            mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None]
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=self.rotary_emb(hidden, positions),
+                position_ids=positions,
+                **kwargs,
+            )
+        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+def test_a_window_that_shows_in_longer_masks_alone_is_seen():
+    model = odd_model(OddDecoderLayer, max_position_embeddings=256)
+    model.model.__class__ = Narrow
+    with pytest.raises(ValueError, match="its mask is not that of causal attention"):
+        pyckpt.swap(model)
+
+
+@pytest.mark.parametrize("option", [{"sliding_windows": [7, 9]}, {"local_span": {"first": 7}}])
+def test_windows_that_cannot_be_read_are_not_guessed(option):
+    model = odd_model(OddDecoderLayer)
+    for name, value in option.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"its config has options that may be windows: {next(iter(option))}"):
+        pyckpt.swap(model)
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+class LlamaForCausalLM(llama.LlamaForCausalLM):
+    """Of a name that is known, with places for what is odd."""
+
+    def base(self, **given: Any) -> Tensor:
+        return self.model(**given).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(logits, labels, self.config.vocab_size)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        logits = self.logits(self.base(**given, **kwargs))
+        loss = None if labels is None else self.loss(logits, labels)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class Capped(LlamaForCausalLM):
+    def logits(self, hidden):
+        return 50.0 * torch.tanh(self.lm_head(hidden) / 50.0)
+
+
+class ScaledHead(LlamaForCausalLM):
+    def logits(self, hidden):
+        return self.lm_head(hidden * (1.0 if self.training else 0.5))
+
+
+class Penalised(LlamaForCausalLM):
+    """In training its loss has a share of the logits' size."""
+
+    def loss(self, logits, labels):
+        return super().loss(logits, labels) + (1e-4 * logits.logsumexp(-1).square().mean() if self.training else 0.0)
+
+
+class Unshifted(LlamaForCausalLM):
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Shuffling(LlamaForCausalLM):
+    """Changes what it was given, before its base model sees it."""
+
+    def base(self, input_ids, **given):
+        return super().base(input_ids=input_ids.flip(1), **given)
+
+
+def test_a_head_of_ones_own_makes_no_logits():
+    model = make_model("Llama", num_hidden_layers=1)
+    model.__class__ = LlamaForCausalLM
+    check(model, [make_batch(kind) for kind in KINDS])
+
+
+@pytest.mark.parametrize("kind", [Capped, ScaledHead, Penalised, Unshifted, Shuffling], ids=lambda kind: kind.__name__)
+def test_no_head_deceives_the_trial(kind):
+    """Its loss is left as it is, and what was known of its class's name is not believed."""
+    model = make_model("Llama", num_hidden_layers=1)
+    model.__class__ = type("LlamaForCausalLM", (kind,), {})
+    batch = make_batch("plain")
+    before = model(**batch).loss
+    state = snapshot(model)
+    (left,) = pyckpt.swap(model).left
+    assert left.name == "(model)" and ("logits or loss" in left.why or "other arguments" in left.why)
+    torch.testing.assert_close(model(**batch).loss, before)
+    pyckpt.unswap(model)
+    assert_unchanged(state, snapshot(model))
