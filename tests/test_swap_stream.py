@@ -304,7 +304,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match=r"stream must be a pyckpt\.Stream, got str"):
         pyckpt.swap(model, stream="host")
     encoder = torch.nn.TransformerEncoderLayer(16, 2, 24)
-    with pytest.raises(ValueError, match="stream= takes decoder layers .* none that can be streamed"):
+    with pytest.raises(ValueError, match=r"stream= takes decoder layers .* none that can be streamed"):
         pyckpt.swap(encoder, stream=stream())
     assert "forward" not in encoder.__dict__
     pyckpt.swap(model, stream=stream())
