@@ -236,7 +236,7 @@ def test_a_copy_that_fails_is_raised_where_it_is_waited_for():
 def test_a_run_that_is_dropped_while_it_copies_is_closed_by_its_last_copy(tmp_path):
     """Which runs in a thread of the store's own: that one can't wait for itself."""
     store = FileStore(tmp_path)
-    slow, go = threading.Event(), threading.Event()
+    before, slow, go = set(threading.enumerate()), threading.Event(), threading.Event()
     opened = store.open(PLAN, CPU)
     name = PLAN.slabs[0].name
     opened.new((name, 0, 0))
@@ -252,7 +252,7 @@ def test_a_run_that_is_dropped_while_it_copies_is_closed_by_its_last_copy(tmp_pa
     gc.collect()
     assert store._idle is None
     go.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("pyckpt-store"):
+    while ours := set(threading.enumerate()) - before:  # the last of them is started by another one
+        for thread in ours:
             thread.join()
     assert store._idle is not None

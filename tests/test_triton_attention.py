@@ -109,11 +109,18 @@ def check(
         both = reference.attention(q, k, v, window=MASKS[mask][1], sinks=sinks, **given)
         return both if lse else both[0]
 
-    # A gradient is a sum of (dP - delta), where each is a product of two rows of random numbers.
-    terms = inputs["v"].shape[-1] ** 0.5
+    # A gradient is a sum of (dP - delta), where each is a product of two rows of random numbers. A probability has
+    # the rounding of its score, made again from q, k and lse, and of lse: where scores are large (here two standard
+    # deviations), that is more than its own.
+    scale = options.get("scale")
+    sharp = 1.0 if scale is None else max(1.0, 2.0 * abs(scale) * inputs["q"].shape[-1] ** 0.5)
+    terms = sharp * inputs["v"].shape[-1] ** 0.5
     # A sink's is a sum of such differences over all queries, whose roundings add up like a random walk.
     # So is dk's, over the queries that look at a key; with a single key the formula's own cancel to the last bit.
-    of = {"dsinks": terms * inputs["q"][..., 0, 0].numel() ** 0.5, "dk": terms * max(1.0, sq / sk) ** 0.5}
+    of = {
+        "dsinks": terms * inputs["q"][..., 0, 0].numel() ** 0.5,
+        "dk": terms * max(1.0, sq / sk, abs(scale or 0.0)) ** 0.5,
+    }
     check_truth(ours, formula, formula, {n: t.to(dtype) for n, t in inputs.items()}, terms=terms, terms_of=of)
 
 
