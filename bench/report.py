@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
 
 from bench import common, steps
-from pyckpt.measure.units import format_seconds
+from pyckpt.measure.units import format_bytes, format_seconds
 
 PAGES = ("README.md", "ARCHITECTURE.md", "bench/NOTES.md")
 SAVE = "attention"
@@ -101,6 +101,23 @@ def stream_time() -> str:
         over = "– | – | –" if resident else " | ".join([*(f"{r:.2f}" for r in ratios), f"≤ {aim:.2f}"])
         lines.append(f"| {row['executor']} | {row['seconds']:,.1f} s | {over} |")
     return "\n".join([*lines, "", source("bench/stream.py --part time", "stream_cpu", figures)])
+
+
+def swap() -> str:
+    """Time and peak of a swapped Llama's step, beside transformers' own."""
+    figures = common.read("swap_cpu")
+    c = figures["config"]
+    lines = [
+        f"| fp32, {c['layers']} layers, d_model {c['hidden_size']}, S = {c['tokens']:,} | a step | peak above the weights |",
+        "|---|--:|--:|",
+    ]
+    for run in figures["rows"]:
+        vocab = f"vocabulary {run['vocab']:,}"
+        for what, rows in ((vocab, run["full"]), (f"{vocab}, LoRA", run["lora"])):
+            for row in rows:
+                ours = row["variant"].replace("swap", "`pyckpt.swap`")
+                lines.append(f"| {what}: {ours} | {row['seconds']:.2f} s | {format_bytes(row['peak_bytes'])} |")
+    return "\n".join([*lines, "", source("bench/swap.py", "swap_cpu", figures)])
 
 
 def stream_schedule() -> str:
@@ -310,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream-flat": stream_flat,
     "stream-time": stream_time,
     "stream-schedule": stream_schedule,
+    "swap": swap,
     "attention-bounds": attention_bounds,
     "attention-kernels": attention_kernels,
     "cuda-kernels": cuda_kernels,

@@ -3,8 +3,9 @@
     python examples/finetune_llama.py                  # a small random Llama, on the text of a Python module
     python examples/finetune_llama.py --text book.txt --seq-len 4096 --steps 100
     python examples/finetune_llama.py --lora 8 --seq-len 8192 --output adapter     # needs peft
+    python examples/finetune_llama.py --stream host --batch 1 --seq-len 16384 --steps 3
 
-With --lora adapters alone are trained. Tokens are bytes, so that nothing has to be downloaded. With a model of your
+With --lora adapters alone are trained. With --stream only tiles of the sequence are on the device. Tokens are bytes, so that nothing has to be downloaded. With a model of your
 own, `from_pretrained` takes the place of `small_llama`.
 """
 
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--batch", type=at_least(1), default=2)
     parser.add_argument("--seq-len", type=at_least(2), default=512)
     parser.add_argument("--save", default="attention", choices=pyckpt.SAVE_SETS)
+    parser.add_argument("--stream", choices=pyckpt.store.STORES, help="run streamed, with the sequence in this store")
     parser.add_argument("--lora", type=at_least(1), metavar="RANK", help="train LoRA adapters of this rank alone")
     parser.add_argument("--output", type=a_new_folder, help="a new folder, for the trained adapters or model")
     args = parser.parse_args(arguments)
@@ -75,7 +77,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = small_llama()
     if args.lora:
         model = with_adapters(model, args.lora)  # before the swap
-    print(pyckpt.swap(model, save=args.save))
+    stream = None if args.stream is None else pyckpt.Stream(store=args.stream)
+    print(pyckpt.swap(model, save=args.save, stream=stream))
     model.train()  # from_pretrained gives one in eval mode
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = (sum(p.numel() for p in parameters) for parameters in (trained, model.parameters()))

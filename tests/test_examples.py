@@ -37,6 +37,9 @@ def test_finetune_llama(capsys, tmp_path):
     losses = main(["--steps", "12", "--seq-len", "128"])
     assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
     assert "5 swapped, 0 left as they are" in capsys.readouterr().out
+    streamed = main(["--steps", "2", "--seq-len", "128", "--stream", "file"])
+    assert len(streamed) == 2
+    assert "streamed from the token ids on" in capsys.readouterr().out
     short = tmp_path / "short.txt"
     short.write_text("few words")
     with pytest.raises(SystemExit):

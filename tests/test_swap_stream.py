@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -166,6 +168,17 @@ def test_adapters_on_a_frozen_base():
     ours = step(model, batch)
     assert all("lora" in n for n in ours.keys() - {"loss"})
     assert_step_as_good(ours, plain, truth, torch.float32)
+
+
+def test_copies_have_a_store_of_their_own():
+    model, batch = make_model("Llama"), make_batch("plain")
+    pyckpt.swap(model, stream=stream(store="file"))
+    before = step(model, batch)  # from here on the store keeps its file for the next step
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(step(twin, batch), before)
+        del twin
+        gc.collect()
+        assert_same_bits(step(model, batch), before)
 
 
 def test_after_gradient_checkpointing_was_enabled():

@@ -36,6 +36,10 @@ class _Reusing(Store):
     def _keep(self, kind: Any, memory: Any) -> None:
         self._idle = (kind, memory)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, as of a model that holds it: memory, or a file, is not to be shared with one."""
+        return {**self.__dict__, "_idle": None}
+
 
 class DeviceStore(_Reusing):
     """Tiles stay in the device's own memory: streamed execution where only the transient is the problem."""
