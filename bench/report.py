@@ -108,7 +108,7 @@ def swap() -> str:
     figures = common.read("swap_cpu")
     c = figures["config"]
     lines = [
-        f"| fp32, {c['layers']} layers, d_model {c['hidden_size']}, S = {c['tokens']:,} | a step | peak above the weights |",
+        f"| fp32, {c['layers']} layers, d_model {c['hidden_size']}, S = {c['tokens']:,} | a step | peak over weights |",
         "|---|--:|--:|",
     ]
     for run in figures["rows"]:

@@ -5,8 +5,8 @@
     python examples/finetune_llama.py --lora 8 --seq-len 8192 --output adapter     # needs peft
     python examples/finetune_llama.py --stream host --batch 1 --seq-len 16384 --steps 3
 
-With --lora adapters alone are trained. With --stream only tiles of the sequence are on the device. Tokens are bytes, so that nothing has to be downloaded. With a model of your
-own, `from_pretrained` takes the place of `small_llama`.
+With --lora adapters alone are trained. With --stream only tiles of the sequence are on the device. Tokens are bytes, so
+that nothing has to be downloaded. With a model of your own, `from_pretrained` takes the place of `small_llama`.
 """
 
 from __future__ import annotations
