@@ -55,7 +55,8 @@ def test_kernels_fit_the_chip(arch, tmp_path):
     assert any("pointers" in k["features"] for k in kernels) == with_tma
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", LIMITS)
 def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
     kernels = compiled("pointwise", arch, tmp_path)
     assert len(kernels) == 2 * 8 + 6 * 2 + 2 + 2 + 2  # norms by width and form, activations, RoPE, dropout, merging

@@ -35,6 +35,7 @@ def script(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env={**inherited, **env}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_attention_measures_and_plots(tmp_path):
     result = tmp_path / "attention_test.json"
     done = script("bench/attention.py", "--out", str(result))

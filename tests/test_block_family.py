@@ -19,6 +19,7 @@ from blocks import (
     relative_errors,
     step,
 )
+from helpers import a_few
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -119,7 +120,7 @@ def frozen_cases(block: nn.Module) -> list[set[str]]:
 
 
 @pytest.mark.parametrize("input_grad", [True, False], ids=["dx", "no dx"])
-@pytest.mark.parametrize("save", ["all", "attention"])
+@pytest.mark.parametrize("save", a_few(["all", "attention"], always=(1,)))
 @ALL_FAMILIES
 def test_subsets_of_frozen_parameters(options, save, input_grad):
     block = make_block(torch.float32, **options, bias=True, tile=20, save=save)

@@ -106,7 +106,7 @@ def test_slope_with_norms_after(kind):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("tile_bytes", [3_000_000, 10_000_000])
+@pytest.mark.parametrize("tile_bytes", a_few([3_000_000, 10_000_000], always=(0,)))
 def test_a_tile_takes_its_budget_and_no_more(tile_bytes, options):
     options = {"d_ff": 1024, "tile": None, **options}
     tokens = 2048
@@ -136,6 +136,7 @@ def test_slope_over_the_length_does_not_depend_on_the_mlp():
     assert slopes[0] == pytest.approx(slopes[1], rel=0.01)
 
 
+@pytest.mark.slow
 def test_slope_of_the_peak_over_the_depth():
     """A deeper stack costs one save set a block, and with segments one input a segment."""
     tokens = 512

@@ -314,7 +314,8 @@ class TestCost:
             ours(target, reduction=reduction, softcap=20.0)(*leaves).sum().backward()
         return m.peak_bytes
 
-    @pytest.mark.parametrize("reduction", a_few(["mean", "none"], always=(1,)))
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("backend", a_few(["torch", "triton"], always=(0,)), indirect=True)
     def test_memory_is_flat_in_the_vocabulary(self, reduction, backend, monkeypatch):
         set_chunks(monkeypatch, 1 << 16, 32)
         few, many = (1000, 3000) if backend == "torch" else (300, 900)  # the interpreter takes a row at a time

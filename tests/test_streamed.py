@@ -313,7 +313,7 @@ def test_hooks_fire_once_and_gradients_accumulate():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("store", ["host", "file"])
+@pytest.mark.parametrize("store", a_few(["host", "file"], always=(1,)))
 def test_a_graph_that_is_retained_is_run_again(reduction, store):
     """Also with dropout, whose seeds are those of the first run; beside another graph whose store is open."""
     model = make_lm(torch.float32, dropout=0.2)

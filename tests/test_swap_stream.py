@@ -300,6 +300,7 @@ def test_layers_that_are_not_streamed_run_on_the_device():
         pyckpt.swap(make_model("GptOss"), stream=stream())
 
 
+@pytest.mark.slow
 def test_compiled():
     """A streamed run is not compiled; what is around it may be."""
     model, batch = make_model("Llama"), make_batch("plain")

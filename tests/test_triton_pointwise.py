@@ -263,7 +263,7 @@ class TestBlock:
     """The whole block on Triton kernels."""
 
     @pytest.mark.parametrize("packed", a_few([False, True], always=(1,)))
-    @pytest.mark.parametrize("name", a_few(OPTIONS, always=range(0, len(OPTIONS), 3)))
+    @pytest.mark.parametrize("name", a_few(OPTIONS, always=range(0, len(OPTIONS), 7)))
     def test_parity(self, name, packed):
         options = OPTIONS[name]
         block = make_block(**options).to(DEVICE)
