@@ -37,7 +37,7 @@ def stream(tile: int = 7, store: Any = "host", **options: Any) -> pyckpt.Stream:
     return pyckpt.Stream(tile, store, **options)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(m for m in MIXTURES if m != "GptOss")])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients(family):
     model = make_model(family)
     check(model, [make_batch(kind) for kind in KINDS], stream=stream())
@@ -59,6 +59,15 @@ def errors_of_streaming(model: Any, batch: dict[str, Any], **options: Any) -> fl
     pyckpt.swap(model, stream=stream(), **options)
     with InFloat64():
         return max(relative_errors(step(model, batch), resident).values())
+
+
+@pytest.mark.parametrize("family", [m for m in MIXTURES if m != "GptOss"])
+def test_mixtures_of_experts(family):
+    """In float64: a router's gradient is a difference of experts' outputs, whose float32 rounding is a matter of luck."""
+    model = make_model(family, torch.float64)
+    for kind in KINDS:
+        assert errors_of_streaming(model, make_batch(kind)) < ROUNDING
+        pyckpt.unswap(model)
 
 
 def shifted(batch: dict[str, Any]) -> dict[str, Any]:
