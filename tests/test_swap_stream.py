@@ -63,7 +63,7 @@ def errors_of_streaming(model: Any, batch: dict[str, Any], **options: Any) -> fl
 
 @pytest.mark.parametrize("family", [m for m in MIXTURES if m != "GptOss"])
 def test_mixtures_of_experts(family):
-    """In float64: a router's gradient is a difference of experts' outputs, whose float32 rounding is a matter of luck."""
+    """In float64: a router's gradient is a difference of experts' outputs, whose float32 rounding is luck."""
     model = make_model(family, torch.float64)
     for kind in KINDS:
         assert errors_of_streaming(model, make_batch(kind)) < ROUNDING
