@@ -12,6 +12,7 @@ from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.layer import SwappedLayer
+from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.survey import Survey
 from pyckpt.swap.traced import TracedLayer
 from pyckpt.swap.weights import UnsupportedError
@@ -24,11 +25,12 @@ class Chooser:
         self._model, self._paths, self._save, self._tile = model, paths, save, tile
         self._seen: Survey | UnsupportedError | None = None
         self._alike: set[Any] = set()
+        self._moving: dict[str, MovingRope] = {}
 
     def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
         """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
         try:
-            mapping = families.mapping_of(layer, getattr(self._model, "rotary_emb", None))
+            mapping = families.mapping_of(layer, getattr(self._model, "rotary_emb", None), self._moving)
         except UnsupportedError as reason:
             return self._traced(layer, place, str(reason))
         except AttributeError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
-from pyckpt.swap.weights import UnsupportedError, watched
+from pyckpt.swap.weights import UnsupportedError, norm_eps, watched
 from pyckpt.tokenwise.norm import LayerNorm, RmsNorm
 
 # Norms whose weight is one less than what it multiplies by.
@@ -64,10 +64,8 @@ def _table(embedding: Any) -> Tensor:
 
 
 def _norm(norm: Any) -> tuple[type[LayerNorm] | type[RmsNorm], float]:
-    name = type(norm).__name__
-    eps = next((getattr(norm, n) for n in ("variance_epsilon", "eps") if hasattr(norm, n)), None)
-    known = type(norm).__module__.startswith(("torch.nn.modules.", "transformers."))
-    if not (known and name.endswith(("RMSNorm", "LayerNorm"))) or eps is None or watched(norm):
+    name, eps = type(norm).__name__, norm_eps(norm)
+    if eps is None or watched(norm):
         raise UnsupportedError(f"its final norm is a {name} with hooks, or none that is known")
     return (RmsNorm if name.endswith("RMSNorm") else LayerNorm), float(eps)
 

@@ -15,7 +15,7 @@ from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic
 from pyckpt.swap.rope import MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
-from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, watched
+from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, is_known, norm_eps, watched
 
 ATTENTION, MLP = "self_attn", "mlp"
 OLDEST = 5  # of transformers
@@ -41,8 +41,10 @@ UNCUT = ("GptOssModel", "FSDPGptOssModel")
 _MOVING_ROPE = ("dynamic", "longrope")
 
 
-def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
+def mapping_of(layer: nn.Module, rotary: nn.Module | None, moving_of: dict[str, MovingRope] | None = None) -> Mapping:
     """The layer as a block, standard if it can be, else generic. `rotary` is the model's rotary embedding.
+
+    moving_of: of the layers of one model, filled here: what reads frequencies that move, once for all layers.
 
     Raises `UnsupportedError`, saying why neither.
     """
@@ -58,7 +60,9 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None) -> Mapping:
     sinks = options.pop("sinks", None)
     moving = None
     if options.pop("rope", True):
-        of_rope, moving = rope_options(rotary, getattr(attention, "layer_type", None))
+        of_rope, moving = rope_options(
+            rotary, getattr(attention, "layer_type", None), {} if moving_of is None else moving_of
+        )
         options |= of_rope
         if options.get("rope_dim") == options["head_dim"]:
             del options["rope_dim"]
@@ -131,7 +135,9 @@ def activation(module: nn.Module, gated: bool) -> str | UnsupportedError:
     return names[kind]
 
 
-def rope_options(rotary: Any, layer_type: str | None) -> tuple[Options, MovingRope | None]:
+def rope_options(
+    rotary: Any, layer_type: str | None, moving_of: dict[str, MovingRope]
+) -> tuple[Options, MovingRope | None]:
     """RoPE by the very frequencies of the model's rotary embedding, of a layer's type where each has its own.
 
     With where to read them at each call, if they change.
@@ -146,7 +152,7 @@ def rope_options(rotary: Any, layer_type: str | None) -> tuple[Options, MovingRo
     frequencies = getattr(rotary, f"{prefix}inv_freq")
     if frequencies.is_meta:
         raise UnsupportedError("its rotary embedding is on the meta device; swap the model when it has its weights")
-    moving = MovingRope(rotary, prefix) if kind in _MOVING_ROPE else None
+    moving = moving_of.setdefault(prefix, MovingRope(rotary, prefix)) if kind in _MOVING_ROPE else None
     options = {"rope_theta": 10000.0, "rope_scaling": given(rotary, prefix), "rope_dim": 2 * frequencies.numel()}
     return options, moving
 
@@ -156,8 +162,8 @@ def _check_module(source: Source, module: Any, eps: float) -> None:
     if watched(module):
         raise UnsupportedError(f"{source.path} has forward hooks, which a swapped layer would not run")
     if "norm" in source.names[0]:
-        found = next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
-        if not (name.endswith(("RMSNorm", "LayerNorm")) and _is_known(type(module))) or found != eps:
+        found = norm_eps(module)
+        if found is None or found != eps:
             raise UnsupportedError(f"{source.path} is a {name} of eps {found}, expected a norm of eps {eps}")
     elif not _is_plain(type(module)):
         raise UnsupportedError(f"{source.path} is a {type(module).__module__}.{name}, not a plain linear layer")
@@ -165,14 +171,9 @@ def _check_module(source: Source, module: Any, eps: float) -> None:
         raise UnsupportedError(f"{source.path} is a {name}, whose weight is stored the other way round")
 
 
-def _is_known(kind: type) -> bool:
-    """A class of PyTorch or transformers themselves: adapters have classes of the same names."""
-    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
-
-
 def _is_plain(kind: type) -> bool:
     names = ("Linear", "Conv1D", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
-    return kind.__name__ in names and _is_known(kind)
+    return kind.__name__ in names and is_known(kind)
 
 
 def _heads(layer: Any) -> Options:

@@ -133,6 +133,18 @@ def _advice(layer: nn.Module) -> str:
     )
 
 
+def is_known(kind: type) -> bool:
+    """A class of PyTorch or transformers themselves: adapters have classes of the same names."""
+    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
+
+
+def norm_eps(module: nn.Module) -> float | None:
+    """The eps of an RMSNorm or a LayerNorm of a known class; None of anything else."""
+    if not (type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and is_known(type(module))):
+        return None
+    return next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
+
+
 # By which transformers records attentions and hidden states, and makes embeddings want a gradient for checkpointing.
 _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
 
