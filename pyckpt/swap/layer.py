@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyckpt.attend.dense import Layout
@@ -39,10 +40,14 @@ class Call:
     runs: dict[int, list[CheckpointedBlock]] = dataclasses.field(default_factory=dict)
     stream: Streaming | None = None
 
+    def flat_positions(self, rows: torch.Size) -> Tensor | None:
+        """(B * S,) for rows (B, S)."""
+        return None if self.positions is None else self.positions.expand(rows).reshape(-1)
+
     def stream_loss(self, layers: list[SwappedLayer], ids: Tensor, targets: Targets, ends: Ends) -> Tensor:
         """The loss of token ids (B, S) over all of a model's layers and its ends."""
         assert self.stream is not None
-        positions = None if self.positions is None else self.positions.expand(ids.shape).reshape(-1)
+        positions = self.flat_positions(ids.shape)
         layout = Layout(*ids.shape) if self.cu_seqlens is None else Layout(1, ids.numel(), self.cu_seqlens)
         blocks: list[CheckpointedBlock] = [s.block for s in layers]
         return stream_loss(blocks, self.stream.segments, ids, targets, ends, layout, positions, self.stream.stream)
@@ -81,11 +86,12 @@ class SwappedLayer(Replaced):
 
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
         """What the layer returns: `blocks` of x, of a call with the arguments `given`."""
-        positions = None if call.positions is None else call.positions.expand(x.shape[:2]).reshape(-1)
-        if call.stream is not None and self.streams:
-            rows = x if call.cu_seqlens is None else x.flatten(0, 1)
+        streamed = call.stream is not None and self.streams
+        if call.cu_seqlens is None and not streamed:
+            return run_blocks(blocks, x, call.positions, None)
+        positions = call.flat_positions(x.shape[:2])
+        rows = x if call.cu_seqlens is None else x.flatten(0, 1)
+        if call.stream is not None and streamed:
             how = (call.stream.segments, rows, positions, call.cu_seqlens, call.stream.stream)
             return stream_blocks(blocks, *how).view(x.shape)
-        if call.cu_seqlens is None:
-            return run_blocks(blocks, x, call.positions, None)
-        return run_blocks(blocks, x.flatten(0, 1), positions, call.cu_seqlens, checked=True).view(x.shape)
+        return run_blocks(blocks, rows, positions, call.cu_seqlens, checked=True).view(x.shape)
