@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,9 @@ def swapped(model: nn.Module, **options: Any) -> Iterator[None]:
         pyckpt.unswap(model)
 
 
-@contextmanager
-def as_it_is(model: nn.Module) -> Iterator[None]:
-    yield
-
-
 def variants(stream: pyckpt.Stream) -> dict[str, Callable[[nn.Module], Any]]:
     return {
-        PLAIN: as_it_is,
+        PLAIN: lambda model: nullcontext(),
         CHECKPOINT: checkpointing,
         SWAP: swapped,
         STREAM: lambda model: swapped(model, stream=stream),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -49,6 +50,14 @@ def compiled_anew() -> Iterator[None]:
 def unpoisoned(poison: None) -> None:
     """As users run it: PyTorch chooses any algorithm, and new memory holds what was there before."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_fallback() -> Iterator[None]:
+    """A swapped model's fall-back to the original forward fails the test, unless it expects one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pyckpt.swap")
+        yield
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from typing import Any
 
 import torch
-from blocks import assert_as_good
+from blocks import assert_as_good, assert_same_bits
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -217,6 +218,45 @@ def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"loss": loss.detach(), **grads}
+
+
+def assert_same_with_every_save_set(model: Any, seed: int | None = None) -> None:
+    """A step's bits. With a seed: of what is dropped."""
+    batch, results = make_batch("padded"), []
+    for save in pyckpt.SAVE_SETS:
+        pyckpt.swap(model, save=save, tile=10)
+        if seed is not None:
+            torch.manual_seed(seed)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+def assert_generates_the_same(model: Any) -> None:
+    """The tokens, after a swap."""
+    ids = torch.randint(1, VOCAB, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    before = model.eval().generate(ids, **options)
+    pyckpt.swap(model)
+    assert torch.equal(model.generate(ids, **options), before)
+
+
+def assert_copies_are_swapped_on_their_own(model: Any) -> None:
+    """Copies and pickles of a model that this swaps, which stays so."""
+    batch = make_batch("plain")
+    pyckpt.swap(model, tile=10)
+    before = step(model, batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(step(twin, batch), before)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert_same_bits(step(model, batch), before)
+        pyckpt.unswap(twin)
+    assert model(**batch).logits is None
 
 
 def check(model: Any, batches: list[dict[str, Any]], left: tuple[str, ...] = (), **options: Any) -> None:

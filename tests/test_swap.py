@@ -21,6 +21,9 @@ from swap_models import (
     VOCAB,
     InFloat64,
     State,
+    assert_copies_are_swapped_on_their_own,
+    assert_generates_the_same,
+    assert_same_with_every_save_set,
     assert_step_as_good,
     check,
     make_batch,
@@ -38,12 +41,7 @@ import swap_table
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def no_fallback(request):
-    """A fall-back to the original forward fails the test, unless it expects one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="pyckpt.swap")
-        yield
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,14 +56,7 @@ def test_loss_and_gradients_in_bfloat16(family):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_saves_sets_give_the_same_bits(implementation):
-    model = make_model("Qwen3", attn_implementation=implementation)
-    batch, results = make_batch("padded"), []
-    for save in pyckpt.SAVE_SETS:
-        pyckpt.swap(model, save=save, tile=10)
-        results.append(step(model, batch))
-        pyckpt.unswap(model)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_same_with_every_save_set(make_model("Qwen3", attn_implementation=implementation))
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, "sqrt", 9])
@@ -210,14 +201,8 @@ def test_what_is_dropped_on_the_generic_path_is_dropped_again():
     for layer in model.model.layers:
         layer.self_attn.q_proj = nn.Sequential(nn.Dropout(0.3), layer.self_attn.q_proj)
         layer.mlp.up_proj = nn.Sequential(nn.Dropout(0.3), layer.mlp.up_proj)
-    batch, results = make_batch("padded"), []
-    for save in pyckpt.SAVE_SETS:
-        pyckpt.swap(model, save=save, tile=10)
-        torch.manual_seed(3)
-        results.append(step(model, batch))
-        pyckpt.unswap(model)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_same_with_every_save_set(model, seed=3)
+    batch = make_batch("padded")
     pyckpt.swap(model, tile=10)
 
     def loss() -> torch.Tensor:
@@ -282,14 +267,7 @@ def test_neox_in_sequence_and_without_biases():
 
 @pytest.mark.parametrize("family", ["GPT2", "Gemma3", "Llama", "Phi3"])
 def test_generates_the_same_tokens(family):
-    model = make_model(family).eval()
-    ids = torch.randint(1, VOCAB, (2, 7))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
-    before = model.generate(ids, **options)
-    pyckpt.swap(model)
-    assert torch.equal(model.generate(ids, **options), before)
+    assert_generates_the_same(make_model(family))
 
 
 def test_unswap_leaves_everything_as_it_was():
@@ -620,18 +598,7 @@ def test_autocast_frozen_parameters_and_hooks():
 
 
 def test_copies_are_swapped_on_their_own():
-    model = make_model("Llama")
-    batch = make_batch("plain")
-    pyckpt.swap(model)
-    before = step(model, batch)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_same_bits(step(twin, batch), before)
-        with torch.no_grad():
-            for p in twin.parameters():
-                p.zero_()
-        assert_same_bits(step(model, batch), before)
-        pyckpt.unswap(twin)
-    assert model(**batch).logits is None
+    assert_copies_are_swapped_on_their_own(make_model("Llama"))
 
 
 def test_compiles_without_a_break():

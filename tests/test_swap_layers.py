@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pickle
-import warnings
 from typing import Any
 
 import pytest
@@ -17,6 +15,9 @@ from swap_models import (
     ROUTED,
     VOCAB,
     InFloat64,
+    assert_copies_are_swapped_on_their_own,
+    assert_generates_the_same,
+    assert_same_with_every_save_set,
     assert_step_as_good,
     check,
     make_batch,
@@ -28,36 +29,12 @@ from torch import nn
 import pyckpt
 from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.attend.tiled import TiledAttend
+from pyckpt.swap import rope
 
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def no_fallback():
-    """A fall-back to the original forward fails the test, unless it expects one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="pyckpt.swap")
-        yield
-
-
-def assert_same_with_every_save_set(model: Any) -> None:
-    batch, results = make_batch("padded"), []
-    for save in pyckpt.SAVE_SETS:
-        pyckpt.swap(model, save=save, tile=10)
-        results.append(step(model, batch))
-        pyckpt.unswap(model)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
-
-
-def assert_generates_the_same(model: Any) -> None:
-    ids = torch.randint(1, VOCAB, (2, 7))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
-    before = model.eval().generate(ids, **options)
-    pyckpt.swap(model)
-    assert torch.equal(model.generate(ids, **options), before)
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
 # --- gpt-oss ---------------------------------------------------------------------------------------------------------
@@ -164,6 +141,17 @@ def moving(family: str, path: str) -> dict[str, Any]:
 def swap_anew(model: Any, **options: Any) -> Any:
     pyckpt.unswap(model)
     return pyckpt.swap(model, tile=10, **options)
+
+
+def test_the_frequencies_of_a_call_are_read_once(monkeypatch):
+    """And not by every layer: each reading waits for a GPU."""
+    model, batch, read = make_model("Llama", **MOVING["Llama"], num_hidden_layers=4), make_batch("plain"), []
+    pyckpt.swap(model, tile=10)
+    real = rope.given
+    monkeypatch.setattr(rope, "given", lambda *args: read.append(args) or real(*args))
+    model.model.rotary_emb.inv_freq.add_(0.0)  # written to: what was read before counts no more
+    step(model, batch)
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("family", MOVING)
@@ -274,16 +262,7 @@ def test_a_class_without_a_table_in_segments_and_in_files():
 
 
 def test_copies_of_a_class_without_a_table_are_swapped_on_their_own():
-    model, batch = make_model("Olmo"), make_batch("plain")
-    pyckpt.swap(model, tile=10)
-    before = step(model, batch)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_same_bits(step(twin, batch), before)
-        with torch.no_grad():
-            for p in twin.parameters():
-                p.zero_()
-        assert_same_bits(step(model, batch), before)
-        pyckpt.unswap(twin)
+    assert_copies_are_swapped_on_their_own(make_model("Olmo"))
 
 
 def test_frozen_parameters_and_hooks_of_a_class_without_a_table():

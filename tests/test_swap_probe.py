@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import KINDS, InFloat64, check, make_batch, make_model, step
+from swap_models import KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,12 +18,7 @@ transformers = pytest.importorskip("transformers")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
 
-@pytest.fixture(autouse=True)
-def no_fallback():
-    """A fall-back to the original forward fails the test, unless it expects one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="pyckpt.swap")
-        yield
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
 class OddAttention(llama.LlamaAttention):
@@ -154,14 +148,8 @@ class Dropping(OddDecoderLayer):
 def test_what_a_function_drops_is_dropped_again():
     """The gradient is the slope of the loss with the same values dropped; another seed drops others."""
     model = odd_model(Dropping, torch.float64)
-    batch, results = make_batch("padded"), []
-    for save in pyckpt.SAVE_SETS:
-        pyckpt.swap(model, save=save, tile=10)
-        torch.manual_seed(3)
-        results.append(step(model, batch))
-        pyckpt.unswap(model)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_same_with_every_save_set(model, seed=3)
+    batch = make_batch("padded")
     pyckpt.swap(model, tile=10)
     weight = model.model.layers[0].self_attn.v_proj.weight
 

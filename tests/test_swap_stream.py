@@ -24,11 +24,11 @@ from swap_models import (
     make_model,
     step,
 )
-from test_swap import no_fallback  # noqa: F401
 
 import pyckpt
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("no_fallback")
 # Sums in another order, of gradients that nearly cancel, in float64.
 ROUNDING = 1e-11
 

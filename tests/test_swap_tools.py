@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import warnings
 from typing import Any
 
 import pytest
@@ -30,12 +29,7 @@ pytest.importorskip("transformers")
 State = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def no_fallback():
-    """A fall-back to the original forward fails the test, unless it expects one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="pyckpt.swap")
-        yield
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
 # --- PEFT ----------------------------------------------------------------------------------------------------------
