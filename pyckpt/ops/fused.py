@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.activation import FUNCTIONS
-from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.chunks import acc_dtype, row_chunks
 from pyckpt.ops.registry import define
 from pyckpt.spec import GATED_MLPS
 
@@ -150,6 +150,57 @@ def qk_finish_(
 ) -> None:
     """What `norm_qkv_` makes of a raw q or k (t, heads * head_dim) that was kept, with the same bits."""
     _finish(raw, weight, eps, cos, sin, interleaved, head_dim, out)
+
+
+def _qk_weight_gradient(raw: Tensor, head_dim: int, need_dw: bool) -> Tensor:
+    return raw.new_zeros(head_dim if need_dw else 0, dtype=acc_dtype(raw.dtype))
+
+
+def _qk_finish_bwd_fake(
+    d: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    head_dim: int,
+    need_dw: bool,
+) -> Tensor:
+    return _qk_weight_gradient(raw, head_dim, need_dw)
+
+
+@define(
+    "qk_finish_bwd_(Tensor(a!) d, Tensor raw, Tensor weight, float eps, Tensor? cos, Tensor? sin, bool interleaved, "
+    "int head_dim, bool need_dw) -> Tensor",
+    fake=_qk_finish_bwd_fake,
+)
+def qk_finish_bwd_(
+    d: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    head_dim: int,
+    need_dw: bool,
+) -> Tensor:
+    """Backward of `qk_finish_`: d (t, heads * head_dim), the gradient of what it made, becomes that of raw.
+
+    Returns the weight's gradient (head_dim,) in the accumulation dtype, empty unless `need_dw`.
+    """
+    dw = _qk_weight_gradient(raw, head_dim, need_dw)
+    # On a CPU a chunk stays in the cache from the rotation to the last pass of the norm.
+    for sl in row_chunks(d):
+        rows, drows = (t[sl].view(-1, t.shape[1] // head_dim, head_dim) for t in (raw, d))
+        if cos is not None:
+            ops.rope_(drows, cos[sl], sin[sl], True, interleaved)  # type: ignore[index]
+        rstd = ops.rms_norm_fwd(rows, None, eps)[1]
+        made, share = ops.rms_norm_bwd(drows, rows, weight, rstd, need_dw)
+        drows.copy_(made)
+        dw += share
+    return dw
 
 
 # --- the residual stream ------------------------------------------------------------------------------------
