@@ -32,6 +32,7 @@ from swap_models import (
     step,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyckpt
 from pyckpt.swap import families
@@ -604,17 +605,32 @@ def test_copies_are_swapped_on_their_own():
     assert_copies_are_swapped_on_their_own(make_model("Llama"))
 
 
-def test_compiles_without_a_break():
-    model = make_model("Llama", attn_implementation="sdpa")
-    batch = make_batch("plain")
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_break(kind):
+    """Padding and packing too: another batch, cut into more sequences, takes the same graph."""
+    model, graphs = make_model("Llama", attn_implementation="sdpa"), []
     pyckpt.swap(model)
-    before = step(model, batch)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        batch = make_batch(kind)
+        if graphs and kind == "padded":
+            batch["attention_mask"][1] = 1
+        elif graphs and kind == "packed":
+            batch["position_ids"] = torch.cat([torch.arange(n) for n in (2, 9, 9, 10)])[None]
+        before = step(model, batch)
+        assert_same_bits(step(compiled, batch), {f"_orig_mod.{n}" if n != "loss" else n: t for n, t in before.items()})
+        graphs.append(backend.frame_count)
+    assert graphs == [1, 1]
+
+
+def test_padding_between_tokens_is_an_error_in_a_graph():
+    model, batch = make_model("Llama", attn_implementation="sdpa"), make_batch("padded")
+    pyckpt.swap(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    loss = compiled(**batch).loss
-    loss.backward()
-    torch.testing.assert_close(loss, before["loss"])
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, before[name])
+    batch["attention_mask"][0, 5] = 0
+    with pytest.raises(RuntimeError, match=r"padding between tokens came to a compiled model.*pyckpt\.unswap"):
+        compiled(**batch)
 
 
 @pytest.mark.slow
@@ -717,6 +733,16 @@ def seeded(model: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> State:
     params = dict(model.named_parameters())
     grads = torch.autograd.grad((y * weight).sum(), [x, *params.values()])
     return dict(zip(["y", "x", *params], [y.detach(), *grads], strict=True))
+
+
+def test_encoder_layers_compile_with_padding():
+    model = make_encoder(dropout=0.0, activation="gelu", batch_first=True)
+    pyckpt.swap(model, tile=10)
+    given = torch.randn(2, 19, 48), torch.randn(2, 19, 48)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same_bits(
+        seeded(whole, *given), {f"_orig_mod.{n}" if "." in n else n: t for n, t in seeded(model, *given).items()}
+    )
 
 
 @pytest.mark.parametrize(("norm_first", "mode"), [(True, "training"), (False, "training"), (True, "dropout alone")])

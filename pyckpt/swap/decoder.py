@@ -154,10 +154,6 @@ class SwappedDecoder(Replaced):
             raise UnsupportedError(f"an attention_mask that is not (B, S): {shape}")
         if positions is not None and tuple(positions.shape) not in ((batch, seq), (1, seq)):
             raise UnsupportedError(f"position_ids of shape {tuple(positions.shape)}")
-        if torch.compiler.is_compiling() and (mask is not None or positions is not None):
-            raise UnsupportedError(
-                "an attention_mask or position_ids under torch.compile: how they cut the batch is not known"
-            )
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
         cu_seqlens = masks.packed(mask, positions if looks and self.cuts is not False else None, batch, seq)

@@ -225,8 +225,6 @@ class SwappedEncoderLayer(Replaced):
             raise UnsupportedError("a src_mask that is not the causal one")
         if padding is None:
             return causal, None
-        if torch.compiler.is_compiling():
-            raise UnsupportedError("a src_key_padding_mask under torch.compile: how it cuts the batch is not known")
         tokens = ~padding if padding.dtype == torch.bool else padding == 0
         return causal, masks.packed(tokens, None, batch, seq)
 
