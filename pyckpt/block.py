@@ -27,8 +27,6 @@ INIT_STD = 0.02
 class CheckpointedBlock(nn.Module):
     """What every block that runs on our executors has: a save set, a tile, and a plan for given inputs."""
 
-    spec_text: str | None = None  # of a block whose spec says all, as torch.compile needs it
-
     def __init__(self, d_model: int, save: str | SaveSet | Save, tile: int | None, tile_bytes: int) -> None:
         super().__init__()
         self.d_model = d_model
@@ -69,6 +67,11 @@ class CheckpointedBlock(nn.Module):
     @tile_bytes.setter
     def tile_bytes(self, value: int) -> None:
         self._tile_bytes = errors.check_tile_bytes(value)
+
+    @property
+    def spec_text(self) -> str | None:
+        """The spec, of a block whose spec says all, as torch.compile needs it."""
+        return None
 
     @property
     def drops(self) -> bool:
@@ -205,7 +208,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         )
         super().__init__(spec.d_model, save, tile, tile_bytes)
         self.spec = spec
-        self.spec_text = spec.to_string()
+        self._spec_text = spec.to_string()
         self._names = tuple(parameter_shapes(spec))
         _build(self, parameter_shapes(spec), device=device, dtype=dtype)
         self.reset_parameters()
@@ -218,6 +221,10 @@ class CkptTransformerBlock(CheckpointedBlock):
                 nn.init.zeros_(p)
             else:
                 nn.init.constant_(p, 1.0 - self.spec.norm_offset)
+
+    @property
+    def spec_text(self) -> str:
+        return self._spec_text
 
     @property
     def drops(self) -> bool:

@@ -206,6 +206,24 @@ def test_several_adapters_at_once_and_one_after_the_other():
     assert len({round(float(v), 4) for n, v in before.items() if "loss" in n or n == "off"}) == 5
 
 
+def test_lora_compiles_without_a_break(drawn):
+    """And anew where another adapter is chosen, or none."""
+    model = make_adapted(make_model("Llama", attn_implementation="sdpa"), target_modules="all-linear", lora_dropout=0.2)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    batch = make_batch("padded")
+    pyckpt.swap(model, tile=10)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        torch.manual_seed(3)
+        before = step(model, batch)
+        torch.manual_seed(3)
+        after = step(compiled, batch)
+        assert_same_bits({n.removeprefix("_orig_mod."): t for n, t in after.items()}, before)
+    with model.disable_adapter():
+        assert torch.equal(compiled(**batch).loss, model(**batch).loss)
+
+
 def test_merged_in_place_after_the_swap():
     model, batch = make_adapted(make_model("Llama"), target_modules=["q_proj", "up_proj"]).eval(), make_batch("padded")
     pyckpt.swap(model, tile=10)

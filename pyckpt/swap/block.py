@@ -10,7 +10,7 @@ from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import Save
-from pyckpt.swap.weights import Mapping
+from pyckpt.swap.weights import Mapping, drops
 
 
 class MappedBlock(CheckpointedBlock):
@@ -19,16 +19,16 @@ class MappedBlock(CheckpointedBlock):
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping: Mapping = mapping
-        # Which adapters are switched on is read at each call, and no compiled graph knows it.
-        self.spec_text = None if mapping.adapted else mapping.spec.to_string()
         self._layer = (layer,)  # in a tuple: a submodule would be found twice in the model
+
+    @property
+    def spec_text(self) -> str:
+        return self.mapping.text_now(self._layer[0])
 
     @property
     def drops(self) -> bool:
         layer = self._layer[0]
-        return (
-            self.mapping.spec_now(layer).drops if self.mapping.adapted else layer.training and self.mapping.spec.drops
-        )
+        return (layer.training or self.mapping.adapted) and drops(self.mapping.text_now(layer))
 
     def mixes_dtypes(self, name: str) -> bool:
         return ".lora_" in name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +83,20 @@ class Mapping:
     moving: MovingRope | None = None
     adapted: bool = False
 
+    @functools.cached_property
+    def text(self) -> str:
+        return self.spec.to_string()
+
     def spec_now(self, layer: nn.Module) -> BlockSpec:
         """The spec for the call under way."""
-        spec = self.spec if self.moving is None else self.moving.now(self.spec)
+        spec = BlockSpec.from_string(self.text_now(layer)) if self.adapted else self.spec
+        return spec if self.moving is None else self.moving.now(spec)
+
+    def text_now(self, layer: nn.Module) -> str:
+        """The spec for the call under way, as a string, but for RoPE's frequencies: what a compiled graph can hold."""
         if not self.adapted:
-            return spec
-        return _beside(spec, tuple(entry for entry, _, _ in self._adapters(layer)), layer.training)
+            return self.text
+        return _beside(self.text, tuple(tuple(entry) for entry, _, _ in self._adapters(layer)), layer.training)
 
     def _adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
         return [found for source in self.sources for found in source.adapters(layer)] if self.adapted else []
@@ -100,8 +109,8 @@ class Mapping:
         like = next(iter(found.values()))
         for adapter, a, b in self._adapters(layer):
             found |= {adapter.a: a, adapter.b: b}
-        shapes = parameter_shapes(self.spec_now(layer))
-        return {n: found[n] if n in found else like.new_zeros(s) for n, s in shapes.items()}
+        shapes = _shapes(self.text_now(layer))
+        return {n: found[n] if n in found else like.new_zeros(s) for n, s in shapes}
 
     def check(self, layer: nn.Module) -> None:
         """Raise `UnsupportedError` where the layer's weights do not make up the spec's parameters."""
@@ -133,11 +142,31 @@ class Mapping:
         return None
 
 
-@functools.lru_cache(maxsize=256)
-def _beside(spec: BlockSpec, low_rank: tuple[LowRank, ...], training: bool) -> BlockSpec:
+# What torch.compile need not trace: it guards what the arguments are made of, which are strings and numbers.
+
+
+@torch.compiler.assume_constant_result
+def _beside(text: str, low_rank: tuple[tuple[Any, ...], ...], training: bool) -> str:
     """The spec with adapters, whose dropout may be on where the layer's own is off."""
+    return _cached_beside(text, low_rank, training)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_beside(text: str, low_rank: tuple[tuple[Any, ...], ...], training: bool) -> str:
+    spec = BlockSpec.from_string(text)
     spec = spec if training else dataclasses.replace(spec, dropout=0.0, attention_dropout=0.0)
-    return dataclasses.replace(spec, low_rank=low_rank)
+    return dataclasses.replace(spec, low_rank=tuple(LowRank(*a) for a in low_rank)).to_string()
+
+
+@torch.compiler.assume_constant_result
+def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(parameter_shapes(BlockSpec.from_string(text)).items())
+
+
+@torch.compiler.assume_constant_result
+def drops(text: str) -> bool:
+    """Whether a block of this spec draws random numbers in training."""
+    return BlockSpec.from_string(text).drops
 
 
 def _sharded(layer: nn.Module) -> list[nn.Parameter]:
