@@ -192,8 +192,6 @@ def test_rope_that_depends_on_the_length_is_right_when_compiled():
 
 # --- classes without a table -----------------------------------------------------------------------------------------
 
-OWN_LOSS = ("GPTBigCode", "OPT")  # their base models are called, or return, in another way
-
 
 @pytest.mark.parametrize("family", a_few(OTHERS, always=range(0, len(OTHERS), 2)))
 def test_a_class_without_a_table(family):
@@ -201,7 +199,7 @@ def test_a_class_without_a_table(family):
     left = ("model.layers.0",) if family == "Qwen3Next" else ()
     # Linear attention makes much of a rounding, and each batch is another chance of a bad one.
     kinds = ("padded",) if left else KINDS
-    check(make_model(family), [make_batch(kind) for kind in kinds], left + ("(model)",) * (family in OWN_LOSS))
+    check(make_model(family), [make_batch(kind) for kind in kinds], left)
 
 
 LEFT = {

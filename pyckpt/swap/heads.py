@@ -5,6 +5,7 @@ Found by running the model's own forward on random hidden states in the place of
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap
 
 
-def output_of(model: Any) -> str:
-    """The name of the class that the model returns, in transformers.modeling_outputs.
+def output_of(model: Any) -> tuple[str, str]:
+    """The name of the class that the model returns, in transformers.modeling_outputs, and the module that it calls.
+
+    That is its base model, "", or one right inside that, by name (OPT's "decoder").
 
     Raises `UnsupportedError` where its logits are anything but its output embeddings' product with the hidden states,
     or its loss anything but the cross entropy of those with the next tokens.
@@ -36,15 +39,18 @@ def output_of(model: Any) -> str:
         labels = torch.randint(0, projection.out_features, (2, _SEQ), device=device)
         labels[0, :2] = -100
         for training in (False, True):
-            made = _tried(model, hidden, labels, training)
+            made, called = _tried(model, hidden, labels, training)
     name = type(made).__name__
     if getattr(modeling_outputs, name, None) is not type(made):
         raise UnsupportedError(f"it returns a {name}, which is not known")
-    return name
+    return name, called
 
 
-def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> Any:
-    """What the model returns for hidden states and labels. Raises `UnsupportedError` where that is not the usual."""
+def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> tuple[Any, str]:
+    """What the model returns for hidden states and labels, and what it called for them.
+
+    Raises `UnsupportedError` where that is not the usual.
+    """
     logits = model.get_output_embeddings()(hidden)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     given = {
@@ -57,13 +63,17 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> Any:
         made = _twin(model, base, training).forward(**given, labels=labels)
     except Exception as error:
         raise UnsupportedError(f"its forward cannot be tried out: {shown(error)}") from error
-    odd = [n for n, value in given.items() if base.called.get(n) is not value]
-    odd += [str(n) for n, value in base.called.items() if n not in given and not _is_plain(value)]
+    called = base.calls()
+    if len(called) != 1:
+        raise UnsupportedError(f"it calls its base model {len(called)} times")
+    path, arguments = called[0]
+    odd = [n for n, value in given.items() if arguments.get(n) is not value]
+    odd += [n for n, value in arguments.items() if n not in given and not _is_plain(value)]
     if odd:
         raise UnsupportedError(f"it calls its base model with other arguments than its own: {', '.join(odd)}")
     if not (_close(made.logits, logits) and _close(made.loss, loss)):
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
-    return made
+    return made, path
 
 
 def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
@@ -78,18 +88,35 @@ def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
 
 
 class _Given(nn.Module):
-    """Returns these hidden states, and has what it was called with."""
+    """Returns these hidden states, and has what it was called with. So do the modules right inside it."""
 
-    def __init__(self, hidden: Tensor, base: nn.Module) -> None:
+    def __init__(self, hidden: Tensor, base: nn.Module, path: str = "") -> None:
         super().__init__()
-        self._hidden, self.config = hidden, getattr(base, "config", None)
-        self.called: dict[str, Any] = {}
+        self._hidden, self._path, self.config = hidden, path, getattr(base, "config", None)
+        self._called: list[tuple[str, dict[str, Any]]] = []
+        self._names = list(inspect.signature(base.forward).parameters)
+        self._inside = {} if path else {n: _Given(hidden, m, n) for n, m in base.named_children()}
+
+    def __getattr__(self, name: str) -> Any:
+        inside = self.__dict__.get("_inside", {})
+        return inside[name] if name in inside else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        self._called.append((self._path, dict(zip(self._names, args, strict=False)) | kwargs))
+        return _output(last_hidden_state=self._hidden)
 
-        self.called = dict(enumerate(args)) | kwargs  # type: ignore[assignment]
-        return MoeModelOutputWithPast(last_hidden_state=self._hidden)
+    def calls(self) -> list[tuple[str, dict[str, Any]]]:
+        """Of it and of those inside: which, and with which arguments."""
+        return [call for given in (self, *self._inside.values()) for call in given._called]
+
+
+def _output(**fields: Any) -> Any:
+    """A base model's output, with what models of any kind look for in it."""
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    made = MoeModelOutputWithPast(**fields)
+    made.__dict__["cross_attentions"] = None
+    return made
 
 
 def _is_plain(value: Any) -> bool:

@@ -26,7 +26,8 @@ IGNORED = -100
 class Head:
     """What a family does to its logits: options of the config that multiply, divide or softcap them, or None.
 
-    places: where the base model has what surrounds the layers, where that is known.
+    places: where the base model has what surrounds the layers, where that is known. `body`: which module right inside
+    the base model it calls, "" for the base model itself.
     """
 
     multiplier: str | None = None
@@ -34,6 +35,7 @@ class Head:
     softcap: str | None = None
     output: str = "CausalLMOutputWithPast"
     places: Places | None = None
+    body: str = ""
 
 
 _PLAIN = Head(places=Places())
@@ -74,9 +76,10 @@ def head_of(model: nn.Module) -> Head:
     if kind.__name__ in HEADS and kind.__module__.startswith("transformers.models."):
         return HEADS[kind.__name__]
     try:
-        return Head(output=heads.output_of(model))
+        output, body = heads.output_of(model)
     except UnsupportedError as reason:
         raise UnsupportedError(f"this class is not known, and {reason}") from reason
+    return Head(output=output, body=body)
 
 
 def check(model: nn.Module) -> None:
@@ -130,13 +133,14 @@ class SwappedHead(Replaced):
         given.pop("logits_to_keep", None)
         as_dict = given.pop("return_dict", None)
         wanted = _Wanted.of(labels, *(given.pop(n, None) for n in _Wanted.ARGUMENTS))
-        decoder = model.base_model.__dict__.get("forward")
+        body = model.base_model.get_submodule(self.head.body)
+        decoder = body.__dict__.get("forward")
         if isinstance(decoder, SwappedDecoder):
             given[CALL] = True
         loss = self._streamed(decoder, given, wanted) if isinstance(decoder, SwappedDecoder) else None
         fields: dict[str, Any] = {}
         if loss is None:
-            outputs = model.base_model(**given)
+            outputs = body(**given)
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
             fields = {n: getattr(outputs, n, None) for n in ("past_key_values", "hidden_states", "attentions")}
         if wanted.items is not None:
