@@ -44,6 +44,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
     "DoRA on all": {"target_modules": "all-linear", "use_dora": True},
     "biases too": {"target_modules": ["v_proj"], "bias": "all", "use_rslora": True},
+    "LoRA with biases": {"target_modules": ["v_proj", "up_proj"], "lora_bias": True},
     "norms too": {"target_modules": ["down_proj"], "modules_to_save": ["post_attention_layernorm"]},
 }
 

@@ -112,4 +112,4 @@ def product_rate(device: torch.device, dtype: torch.dtype, tokens: int, width: i
 
 def describe(found: Estimate, rate: float) -> str:
     """The estimate in words, with the time at a rate of products."""
-    return f"{found}; about {format_seconds(found.seconds(rate))} a step at {rate / 1e9:,.0f} GFLOP/s"
+    return f"{found}; about {format_seconds(found.seconds(rate))} a step at {rate / 1e9:,.3g} GFLOP/s"
