@@ -42,6 +42,10 @@ def fused_samples(rand: Callable[..., Tensor]) -> dict[str, list[Callable[[], Sa
         "row_statistics": [lambda: (rand(5, 8), True, 1e-5), lambda: (rand(5, 8), False, 1e-5)],
         "norm_qkv_": [lambda: qkv(False), lambda: qkv(True)],
         "qk_finish_": [lambda: (rand(5, 8), rand(4), 1e-5, rand(5, 2), rand(5, 2), False, 4, rand(5, 8))],
+        "qk_finish_bwd_": [
+            lambda: (rand(5, 8), rand(5, 8), rand(4), 1e-5, rand(5, 2), rand(5, 2), True, 4, True),
+            lambda: (rand(5, 8).bfloat16(), rand(5, 8).bfloat16(), rand(4), 1e-5, None, None, False, 4, False),
+        ],
         "linear_residual_": [
             lambda: residual(True, True),
             lambda: residual(True, False),

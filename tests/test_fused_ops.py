@@ -277,6 +277,117 @@ class TestQKV:
         assert (both[:, 160:] == 5).all()
 
 
+def finish_bwd_case(
+    dtype: torch.dtype,
+    tokens: int = 37,
+    heads: int = 3,
+    head_dim: int = 20,
+    rotated: int | None = None,
+    interleaved: bool = False,
+) -> dict[str, Any]:
+    rotated = head_dim if rotated is None else rotated
+    table = torch.float64 if dtype == torch.float64 else torch.float32
+    positions = torch.arange(5, 5 + tokens, device=DEVICE)
+    return {
+        "d": rand(tokens, heads * head_dim, dtype=dtype, scale=1.0),
+        "raw": rand(tokens, heads * head_dim, dtype=dtype, scale=1.5),
+        "weight": rand(head_dim, dtype=dtype),
+        "tables": rope_tables(positions, rotated, 1e4, dtype=table) if rotated else (None, None),
+        "interleaved": interleaved,
+        "head_dim": head_dim,
+    }
+
+
+def run_finish_bwd(case: dict[str, Any], d: Tensor, need_dw: bool = True) -> Tensor:
+    options = (EPS, *case["tables"], case["interleaved"], case["head_dim"])
+    return ops.qk_finish_bwd_(d, case["raw"], case["weight"], *options, need_dw)
+
+
+def plain_finish_bwd(case: dict[str, Any], d: torch.dtype) -> list[Tensor]:
+    """The gradients of the raw values and of the weight, by autograd."""
+    raw, weight = (case[n].detach().to(d).requires_grad_() for n in ("raw", "weight"))
+    t = F.rms_norm(raw.unflatten(1, (-1, case["head_dim"])), weight.shape, weight, EPS)
+    if case["tables"][0] is not None:
+        t = turned(t, *(table.to(d).unsqueeze(1) for table in case["tables"]), case["interleaved"])
+    return list(torch.autograd.grad(t.flatten(1), [raw, weight], case["d"].to(d)))
+
+
+FINISH_BWD_FORMS: dict[str, dict[str, Any]] = {
+    "halves": {},
+    "interleaved": {"interleaved": True},
+    "partial": {"rotated": 8},
+    "partial-interleaved": {"rotated": 4, "interleaved": True},
+    "norope": {"rotated": 0},
+    "one-token": {"tokens": 1, "heads": 1},
+    "tiles": {"tokens": 131, "heads": 11, "head_dim": 16},
+    "more-tiles-than-programs": {"tokens": 140, "heads": 9, "head_dim": 80},
+    "odd": {"head_dim": 15, "rotated": 6},
+}
+
+
+class TestBackwardOfQKNorm:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("form", FINISH_BWD_FORMS.values(), ids=FINISH_BWD_FORMS.keys())
+    def test_against_autograd(self, form, dtype):
+        case = finish_bwd_case(dtype, **form)
+        d = case["d"].clone()
+        dw = run_finish_bwd(case, d)
+        plain, truth = in_both(lambda t: plain_finish_bwd(case, t), dtype)
+        check(d, plain[0], truth[0], "d")
+        # The weight's gradient is a sum over tokens and heads, in another order than PyTorch's.
+        assert dw.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        check(dw.to(dtype), plain[1], truth[1], "dw", terms=(d.numel() / case["head_dim"]) ** 0.5)
+
+    def test_without_a_gradient_of_the_weight(self):
+        case = finish_bwd_case(torch.float32)
+        d, again = case["d"].clone(), case["d"].clone()
+        assert run_finish_bwd(case, d, need_dw=False).numel() == 0
+        assert run_finish_bwd(case, again).numel() == case["head_dim"]
+        assert torch.equal(d, again)
+
+    def test_a_weight_in_float32(self):
+        """As Gemma's, whose offset is added in float32."""
+        case = finish_bwd_case(torch.float16)
+        case["weight"] = 1.0 + case["weight"].float()
+        d = case["d"].clone()
+        dw = run_finish_bwd(case, d)
+        plain, truth = in_both(lambda t: plain_finish_bwd(case, t), torch.float16)
+        check(d, plain[0], truth[0], "d")
+        check(dw.half(), plain[1], truth[1], "dw", terms=d.shape[0] ** 0.5)
+
+    @pytest.mark.parametrize("form", [{}, {"interleaved": True}], ids=["halves", "interleaved"])
+    def test_rows_of_views(self, form):
+        """d and raw as parts of wider tensors: the same bits, and nothing written beside them."""
+        case = finish_bwd_case(torch.float32, **form)
+        want = case["d"].clone()
+        want_dw = run_finish_bwd(case, want)
+        wide = torch.full((40, 100), float("nan"), device=DEVICE)
+        wide[:37, 7:67] = case["raw"]
+        case["raw"] = wide[:37, 7:67]
+        beside = torch.full((40, 90), 5.0, device=DEVICE)
+        d = beside[:37, 3:63]
+        d.copy_(case["d"])
+        assert torch.equal(run_finish_bwd(case, d), want_dw)
+        assert torch.equal(d, want)
+        d.fill_(5.0)
+        assert (beside == 5).all()
+
+    def test_no_tokens(self):
+        case = finish_bwd_case(torch.float32, tokens=0)
+        dw = run_finish_bwd(case, case["d"])
+        assert torch.equal(dw, torch.zeros_like(dw))
+        assert dw.shape == (case["head_dim"],)
+
+    def test_a_row_of_zeros(self):
+        """Of padding, say: rstd is then large, and nothing else."""
+        case = finish_bwd_case(torch.float32)
+        case["raw"][5] = 0
+        d = case["d"].clone()
+        run_finish_bwd(case, d)
+        plain, truth = in_both(lambda t: plain_finish_bwd(case, t), torch.float32)
+        check(d, plain[0], truth[0], "d")
+
+
 def mlp_case(kind: str, dtype: torch.dtype, centered: bool, bias: bool, size: tuple[int, int, int]) -> dict[str, Any]:
     tokens, width, d_ff = size
     gated = kind in GATED_MLPS
@@ -388,6 +499,30 @@ class TestTheKernelsAlone:
             ops.norm_mlp_bwd_(case["dy"], case["w_down"], *mlp_args(case), None, None, *outs)
             runs.append(outs)
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+    def test_the_same_bits_of_qk_norms_gradients_every_time(self):
+        case = finish_bwd_case(torch.float32, **FINISH_BWD_FORMS["more-tiles-than-programs"])
+        runs = []
+        for _ in range(3):
+            d = case["d"].clone()
+            runs.append((run_finish_bwd(case, d), d))
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+    def test_bad_gradients_of_q_and_k(self):
+        case = finish_bwd_case(torch.float32)
+        d = case["d"].clone()
+        for spoil, message in (
+            ({"raw": case["raw"][:, :40]}, r"raw must be \(37, 60\) with a unit last stride, got \(37, 40\)"),
+            ({"raw": case["raw"].half()}, r"raw is torch.float16 on .*, expected torch.float32"),
+            ({"head_dim": 8, "weight": case["weight"][:8], "tables": (None, None)}, "60 columns of q or k: expected"),
+            ({"weight": case["weight"][:18]}, r"q_norm must be contiguous \(20,\), got \(18,\)"),
+            ({"tables": tuple(t[:30] for t in case["tables"])}, r"cos must be contiguous \(37, 10\), got \(30, 10\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run_finish_bwd(case | spoil, d)
+        with pytest.raises(ValueError, match=r"d must be \(37, 60\) with a unit last stride"):
+            run_finish_bwd(case, rand(37, 120, dtype=torch.float32)[:, ::2])
+        assert torch.equal(d, case["d"])
 
     def test_what_lies_beside_a_matrix_is_not_touched(self):
         """Rows of wider tensors, NaN between them; tokens beyond the last are not written."""

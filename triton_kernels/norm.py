@@ -328,7 +328,7 @@ def backward(
     width, n = x.shape[-1], rstd.numel()
     flat_dy, flat_x, flat_dx = rows_of(dy), rows_of(x), rows_to_write(dx)
     count, columns, wide = tile(width, BACKWARD_COLUMNS)
-    programs = max(1, min(triton.cdiv(n, count), _PROGRAMS * tuning.multiprocessors(x.device)))
+    programs = backward_programs(triton.cdiv(n, count), x.device)
     make = rstd.new_zeros if wide or n == 0 else rstd.new_empty
     dw = make(programs if need_dw else 0, width)
     db = make(programs if need_dw and mean is not None else 0, width)
@@ -356,10 +356,15 @@ def backward(
                 num_warps=warps(count * columns),
                 enable_fp_fusion=True,
             )
-    return _added_up(dw), _added_up(db)
+    return added_up(dw), added_up(db)
 
 
-def _added_up(shares: Tensor) -> Tensor:
+def backward_programs(tiles: int, device: torch.device) -> int:
+    """How many programs go through the tiles of a backward, each with a share of the weights' gradients."""
+    return max(1, min(tiles, _PROGRAMS * tuning.multiprocessors(device)))
+
+
+def added_up(shares: Tensor) -> Tensor:
     """The sum over programs; empty where there are none. Nothing is launched for what nobody asked for."""
     return shares.sum(0) if shares.shape[0] else shares.new_empty(0)
 

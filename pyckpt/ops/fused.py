@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyckpt.ops.activation import FUNCTIONS
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.norm import reciprocal_rms, rms_norm_backward
 from pyckpt.ops.registry import define
 from pyckpt.spec import GATED_MLPS
 
@@ -150,6 +151,50 @@ def qk_finish_(
 ) -> None:
     """What `norm_qkv_` makes of a raw q or k (t, heads * head_dim) that was kept, with the same bits."""
     _finish(raw, weight, eps, cos, sin, interleaved, head_dim, out)
+
+
+def _qk_finish_bwd_fake(
+    d: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    head_dim: int,
+    need_dw: bool,
+) -> Tensor:
+    return raw.new_empty(head_dim if need_dw else 0, dtype=acc_dtype(raw.dtype))
+
+
+@define(
+    "qk_finish_bwd_(Tensor(a!) d, Tensor raw, Tensor weight, float eps, Tensor? cos, Tensor? sin, bool interleaved, "
+    "int head_dim, bool need_dw) -> Tensor",
+    fake=_qk_finish_bwd_fake,
+)
+def qk_finish_bwd_(
+    d: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    head_dim: int,
+    need_dw: bool,
+) -> Tensor:
+    """Backward of `qk_finish_`: d (t, heads * head_dim), the gradient of what it made, becomes that of raw.
+
+    Returns the weight's gradient (head_dim,) in the accumulation dtype, empty unless `need_dw`.
+    """
+    shape = (d.shape[0], d.shape[1] // head_dim, head_dim)
+    made, rows = d.contiguous().view(shape), raw.view(shape)  # d itself, but where that is part of something wider
+    if cos is not None:
+        ops.rope_(made, cos, sin, True, interleaved)
+    dw = rms_norm_backward(made, rows, weight, reciprocal_rms(rows, eps), made, False, need_dw)
+    if not d.is_contiguous():
+        d.copy_(made.view(d.shape))
+    return dw
 
 
 # --- the residual stream ------------------------------------------------------------------------------------

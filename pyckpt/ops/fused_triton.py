@@ -76,6 +76,15 @@ def qk_finish_(raw: Tensor, weight: Tensor, *args: Any) -> None:
     return None
 
 
+@implement("qk_finish_bwd_", "triton")
+def qk_finish_bwd_(d: Tensor, raw: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    *options, need_dw = args
+    if not _served(d) or options[-1] % 2:
+        return op.qk_finish_bwd_(d, raw, weight, *args)
+    after = _finish(weight, None, *options)
+    return kernels("fused.qk_finish_bwd").backward(d, _unit(raw), after.q_norm, after, need_dw=need_dw)
+
+
 @implement("linear_residual_", "triton")
 def linear_residual_(
     x: Tensor,

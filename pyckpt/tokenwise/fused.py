@@ -147,10 +147,6 @@ class FusedQkv(Qkv):
     def _weights(self, w: Weights) -> tuple[Any, ...]:
         return (*(w[f"{n}.weight"] for n in self.projections), *(w.get(f"{n}.bias") for n in self.projections))
 
-    def _options(self, positions: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-        tables = self._rope_tables(positions, dtype) or (None, None)
-        return self.spec.norm_eps, *tables, self.spec.rope_interleaved, self.spec.head_dim
-
 
 @dataclasses.dataclass
 class Kept:

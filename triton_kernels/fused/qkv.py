@@ -270,18 +270,27 @@ class Finish:
             if t is not None and (tuple(t.shape) != (tokens, self.rotated // 2) or not t.is_contiguous()):
                 raise ValueError(f"{name} must be contiguous ({tokens}, {self.rotated // 2}), got {tuple(t.shape)}")
 
-    def constants(self, block_n: int) -> dict[str, Any]:
-        """The kernels' constants, for programs of about block_n columns."""
-        half = max(16, triton.next_power_of_2(self.head_dim // 2))
+    def heads(self, columns: int) -> int:
+        """How many heads a matrix of so many columns has; raises ValueError for a part of one."""
+        if columns % self.head_dim:
+            raise ValueError(f"{columns} columns of q or k: expected a multiple of head_dim {self.head_dim}")
+        return columns // self.head_dim
+
+    def pairing(self) -> dict[str, Any]:
+        """Constants of the kernels that go by pairs of a head's values."""
         return {
             "EPS": self.eps,
             "HEAD_DIM": self.head_dim,
             "ROTATED": self.rotated,
             "INTERLEAVED": self.interleaved,
-            "HEADS": max(1, block_n // (2 * half)),
-            "HALF": half,
-            "LEVELS": half.bit_length() - 1,
+            "HALF": max(16, triton.next_power_of_2(self.head_dim // 2)),
         }
+
+    def constants(self, block_n: int) -> dict[str, Any]:
+        """Constants of the kernels whose programs have about block_n columns."""
+        pairing = self.pairing()
+        half = pairing["HALF"]
+        return {**pairing, "HEADS": max(1, block_n // (2 * half)), "LEVELS": half.bit_length() - 1}
 
 
 def forward(
@@ -361,7 +370,7 @@ def finish_stored(raw: Tensor, weight: Tensor, after: Finish, out: Tensor) -> No
     check_matrix("raw", raw, (tokens, columns))
     check_matrix("out", out, (tokens, columns), raw)
     constants = after.constants(_FINISH_COLUMNS)
-    heads = columns // after.head_dim
+    heads = after.heads(columns)
     if tokens == 0:
         return
     with on(raw.device):
