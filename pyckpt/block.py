@@ -27,7 +27,6 @@ INIT_STD = 0.02
 class CheckpointedBlock(nn.Module):
     """What every block that runs on our executors has: a save set, a tile, and a plan for given inputs."""
 
-    mixes_dtypes = False  # its weights may have other dtypes than x
     spec_text: str | None = None  # of a block whose spec says all, as torch.compile needs it
 
     def __init__(self, d_model: int, save: str | SaveSet | Save, tile: int | None, tile_bytes: int) -> None:
@@ -74,6 +73,10 @@ class CheckpointedBlock(nn.Module):
     @property
     def drops(self) -> bool:
         """Whether a forward in the present mode draws a seed for dropout."""
+        return False
+
+    def mixes_dtypes(self, name: str) -> bool:
+        """The weight of this name may have another dtype than x."""
         return False
 
     def _check_save(self, save: SaveSet) -> SaveSet:
@@ -218,7 +221,7 @@ class CkptTransformerBlock(CheckpointedBlock):
 
     @property
     def drops(self) -> bool:
-        return self.training and (self.spec.dropout > 0.0 or self.spec.attention_dropout > 0.0)
+        return self.training and self.spec.drops
 
     def weights(self) -> dict[str, Tensor]:
         found = dict(self.named_parameters())
@@ -339,7 +342,7 @@ def run_blocks(
     weights = [block.weights() for block in blocks]
     for block, part in zip(blocks, weights, strict=True):
         for name, w in part.items():
-            if w.dim() == 2 and not block.mixes_dtypes:
+            if w.dim() == 2 and not block.mixes_dtypes(name):
                 errors.check_matches(x, w, name, compute)
     if cu_seqlens is not None and not checked and not torch.compiler.is_compiling():
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)

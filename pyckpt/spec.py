@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 NORMS = ("rmsnorm", "layernorm")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
@@ -28,6 +28,31 @@ Window = tuple[int, int]
 RopeScaling = tuple[tuple[str, Any], ...]
 
 
+class LowRank(NamedTuple):
+    """A low-rank product beside one of a block's linear layers, as in LoRA (Hu et al. 2021, eq. 3):
+
+        y = x Wᵀ + b + scale (dropout(x) Aᵀ) Bᵀ
+
+    with A (rank, in), B (out, rank), and `dropout` the rate. `linear` is the layer's name; `key` tells apart what
+    stands beside the same one.
+    """
+
+    linear: str
+    key: str
+    rank: int
+    scale: float
+    dropout: float = 0.0
+
+    @property
+    def a(self) -> str:
+        """The name of A among a block's parameters."""
+        return f"{self.linear}.lora_A.{self.key}"
+
+    @property
+    def b(self) -> str:
+        return f"{self.linear}.lora_B.{self.key}"
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
     """Shapes and options of one block. Build it with `BlockSpec.make`, which checks and fills in defaults.
@@ -43,6 +68,7 @@ class BlockSpec:
     `residual` "parallel" adds attention and MLP to the same x, "parallel_shared" from one norm of it.
     `residual_multiplier`: of what each sublayer adds to the residual stream.
     `dropout` is the rate on the outputs of attention and of the MLP, `attention_dropout` that on probabilities.
+    `low_rank`: products beside the linear layers, of a block that runs on another layer's weights (`pyckpt.swap`).
     """
 
     d_model: int
@@ -69,6 +95,7 @@ class BlockSpec:
     attention_scale: float | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    low_rank: tuple[LowRank, ...] = ()
 
     @property
     def d_q(self) -> int:
@@ -105,6 +132,11 @@ class BlockSpec:
         return self.norm_placement == "post"
 
     @property
+    def drops(self) -> bool:
+        """Something is dropped at random in training."""
+        return any(rate > 0.0 for rate in (self.dropout, self.attention_dropout, *(a.dropout for a in self.low_rank)))
+
+    @property
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
@@ -121,6 +153,7 @@ class BlockSpec:
     def from_string(text: str) -> BlockSpec:
         fields = json.loads(text)
         fields["window"] = tuple(fields["window"])
+        fields["low_rank"] = tuple(LowRank(*a) for a in fields["low_rank"])
         if fields["rope_scaling"] is not None:
             fields["rope_scaling"] = tuple(
                 (k, tuple(v) if isinstance(v, list) else v) for k, v in fields["rope_scaling"]

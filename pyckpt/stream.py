@@ -203,7 +203,7 @@ def _stack(
     compute = compute_dtype(x)
     for block in blocks:
         for name, w in block.weights().items():
-            if w.dim() == 2 and not block.mixes_dtypes:
+            if w.dim() == 2 and not block.mixes_dtypes(name):
                 errors.check_matches(x, w, name, compute)
     tile = min(stream.tile, layout.tokens)
     first = _first_trained(blocks, source_trained)

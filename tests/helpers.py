@@ -49,13 +49,15 @@ def assert_exact(ours: Tensor, truth: Tensor, what: str = "result", terms: float
     assert error <= EXACT * max(terms, size), f"{what}: off by {error:.3e}, largest value {size:.3e}"
 
 
-def a_few(values: Iterable[Any], always: Collection[int]) -> list[Any]:
+def a_few(values: Iterable[Any], always: Collection[int], names: int = 1) -> list[Any]:
     """Values for `parametrize`: those at `always` run every time, the others are slow without a GPU.
 
     For tests that take seconds each, in Triton's interpreter above all, where a few show nearly all that can break.
+    `names`: how many arguments a value is for, a tuple of as many if it is more than one.
     """
     slow = () if torch.cuda.is_available() else (pytest.mark.slow,)
-    return [pytest.param(v, marks=() if i in always else slow) for i, v in enumerate(values)]
+    given = ((v,) if names == 1 else v for v in values)
+    return [pytest.param(*v, marks=() if i in always else slow) for i, v in enumerate(given)]
 
 
 def check_truth(

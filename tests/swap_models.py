@@ -220,6 +220,18 @@ def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **grads}
 
 
+def as_before(model: Any, batch: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """Swap the model: its loss and gradients are as good as those before. The report's entries."""
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    report = pyckpt.swap(model, tile=10)
+    assert not report.left, str(report)
+    assert_step_as_good(step(model, batch), plain, truth, dtype)
+    return report.entries
+
+
 def assert_same_with_every_save_set(model: Any, seed: int | None = None) -> None:
     """A step's bits. With a seed: of what is dropped."""
     batch, results = make_batch("padded"), []

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import LOW_DTYPES, assert_close_to_truth, assert_exact, check_exact, step
+from helpers import LOW_DTYPES, a_few, assert_close_to_truth, assert_exact, check_exact, step
 from torch import Tensor
 
 import pyckpt
@@ -48,7 +48,7 @@ def positions_of(kind: str, batch: int, seq: int) -> Tensor | None:
 
 class TestExact:
     @INTERLEAVED
-    @pytest.mark.parametrize("positions", ["default", "shared", "each", "int32", "negative"])
+    @pytest.mark.parametrize("positions", a_few(["default", "shared", "each", "int32", "negative"], always=(0, 2)))
     @pytest.mark.parametrize(("dim", "rotary_dim"), [(2, None), (8, None), (8, 2), (8, 6), (7, 4), (96, 96)])
     def test_dims_and_positions(self, dim, rotary_dim, positions, interleaved, chunking):
         pos = positions_of(positions, 2, 11)

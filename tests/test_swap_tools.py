@@ -13,6 +13,7 @@ from blocks import assert_same_bits
 from swap_models import (
     VOCAB,
     InFloat64,
+    as_before,
     assert_step_as_good,
     make_adapted,
     make_batch,
@@ -30,101 +31,6 @@ State = dict[str, torch.Tensor]
 
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
-
-
-# --- PEFT ----------------------------------------------------------------------------------------------------------
-
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "LoRA on all": {"target_modules": "all-linear"},
-    "DoRA": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
-    "DoRA on all": {"target_modules": "all-linear", "use_dora": True},
-    "biases too": {"target_modules": ["v_proj"], "bias": "all", "use_rslora": True},
-    "norms too": {"target_modules": ["down_proj"], "modules_to_save": ["post_attention_layernorm"]},
-}
-
-
-def as_before(model: Any, batch: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    """Swap the model: its loss and gradients are as good as those before. The report's entries."""
-    exact = copy.deepcopy(model).double()
-    with InFloat64():
-        truth = step(exact, batch)
-    plain = step(model, batch)
-    report = pyckpt.swap(model, tile=10)
-    assert not report.left, str(report)
-    assert_step_as_good(step(model, batch), plain, truth, dtype)
-    return report.entries
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_adapters(kind):
-    model = make_adapted(make_model("Llama"), **ADAPTERS[kind])
-    assert as_before(model, make_batch("padded"))[0].path == "generic"
-
-
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
-def test_what_loras_dropout_drops_it_drops_again(options):
-    """The same bits with every save set, and the slope of the seeded loss; in eval mode the gradients as before."""
-    options = {"lora_dropout": 0.3, "target_modules": "all-linear", **options}
-    model, batch = make_adapted(make_model("Llama", torch.float64), **options).double(), make_batch("padded")
-
-    def seeded() -> State:
-        torch.manual_seed(3)
-        return step(model, batch)
-
-    results = []
-    for save in ("attention", "attention+qkv", "input"):
-        pyckpt.swap(model, save=save, tile=10)
-        results.append(seeded())
-        pyckpt.unswap(model)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
-    pyckpt.swap(model, tile=10)
-    with InFloat64():
-        made = seeded()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert made.keys() - {"loss"} == trained.keys()
-    assert not torch.equal(step(model, batch)["loss"], made["loss"])  # each step drops others
-    # DoRA takes a weight's norm for a constant: of the gradients only its magnitudes' are slopes.
-    moved = {n: p for n, p in trained.items() if "magnitude" in n} or trained
-    direction, eps = {n: torch.randn_like(p) for n, p in moved.items()}, 1e-6
-    ends = []
-    for scale in (eps, -2 * eps):
-        with torch.no_grad():
-            for name, p in moved.items():
-                p += scale * direction[name]
-        with InFloat64():
-            ends.append(seeded()["loss"])
-    shares = torch.stack([(made[n] * d).sum() for n, d in direction.items()])
-    slope = (ends[0] - ends[1]) / (2 * eps)
-    torch.testing.assert_close(shares.sum(), slope, rtol=0.0, atol=1e-5 * shares.abs().max().item())
-    pyckpt.unswap(model)
-    as_before(model.float().eval(), batch)
-
-
-def test_adapters_put_in_or_merged_after_the_swap():
-    """The layers run their original forward, with a warning, until the model is swapped again."""
-    model, batch = make_model("Llama"), make_batch("padded")
-    pyckpt.swap(model)
-    model = make_adapted(model, target_modules=["q_proj"])
-    with pytest.warns(UserWarning, match=r"q_proj is now a peft.*, not the .*original forward"):
-        step(model, batch)
-    pyckpt.unswap(model)
-    as_before(model, batch)
-    merged = model.merge_and_unload().train().requires_grad_()
-    with pytest.warns(UserWarning, match=r"q_proj is now a torch.*, not the peft.*original forward"):
-        step(merged, batch)
-    pyckpt.unswap(merged)
-    assert as_before(merged, batch)[0].path == "standard"
-
-
-def test_an_adapter_that_is_switched_off_is_seen():
-    model, batch = make_adapted(make_model("Llama"), target_modules=["q_proj"]), make_batch("padded")
-    with model.disable_adapter():
-        without = model(**batch).loss
-    pyckpt.swap(model)
-    with model.disable_adapter():
-        torch.testing.assert_close(model(**batch).loss, without)
-    assert not torch.allclose(model(**batch).loss, without)
 
 
 # --- Mixed precision -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import a_few
 from torch import nn
 
 from pyckpt import train
@@ -508,7 +509,9 @@ else:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize(("where", "last"), [("13", "step-00000010"), ("while writing", "step-00000010")])
+@pytest.mark.parametrize(
+    ("where", "last"), a_few([("13", "step-00000010"), ("while writing", "step-00000010")], always=(1,), names=2)
+)
 def test_a_killed_run_resumes_to_the_same_curve_and_weights(
     text: Path, straight: train.TrainResult, where: str, last: str
 ) -> None:
@@ -527,7 +530,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(
     assert not list(folder.checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", a_few([signal.SIGINT, signal.SIGTERM], always=(1,)))
 def test_a_signal_ends_a_run_with_a_checkpoint(text: Path, straight: train.TrainResult, number: int) -> None:
     given = config(text)
     stopped = train.run(given, on_step=lambda r: signal.raise_signal(number) if r["step"] == 6 else None)
@@ -548,7 +551,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(text: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("store", ["host", "file"])
+@pytest.mark.parametrize("store", a_few(["host", "file"], always=(1,)))
 def test_a_streamed_run_learns_the_same_and_stops_inside_a_step(text: Path, store: str, monkeypatch) -> None:
     """Between two tiles: the step is given up, the ones before are in a checkpoint, and the run goes on from there."""
     plain = train.run(config(text, steps=8, eval_every=4, checkpoint_every=3))

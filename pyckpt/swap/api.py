@@ -16,9 +16,10 @@ from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, together
 from pyckpt.swap.layer import Streaming, SwappedLayer
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
-from pyckpt.swap.weights import UnsupportedError
+from pyckpt.swap.weights import Mapping
 
 
 def swap(
@@ -159,7 +160,7 @@ def _decoder(
             entries.append(Entry(full, kind, ORIGINAL, str(reason)))
             continue
         swapped.append(made)
-        entries.append(_entry(full, kind, made.block.mapping.why, save, _notes(made, segments, stream)))
+        entries.append(_entry(full, kind, made.block.mapping, save, _notes(made, segments, stream)))
     if not swapped:
         return []
     length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
@@ -176,10 +177,11 @@ def _notes(layer: SwappedLayer, segments: int | str | None, stream: Stream | Non
     return f"; streamed by {stream.tile} tokens, store {stream.store.kind!r}" if layer.streams else "; not streamed"
 
 
-def _entry(name: str, kind: str, why_generic: str, save: str | Save, note: str = "") -> Entry:
-    """Of a layer that is swapped; `why_generic` is empty for one on the standard path."""
-    why = f"its own modules, tile by tile: {why_generic}" if why_generic else "as a standard block"
-    return Entry(name, kind, GENERIC if why_generic else STANDARD, f"{why}; save={save!r}{note}")
+def _entry(name: str, kind: str, mapping: Mapping, save: str | Save, note: str = "") -> Entry:
+    """Of a layer that is swapped."""
+    standard = "as a standard block" + (" with LoRA adapters" if mapping.adapted else "")
+    why = f"its own modules, tile by tile: {mapping.why}" if mapping.why else standard
+    return Entry(name, kind, GENERIC if mapping.why else STANDARD, f"{why}; save={save!r}{note}")
 
 
 def _encoder_layer(
@@ -194,7 +196,7 @@ def _encoder_layer(
     except UnsupportedError as reason:
         entries.append(Entry(name, kind, ORIGINAL, str(reason)))
         return []
-    entries.append(_entry(name, kind, blocks[False].mapping.why, save))
+    entries.append(_entry(name, kind, blocks[False].mapping, save))
     return [encoder.SwappedEncoderLayer(layer, blocks)]
 
 

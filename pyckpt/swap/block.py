@@ -18,17 +18,24 @@ class MappedBlock(CheckpointedBlock):
 
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
-        self.mapping, self.spec_text = mapping, mapping.spec.to_string()
+        self.mapping: Mapping = mapping
+        # Which adapters are switched on is read at each call, and no compiled graph knows it.
+        self.spec_text = None if mapping.adapted else mapping.spec.to_string()
         self._layer = (layer,)  # in a tuple: a submodule would be found twice in the model
 
     @property
     def drops(self) -> bool:
-        spec = self.mapping.spec
-        return self._layer[0].training and (spec.dropout > 0.0 or spec.attention_dropout > 0.0)
+        layer = self._layer[0]
+        return (
+            self.mapping.spec_now(layer).drops if self.mapping.adapted else layer.training and self.mapping.spec.drops
+        )
+
+    def mixes_dtypes(self, name: str) -> bool:
+        return ".lora_" in name
 
     def weights(self) -> dict[str, Tensor]:
         return self.mapping.weights(self._layer[0])
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         options = (tokens, x_dtype, dtype, device, self.tile_bytes)
-        return standard_plan(self.mapping.spec_now, self._save, self.tile, *options)
+        return standard_plan(self.mapping.spec_now(self._layer[0]), self._save, self.tile, *options)

@@ -12,10 +12,10 @@ from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.layer import SwappedLayer
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.survey import Survey
 from pyckpt.swap.traced import TracedLayer
-from pyckpt.swap.weights import UnsupportedError
 
 
 class Chooser:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pyckpt.block import CheckpointedBlock
 from pyckpt.swap import masks
 from pyckpt.swap.layer import CALL, Call, Streaming, SwappedLayer
+from pyckpt.swap.modules import UnsupportedError, watched
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.weights import UnsupportedError, watched
 
 # Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
 _KNOWN = frozenset(

@@ -16,8 +16,9 @@ from pyckpt.swap import generic, masks
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.modules import UnsupportedError, watched
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.weights import Mapping, Source, UnsupportedError, watched
+from pyckpt.swap.weights import Mapping, Source
 
 EncoderBlock = MappedBlock | GenericMappedBlock
 _ACTIVATIONS = {F.gelu: "gelu"}

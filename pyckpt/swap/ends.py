@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
-from pyckpt.swap.weights import UnsupportedError, norm_eps, watched
+from pyckpt.swap.modules import UnsupportedError, norm_eps, watched
 from pyckpt.tokenwise.norm import LayerNorm, RmsNorm
 
 # Norms whose weight is one less than what it multiplies by.

@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from pyckpt.spec import BlockSpec
-from pyckpt.swap import generic
+from pyckpt.swap import generic, lora
+from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps, watched
 from pyckpt.swap.rope import MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
-from pyckpt.swap.weights import Mapping, Source, UnsupportedError, bias_of, is_known, norm_eps, watched
+from pyckpt.swap.weights import Mapping, Source, bias_of
 
 ATTENTION, MLP = "self_attn", "mlp"
 OLDEST = 5  # of transformers
@@ -93,8 +94,11 @@ def finish(layer: nn.Module, options: Options, sources: list[Source], moving: Mo
         if getattr(module, source.bias, None) is not None and "norm" not in source.names[0]:
             biased |= set(source.names)
     spec = spec_of(options, bias_of(biased))
-    kinds = tuple((s.path, type(layer.get_submodule(s.path))) for s in sources)
-    mapping = Mapping(spec, tuple(sources), kinds, moving=moving)
+    modules = {s.path: layer.get_submodule(s.path) for s in sources}
+    adapted = {path: module for path, module in modules.items() if lora.is_adapted(module)}
+    modules |= {f"{path}.base_layer": lora.base_of(module) for path, module in adapted.items()}
+    kinds = tuple((path, type(module)) for path, module in modules.items())
+    mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted))
     mapping.check(layer)
     return mapping
 
@@ -158,9 +162,15 @@ def rope_options(
 
 
 def _check_module(source: Source, module: Any, eps: float) -> None:
-    name = type(module).__name__
     if watched(module):
         raise UnsupportedError(f"{source.path} has forward hooks, which a swapped layer would not run")
+    if lora.is_adapted(module):
+        try:
+            lora.check(module)
+        except UnsupportedError as reason:
+            raise UnsupportedError(f"{source.path}: {reason}") from reason
+    module = lora.base_of(module)
+    name = type(module).__name__
     if "norm" in source.names[0]:
         found = norm_eps(module)
         if found is None or found != eps:

@@ -24,8 +24,9 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
+from pyckpt.swap.modules import UnsupportedError, watched
 from pyckpt.swap.rope import MovingRope
-from pyckpt.swap.weights import Mapping, UnsupportedError, watched
+from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
@@ -184,12 +185,13 @@ def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) ->
 class OwnModulesBlock(CheckpointedBlock):
     """A block that runs a layer's own modules, on the layer's parameters, around our attention."""
 
-    mixes_dtypes = True  # adapters have a dtype of their own
-
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping = mapping
         self._layer = (layer,)
+
+    def mixes_dtypes(self, name: str) -> bool:
+        return True  # adapters have a dtype of their own
 
     def _drops_inside(self) -> bool:
         # By each module's own mode: some keep dropout on in a model in eval mode.
@@ -238,7 +240,7 @@ class GenericMappedBlock(OwnModulesBlock):
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
         pre, post = self._parts
         if self.mapping.moving is not None:
-            pre = _Pre(self._layer[0], self.mapping.spec_now)  # of this call, also in its backward
+            pre = _Pre(self._layer[0], self.mapping.spec_now(self._layer[0]))  # of this call, also in its backward
         tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype))
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import twin_of
 from pyckpt.swap.survey import check_weights, forked, shown
-from pyckpt.swap.weights import UnsupportedError
 
 _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap

@@ -15,9 +15,9 @@ from pyckpt.swap import heads
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places, ends_of
 from pyckpt.swap.layer import CALL
+from pyckpt.swap.modules import UnsupportedError, watched
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import unsharded_class
-from pyckpt.swap.weights import UnsupportedError, watched
 
 IGNORED = -100
 

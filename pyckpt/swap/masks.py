@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyckpt.swap.weights import UnsupportedError
+from pyckpt.swap.modules import UnsupportedError
 
 
 def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) -> Tensor | None:

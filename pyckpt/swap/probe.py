@@ -24,11 +24,12 @@ from torch.overrides import TorchFunctionMode
 from pyckpt.exec import node
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import survey as surveys
+from pyckpt.swap.modules import UnsupportedError, watched
 from pyckpt.swap.shadow import attention_config, twin_of, untouched
 from pyckpt.swap.survey import MASK, SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Arguments, Trace, TracedBlock, TracedTokenwise
-from pyckpt.swap.weights import Mapping, UnsupportedError, watched
+from pyckpt.swap.weights import Mapping
 
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
 _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above

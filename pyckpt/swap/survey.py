@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.swap.layer import CALL
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import attention_config, twin_of, unsharded_class, untouched
-from pyckpt.swap.weights import UnsupportedError
 
 SEQ = 11
 _LONG = 1025  # of a call in which masks alone are looked at

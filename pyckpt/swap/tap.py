@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import attention_config, twin_of
-from pyckpt.swap.weights import UnsupportedError
 
 _NAME, _TAP = "pyckpt_tap", "pyckpt_tap"
 

@@ -23,8 +23,9 @@ from pyckpt.save import Save
 from pyckpt.spec import Window
 from pyckpt.swap.generic import SINKS, OwnModulesBlock, SeededTokenwise, precision
 from pyckpt.swap.layer import Call, SwappedLayer
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
-from pyckpt.swap.weights import Mapping, UnsupportedError
+from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.interface import Tile, Weights
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor, nn
 
-from pyckpt.spec import BlockSpec
+from pyckpt.spec import BlockSpec, LowRank
+from pyckpt.swap import lora
+from pyckpt.swap.modules import UnsupportedError, watched
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.parameters import parameter_shapes
-
-
-class UnsupportedError(Exception):
-    """The layer computes something that a standard block does not; the message says what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +42,22 @@ class Source:
                 found |= zip((f"{n}.{kind}" for n in self.names), self._parts(t), strict=True)
         return found
 
+    def adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
+        """What LoRA adds to them in this call, with its A and B."""
+        module = layer.get_submodule(self.path)
+        if not lora.is_adapted(module):
+            return []
+        return [
+            (LowRank(name, key, a.shape[0], scale, rate), a, part)
+            for key, a, b, scale, rate in lora.active(module)
+            for name, part in zip(self.names, self._split(b), strict=True)
+        ]
+
     def _parts(self, t: Tensor) -> tuple[Tensor, ...]:
-        if self.transposed and t.dim() == 2:
-            t = t.t()
+        return self._split(t.t() if self.transposed and t.dim() == 2 else t)
+
+    def _split(self, t: Tensor) -> tuple[Tensor, ...]:
+        """Rows (out, ...) of each."""
         if self.heads:
             return tuple(p.flatten(0, 1) for p in t.unflatten(0, (self.heads, len(self.names), -1)).unbind(1))
         # One split, not slices: its gradient is one concatenation.
@@ -57,9 +69,9 @@ class Mapping:
     """A layer as a block: what it computes, and where its weights are.
 
     `sinks` is the name of the parameter that holds attention's, where it has any (on the generic path alone).
-    `moving` says where RoPE's frequencies are to be read at each call, where they depend on it.
-    `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are read, by path: another
-    class there means that the layer has changed.
+    `adapted`: LoRA adapters stand beside some of its linear layers. `moving` says where RoPE's frequencies are to be
+    read at each call, where they depend on it. `why` it is on the generic path, where it is. `kinds` are the classes of
+    the modules that are read, by path: another class there means that the layer has changed.
     """
 
     spec: BlockSpec
@@ -68,11 +80,17 @@ class Mapping:
     why: str = ""
     sinks: str | None = None
     moving: MovingRope | None = None
+    adapted: bool = False
 
-    @property
-    def spec_now(self) -> BlockSpec:
+    def spec_now(self, layer: nn.Module) -> BlockSpec:
         """The spec for the call under way."""
-        return self.spec if self.moving is None else self.moving.now(self.spec)
+        spec = self.spec if self.moving is None else self.moving.now(self.spec)
+        if not self.adapted:
+            return spec
+        return _beside(spec, tuple(entry for entry, _, _ in self._adapters(layer)), layer.training)
+
+    def _adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
+        return [found for source in self.sources for found in source.adapters(layer)] if self.adapted else []
 
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The block's weights in the order of `parameter_shapes`; biases that the layer lacks are zeros."""
@@ -80,7 +98,9 @@ class Mapping:
         for source in self.sources:
             found |= source.read(layer)
         like = next(iter(found.values()))
-        shapes = parameter_shapes(self.spec)
+        for adapter, a, b in self._adapters(layer):
+            found |= {adapter.a: a, adapter.b: b}
+        shapes = parameter_shapes(self.spec_now(layer))
         return {n: found[n] if n in found else like.new_zeros(s) for n, s in shapes.items()}
 
     def check(self, layer: nn.Module) -> None:
@@ -105,7 +125,19 @@ class Mapping:
                 return f"{path} is now a {now}, not the {then} it was when swapped (unswap and swap again)"
             if watched(module):
                 return f"{path} has forward hooks, which a swapped layer would not run{_advice(layer)}"
+            if self.adapted and lora.is_adapted(module):
+                try:
+                    lora.check(module)
+                except UnsupportedError as reason:
+                    return f"{path}: {reason}"
         return None
+
+
+@functools.lru_cache(maxsize=256)
+def _beside(spec: BlockSpec, low_rank: tuple[LowRank, ...], training: bool) -> BlockSpec:
+    """The spec with adapters, whose dropout may be on where the layer's own is off."""
+    spec = spec if training else dataclasses.replace(spec, dropout=0.0, attention_dropout=0.0)
+    return dataclasses.replace(spec, low_rank=low_rank)
 
 
 def _sharded(layer: nn.Module) -> list[nn.Parameter]:
@@ -131,33 +163,6 @@ def _advice(layer: nn.Module) -> str:
         " (for ZeRO-3 to gather a layer whole, call deepspeed.utils.set_z3_leaf_modules(model, "
         f"[{type(layer).__name__}]) before deepspeed.initialize)"
     )
-
-
-def is_known(kind: type) -> bool:
-    """A class of PyTorch or transformers themselves: adapters have classes of the same names."""
-    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
-
-
-def norm_eps(module: nn.Module) -> float | None:
-    """The eps of an RMSNorm or a LayerNorm of a known class; None of anything else."""
-    if not (type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and is_known(type(module))):
-        return None
-    return next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
-
-
-# By which transformers records attentions and hidden states, and makes embeddings want a gradient for checkpointing.
-_HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
-
-
-def watched(module: nn.Module, replaced: bool = False) -> bool:
-    """The module has forward hooks, other than transformers' own that change no value.
-
-    Or a forward of its own, as Accelerate puts there, unless that is known to be `replaced`.
-    """
-    if "forward" in module.__dict__ and not replaced:
-        return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(h, "__name__", "") not in _HARMLESS_HOOKS for h in hooks)
 
 
 def bias_of(names: set[str]) -> bool | str:

@@ -17,7 +17,7 @@ from pyckpt.ops import philox
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
-from pyckpt.tokenwise.linear import linear
+from pyckpt.tokenwise.linear import Linear
 from pyckpt.tokenwise.norm import norm_of
 from pyckpt.tokenwise.workspace import Workspace
 
@@ -31,11 +31,10 @@ class Branch:
     """
 
     def __init__(self, spec: BlockSpec, projection: str, norm: str | None, kept: str, site: int) -> None:
-        self.spec, self.projection, self.site, self._kept = spec, projection, site, kept
+        self.spec, self.linear, self.site, self._kept = spec, Linear(spec, projection), site, kept
         self.norm = norm_of(spec, norm)
         self._multiplier = spec.residual_multiplier
-        self.weight, self.bias = f"{projection}.weight", f"{projection}.bias"
-        self.parameters = (self.weight, self.bias, *self.norm.parameters)
+        self.parameters = (*self.linear.parameters, *self.norm.parameters)
 
     def forward(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor, ws: Workspace) -> None:
         """Fill out, and z where `tile.kept` asks for it."""
@@ -46,18 +45,18 @@ class Branch:
         """z (t, d_model), in `tile.kept` or scratch memory; without a norm in out, if that is given."""
         if self.spec.norms_after and not self.spec.norms_sum:
             z = self._place(tile, tuple(residual.shape), x.dtype, ws)
-            linear(w, self.projection, x, z)
+            self.linear.forward(w, tile, x, z, ws)
             return z
         if self.spec.norms_sum or out is None:
             out = self._place(tile, tuple(residual.shape), residual.dtype, ws)
         if self._drops(tile):
             made = ws.get("branch", tuple(residual.shape), x.dtype)
-            linear(w, self.projection, x, made)
+            self.linear.forward(w, tile, x, made, ws)
             if self._multiplier != 1.0:
                 made *= self._multiplier
             self._drop(tile, made, residual, out)
         else:
-            self._add(w, tile, x, residual, out)
+            self._add(w, tile, x, residual, out, ws)
         return out
 
     def finish(self, w: Weights, tile: Tile, z: Tensor, residual: Tensor, out: Tensor) -> None:
@@ -85,7 +84,7 @@ class Branch:
     ) -> Tensor:
         """The gradient of the projection's output, (t, d_model) in the products' dtype; fills dresidual.
 
-        Adds the gradients of the norm and of the bias, not that of the weight. z is read where there is a norm.
+        Adds the gradients of the norm and of the bias, not those of the weights. z is read where there is a norm.
         dresidual may be dout; the result may be dout or dresidual and is not to be written to.
         """
         if self.spec.norms_sum:
@@ -102,11 +101,11 @@ class Branch:
             if self._multiplier != 1.0:
                 # In memory of its own: d may be dout.
                 d = torch.mul(d, self._multiplier, out=ws.get("dscaled", tuple(d.shape), d.dtype))
-        grads.add_rows(self.bias, d)
+        grads.add_rows(self.linear.bias, d)
         return d
 
-    def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor) -> None:
-        linear(w, self.projection, x, out, residual=residual, multiplier=self._multiplier)
+    def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor, ws: Workspace) -> None:
+        self.linear.forward(w, tile, x, out, ws, residual=residual, multiplier=self._multiplier)
 
     def _place(self, tile: Tile, shape: tuple[int, ...], dtype: torch.dtype, ws: Workspace) -> Tensor:
         kept = tile.kept.get(self._kept)

@@ -19,8 +19,8 @@ from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.branch import Branch
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
-from pyckpt.tokenwise.linear import add_gradients
-from pyckpt.tokenwise.mlp import DOWN, Hidden, Mlp
+from pyckpt.tokenwise.linear import Linear
+from pyckpt.tokenwise.mlp import Hidden, Mlp
 from pyckpt.tokenwise.norm import LayerNorm, NoNorm, Norm, Normed, Stats
 from pyckpt.tokenwise.parameters import ATTENTION, MLP
 from pyckpt.tokenwise.qkv import Qkv
@@ -42,9 +42,10 @@ _OPS = {
 def choose(spec: BlockSpec, dtype: torch.dtype, device: torch.device) -> Fused:
     """Which products run fused, in `dtype` on a device: by the table of `fused.choice`, or by PYCKPT_FUSED.
 
-    Only those that our kernels serve: composed of PyTorch's own kernels, a fused op gains nothing.
+    Only those that our kernels serve: composed of PyTorch's own kernels, a fused op gains nothing. None beside low-rank
+    products, which would add to what a fused kernel has already turned, normed or summed up.
     """
-    if device.type not in registry.DEVICE_TYPES or dtype == torch.float64:
+    if device.type not in registry.DEVICE_TYPES or dtype == torch.float64 or spec.low_rank:
         return NOTHING
     served = [name for name, op in _OPS.items() if registry.choose(op, device.type)[0] == "triton"]
     if not served:
@@ -91,12 +92,10 @@ def row_statistics(norm: Norm, x: Tensor) -> Stats:
     return ops.row_statistics(x, centered, norm.eps)[0 if centered else 1 :]
 
 
-def _add_gradients(fused: Fused, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
-    if "wgrad" in fused and isinstance(normed, LazyNormed):
-        grads.add_normed_product(f"{name}.weight", dy, normed.args)
-        grads.add_rows(f"{name}.bias", dy)
-    else:
-        add_gradients(grads, name, dy, normed.h)
+def _add_normed_gradients(linear: Linear, dy: Tensor, normed: Normed, grads: WeightGradients) -> None:
+    assert isinstance(normed, LazyNormed)
+    grads.add_normed_product(linear.weight, dy, normed.args)
+    grads.add_rows(linear.bias, dy)
 
 
 class FusedQkv(Qkv):
@@ -109,10 +108,12 @@ class FusedQkv(Qkv):
         super().__init__(spec)
         self._fused = fused - {"qkv"} if spec.qk_norm == "full" else fused
 
-    def forward(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> None:
+    def forward(
+        self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace
+    ) -> None:
         made = next((t for t in (q, k, v) if t is not None), None)
         if "qkv" not in self._fused or made is None:
-            super().forward(w, tile, q, k, v)
+            super().forward(w, tile, q, k, v, ws)
             return
         scales = (w.get(f"{ATTENTION}.{n}_norm.weight") for n in "qk")
         after = (*scales, *self._options(tile.positions, made.dtype))
@@ -141,11 +142,16 @@ class FusedQkv(Qkv):
         ops.norm_qkv_(*normed.args, *self._weights(w), *nothing_after, q, k, None, None, None)
         return q, k
 
-    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
-        _add_gradients(self._fused, grads, name, dy, normed)
+    def _add_gradients(
+        self, w: Weights, tile: Tile, linear: Linear, dy: Tensor, normed: Normed, grads: WeightGradients, ws: Workspace
+    ) -> None:
+        if "wgrad" in self._fused:
+            _add_normed_gradients(linear, dy, normed, grads)
+        else:
+            super()._add_gradients(w, tile, linear, dy, normed, grads, ws)
 
     def _weights(self, w: Weights) -> tuple[Any, ...]:
-        return (*(w[f"{n}.weight"] for n in self.projections), *(w.get(f"{n}.bias") for n in self.projections))
+        return (*(w[p.weight] for p in self.projections), *(w.get(p.bias) for p in self.projections))
 
 
 @dataclasses.dataclass
@@ -180,14 +186,16 @@ class FusedMlp(Mlp):
     def activation(self, hidden: Any, ws: Workspace) -> Tensor:
         return super().activation(hidden, ws) if isinstance(hidden, Hidden) else self._activated(hidden.normed, ws)
 
-    def _backward_inside(self, w: Weights, hidden: Any, d: Tensor, ws: Workspace) -> tuple[Tensor, list[Tensor]]:
+    def _backward_inside(
+        self, w: Weights, tile: Tile, hidden: Any, d: Tensor, ws: Workspace
+    ) -> tuple[Tensor, list[Tensor]]:
         if isinstance(hidden, Hidden):
-            return super()._backward_inside(w, hidden, d, ws)
+            return super()._backward_inside(w, tile, hidden, d, ws)
         shape = (d.shape[0], self.spec.d_ff)
         act, *inner = (ws.get(n, shape, d.dtype) for n in ("act", *(("gate", "up") if self.spec.gated else ("up",))))
         given = (*hidden.normed.args, *self._weights(w), self.spec.mlp, hidden.gate, hidden.up)
         dgate = inner[0] if self.spec.gated else None
-        ops.norm_mlp_bwd_(d, w[f"{DOWN}.weight"], *given, act, dgate, inner[-1])
+        ops.norm_mlp_bwd_(d, w[self.down.weight], *given, act, dgate, inner[-1])
         return act, inner
 
     def _activated(
@@ -200,8 +208,13 @@ class FusedMlp(Mlp):
     def _normed(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype) -> LazyNormed:
         return LazyNormed(self.norm, w, x, dtype, tile.statistics)
 
-    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
-        _add_gradients(self._fused, grads, name, dy, normed)
+    def _add_gradients(
+        self, w: Weights, tile: Tile, linear: Linear, dy: Tensor, normed: Normed, grads: WeightGradients, ws: Workspace
+    ) -> None:
+        if "wgrad" in self._fused:
+            _add_normed_gradients(linear, dy, normed, grads)
+        else:
+            super()._add_gradients(w, tile, linear, dy, normed, grads, ws)
 
     def _weights(self, w: Weights) -> tuple[Any, ...]:
         names = (f"{MLP}.{n}_proj.{kind}" for n in ("gate", "up") for kind in ("weight", "bias"))
@@ -218,10 +231,10 @@ class FusedBranch(Branch):
         super().__init__(*args)
         self._following = None if isinstance(following, NoNorm) else following
 
-    def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor) -> None:
+    def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor, ws: Workspace) -> None:
         centered = isinstance(self._following, LayerNorm)
         eps = 0.0 if self._following is None else self._following.eps
-        given = (x, w[self.weight], w.get(self.bias), residual, out)
+        given = (x, w[self.linear.weight], w.get(self.linear.bias), residual, out)
         mean, rstd = ops.linear_residual_(*given, self._following is not None, centered, eps)
         if self._following is not None:
             tile.statistics = (mean, rstd) if centered else (rstd,)

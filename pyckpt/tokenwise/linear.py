@@ -2,42 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
-from pyckpt.tokenwise.interface import Weights
+from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.low_rank import LowRankProduct
+from pyckpt.tokenwise.workspace import Workspace
 
 
-def linear(
-    w: Weights, name: str, x: Tensor, out: Tensor, residual: Tensor | None = None, multiplier: float = 1.0
-) -> None:
-    """out = x Wᵀ + bias, or residual + multiplier (x Wᵀ + bias)."""
-    weight, bias = w[f"{name}.weight"].t(), w.get(f"{name}.bias")
-    if residual is None:
-        if bias is None:
-            torch.mm(x, weight, out=out)
+class Linear:
+    """y = x Wᵀ + bias, with the low-rank products that the spec has beside it; weights come with every call."""
+
+    def __init__(self, spec: BlockSpec, name: str) -> None:
+        self.name, self.weight, self.bias = name, f"{name}.weight", f"{name}.bias"
+        self.beside = [LowRankProduct(a, i) for i, a in enumerate(spec.low_rank) if a.linear == name]
+        self.weights = (self.weight, *(n for product in self.beside for n in product.parameters))
+        self.parameters = (*self.weights, self.bias)
+
+    def forward(
+        self,
+        w: Weights,
+        tile: Tile,
+        x: Tensor,
+        out: Tensor,
+        ws: Workspace,
+        residual: Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> None:
+        """out = y, or residual + multiplier * y."""
+        weight, bias = w[self.weight].t(), w.get(self.bias)
+        if residual is None:
+            if bias is None:
+                torch.mm(x, weight, out=out)
+            else:
+                torch.addmm(bias, x, weight, out=out)
+            self._add_beside(w, tile, x, out, ws)
+        elif residual.dtype == x.dtype:
+            torch.addmm(residual, x, weight, alpha=multiplier, out=out)
+            if bias is not None:
+                out.add_(bias, alpha=multiplier)
+            self._add_beside(w, tile, x, out, ws, multiplier)
         else:
-            torch.addmm(bias, x, weight, out=out)
-    elif residual.dtype == x.dtype:
-        torch.addmm(residual, x, weight, alpha=multiplier, out=out)
-        if bias is not None:
-            out.add_(bias, alpha=multiplier)
-    else:
-        # Autocast: the product in the low precision, the residual stream in its own.
-        product = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-        torch.add(residual, product, alpha=multiplier, out=out)
+            # Autocast: the product in the low precision, the residual stream in its own.
+            product = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+            self._add_beside(w, tile, x, product, ws)
+            torch.add(residual, product, alpha=multiplier, out=out)
+
+    def _add_beside(
+        self, w: Weights, tile: Tile, x: Tensor, out: Tensor, ws: Workspace, multiplier: float = 1.0
+    ) -> None:
+        for product in self.beside:
+            product.add(w, tile, x, out, ws, multiplier)
+
+    def add_gradients(
+        self, w: Weights, tile: Tile, dy: Tensor, x: Tensor, grads: WeightGradients, ws: Workspace
+    ) -> None:
+        """Add the gradients of the weights and the bias."""
+        self.add_weight_gradients(w, tile, dy, x, grads, ws)
+        grads.add_rows(self.bias, dy)
+
+    def add_weight_gradients(
+        self, w: Weights, tile: Tile, dy: Tensor, x: Tensor, grads: WeightGradients, ws: Workspace
+    ) -> None:
+        grads.add_product(self.weight, dy, x)
+        for product in self.beside:
+            product.add_gradients(w, tile, dy, x, grads, ws)
 
 
-def add_gradients(grads: WeightGradients, name: str, dy: Tensor, x: Tensor) -> None:
-    """Add the gradients of the weight and the bias of y = x Wᵀ + bias."""
-    grads.add_product(f"{name}.weight", dy, x)
-    grads.add_rows(f"{name}.bias", dy)
-
-
-def input_gradient(w: Weights, names: list[str], dys: list[Tensor], out: Tensor) -> None:
+def input_gradient(
+    w: Weights, tile: Tile, linears: Sequence[Linear], dys: Sequence[Tensor], out: Tensor, ws: Workspace
+) -> None:
     """out = the sum over linear layers of dy W: the gradient of the x that they all read."""
-    torch.mm(dys[0], w[f"{names[0]}.weight"], out=out)
-    for name, dy in zip(names[1:], dys[1:], strict=True):
+    torch.mm(dys[0], w[linears[0].weight], out=out)
+    for linear, dy in zip(linears[1:], dys[1:], strict=True):
         # As an out= overload: FLOP counters know addmm and do not know addmm_.
-        torch.addmm(out, dy, w[f"{name}.weight"], out=out)
+        torch.addmm(out, dy, w[linear.weight], out=out)
+    for linear, dy in zip(linears, dys, strict=True):
+        for product in linear.beside:
+            product.add_input_gradient(w, tile, dy, out, ws)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
-from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
+from pyckpt.tokenwise.linear import Linear, input_gradient
 from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import MLP, norm_names
 from pyckpt.tokenwise.workspace import Workspace
@@ -35,8 +35,9 @@ class Mlp:
     def __init__(self, spec: BlockSpec) -> None:
         self.spec = spec
         self.norm = norm_of(spec, norm_names(spec).mlp)
-        self.projections = [f"{MLP}.gate_proj", f"{MLP}.up_proj"] if spec.gated else [f"{MLP}.up_proj"]
-        self.parameters = tuple(f"{n}.{kind}" for n in self.projections for kind in ("weight", "bias"))
+        self.projections = [Linear(spec, f"{MLP}.{n}_proj") for n in (("gate", "up") if spec.gated else ("up",))]
+        self.down = Linear(spec, DOWN)
+        self.parameters = tuple(n for linear in self.projections for n in linear.parameters)
 
     def forward(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Tensor:
         """The activation (t, d_ff), and what `tile.kept` asks for."""
@@ -67,6 +68,7 @@ class Mlp:
     def backward(
         self,
         w: Weights,
+        tile: Tile,
         hidden: Hidden,
         x: Tensor,
         d: Tensor,
@@ -78,20 +80,22 @@ class Mlp:
 
         The share of x's gradient is added to dx, or is not made where dx is None. Overwrites `hidden`.
         """
-        act, dhidden = self._backward_inside(w, hidden, d, ws)
-        grads.add_product(f"{DOWN}.weight", d, act)
-        for name, dinner in zip(self.projections, dhidden, strict=True):
-            self._add_gradients(grads, name, dinner, hidden.normed)
+        act, dhidden = self._backward_inside(w, tile, hidden, d, ws)
+        self.down.add_weight_gradients(w, tile, d, act, grads, ws)
+        for linear, dinner in zip(self.projections, dhidden, strict=True):
+            self._add_gradients(w, tile, linear, dinner, hidden.normed, grads, ws)
         if dx is not None:
             dh = ws.get("dh", tuple(x.shape), d.dtype)
-            input_gradient(w, self.projections, dhidden, dh)
+            input_gradient(w, tile, self.projections, dhidden, dh, ws)
             self.norm.backward_add(w, dh, x, hidden.normed.stats, dx, grads)
 
-    def _backward_inside(self, w: Weights, hidden: Hidden, d: Tensor, ws: Workspace) -> tuple[Tensor, list[Tensor]]:
+    def _backward_inside(
+        self, w: Weights, tile: Tile, hidden: Hidden, d: Tensor, ws: Workspace
+    ) -> tuple[Tensor, list[Tensor]]:
         """The activation, and the gradients of what the projections have made."""
         up = hidden.up
         act = ws.get("act", tuple(up.shape), up.dtype)
-        torch.mm(d, w[f"{DOWN}.weight"], out=act)
+        input_gradient(w, tile, [self.down], [d], act, ws)
         # In place: the activation's gradient becomes the activation, gate and up become their gradients.
         if hidden.gate is None:
             ops.act_bwd_(act, up, self.spec.mlp)
@@ -102,16 +106,18 @@ class Mlp:
     def _normed(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype) -> Normed:
         return Normed(self.norm, w, x, dtype)
 
-    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
-        add_gradients(grads, name, dy, normed.h)
+    def _add_gradients(
+        self, w: Weights, tile: Tile, linear: Linear, dy: Tensor, normed: Normed, grads: WeightGradients, ws: Workspace
+    ) -> None:
+        linear.add_gradients(w, tile, dy, normed.h, grads, ws)
 
     def _pre_activations(self, w: Weights, tile: Tile, h: Tensor, ws: Workspace) -> tuple[Tensor | None, Tensor]:
         shape = (h.shape[0], self.spec.d_ff)
         made = []
-        for name in self.projections:
-            key = name.removeprefix(f"{MLP}.").removesuffix("_proj")
+        for linear in self.projections:
+            key = linear.name.removeprefix(f"{MLP}.").removesuffix("_proj")
             made.append(tile.kept[key] if key in tile.kept else ws.get(key, shape, h.dtype))
-            linear(w, name, h, made[-1])
+            linear.forward(w, tile, h, made[-1], ws)
         return (None, made[0]) if len(made) == 1 else (made[0], made[1])
 
     def _activate(self, act: Tensor, up: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = shape
         if spec.bias is True or name in _BIASED.get(str(spec.bias), ()):
             shapes[f"{name}.bias"] = shape[:1]
+        for adapter in spec.low_rank:
+            if adapter.linear == name:
+                shapes |= {adapter.a: (adapter.rank, shape[1]), adapter.b: (shape[0], adapter.rank)}
     if spec.qk_norm:
         for n, width in (("q", spec.d_q), ("k", spec.d_kv)):
             shapes[f"{ATTENTION}.{n}_norm.weight"] = (width if spec.qk_norm == "full" else spec.head_dim,)

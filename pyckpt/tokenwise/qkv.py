@@ -11,7 +11,7 @@ from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
-from pyckpt.tokenwise.linear import add_gradients, input_gradient, linear
+from pyckpt.tokenwise.linear import Linear, input_gradient
 from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.workspace import Workspace
@@ -25,15 +25,18 @@ class Qkv:
     def __init__(self, spec: BlockSpec) -> None:
         self.spec = spec
         self.norm = norm_of(spec, norm_names(spec).attention)
-        self.projections = [f"{ATTENTION}.{n}_proj" for n in "qkv"]
+        self.projections = [Linear(spec, f"{ATTENTION}.{n}_proj") for n in "qkv"]
 
-    def forward(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> None:
+    def forward(
+        self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace
+    ) -> None:
         """Fill those that are there; `tile.kept` may ask for q and k as they are before QK-norm."""
         wanted = {name: out for name, out in (("q", q), ("k", k), ("v", v)) if out is not None}
         raw = {name: tile.kept.get(name, out) for name, out in wanted.items()}
         h = self._normed(w, tile.x, next(iter(wanted.values())).dtype).h
-        for name, out in raw.items():
-            linear(w, f"{ATTENTION}.{name}_proj", h, out)
+        for linear, name in zip(self.projections, "qkv", strict=True):
+            if name in raw:
+                linear.forward(w, tile, h, raw[name], ws)
         self.finish(w, tile.positions, [(n, raw[n], out) for n, out in wanted.items() if n != "v"])
 
     def finish(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
@@ -66,11 +69,11 @@ class Qkv:
         normed = self._normed(w, tile.x, dq.dtype)
         raws = self._raw(w, tile, normed, (dq, dk), ws) if self.spec.qk_norm else (None, None)
         self._finish_bwd(w, tile.positions, raws, (dq, dk), grads)
-        for name, d in zip(self.projections, (dq, dk, dv), strict=True):
-            self._add_gradients(grads, name, d, normed)
+        for linear, d in zip(self.projections, (dq, dk, dv), strict=True):
+            self._add_gradients(w, tile, linear, d, normed, grads, ws)
         if dx is not None or grads.wants(*self.norm.parameters):
             dh = ws.get("dh", tuple(tile.x.shape), dq.dtype)
-            input_gradient(w, self.projections, [dq, dk, dv], dh)
+            input_gradient(w, tile, self.projections, [dq, dk, dv], dh, ws)
             target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
             self.norm.backward_add(w, dh, tile.x, normed.stats, target, grads)
 
@@ -106,12 +109,14 @@ class Qkv:
         if "q" in tile.kept:
             return tile.kept["q"], tile.kept["k"]
         q, k = (ws.get(f"raw_{n}", tuple(t.shape), t.dtype) for n, t in zip("qk", like, strict=True))
-        for name, out in zip(self.projections, (q, k), strict=False):
-            linear(w, name, normed.h, out)
+        for linear, out in zip(self.projections, (q, k), strict=False):
+            linear.forward(w, tile, normed.h, out, ws)
         return q, k
 
-    def _add_gradients(self, grads: WeightGradients, name: str, dy: Tensor, normed: Normed) -> None:
-        add_gradients(grads, name, dy, normed.h)
+    def _add_gradients(
+        self, w: Weights, tile: Tile, linear: Linear, dy: Tensor, normed: Normed, grads: WeightGradients, ws: Workspace
+    ) -> None:
+        linear.add_gradients(w, tile, dy, normed.h, grads, ws)
 
     def _qk_norm_bwd(self, w: Weights, name: str, raw: Tensor, d: Tensor, grads: WeightGradients) -> None:
         """Turn d, the gradient of q or k normalised over all heads, into that of the raw one."""

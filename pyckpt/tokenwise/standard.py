@@ -21,6 +21,7 @@ from pyckpt.tokenwise import fused
 from pyckpt.tokenwise.branch import Branch
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.linear import input_gradient
 from pyckpt.tokenwise.mlp import DOWN
 from pyckpt.tokenwise.norm import with_offset
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
@@ -60,7 +61,7 @@ class StandardTokenwise:
     # --- forward ---
 
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
-        self.qkv.forward(w, tile, q, k, v)
+        self.qkv.forward(w, tile, q, k, v, ws)
 
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
         self.qkv.finish(w, tile.positions, [("q", tile.kept["q"], q), ("k", tile.kept["k"], k)])
@@ -120,7 +121,7 @@ class StandardTokenwise:
         ws: Workspace,
     ) -> None:
         """From dy: dsource, filled if `inward`, and the gradients of the MLP's weights and of the norms around it."""
-        inner = inward or grads.wants(self.mlp_end.weight, *self.mlp.parameters)
+        inner = inward or grads.wants(*self.mlp.down.weights, *self.mlp.parameters)
         if not (inner or grads.wants(*self.mlp_end.parameters)):
             return
         hidden, z = None, tile.kept.get("down")
@@ -130,7 +131,7 @@ class StandardTokenwise:
         d = self.mlp_end.backward(w, tile, z, dy, dsource, dtype, grads, ws)
         if inner:
             hidden = hidden or self.mlp.remake(w, tile, source, dtype, ws)
-            self.mlp.backward(w, hidden, source, d, dsource if inward else None, grads, ws)
+            self.mlp.backward(w, tile, hidden, source, d, dsource if inward else None, grads, ws)
 
     def _attention_end_bwd(
         self,
@@ -145,13 +146,14 @@ class StandardTokenwise:
         ws: Workspace,
     ) -> None:
         d = self.attention_end.backward(w, tile, z, dout, dresidual, o.dtype, grads, ws)
-        grads.add_product(self.attention_end.weight, d, o)
+        linear = self.attention_end.linear
+        linear.add_weight_gradients(w, tile, d, o, grads, ws)
         if do is None:
             return
         if tile.delta is None:
-            torch.mm(d, w[self.attention_end.weight], out=do)
+            input_gradient(w, tile, [linear], [d], do, ws)
         else:
-            torch.ops.pyckpt.linear_delta_(d, w[self.attention_end.weight], o, do, tile.delta)
+            torch.ops.pyckpt.linear_delta_(d, w[linear.weight], o, do, tile.delta)
 
     def pre_bwd(
         self,

@@ -1,0 +1,36 @@
+"""What can be told of a module from outside: whose class it has, and whether its forward is its own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class UnsupportedError(Exception):
+    """The layer computes something that a standard block does not; the message says what."""
+
+
+def is_known(kind: type) -> bool:
+    """A class of PyTorch or transformers themselves: adapters have classes of the same names."""
+    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
+
+
+def norm_eps(module: nn.Module) -> float | None:
+    """The eps of an RMSNorm or a LayerNorm of a known class; None of anything else."""
+    if not (type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and is_known(type(module))):
+        return None
+    return next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
+
+
+# By which transformers records attentions and hidden states, and makes embeddings want a gradient for checkpointing.
+_HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
+
+
+def watched(module: nn.Module, replaced: bool = False) -> bool:
+    """The module has forward hooks, other than transformers' own that change no value.
+
+    Or a forward of its own, as Accelerate puts there, unless that is known to be `replaced`.
+    """
+    if "forward" in module.__dict__ and not replaced:
+        return True
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(h, "__name__", "") not in _HARMLESS_HOOKS for h in hooks)

@@ -1,0 +1,282 @@
+"""Swapped models with PEFT's adapters: the same results as without the swap, as standard blocks where it is LoRA."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_same_bits
+from helpers import a_few
+from swap_models import (
+    FAMILIES,
+    VOCAB,
+    InFloat64,
+    State,
+    as_before,
+    assert_same_with_every_save_set,
+    assert_step_as_good,
+    make_adapted,
+    make_batch,
+    make_model,
+    step,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyckpt
+from pyckpt.swap import lora
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout of adapters on the standard path on a CPU too, where other numbers are faster to draw."""
+    monkeypatch.setattr(lora, "draws_fast", lambda device: True)
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA on all": {"target_modules": "all-linear"},
+    "DoRA": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    "DoRA on all": {"target_modules": "all-linear", "use_dora": True},
+    "biases too": {"target_modules": ["v_proj"], "bias": "all", "use_rslora": True},
+    "norms too": {"target_modules": ["down_proj"], "modules_to_save": ["post_attention_layernorm"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters(kind):
+    model = make_adapted(make_model("Llama"), **ADAPTERS[kind])
+    expected = "standard" if kind in ("LoRA on all", "biases too") else "generic"
+    assert as_before(model, make_batch("padded"))[0].path == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_what_loras_dropout_drops_it_drops_again(options):
+    """The same bits with every save set, and the slope of the seeded loss; in eval mode the gradients as before."""
+    options = {"lora_dropout": 0.3, "target_modules": "all-linear", **options}
+    model, batch = make_adapted(make_model("Llama", torch.float64), **options).double(), make_batch("padded")
+
+    def seeded() -> State:
+        torch.manual_seed(3)
+        return step(model, batch)
+
+    results = []
+    for save in ("attention", "attention+qkv", "input"):
+        pyckpt.swap(model, save=save, tile=10)
+        results.append(seeded())
+        pyckpt.unswap(model)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    pyckpt.swap(model, tile=10)
+    with InFloat64():
+        made = seeded()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert made.keys() - {"loss"} == trained.keys()
+    assert not torch.equal(step(model, batch)["loss"], made["loss"])  # each step drops others
+    # DoRA takes a weight's norm for a constant: of the gradients only its magnitudes' are slopes.
+    moved = {n: p for n, p in trained.items() if "magnitude" in n} or trained
+    direction, eps = {n: torch.randn_like(p) for n, p in moved.items()}, 1e-6
+    ends = []
+    for scale in (eps, -2 * eps):
+        with torch.no_grad():
+            for name, p in moved.items():
+                p += scale * direction[name]
+        with InFloat64():
+            ends.append(seeded()["loss"])
+    shares = torch.stack([(made[n] * d).sum() for n, d in direction.items()])
+    slope = (ends[0] - ends[1]) / (2 * eps)
+    torch.testing.assert_close(shares.sum(), slope, rtol=0.0, atol=1e-5 * shares.abs().max().item())
+    pyckpt.unswap(model)
+    as_before(model.float().eval(), batch)
+
+
+def test_adapters_put_in_or_merged_after_the_swap():
+    """The layers run their original forward, with a warning, until the model is swapped again."""
+    model, batch = make_model("Llama"), make_batch("padded")
+    pyckpt.swap(model)
+    model = make_adapted(model, target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match=r"q_proj is now a peft.*, not the .*original forward"):
+        step(model, batch)
+    pyckpt.unswap(model)
+    as_before(model, batch)
+    merged = model.merge_and_unload().train().requires_grad_()
+    with pytest.warns(UserWarning, match=r"q_proj is now a torch.*, not the peft.*original forward"):
+        step(merged, batch)
+    pyckpt.unswap(merged)
+    assert as_before(merged, batch)[0].path == "standard"
+
+
+def test_an_adapter_that_is_switched_off_is_seen():
+    model, batch = make_adapted(make_model("Llama"), target_modules=["q_proj"]), make_batch("padded")
+    with model.disable_adapter():
+        without = model(**batch).loss
+    pyckpt.swap(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**batch).loss, without)
+    assert not torch.allclose(model(**batch).loss, without)
+
+
+# --- The standard path -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", a_few(FAMILIES, always={1, 2, 6, 9}))
+def test_lora_of_every_family(family):
+    model = make_adapted(make_model(family), target_modules="all-linear")
+    entries = as_before(model, make_batch("padded"))
+    assert all(e.why.startswith("as a standard block with LoRA adapters") for e in entries[:-1]), entries
+
+
+@pytest.mark.parametrize("batch", ["plain", "packed"])
+@pytest.mark.parametrize("mixed", ["adapters in float32", "autocast", "all"])
+def test_lora_in_bfloat16(mixed, batch):
+    """With PEFT's default of float32 adapters beside a model in bfloat16, under autocast, and with all in bfloat16."""
+    dtype = torch.float32 if mixed == "autocast" else torch.bfloat16
+    model = make_adapted(make_model("Qwen3", dtype), target_modules="all-linear")
+    if mixed == "all":
+        model = model.to(dtype)
+    assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {
+        torch.bfloat16 if mixed == "all" else torch.float32
+    }
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed == "autocast"):
+        as_before(model, make_batch(batch), torch.bfloat16)
+
+
+def test_save_sets_give_the_same_bits_with_lora():
+    assert_same_with_every_save_set(
+        make_adapted(make_model("Gemma2"), target_modules=["k_proj", "o_proj", "down_proj"])
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"stream": pyckpt.Stream(10, "device")}, {"segments": 2}], ids=["stream", "segments"]
+)
+def test_lora_in_streams_and_segments(options):
+    model, batch = make_adapted(make_model("Llama"), target_modules="all-linear"), make_batch("padded")
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    pyckpt.swap(model, tile=10, **options)
+    assert_step_as_good(step(model, batch), plain, truth, torch.float32)
+
+
+def test_several_adapters_at_once_and_one_after_the_other():
+    """Each by its own scale; chosen, changed and switched off after the swap; without gradients too."""
+    model = make_adapted(make_model("Phi3", torch.float64), target_modules=["qkv_proj", "down_proj"])
+    model.add_adapter("other", peft.LoraConfig(r=5, lora_alpha=1, target_modules=["gate_up_proj", "qkv_proj"]))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B.other" in n:
+                p += torch.randn_like(p)
+    model, batch = model.double(), make_batch("plain")
+    layer = model.base_model.model.model.layers[0]
+
+    def choose(state: str) -> None:
+        if state == "both":
+            model.base_model.set_adapter(["default", "other"])
+        elif state == "rescaled":
+            layer.self_attn.qkv_proj.set_scale("other", 3.0)
+        else:
+            model.set_adapter(state)
+
+    def losses() -> State:
+        found = {}
+        for state in ("default", "other", "both", "rescaled"):
+            choose(state)
+            found |= {f"{state} {n}": t for n, t in step(model, batch).items()}
+            with torch.no_grad():
+                found[f"{state} logits"] = model(**batch).logits
+        with model.disable_adapter():
+            found["off"] = model(**batch).loss
+        layer.self_attn.qkv_proj.set_scale("other", 1.0)
+        return found
+
+    with InFloat64():
+        before = losses()
+        pyckpt.swap(model, tile=10)
+        after = losses()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-8, atol=1e-10, msg=name)
+    assert len({round(float(v), 4) for n, v in before.items() if "loss" in n or n == "off"}) == 5
+
+
+def test_merged_in_place_after_the_swap():
+    model, batch = make_adapted(make_model("Llama"), target_modules=["q_proj", "up_proj"]).eval(), make_batch("padded")
+    pyckpt.swap(model, tile=10)
+    before = model(**batch).loss
+    model.merge_adapter()
+    torch.testing.assert_close(model(**batch).loss, before)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(**batch).loss, before)
+
+
+def test_what_is_done_to_adapters_after_the_swap_is_seen():
+    """Hooks on them, a variant: the original forward, with a warning."""
+    model, batch = make_adapted(make_model("Llama"), target_modules=["q_proj"]), make_batch("plain")
+    pyckpt.swap(model, tile=10)
+    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
+    handle = q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="q_proj: a module of its adapters has forward hooks.*original forward"):
+        step(model, batch)
+    handle.remove()
+    model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    model.set_adapter("dora")
+    with pytest.warns(UserWarning, match="q_proj: its adapter 'dora' is a DoraLinearVariant.*original forward"):
+        step(model, batch)
+
+
+def test_frozen_weights_cost_no_products():
+    """FLOPs of the layers, to the last one: forward, all but the down projection again, dx; low ranks beside them."""
+    tokens, rank, sizes = 26, 3, {"head_dim": 16, "attention_bias": False, "mlp_bias": False}
+    model = make_adapted(make_model("Llama", **sizes), target_modules="all-linear")
+    shapes = (
+        dict.fromkeys("qo", (48, 64)) | dict.fromkeys("kv", (48, 32)) | dict.fromkeys(("gate", "up", "down"), (48, 72))
+    )
+    pyckpt.swap(model, tile=10)
+    with FlopCounterMode(display=False) as counter:
+        model.base_model.model.model(
+            torch.randint(1, VOCAB, (1, tokens)), use_cache=False
+        ).last_hidden_state.sum().backward()
+    expected = 0
+    for layer in range(2):
+        for name, (a, b) in shapes.items():
+            again, dx = name != "down", layer > 0 or name not in "qkv"
+            expected += 2 * tokens * (a * b * (1 + again + dx) + rank * (a + b) * (3 + again + dx))
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    assert sum(n for op, n in counts.items() if "mm" in op or "product" in op) == expected, counts
+
+
+def test_dropout_of_lora_on_the_standard_path(drawn):
+    """The same values dropped for every save set; other ones in each place; none in eval mode; exact slopes."""
+    options = {"target_modules": "all-linear", "lora_dropout": 0.3}
+    model = make_adapted(make_model("GPT2", torch.float64), **options).double()
+    assert_same_with_every_save_set(model, seed=5)
+    batch = make_batch("padded")
+    assert pyckpt.swap(model, tile=10).entries[0].path == "standard"
+
+    def seeded() -> State:
+        torch.manual_seed(3)
+        return step(model, batch)
+
+    with InFloat64():
+        made = seeded()
+        eps, ends, grads = 1e-6, [], dict(made)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        direction = {n: torch.randn_like(p) for n, p in trained.items()}
+        for scale in (eps, -2 * eps):
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p += scale * direction[name]
+            ends.append(seeded()["loss"])
+    shares = torch.stack([(grads[n] * d).sum() for n, d in direction.items()])
+    slope = (ends[0] - ends[1]) / (2 * eps)
+    torch.testing.assert_close(shares.sum(), slope, rtol=0.0, atol=1e-5 * shares.abs().max().item())
+    assert not torch.equal(step(model, batch)["loss"], made["loss"])
+    pyckpt.unswap(model)
+    as_before(model.float().eval(), batch)
