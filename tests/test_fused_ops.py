@@ -572,6 +572,7 @@ class TestTheKernelsAlone:
                  for o in choice.OPS for d in ("half", "float32") for s in ("wide", "narrow")]  # fmt: skip
         for key in table:
             assert choice.config(key).block_n % 64 == 0 or key.op != "residual"  # the shares of statistics
+            assert choice.config(key).exact == "ieee" or (key.arch, key.dtype) != ("gfx942", "float32")
             assert not choice.fuses(key)  # until a measurement says otherwise
         monkeypatch.setenv("PYCKPT_FUSED", "qkv, mlp")
         assert {k.op for k in table if choice.fuses(k)} == {"qkv", "mlp"}
