@@ -28,7 +28,7 @@ from pyckpt.tokenwise import fused
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-OPS = ("qkv", "residual", "mlp", "delta", "wgrad")
+OPS = ("qkv", "residual", "mlp", "delta", "wgrad", "dgrad")
 # Those that change what a fused part does; attention's own options change nothing here.
 NAMES = ("llama", "wide-heads", "bias", "gpt2-like", "relu2", "qk_norm")
 FAMILIES = tuple(n for n, o in OPTIONS.items() if o.keys() & {"norm_placement", "residual", "norm_offset", "rope_dim"})

@@ -326,7 +326,7 @@ FINISH_BWD_FORMS: dict[str, dict[str, Any]] = {
 
 
 class TestBackwardOfQKNorm:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", a_few(DTYPES, always=(1, 2)))
     @pytest.mark.parametrize("form", FINISH_BWD_FORMS.values(), ids=FINISH_BWD_FORMS.keys())
     def test_against_autograd(self, form, dtype):
         case = finish_bwd_case(dtype, **form)
@@ -483,6 +483,48 @@ class TestMLP:
                 ops.norm_mlp_(*mlp_args(case), act, None, None)
 
 
+class TestInputGradient:
+    """Of linear layers that read the same x: one sum of products."""
+
+    @pytest.mark.parametrize("dtype", a_few(DTYPES, always=(1, 2)))
+    @pytest.mark.parametrize("d_outs", [(16,), (33, 48), (72, 40, 17), (64, 32, 32), (9, 8, 7, 6)], ids=str)
+    @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (37, 70), (64, 96)])
+    def test_against_pytorch(self, tokens, width, d_outs, dtype):
+        dys = [rand(tokens, n, dtype=dtype, scale=1.0) for n in d_outs]
+        weights = [rand(n, width, dtype=dtype, scale=n**-0.5) for n in d_outs]
+        out = torch.empty(tokens, width, dtype=dtype, device=DEVICE)
+        ops.linears_input_grad_(dys, weights, out)
+
+        def formula(d: torch.dtype) -> Tensor:
+            return sum((dy.to(d) @ w.to(d) for dy, w in zip(dys, weights, strict=True)), torch.zeros_like(out, dtype=d))
+
+        check(out, *in_both(formula, dtype), "out")
+
+    def test_rows_of_views(self):
+        """Gradients, weights and result as parts of wider tensors: nothing is written beside it."""
+        dys, weights = (
+            [rand(37, n, dtype=torch.float32) for n in (40, 20)],
+            [rand(n, 50, dtype=torch.float32) for n in (40, 20)],
+        )
+        plain, truth = in_both(
+            lambda d: dys[0].to(d) @ weights[0].to(d) + dys[1].to(d) @ weights[1].to(d), torch.float32
+        )
+        both = torch.full((37, 80), float("nan"), device=DEVICE)
+        both[:, 5:45], both[:, 50:70] = dys
+        stacked = torch.full((60, 64), float("nan"), device=DEVICE)
+        stacked[:, 3:53] = torch.cat(weights)
+        out = torch.full((40, 66), 5.0, device=DEVICE)
+        parts = [both[:, 5:45], both[:, 50:70]], [stacked[:40, 3:53], stacked[40:, 3:53]]
+        ops.linears_input_grad_(*parts, out[:37, 9:59])
+        check(out[:37, 9:59], plain, truth, "out")
+        out[:37, 9:59] = 5.0
+        assert (out == 5).all()
+
+    def test_no_tokens(self):
+        out = torch.empty(0, 8, device=DEVICE)
+        ops.linears_input_grad_([torch.empty(0, 6, device=DEVICE)], [rand(6, 8, dtype=torch.float32)], out)
+
+
 class TestTheKernelsAlone:
     """What only the launchers check, or that only the kernels can get wrong."""
 
@@ -523,6 +565,19 @@ class TestTheKernelsAlone:
         with pytest.raises(ValueError, match=r"d must be \(37, 60\) with a unit last stride"):
             run_finish_bwd(case, rand(37, 120, dtype=torch.float32)[:, ::2])
         assert torch.equal(d, case["d"])
+
+    def test_bad_gradients_of_linear_layers(self):
+        dy, w, out = (rand(*s, dtype=torch.float32) for s in ((33, 40), (40, 48), (33, 48)))
+        for args, message in (
+            (([], [], out), "0 gradients and 0 weights: the kernel takes one to three pairs"),
+            (([dy, dy], [w], out), "2 gradients and 1 weights"),
+            (([dy], [w[:39]], out), r"weight 0 must be \(40, 48\) with a unit last stride, got \(39, 48\)"),
+            (([dy, dy[:32]], [w, w], out), r"gradient 1 must be \(33, 40\)"),
+            (([dy, dy], [w, w.half()], out), r"weight 1 is torch.float16 on .*, expected torch.float32"),
+            (([dy], [w], out.t().contiguous().t()), r"out must be \(33, 48\) with a unit last stride"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ops.linears_input_grad_(*args)
 
     def test_what_lies_beside_a_matrix_is_not_touched(self):
         """Rows of wider tensors, NaN between them; tokens beyond the last are not written."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyckpt.ops.activation import FUNCTIONS
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.norm import reciprocal_rms, rms_norm_backward
+from pyckpt.ops.products import sum_of_products
 from pyckpt.ops.registry import define
 from pyckpt.spec import GATED_MLPS
 
@@ -358,6 +359,15 @@ def norm_wgrad_(
         total.copy_(torch.mm(dy.t(), h))
 
 
+@define("linears_input_grad_(Tensor[] dys, Tensor[] weights, Tensor(a!) out) -> ()", fake=_nothing)
+def linears_input_grad_(dys: list[Tensor], weights: list[Tensor], out: Tensor) -> None:
+    """out (t, width) = Σ dy W: the gradient of the x that linear layers share. dys (t, n), weights (n, width).
+
+    At least one of each. As one kernel, for up to three, the sum is rounded once and written once.
+    """
+    sum_of_products(dys, weights, out)
+
+
 def check_kind(kind: str, gated: bool) -> str:
     """The activation's own name. Raises ValueError for a kind that does not go with a gate, or goes only with one."""
     if kind not in FUNCTIONS or (kind in GATED_MLPS) != gated:
@@ -398,6 +408,10 @@ def _register_flops() -> None:
     @register_flop_formula(ops.norm_wgrad_)
     def wgrad(dy, x, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return 2 * dy[0] * dy[1] * x[1]
+
+    @register_flop_formula(ops.linears_input_grad_)
+    def dgrad(dys, weights, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        return product(dys[0], *weights)
 
 
 _register_flops()

@@ -73,7 +73,7 @@ class Qkv:
             self._add_gradients(w, tile, linear, d, normed, grads, ws)
         if dx is not None or grads.wants(*self.norm.parameters):
             dh = ws.get("dh", tuple(tile.x.shape), dq.dtype)
-            input_gradient(w, tile, self.projections, [dq, dk, dv], dh, ws)
+            self._input_gradient(w, tile, [dq, dk, dv], dh, ws)
             target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
             self.norm.backward_add(w, dh, tile.x, normed.stats, target, grads)
 
@@ -117,6 +117,9 @@ class Qkv:
         self, w: Weights, tile: Tile, linear: Linear, dy: Tensor, normed: Normed, grads: WeightGradients, ws: Workspace
     ) -> None:
         linear.add_gradients(w, tile, dy, normed.h, grads, ws)
+
+    def _input_gradient(self, w: Weights, tile: Tile, dys: list[Tensor], out: Tensor, ws: Workspace) -> None:
+        input_gradient(w, tile, self.projections, dys, out, ws)
 
     def _qk_norm_bwd(self, w: Weights, name: str, raw: Tensor, d: Tensor, grads: WeightGradients) -> None:
         """Turn d, the gradient of q or k normalised over all heads, into that of the raw one."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from ..fused import choice, linear, mlp, qk_finish_bwd, qkv, statistics, wgrad
+from ..fused import choice, dgrad, linear, mlp, qk_finish_bwd, qkv, statistics, wgrad
 from ..fused.tiles import GROUP
 from .compile import DTYPES, Arguments, Case, signature
 
@@ -19,6 +19,7 @@ KERNELS = {
     "residual": linear.residual_kernel_tile,
     "delta": linear.delta_kernel_heads,
     "wgrad": wgrad.wgrad_kernel_tile,
+    "dgrad": dgrad.dgrad_kernel_tile,
     "statistics": statistics.statistics_kernel_rows,
     "merge": statistics.statistics_kernel_merge,
 }
@@ -40,6 +41,7 @@ _OPTIONAL = {
     "qk_norm": ("p_q_norm", "p_k_norm"),
     "raw": ("p_raw_q", "p_raw_k"),
     "kept": ("p_gate", "p_up"),
+    "third": ("p_d2", "p_w2"),
     "statistics": ("p_shares",),
 }
 FUNCTIONS = {"swiglu": "silu", "geglu_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
@@ -107,7 +109,7 @@ class FusedCase(Case):
                 constants |= dict.fromkeys(pointers)
         if self.op.startswith("mlp") and self.kind in ("gelu", "relu2"):
             constants |= dict.fromkeys(("p_gate_w", "p_gate_b", "p_dgate", "p_gate"))
-        divisible = {n for n in names if n.startswith("stride") or n in ("width", "d_ff", "d_out")}
+        divisible = {n for n in names if n.startswith(("stride", "d_out")) or n in ("width", "d_ff")}
         return signature(names, types, constants, divisible)
 
     def _constants(self) -> dict[str, Any]:
@@ -165,6 +167,7 @@ def _forms(op: str, quick: bool) -> tuple[tuple[str, ...], ...]:
         "qk_finish": (("qk_norm",),),
         "residual": (("statistics",),),
         "merge": (("statistics",),),
+        "dgrad": (("third",),),
     }
     rest: dict[str, tuple[tuple[str, ...], ...]] = {
         "qkv": ((), ("interleaved", "bias"), ("layernorm", "bias", "ragged")),
@@ -175,6 +178,7 @@ def _forms(op: str, quick: bool) -> tuple[tuple[str, ...], ...]:
         "residual": ((), ("statistics", "layernorm", "bias", "ragged")),
         "delta": (("ragged",),),
         "wgrad": (("layernorm", "ragged"),),
+        "dgrad": ((), ("third", "ragged")),
         "statistics": (("layernorm",),),
         "merge": (("statistics", "layernorm"),),
     }
