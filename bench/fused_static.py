@@ -55,6 +55,15 @@ OPS = (
         "norm(x) written; gate, up and their gradients' factor written and read",
     ),
     Op("delta", D_Q * D_MODEL, 2 * D_Q, "do and o read"),
+    Op("dgrad of q, k, v", D_MODEL * (D_Q + 2 * D_KV), 4 * D_MODEL, "their sum read and written twice"),
+    Op("dgrad of gate, up", 2 * D_MODEL * D_FF, 2 * D_MODEL, "their sum read and written once"),
+    Op(
+        "dx of q, k, v in an epilogue",
+        D_MODEL * (D_Q + 2 * D_KV),
+        2 * D_MODEL - 2 * D_KV,
+        "not built: dh written and read, less v and dv read",
+    ),
+    Op("dx of gate, up in an epilogue", 2 * D_MODEL * D_FF, 2 * D_MODEL, "not built: dh written and read"),
 )
 
 
@@ -75,7 +84,7 @@ def main() -> None:
     assumed = {"library_tflops": LIBRARY_TFLOPS, "bandwidth_tbs": BANDWIDTH_TBS}
     path = common.write("fused_static", {**common.stamp(), "assumed": assumed, "ops": ops, "kernels": kernels()})
     for op in OPS:
-        print(f"{op.name:14} pays from {op.break_even:.0%} of the library's rate: {op.saves}")
+        print(f"{op.name:30} pays from {op.break_even:.0%} of the library's rate: {op.saves}")
     print(f"written to {path.relative_to(common.ROOT)}")
 
 

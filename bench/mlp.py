@@ -84,6 +84,7 @@ OURS: dict[str, Way] = {
     "fused": Way(within=lambda: environment(PYCKPT_FUSED="mlp,wgrad")),
     "fused_mlp": Way(within=lambda: environment(PYCKPT_FUSED="mlp")),
     "fused_wgrad": Way(within=lambda: environment(PYCKPT_FUSED="wgrad")),
+    "fused_dgrad": Way(within=lambda: environment(PYCKPT_FUSED="dgrad")),
 }
 
 

@@ -60,6 +60,10 @@ def fused_samples(rand: Callable[..., Tensor]) -> dict[str, list[Callable[[], Sa
             lambda: (rand(5, 7), rand(7, 6), *norm(), *mlp(True), None, None, *outs(True)),
             lambda: (rand(5, 7), rand(7, 6), *norm(True), *mlp(False), None, rand(5, 6), *outs(False)),
         ],
+        "linears_input_grad_": [
+            lambda: ([rand(5, 6)], [rand(6, 8)], rand(5, 8)),
+            lambda: ([rand(5, 6), rand(5, 4), rand(5, 4)], [rand(6, 8), rand(4, 8), rand(4, 8)], rand(5, 8)),
+        ],
         "norm_wgrad_": [
             lambda: (rand(5, 6), *norm(), rand(6, 8), True),
             lambda: (rand(5, 6).bfloat16(), *norm(True), rand(6, 8).to(torch.bfloat16), False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from blocks import (
@@ -16,15 +18,17 @@ from blocks import (
 )
 from helpers import a_few
 from test_block_flops import mlp_products
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyckpt
+from pyckpt.ops.registry import is_pyckpt
 from pyckpt.save import SAVE_SETS
 from pyckpt.spec import GATED_MLPS
 from pyckpt.tokenwise import fused
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-OPS = ("qkv", "residual", "mlp", "delta", "wgrad")
+OPS = ("qkv", "residual", "mlp", "delta", "wgrad", "dgrad")
 # Those that change what a fused part does; attention's own options change nothing here.
 NAMES = ("llama", "wide-heads", "bias", "gpt2-like", "relu2", "qk_norm")
 FAMILIES = tuple(n for n, o in OPTIONS.items() if o.keys() & {"norm_placement", "residual", "norm_offset", "rope_dim"})
@@ -105,6 +109,37 @@ def test_one_alone(op, monkeypatch):
     for save in ("all", "input"):
         block.save = save
         assert_same_bits(step(block, x, dy), got)
+
+
+class Calls(TorchDispatchMode):
+    """Which of our ops run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if is_pyckpt(func):
+            self.made.append((func._schema.name.split("::")[1], args))
+        return func(*args, **(kwargs or {}))
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        return [args for called, args in self.made if called == name]
+
+
+@pytest.mark.parametrize("which", a_few(["none", "all"], always=(0,)))
+def test_the_backward_of_qk_norm_is_one_pass(which, monkeypatch):
+    """Over dq and over dk, of each tile: no rotation back, no norm's backward and no copy beside it."""
+    monkeypatch.setenv("PYCKPT_FUSED", which)
+    block = make_block(torch.float32, qk_norm=True, tile=16).to(DEVICE)
+    x, _ = on_device(False, torch.float32)
+    tiles = -(-x[..., 0].numel() // 16)
+    y = block(x.requires_grad_())
+    with Calls() as calls:
+        y.sum().backward()
+    assert len(calls.of("qk_finish_bwd_")) == 2 * tiles
+    assert calls.of("rms_norm_bwd") == []
+    assert not any(inverse for *_, inverse, _ in calls.of("rope_qk_"))
 
 
 @pytest.mark.slow

@@ -277,6 +277,117 @@ class TestQKV:
         assert (both[:, 160:] == 5).all()
 
 
+def finish_bwd_case(
+    dtype: torch.dtype,
+    tokens: int = 37,
+    heads: int = 3,
+    head_dim: int = 20,
+    rotated: int | None = None,
+    interleaved: bool = False,
+) -> dict[str, Any]:
+    rotated = head_dim if rotated is None else rotated
+    table = torch.float64 if dtype == torch.float64 else torch.float32
+    positions = torch.arange(5, 5 + tokens, device=DEVICE)
+    return {
+        "d": rand(tokens, heads * head_dim, dtype=dtype, scale=1.0),
+        "raw": rand(tokens, heads * head_dim, dtype=dtype, scale=1.5),
+        "weight": rand(head_dim, dtype=dtype),
+        "tables": rope_tables(positions, rotated, 1e4, dtype=table) if rotated else (None, None),
+        "interleaved": interleaved,
+        "head_dim": head_dim,
+    }
+
+
+def run_finish_bwd(case: dict[str, Any], d: Tensor, need_dw: bool = True) -> Tensor:
+    options = (EPS, *case["tables"], case["interleaved"], case["head_dim"])
+    return ops.qk_finish_bwd_(d, case["raw"], case["weight"], *options, need_dw)
+
+
+def plain_finish_bwd(case: dict[str, Any], d: torch.dtype) -> list[Tensor]:
+    """The gradients of the raw values and of the weight, by autograd."""
+    raw, weight = (case[n].detach().to(d).requires_grad_() for n in ("raw", "weight"))
+    t = F.rms_norm(raw.unflatten(1, (-1, case["head_dim"])), weight.shape, weight, EPS)
+    if case["tables"][0] is not None:
+        t = turned(t, *(table.to(d).unsqueeze(1) for table in case["tables"]), case["interleaved"])
+    return list(torch.autograd.grad(t.flatten(1), [raw, weight], case["d"].to(d)))
+
+
+FINISH_BWD_FORMS: dict[str, dict[str, Any]] = {
+    "halves": {},
+    "interleaved": {"interleaved": True},
+    "partial": {"rotated": 8},
+    "partial-interleaved": {"rotated": 4, "interleaved": True},
+    "norope": {"rotated": 0},
+    "one-token": {"tokens": 1, "heads": 1},
+    "tiles": {"tokens": 131, "heads": 11, "head_dim": 16},
+    "more-tiles-than-programs": {"tokens": 140, "heads": 9, "head_dim": 80},
+    "odd": {"head_dim": 15, "rotated": 6},
+}
+
+
+class TestBackwardOfQKNorm:
+    @pytest.mark.parametrize("dtype", a_few(DTYPES, always=(1, 2)))
+    @pytest.mark.parametrize("form", FINISH_BWD_FORMS.values(), ids=FINISH_BWD_FORMS.keys())
+    def test_against_autograd(self, form, dtype):
+        case = finish_bwd_case(dtype, **form)
+        d = case["d"].clone()
+        dw = run_finish_bwd(case, d)
+        plain, truth = in_both(lambda t: plain_finish_bwd(case, t), dtype)
+        check(d, plain[0], truth[0], "d")
+        # The weight's gradient is a sum over tokens and heads, in another order than PyTorch's.
+        assert dw.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        check(dw.to(dtype), plain[1], truth[1], "dw", terms=(d.numel() / case["head_dim"]) ** 0.5)
+
+    def test_without_a_gradient_of_the_weight(self):
+        case = finish_bwd_case(torch.float32)
+        d, again = case["d"].clone(), case["d"].clone()
+        assert run_finish_bwd(case, d, need_dw=False).numel() == 0
+        assert run_finish_bwd(case, again).numel() == case["head_dim"]
+        assert torch.equal(d, again)
+
+    def test_a_weight_in_float32(self):
+        """As Gemma's, whose offset is added in float32."""
+        case = finish_bwd_case(torch.float16)
+        case["weight"] = 1.0 + case["weight"].float()
+        d = case["d"].clone()
+        dw = run_finish_bwd(case, d)
+        plain, truth = in_both(lambda t: plain_finish_bwd(case, t), torch.float16)
+        check(d, plain[0], truth[0], "d")
+        check(dw.half(), plain[1], truth[1], "dw", terms=d.shape[0] ** 0.5)
+
+    @pytest.mark.parametrize("form", [{}, {"interleaved": True}], ids=["halves", "interleaved"])
+    def test_rows_of_views(self, form):
+        """d and raw as parts of wider tensors: the same bits, and nothing written beside them."""
+        case = finish_bwd_case(torch.float32, **form)
+        want = case["d"].clone()
+        want_dw = run_finish_bwd(case, want)
+        wide = torch.full((40, 100), float("nan"), device=DEVICE)
+        wide[:37, 7:67] = case["raw"]
+        case["raw"] = wide[:37, 7:67]
+        beside = torch.full((40, 90), 5.0, device=DEVICE)
+        d = beside[:37, 3:63]
+        d.copy_(case["d"])
+        assert torch.equal(run_finish_bwd(case, d), want_dw)
+        assert torch.equal(d, want)
+        d.fill_(5.0)
+        assert (beside == 5).all()
+
+    def test_no_tokens(self):
+        case = finish_bwd_case(torch.float32, tokens=0)
+        dw = run_finish_bwd(case, case["d"])
+        assert torch.equal(dw, torch.zeros_like(dw))
+        assert dw.shape == (case["head_dim"],)
+
+    def test_a_row_of_zeros(self):
+        """Of padding, say: rstd is then large, and nothing else."""
+        case = finish_bwd_case(torch.float32)
+        case["raw"][5] = 0
+        d = case["d"].clone()
+        run_finish_bwd(case, d)
+        plain, truth = in_both(lambda t: plain_finish_bwd(case, t), torch.float32)
+        check(d, plain[0], truth[0], "d")
+
+
 def mlp_case(kind: str, dtype: torch.dtype, centered: bool, bias: bool, size: tuple[int, int, int]) -> dict[str, Any]:
     tokens, width, d_ff = size
     gated = kind in GATED_MLPS
@@ -372,6 +483,48 @@ class TestMLP:
                 ops.norm_mlp_(*mlp_args(case), act, None, None)
 
 
+class TestInputGradient:
+    """Of linear layers that read the same x: one sum of products."""
+
+    @pytest.mark.parametrize("dtype", a_few(DTYPES, always=(1, 2)))
+    @pytest.mark.parametrize("d_outs", [(16,), (33, 48), (72, 40, 17), (64, 32, 32), (9, 8, 7, 6)], ids=str)
+    @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (37, 70), (64, 96)])
+    def test_against_pytorch(self, tokens, width, d_outs, dtype):
+        dys = [rand(tokens, n, dtype=dtype, scale=1.0) for n in d_outs]
+        weights = [rand(n, width, dtype=dtype, scale=n**-0.5) for n in d_outs]
+        out = torch.empty(tokens, width, dtype=dtype, device=DEVICE)
+        ops.linears_input_grad_(dys, weights, out)
+
+        def formula(d: torch.dtype) -> Tensor:
+            return sum((dy.to(d) @ w.to(d) for dy, w in zip(dys, weights, strict=True)), torch.zeros_like(out, dtype=d))
+
+        check(out, *in_both(formula, dtype), "out")
+
+    def test_rows_of_views(self):
+        """Gradients, weights and result as parts of wider tensors: nothing is written beside it."""
+        dys, weights = (
+            [rand(37, n, dtype=torch.float32) for n in (40, 20)],
+            [rand(n, 50, dtype=torch.float32) for n in (40, 20)],
+        )
+        plain, truth = in_both(
+            lambda d: dys[0].to(d) @ weights[0].to(d) + dys[1].to(d) @ weights[1].to(d), torch.float32
+        )
+        both = torch.full((37, 80), float("nan"), device=DEVICE)
+        both[:, 5:45], both[:, 50:70] = dys
+        stacked = torch.full((60, 64), float("nan"), device=DEVICE)
+        stacked[:, 3:53] = torch.cat(weights)
+        out = torch.full((40, 66), 5.0, device=DEVICE)
+        parts = [both[:, 5:45], both[:, 50:70]], [stacked[:40, 3:53], stacked[40:, 3:53]]
+        ops.linears_input_grad_(*parts, out[:37, 9:59])
+        check(out[:37, 9:59], plain, truth, "out")
+        out[:37, 9:59] = 5.0
+        assert (out == 5).all()
+
+    def test_no_tokens(self):
+        out = torch.empty(0, 8, device=DEVICE)
+        ops.linears_input_grad_([torch.empty(0, 6, device=DEVICE)], [rand(6, 8, dtype=torch.float32)], out)
+
+
 class TestTheKernelsAlone:
     """What only the launchers check, or that only the kernels can get wrong."""
 
@@ -388,6 +541,43 @@ class TestTheKernelsAlone:
             ops.norm_mlp_bwd_(case["dy"], case["w_down"], *mlp_args(case), None, None, *outs)
             runs.append(outs)
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+    def test_the_same_bits_of_qk_norms_gradients_every_time(self):
+        case = finish_bwd_case(torch.float32, **FINISH_BWD_FORMS["more-tiles-than-programs"])
+        runs = []
+        for _ in range(3):
+            d = case["d"].clone()
+            runs.append((run_finish_bwd(case, d), d))
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+    def test_bad_gradients_of_q_and_k(self):
+        case = finish_bwd_case(torch.float32)
+        d = case["d"].clone()
+        for spoil, message in (
+            ({"raw": case["raw"][:, :40]}, r"raw must be \(37, 60\) with a unit last stride, got \(37, 40\)"),
+            ({"raw": case["raw"].half()}, r"raw is torch.float16 on .*, expected torch.float32"),
+            ({"head_dim": 8, "weight": case["weight"][:8], "tables": (None, None)}, "60 columns of q or k: expected"),
+            ({"weight": case["weight"][:18]}, r"q_norm must be contiguous \(20,\), got \(18,\)"),
+            ({"tables": tuple(t[:30] for t in case["tables"])}, r"cos must be contiguous \(37, 10\), got \(30, 10\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run_finish_bwd(case | spoil, d)
+        with pytest.raises(ValueError, match=r"d must be \(37, 60\) with a unit last stride"):
+            run_finish_bwd(case, rand(37, 120, dtype=torch.float32)[:, ::2])
+        assert torch.equal(d, case["d"])
+
+    def test_bad_gradients_of_linear_layers(self):
+        dy, w, out = (rand(*s, dtype=torch.float32) for s in ((33, 40), (40, 48), (33, 48)))
+        for args, message in (
+            (([], [], out), "0 gradients and 0 weights: the kernel takes one to three pairs"),
+            (([dy, dy], [w], out), "2 gradients and 1 weights"),
+            (([dy], [w[:39]], out), r"weight 0 must be \(40, 48\) with a unit last stride, got \(39, 48\)"),
+            (([dy, dy[:32]], [w, w], out), r"gradient 1 must be \(33, 40\)"),
+            (([dy, dy], [w, w.half()], out), r"weight 1 is torch.float16 on .*, expected torch.float32"),
+            (([dy], [w], out.t().contiguous().t()), r"out must be \(33, 48\) with a unit last stride"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ops.linears_input_grad_(*args)
 
     def test_what_lies_beside_a_matrix_is_not_touched(self):
         """Rows of wider tensors, NaN between them; tokens beyond the last are not written."""
@@ -437,6 +627,7 @@ class TestTheKernelsAlone:
                  for o in choice.OPS for d in ("half", "float32") for s in ("wide", "narrow")]  # fmt: skip
         for key in table:
             assert choice.config(key).block_n % 64 == 0 or key.op != "residual"  # the shares of statistics
+            assert choice.config(key).exact == "ieee" or (key.arch, key.dtype) != ("gfx942", "float32")
             assert not choice.fuses(key)  # until a measurement says otherwise
         monkeypatch.setenv("PYCKPT_FUSED", "qkv, mlp")
         assert {k.op for k in table if choice.fuses(k)} == {"qkv", "mlp"}

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.activation import FUNCTIONS
-from pyckpt.ops.chunks import acc_dtype, row_chunks
+from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.norm import reciprocal_rms, rms_norm_backward
+from pyckpt.ops.products import sum_of_products
 from pyckpt.ops.registry import define
 from pyckpt.spec import GATED_MLPS
 
@@ -152,10 +154,6 @@ def qk_finish_(
     _finish(raw, weight, eps, cos, sin, interleaved, head_dim, out)
 
 
-def _qk_weight_gradient(raw: Tensor, head_dim: int, need_dw: bool) -> Tensor:
-    return raw.new_zeros(head_dim if need_dw else 0, dtype=acc_dtype(raw.dtype))
-
-
 def _qk_finish_bwd_fake(
     d: Tensor,
     raw: Tensor,
@@ -167,7 +165,7 @@ def _qk_finish_bwd_fake(
     head_dim: int,
     need_dw: bool,
 ) -> Tensor:
-    return _qk_weight_gradient(raw, head_dim, need_dw)
+    return raw.new_empty(head_dim if need_dw else 0, dtype=acc_dtype(raw.dtype))
 
 
 @define(
@@ -190,16 +188,13 @@ def qk_finish_bwd_(
 
     Returns the weight's gradient (head_dim,) in the accumulation dtype, empty unless `need_dw`.
     """
-    dw = _qk_weight_gradient(raw, head_dim, need_dw)
-    # On a CPU a chunk stays in the cache from the rotation to the last pass of the norm.
-    for sl in row_chunks(d):
-        rows, drows = (t[sl].view(-1, t.shape[1] // head_dim, head_dim) for t in (raw, d))
-        if cos is not None:
-            ops.rope_(drows, cos[sl], sin[sl], True, interleaved)  # type: ignore[index]
-        rstd = ops.rms_norm_fwd(rows, None, eps)[1]
-        made, share = ops.rms_norm_bwd(drows, rows, weight, rstd, need_dw)
-        drows.copy_(made)
-        dw += share
+    shape = (d.shape[0], d.shape[1] // head_dim, head_dim)
+    made, rows = d.contiguous().view(shape), raw.view(shape)  # d itself, but where that is part of something wider
+    if cos is not None:
+        ops.rope_(made, cos, sin, True, interleaved)
+    dw = rms_norm_backward(made, rows, weight, reciprocal_rms(rows, eps), made, False, need_dw)
+    if not d.is_contiguous():
+        d.copy_(made.view(d.shape))
     return dw
 
 
@@ -364,6 +359,15 @@ def norm_wgrad_(
         total.copy_(torch.mm(dy.t(), h))
 
 
+@define("linears_input_grad_(Tensor[] dys, Tensor[] weights, Tensor(a!) out) -> ()", fake=_nothing)
+def linears_input_grad_(dys: list[Tensor], weights: list[Tensor], out: Tensor) -> None:
+    """out (t, width) = Σ dy W: the gradient of the x that linear layers share. dys (t, n), weights (n, width).
+
+    At least one of each. As one kernel, for up to three, the sum is rounded once and written once.
+    """
+    sum_of_products(dys, weights, out)
+
+
 def check_kind(kind: str, gated: bool) -> str:
     """The activation's own name. Raises ValueError for a kind that does not go with a gate, or goes only with one."""
     if kind not in FUNCTIONS or (kind in GATED_MLPS) != gated:
@@ -404,6 +408,10 @@ def _register_flops() -> None:
     @register_flop_formula(ops.norm_wgrad_)
     def wgrad(dy, x, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return 2 * dy[0] * dy[1] * x[1]
+
+    @register_flop_formula(ops.linears_input_grad_)
+    def dgrad(dys, weights, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        return product(dys[0], *weights)
 
 
 _register_flops()

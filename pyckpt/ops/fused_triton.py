@@ -143,3 +143,11 @@ def norm_wgrad_(dy: Tensor, *args: Any) -> None:
         return op.norm_wgrad_(dy, *args)
     kernels("fused.wgrad").weight_gradient(_unit(dy), _normed(*norm), total, add=add)
     return None
+
+
+@implement("linears_input_grad_", "triton")
+def linears_input_grad_(dys: list[Tensor], weights: list[Tensor], out: Tensor) -> None:
+    if not _served(*dys) or len(dys) > 3:
+        return op.linears_input_grad_(dys, weights, out)
+    kernels("fused.dgrad").input_gradient(list(map(_unit, dys)), list(map(_unit, weights)), out)
+    return None

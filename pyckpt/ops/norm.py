@@ -39,8 +39,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
     w = None if weight is None else weight.to(acc)
     for sl in row_chunks(rows):
         xf = rows[sl].to(acc)
-        norm = torch.linalg.vector_norm(xf, dim=-1, keepdim=True)
-        r = norm.square_().div_(d).add_(eps).rsqrt_()
+        r = reciprocal_rms(xf, eps)
         rstd[sl] = r[:, 0]
         out = y[sl] if y.dtype == acc else torch.empty_like(xf)
         torch.mul(xf, r, out=out)
@@ -51,9 +50,16 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
     return y.view(x.shape), rstd.view(x.shape[:-1])
 
 
-def _rms_norm_bwd(
+def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm's rstd of x (..., D): (..., 1) in the accumulation dtype."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=acc_dtype(x.dtype))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, add: bool, need_dw: bool
 ) -> Tensor:
+    """Write dx (..., D), which may be dy, or add it to what is there; returns dw."""
     d, acc = x.shape[-1], acc_dtype(x.dtype)
     dy, x, dx, rstd = dy.reshape(-1, d), x.reshape(-1, d), dx.view(-1, d), rstd.reshape(-1, 1)
     dw = _weight_grad(x, need_dw)
@@ -87,7 +93,7 @@ def _rms_norm_bwd_fake(
 def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dw: bool) -> tuple[Tensor, Tensor]:
     """dx (..., D) in x's dtype and dw (D,) in the accumulation dtype (empty unless `need_dw`)."""
     dx = x.new_empty(x.shape)
-    return dx, _rms_norm_bwd(dy, x, weight, rstd, dx, False, need_dw)
+    return dx, rms_norm_backward(dy, x, weight, rstd, dx, False, need_dw)
 
 
 def _rms_norm_bwd_add_fake(
@@ -102,7 +108,7 @@ def _rms_norm_bwd_add_fake(
 )
 def rms_norm_bwd_add_(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, need_dw: bool) -> Tensor:
     """Adds the norm's dx to `dx`, which already holds the residual's gradient. Returns dw."""
-    return _rms_norm_bwd(dy, x, weight, rstd, dx, True, need_dw)
+    return rms_norm_backward(dy, x, weight, rstd, dx, True, need_dw)
 
 
 # --- LayerNorm ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The sum is an op of its own: PyTorch's FLOP counter fails on the overload of add
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != a.dtype and _widens(a.device, a.dtype, dtype):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
+
+
+def sum_of_products(dys: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor) -> None:
+    """out (t, width) = Σ dy W, one product after another, dys (t, n), weights (n, width)."""
+    torch.mm(dys[0], weights[0], out=out)
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        # As an out= overload: FLOP counters know addmm and do not know addmm_.
+        torch.addmm(out, dy, weight, out=out)
 
 
 def _add_product_fake(total: Tensor, a: Tensor, b: Tensor) -> None:

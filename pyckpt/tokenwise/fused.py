@@ -36,6 +36,7 @@ _OPS = {
     "mlp": "norm_mlp_",
     "delta": "linear_delta_",
     "wgrad": "norm_wgrad_",
+    "dgrad": "linears_input_grad_",
 }
 
 
@@ -56,12 +57,12 @@ def choose(spec: BlockSpec, dtype: torch.dtype, device: torch.device) -> Fused:
 
 def qkv_of(spec: BlockSpec, fused: Fused) -> Qkv:
     part = FusedQkv(spec, fused)
-    return Qkv(spec) if isinstance(part.norm, NoNorm) or not fused & {"qkv", "wgrad"} else part
+    return Qkv(spec) if isinstance(part.norm, NoNorm) or not fused & {"qkv", "wgrad", "dgrad"} else part
 
 
 def mlp_of(spec: BlockSpec, fused: Fused) -> Mlp:
     part = FusedMlp(spec, fused)
-    return Mlp(spec) if isinstance(part.norm, NoNorm) or not fused & {"mlp", "wgrad"} else part
+    return Mlp(spec) if isinstance(part.norm, NoNorm) or not fused & {"mlp", "wgrad", "dgrad"} else part
 
 
 class LazyNormed(Normed):
@@ -98,8 +99,12 @@ def _add_normed_gradients(linear: Linear, dy: Tensor, normed: Normed, grads: Wei
     grads.add_rows(linear.bias, dy)
 
 
+def _summed_input_gradient(w: Weights, linears: list[Linear], dys: list[Tensor], out: Tensor) -> None:
+    ops.linears_input_grad_(dys, [w[linear.weight] for linear in linears], out)
+
+
 class FusedQkv(Qkv):
-    """`Qkv` by `norm_qkv_`, where "qkv" is chosen, and `norm_wgrad_`, where "wgrad" is.
+    """`Qkv` by `norm_qkv_`, where "qkv" is chosen, `norm_wgrad_` with "wgrad", `linears_input_grad_` with "dgrad".
 
     A program has some heads: QK-norm over all of them at once stays with the library.
     """
@@ -118,7 +123,8 @@ class FusedQkv(Qkv):
         scales = (w.get(f"{ATTENTION}.{n}_norm.weight") for n in "qk")
         after = (*scales, *self._options(tile.positions, made.dtype))
         raw = (tile.kept.get("q"), tile.kept.get("k"))
-        ops.norm_qkv_(*self._normed(w, tile.x, made.dtype).args, *self._weights(w), *after, q, k, v, *raw)
+        normed = LazyNormed(self.norm, w, tile.x, made.dtype)
+        ops.norm_qkv_(*normed.args, *self._weights(w), *after, q, k, v, *raw)
 
     def finish(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         if "qkv" not in self._fused or not self.spec.qk_norm:
@@ -128,7 +134,9 @@ class FusedQkv(Qkv):
             options = self._options(positions, target.dtype)
             ops.qk_finish_(source, w[f"{ATTENTION}.{name}_norm.weight"], *options, target)
 
-    def _normed(self, w: Weights, x: Tensor, dtype: torch.dtype) -> LazyNormed:
+    def _normed(self, w: Weights, x: Tensor, dtype: torch.dtype) -> Normed:
+        if not self._fused & {"qkv", "wgrad"}:
+            return super()._normed(w, x, dtype)
         return LazyNormed(self.norm, w, x, dtype)
 
     def _raw(
@@ -150,12 +158,14 @@ class FusedQkv(Qkv):
         else:
             super()._add_gradients(w, tile, linear, dy, normed, grads, ws)
 
+    def _input_gradient(self, w: Weights, tile: Tile, dys: list[Tensor], out: Tensor, ws: Workspace) -> None:
+        if "dgrad" in self._fused:
+            _summed_input_gradient(w, self.projections, dys, out)
+        else:
+            super()._input_gradient(w, tile, dys, out, ws)
+
     def _weights(self, w: Weights) -> tuple[Any, ...]:
         return (*(w[p.weight] for p in self.projections), *(w.get(p.bias) for p in self.projections))
-
-    def _options(self, positions: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-        tables = self._rope_tables(positions, dtype) or (None, None)
-        return self.spec.norm_eps, *tables, self.spec.rope_interleaved, self.spec.head_dim
 
 
 @dataclasses.dataclass
@@ -168,24 +178,24 @@ class Kept:
 
 
 class FusedMlp(Mlp):
-    """`Mlp` by `norm_mlp_` and `norm_mlp_bwd_`, where "mlp" is chosen, and `norm_wgrad_`, where "wgrad" is.
+    """`Mlp` by `norm_mlp_` and `norm_mlp_bwd_`, where "mlp" is chosen, `norm_wgrad_` with "wgrad", and so on.
 
     gate and up exist in registers alone, unless a save set keeps them.
     """
 
     def __init__(self, spec: BlockSpec, fused: Fused) -> None:
         super().__init__(spec)
-        self._fused = fused
+        self._fused = fused if spec.gated else fused - {"dgrad"}  # one product is no sum
 
     def forward(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Tensor:
         if "mlp" not in self._fused:
             return super().forward(w, tile, x, dtype, ws)
-        return self._activated(self._normed(w, tile, x, dtype), ws, tile.kept.get("gate"), tile.kept.get("up"))
+        return self._activated(self._lazy(w, tile, x, dtype), ws, tile.kept.get("gate"), tile.kept.get("up"))
 
     def remake(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Any:
         if "mlp" not in self._fused:
             return super().remake(w, tile, x, dtype, ws)
-        return Kept(self._normed(w, tile, x, dtype), tile.kept.get("gate"), tile.kept.get("up"))
+        return Kept(self._lazy(w, tile, x, dtype), tile.kept.get("gate"), tile.kept.get("up"))
 
     def activation(self, hidden: Any, ws: Workspace) -> Tensor:
         return super().activation(hidden, ws) if isinstance(hidden, Hidden) else self._activated(hidden.normed, ws)
@@ -209,7 +219,12 @@ class FusedMlp(Mlp):
         ops.norm_mlp_(*normed.args, *self._weights(normed.w), self.spec.mlp, act, gate, up)
         return act
 
-    def _normed(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype) -> LazyNormed:
+    def _normed(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype) -> Normed:
+        if not self._fused & {"mlp", "wgrad"}:
+            return super()._normed(w, tile, x, dtype)
+        return self._lazy(w, tile, x, dtype)
+
+    def _lazy(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype) -> LazyNormed:
         return LazyNormed(self.norm, w, x, dtype, tile.statistics)
 
     def _add_gradients(
@@ -219,6 +234,12 @@ class FusedMlp(Mlp):
             _add_normed_gradients(linear, dy, normed, grads)
         else:
             super()._add_gradients(w, tile, linear, dy, normed, grads, ws)
+
+    def _input_gradient(self, w: Weights, tile: Tile, dys: list[Tensor], out: Tensor, ws: Workspace) -> None:
+        if "dgrad" in self._fused:
+            _summed_input_gradient(w, self.projections, dys, out)
+        else:
+            super()._input_gradient(w, tile, dys, out, ws)
 
     def _weights(self, w: Weights) -> tuple[Any, ...]:
         names = (f"{MLP}.{n}_proj.{kind}" for n in ("gate", "up") for kind in ("weight", "bias"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyckpt.ops.products import sum_of_products
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
@@ -77,10 +78,7 @@ def input_gradient(
     w: Weights, tile: Tile, linears: Sequence[Linear], dys: Sequence[Tensor], out: Tensor, ws: Workspace
 ) -> None:
     """out = the sum over linear layers of dy W: the gradient of the x that they all read."""
-    torch.mm(dys[0], w[linears[0].weight], out=out)
-    for linear, dy in zip(linears[1:], dys[1:], strict=True):
-        # As an out= overload: FLOP counters know addmm and do not know addmm_.
-        torch.addmm(out, dy, w[linear.weight], out=out)
+    sum_of_products(dys, [w[linear.weight] for linear in linears], out)
     for linear, dy in zip(linears, dys, strict=True):
         for product in linear.beside:
             product.add_input_gradient(w, tile, dy, out, ws)

@@ -86,7 +86,7 @@ class Mlp:
             self._add_gradients(w, tile, linear, dinner, hidden.normed, grads, ws)
         if dx is not None:
             dh = ws.get("dh", tuple(x.shape), d.dtype)
-            input_gradient(w, tile, self.projections, dhidden, dh, ws)
+            self._input_gradient(w, tile, dhidden, dh, ws)
             self.norm.backward_add(w, dh, x, hidden.normed.stats, dx, grads)
 
     def _backward_inside(
@@ -110,6 +110,9 @@ class Mlp:
         self, w: Weights, tile: Tile, linear: Linear, dy: Tensor, normed: Normed, grads: WeightGradients, ws: Workspace
     ) -> None:
         linear.add_gradients(w, tile, dy, normed.h, grads, ws)
+
+    def _input_gradient(self, w: Weights, tile: Tile, dys: list[Tensor], out: Tensor, ws: Workspace) -> None:
+        input_gradient(w, tile, self.projections, dys, out, ws)
 
     def _pre_activations(self, w: Weights, tile: Tile, h: Tensor, ws: Workspace) -> tuple[Tensor | None, Tensor]:
         shape = (h.shape[0], self.spec.d_ff)

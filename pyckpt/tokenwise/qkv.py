@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,20 +67,37 @@ class Qkv:
     ) -> None:
         """Add the share of dx that comes through q, k, v. Overwrites dq and dk."""
         normed = self._normed(w, tile.x, dq.dtype)
-        tables = self._rope_tables(tile.positions, dq.dtype)
-        if tables is not None:
-            ops.rope_qk_(self._by_head(dq), self._by_head(dk), *tables, True, self.spec.rope_interleaved)
-        if self.spec.qk_norm:
-            raws = self._raw(w, tile, normed, (dq, dk), ws)
-            for name, raw, d in zip("qk", raws, (dq, dk), strict=True):
-                self._qk_norm_bwd(w, name, raw, d, grads)
+        raws = self._raw(w, tile, normed, (dq, dk), ws) if self.spec.qk_norm else (None, None)
+        self._finish_bwd(w, tile.positions, raws, (dq, dk), grads)
         for linear, d in zip(self.projections, (dq, dk, dv), strict=True):
             self._add_gradients(w, tile, linear, d, normed, grads, ws)
         if dx is not None or grads.wants(*self.norm.parameters):
             dh = ws.get("dh", tuple(tile.x.shape), dq.dtype)
-            input_gradient(w, tile, self.projections, [dq, dk, dv], dh, ws)
+            self._input_gradient(w, tile, [dq, dk, dv], dh, ws)
             target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
             self.norm.backward_add(w, dh, tile.x, normed.stats, target, grads)
+
+    def _finish_bwd(
+        self,
+        w: Weights,
+        positions: Tensor,
+        raws: tuple[Tensor | None, Tensor | None],
+        ds: tuple[Tensor, Tensor],
+        grads: WeightGradients,
+    ) -> None:
+        """`finish` backwards: turn dq and dk into the gradients of what the projections gave, raw for QK-norm."""
+        if self.spec.qk_norm is True:
+            options = self._options(positions, ds[0].dtype)
+            for name, raw, d in zip("qk", raws, ds, strict=True):
+                key = f"{ATTENTION}.{name}_norm.weight"
+                grads.add(key, ops.qk_finish_bwd_(d, raw, w[key], *options, grads.wants(key)))
+            return
+        tables = self._rope_tables(positions, ds[0].dtype)
+        if tables is not None:
+            ops.rope_qk_(*map(self._by_head, ds), *tables, True, self.spec.rope_interleaved)
+        for name, raw, d in zip("qk", raws, ds, strict=True):
+            if raw is not None:
+                self._qk_norm_bwd(w, name, raw, d, grads)
 
     def _normed(self, w: Weights, x: Tensor, dtype: torch.dtype) -> Normed:
         return Normed(self.norm, w, x, dtype)
@@ -99,8 +118,11 @@ class Qkv:
     ) -> None:
         linear.add_gradients(w, tile, dy, normed.h, grads, ws)
 
+    def _input_gradient(self, w: Weights, tile: Tile, dys: list[Tensor], out: Tensor, ws: Workspace) -> None:
+        input_gradient(w, tile, self.projections, dys, out, ws)
+
     def _qk_norm_bwd(self, w: Weights, name: str, raw: Tensor, d: Tensor, grads: WeightGradients) -> None:
-        """Turn d, the gradient of the normalised q or k, into that of the raw one."""
+        """Turn d, the gradient of q or k normalised over all heads, into that of the raw one."""
         rows, drows = self._norm_rows(raw), self._norm_rows(d)
         key = f"{ATTENTION}.{name}_norm.weight"
         rstd = ops.rms_norm_fwd(rows, None, self.spec.norm_eps)[1]
@@ -118,6 +140,11 @@ class Qkv:
             self.spec.rope_scaling,
             torch.float64 if dtype == torch.float64 else torch.float32,
         )
+
+    def _options(self, positions: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Of the ops that run QK-norm by heads and RoPE together."""
+        tables = self._rope_tables(positions, dtype) or (None, None)
+        return self.spec.norm_eps, *tables, self.spec.rope_interleaved, self.spec.head_dim
 
     def _norm_rows(self, t: Tensor) -> Tensor:
         """(t, rows, width) as QK-norm sees it."""

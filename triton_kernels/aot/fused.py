@@ -6,25 +6,34 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from ..fused import choice, linear, mlp, qkv, statistics, wgrad
+from ..fused import choice, dgrad, linear, mlp, qk_finish_bwd, qkv, statistics, wgrad
 from ..fused.tiles import GROUP
 from .compile import DTYPES, Arguments, Case, signature
 
 KERNELS = {
     "qkv": qkv.qkv_fwd_kernel_heads,
     "qk_finish": qkv.qk_finish_kernel_heads,
+    "qk_bwd": qk_finish_bwd.qk_finish_bwd_kernel_heads,
     "mlp_fwd": mlp.mlp_fwd_kernel_hidden,
     "mlp_bwd": mlp.mlp_bwd_kernel_hidden,
     "residual": linear.residual_kernel_tile,
     "delta": linear.delta_kernel_heads,
     "wgrad": wgrad.wgrad_kernel_tile,
+    "dgrad": dgrad.dgrad_kernel_tile,
     "statistics": statistics.statistics_kernel_rows,
     "merge": statistics.statistics_kernel_merge,
 }
+_POINTWISE = ("qk_finish", "qk_bwd", "statistics", "merge")
 # Which op of the table a kernel takes its tile from.
-_POINTWISE = ("qk_finish", "statistics", "merge")
-_OPS = {"mlp_fwd": "mlp", "mlp_bwd": "mlp", "qk_finish": "qkv", "statistics": "residual", "merge": "residual"}
-_FLOAT32 = {"p_mean", "p_rstd", "p_shares", "p_delta", "p_cos", "p_sin"}
+_OPS = {
+    "mlp_fwd": "mlp",
+    "mlp_bwd": "mlp",
+    "qk_finish": "qkv",
+    "qk_bwd": "qkv",
+    "statistics": "residual",
+    "merge": "residual",
+}
+_FLOAT32 = {"p_mean", "p_rstd", "p_shares", "p_delta", "p_cos", "p_sin", "p_dw"}
 # Pointers that a form leaves out, by the features that bring them.
 _OPTIONAL = {
     "layernorm": ("p_mean", "p_norm_bias"),
@@ -32,6 +41,7 @@ _OPTIONAL = {
     "qk_norm": ("p_q_norm", "p_k_norm"),
     "raw": ("p_raw_q", "p_raw_k"),
     "kept": ("p_gate", "p_up"),
+    "third": ("p_d2", "p_w2"),
     "statistics": ("p_shares",),
 }
 FUNCTIONS = {"swiglu": "silu", "geglu_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
@@ -99,7 +109,7 @@ class FusedCase(Case):
                 constants |= dict.fromkeys(pointers)
         if self.op.startswith("mlp") and self.kind in ("gelu", "relu2"):
             constants |= dict.fromkeys(("p_gate_w", "p_gate_b", "p_dgate", "p_gate"))
-        divisible = {n for n in names if n.startswith("stride") or n in ("width", "d_ff", "d_out")}
+        divisible = {n for n in names if n.startswith(("stride", "d_out")) or n in ("width", "d_ff")}
         return signature(names, types, constants, divisible)
 
     def _constants(self) -> dict[str, Any]:
@@ -120,6 +130,11 @@ class FusedCase(Case):
         if self.op in ("qkv", "qk_finish"):
             found |= qkv.Finish(self.head_dim, interleaved="interleaved" in self.features).constants(c.block_n)
             found["BLOCK_M"] = c.rows(2 * found["HALF"]) if self.op == "qkv" else qkv.FINISH_ROWS
+        elif self.op == "qk_bwd":
+            found |= qkv.Finish(self.head_dim, interleaved="interleaved" in self.features).pairing()
+            found |= {"HEADS": qk_finish_bwd.HEADS, "BLOCK_M": qk_finish_bwd.tokens_of(found["HALF"])}
+            if "partial" in self.features:
+                found["ROTATED"] = self.head_dim // 2
         elif self.op == "delta":
             found |= {"HEAD_DIM": self.head_dim, "DIM": self.head_dim, "HEADS": max(1, c.block_n // self.head_dim)}
             found["BLOCK_M"] = c.rows(self.head_dim)
@@ -130,7 +145,7 @@ class FusedCase(Case):
         return found
 
 
-_BY_HEAD = ("qkv", "qk_finish", "delta")
+_BY_HEAD = ("qkv", "qk_finish", "qk_bwd", "delta")
 
 
 def cases(arch: str, quick: bool = False) -> Iterator[Case]:
@@ -152,15 +167,18 @@ def _forms(op: str, quick: bool) -> tuple[tuple[str, ...], ...]:
         "qk_finish": (("qk_norm",),),
         "residual": (("statistics",),),
         "merge": (("statistics",),),
+        "dgrad": (("third",),),
     }
     rest: dict[str, tuple[tuple[str, ...], ...]] = {
         "qkv": ((), ("interleaved", "bias"), ("layernorm", "bias", "ragged")),
         "qk_finish": (("qk_norm", "interleaved"),),
+        "qk_bwd": (("interleaved",), ("partial",)),
         "mlp_fwd": (("kept",), ("layernorm", "bias", "ragged")),
         "mlp_bwd": (("kept",), ("layernorm", "bias", "ragged")),
         "residual": ((), ("statistics", "layernorm", "bias", "ragged")),
         "delta": (("ragged",),),
         "wgrad": (("layernorm", "ragged"),),
+        "dgrad": ((), ("third", "ragged")),
         "statistics": (("layernorm",),),
         "merge": (("statistics", "layernorm"),),
     }

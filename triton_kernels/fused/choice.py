@@ -21,7 +21,7 @@ import torch
 from .. import tuning
 
 TABLE = Path(__file__).resolve().parent / "fused_tuned.json"
-OPS = ("qkv", "residual", "mlp", "delta", "wgrad")
+OPS = ("qkv", "residual", "mlp", "delta", "wgrad", "dgrad")
 VARIABLE = "PYCKPT_FUSED"
 # Below this width a product is narrow: its loop over the width is short beside what stands around it.
 _WIDE = 2048

@@ -67,7 +67,8 @@ def qk_finish_bwd_kernel_heads(
             cos = tl.load(p_cos + p_angle, mask=turned, other=1.0)  # [BLOCK_M, HALF]
             sin = tl.load(p_sin + p_angle, mask=turned, other=0.0)
         first = tile % groups * HEADS
-        for head in range(first, tl.minimum(first + HEADS, heads)):
+        # The next two heads are on their way while one is computed. No head is read where another is written.
+        for head in tl.range(first, tl.minimum(first + HEADS, heads), num_stages=3):
             a, b = load_pairs(
                 p_raw, o_m, head, heads, col_a, col_b, mm, mn, stride_raw,
                 HEAD_DIM, ROTATED, INTERLEAVED, BLOCK_M, 1, HALF,
@@ -77,7 +78,8 @@ def qk_finish_bwd_kernel_heads(
                 HEAD_DIM, ROTATED, INTERLEAVED, BLOCK_M, 1, HALF,
             )  # fmt: skip
             a, b, da, db = a.to(tl.float32), b.to(tl.float32), da.to(tl.float32), db.to(tl.float32)
-            rstd = reciprocal_root(tl.sum(a * a + b * b, 1) / HEAD_DIM + EPS, tl.float32)[:, None]
+            rstd = reciprocal_root(tl.sum(a * a + b * b, 1) / HEAD_DIM + EPS, tl.float32)
+            rstd = tl.where(mm, rstd, 0.0)[:, None]  # without eps it is infinite where there is no token
             a, b = a * rstd, b * rstd
             if ROPE:
                 da, db = da * cos + db * sin, db * cos - da * sin

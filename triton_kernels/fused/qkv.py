@@ -18,24 +18,10 @@ from ..norm import reciprocal_root
 from ..rows import on
 from . import choice
 from .matrices import Normed, check_matrix, check_vector, options
+from .pairs import load_pairs, pair_columns, store_pairs
 from .tiles import GROUP, load, load_statistics, load_transposed, normalised, place, tree_sum
 
 FINISH_ROWS, _FINISH_COLUMNS = 16, 128  # of a program of `finish_stored`
-
-
-@triton.jit
-def pair_columns(o_n, HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
-    """(head, first column, second column) of pair o_n, HALF (padded) a head; columns are counted within the head."""
-    pair = o_n % HALF
-    if ROTATED == HEAD_DIM:  # without a choice the compiler sees that columns are neighbours
-        a = 2 * pair if INTERLEAVED else pair
-        b = a + (1 if INTERLEAVED else HEAD_DIM // 2)
-    else:
-        rest = ROTATED + pair - ROTATED // 2  # where the pairs of what RoPE leaves alone begin
-        turned = pair < ROTATED // 2
-        a = tl.where(turned, 2 * pair if INTERLEAVED else pair, rest)
-        b = tl.where(turned, a + (1 if INTERLEAVED else ROTATED // 2), rest + (HEAD_DIM - ROTATED) // 2)
-    return o_n // HALF, a, b
 
 
 @triton.jit
@@ -84,42 +70,6 @@ def finish(
         sin = tl.load(p_sin + p_angle, mask=turned, other=0.0)
         a, b = a * cos - b * sin, b * cos + a * sin
     return a.to(DTYPE), b.to(DTYPE)
-
-
-@triton.jit
-def _store_pairs(
-    p,
-    a,
-    b,
-    o_m,
-    first,
-    heads,
-    col_a,
-    col_b,
-    mm,
-    mn,
-    stride,
-    HEAD_DIM: tl.constexpr,
-    ROTATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """Write heads `first` and up. Pairs (2i, 2i + 1) are written together, or no access would be wide."""
-    BLOCK_N: tl.constexpr = HEADS * HALF
-    p_row = p + o_m.to(tl.int64)[:, None] * stride
-    if INTERLEAVED and ROTATED == HEAD_DIM:
-        o_c = tl.arange(0, 2 * BLOCK_N)
-        head = first + o_c // (2 * HALF)
-        m = mm[:, None] & ((head < heads) & (o_c % (2 * HALF) < HEAD_DIM))[None, :]
-        both = tl.reshape(tl.join(a, b), (BLOCK_M, 2 * BLOCK_N)).to(p.dtype.element_ty)
-        tl.store(p_row + (head * HEAD_DIM + o_c % (2 * HALF))[None, :], both, mask=m)
-    else:
-        head = first + tl.arange(0, BLOCK_N) // HALF
-        m = mm[:, None] & mn[None, :]
-        tl.store(p_row + (head * HEAD_DIM + col_a)[None, :], a.to(p.dtype.element_ty), mask=m)
-        tl.store(p_row + (head * HEAD_DIM + col_b)[None, :], b.to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -220,7 +170,7 @@ def qkv_fwd_kernel_heads(
     a, b = a.to(DTYPE), b.to(DTYPE)
     if of_v:
         if p_v is not None:
-            _store_pairs(
+            store_pairs(
                 p_v, a, b, o_m, first, heads, col_a, col_b, mm, mn, stride_v,
                 HEAD_DIM, ROTATED, INTERLEAVED, BLOCK_M, HEADS, HALF,
             )  # fmt: skip
@@ -229,7 +179,7 @@ def qkv_fwd_kernel_heads(
             p_raw, stride_raw = p_raw_k, stride_raw_k
             if of_q:
                 p_raw, stride_raw = p_raw_q, stride_raw_q
-            _store_pairs(
+            store_pairs(
                 p_raw, a, b, o_m, first, heads, col_a, col_b, mm, mn, stride_raw,
                 HEAD_DIM, ROTATED, INTERLEAVED, BLOCK_M, HEADS, HALF,
             )  # fmt: skip
@@ -242,7 +192,7 @@ def qkv_fwd_kernel_heads(
             a, b, p_scale, p_cos, p_sin, o_m, mm, o_n, col_a, col_b, mn,
             EPS, QK_NORM, ROPE, DTYPE, HEAD_DIM, ROTATED, BLOCK_M, HEADS, HALF, LEVELS,
         )  # fmt: skip
-        _store_pairs(
+        store_pairs(
             p_out, a, b, o_m, first, heads, col_a, col_b, mm, mn, stride_out,
             HEAD_DIM, ROTATED, INTERLEAVED, BLOCK_M, HEADS, HALF,
         )  # fmt: skip
@@ -280,15 +230,15 @@ def qk_finish_kernel_heads(
     local, col_a, col_b = pair_columns(o_n, HEAD_DIM, ROTATED, INTERLEAVED, HALF)
     head = first + local
     mn = (head < heads) & (o_n % HALF < HEAD_DIM // 2)
-    m = mm[:, None] & mn[None, :]
-    p_row = p_raw + o_m.to(tl.int64)[:, None] * stride_raw + (head * HEAD_DIM)[None, :]
-    a = tl.load(p_row + col_a[None, :], mask=m, other=0.0)
-    b = tl.load(p_row + col_b[None, :], mask=m, other=0.0)
+    a, b = load_pairs(
+        p_raw, o_m, first, heads, col_a, col_b, mm, mn, stride_raw,
+        HEAD_DIM, ROTATED, INTERLEAVED, BLOCK_M, HEADS, HALF,
+    )  # fmt: skip
     a, b = finish(
         a, b, p_weight, p_cos, p_sin, o_m, mm, o_n, col_a, col_b, mn,
         EPS, True, p_cos is not None, p_out.dtype.element_ty, HEAD_DIM, ROTATED, BLOCK_M, HEADS, HALF, LEVELS,
     )  # fmt: skip
-    _store_pairs(
+    store_pairs(
         p_out, a, b, o_m, first, heads, col_a, col_b, mm, mn, stride_out,
         HEAD_DIM, ROTATED, INTERLEAVED, BLOCK_M, HEADS, HALF,
     )  # fmt: skip
