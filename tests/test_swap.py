@@ -179,26 +179,6 @@ def test_the_loss_with_a_share_of_the_routers_is_the_models_own(family, of_confi
     assert without.logits is None and without.loss < before.loss
 
 
-def test_lora():
-    """Adapters put in before the swap are trained, and the frozen base gets no gradient."""
-    peft = pytest.importorskip("peft")
-    model = make_model("Llama")
-    config = peft.LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "up_proj"])
-    model = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p += 0.1 * torch.randn_like(p) if "lora_B" in name else 0.0
-    exact = copy.deepcopy(model).double()
-    batch = make_batch("padded")
-    with InFloat64():
-        truth = step(exact, batch)
-    plain = step(model, batch)
-    assert [e.path for e in pyckpt.swap(model, tile=10).entries] == ["generic", "generic", "standard"]
-    ours = step(model, batch)
-    assert all("lora" in n for n in ours.keys() - {"loss"})
-    assert_step_as_good(ours, plain, truth, torch.float32)
-
-
 def test_what_is_dropped_on_the_generic_path_is_dropped_again():
     """As LoRA drops the input of a projection: the gradient is that of the loss with the same values dropped."""
     model = make_model("Llama", torch.float64, attention_dropout=0.2)
@@ -240,15 +220,6 @@ def test_the_generic_path_under_autocast(family):
         plain = step(model, batch)
         pyckpt.swap(model, tile=10)
         assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
-
-
-def test_lora_put_in_after_the_swap_runs_the_original():
-    peft = pytest.importorskip("peft")
-    model = make_model("Llama")
-    pyckpt.swap(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"]))
-    with pytest.warns(UserWarning, match=r"self_attn\.q_proj is now a .*original forward"):
-        adapted(**make_batch("plain"))
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 2.5}, {"rope_type": "yarn", "factor": 4.0}])

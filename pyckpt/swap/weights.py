@@ -71,8 +71,9 @@ class Mapping:
 
     `sinks` is the name of the parameter that holds attention's, where it has any (on the generic path alone).
     `adapted`: LoRA adapters stand beside some of its linear layers. `moving` says where RoPE's frequencies are to be
-    read at each call, where they depend on it. `why` it is on the generic path, where it is. `kinds` are the classes of
-    the modules that are read, by path: another class there means that the layer has changed.
+    read at each call, where they depend on it. `text`: the spec as a string. `why` it is on the generic path, where it
+    is. `kinds` are the classes of the modules that are read, by path: another class there means that the layer has
+    changed.
     """
 
     spec: BlockSpec
@@ -82,10 +83,10 @@ class Mapping:
     sinks: str | None = None
     moving: MovingRope | None = None
     adapted: bool = False
+    text: str = dataclasses.field(init=False, compare=False)
 
-    @functools.cached_property
-    def text(self) -> str:
-        return self.spec.to_string()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", self.spec.to_string())
 
     def spec_now(self, layer: nn.Module) -> BlockSpec:
         """The spec for the call under way."""
