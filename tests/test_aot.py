@@ -17,8 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Each kernel takes seconds to compile: every run has the chip that matters most, `make test ARGS='-m slow'` the others.
-ARCHS = [pytest.param(arch, marks=() if arch == "sm_90" else pytest.mark.slow) for arch in LIMITS]
+ARCHS = list(LIMITS)
 UNITS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -37,6 +36,7 @@ def compiled(family: str, arch: str, tmp_path: Path) -> list[dict[str, Any]]:
     return json.loads((tmp_path / "kernels.json").read_text())["kernels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_fit_the_chip(arch, tmp_path):
     kernels = compiled("attention", arch, tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LOW_DTYPES, assert_close_to_truth, assert_exact, check_exact, check_truth, step
+from helpers import LOW_DTYPES, a_few, assert_close_to_truth, assert_exact, check_exact, check_truth, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -90,7 +90,9 @@ class TestExact:
 
     @ALL_MASKS
     @SOFTCAP
-    @pytest.mark.parametrize(("flash_tile", "score_elements"), [(1, 1), (7, 2000), (32, 10**5)])
+    @pytest.mark.parametrize(
+        ("flash_tile", "score_elements"), a_few([(1, 1), (7, 2000), (32, 10**5)], always=(1,), names=2)
+    )
     def test_tiles(self, flash_tile, score_elements, softcap, mask, monkeypatch):
         monkeypatch.setattr(op, "_FLASH_TILE", flash_tile)
         monkeypatch.setattr(op, "_SCORE_ELEMENTS", score_elements)

@@ -71,6 +71,7 @@ assert "wrong" in row["failed"] and "forward_ms" not in row, row
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_norm_measures_every_op_forward_and_backward(tmp_path):
     result = tmp_path / "norm_test.json"
     done = script("bench/norm.py", "--out", str(result), "--repeats", "2", CUDA_VISIBLE_DEVICES="")
@@ -214,6 +215,7 @@ class TestSteps:
         assert "left out, for want of time" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_loss_measures_every_variant(tmp_path, capsys):
     result = tmp_path / "loss_test.json"
     assert loss.main(["--quick", "--no-compile", "--repeats", "1", "--out", str(result)]) == 0

@@ -298,6 +298,7 @@ def _compiled_step(compiled, block, x, dy, cu):
     return {"y": y.detach(), "dx": grads[0], **dict(zip(params, grads[1:], strict=True))}
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor_and_frozen_weights():
     block = make_block(torch.float32, save="attention+mid")
     block.self_attn.requires_grad_(False)

@@ -90,7 +90,7 @@ def test_autocast(options):
         assert torch.equal(torch.autograd.grad(y, leaf, dy)[0], results[0]["dx"]), save
 
 
-@pytest.mark.parametrize("save", ["all", "attention"])
+@pytest.mark.parametrize("save", a_few(["all", "attention"], always=(1,)))
 @ALL_FAMILIES
 def test_compiled(options, save):
     torch._dynamo.reset()
@@ -119,7 +119,7 @@ def frozen_cases(block: nn.Module) -> list[set[str]]:
     return picked + [set(group) for group in groups[5:]]
 
 
-@pytest.mark.parametrize("input_grad", [True, False], ids=["dx", "no dx"])
+@pytest.mark.parametrize("input_grad", a_few([True, False], always=(0,)), ids=["dx", "no dx"])
 @pytest.mark.parametrize("save", a_few(["all", "attention"], always=(1,)))
 @ALL_FAMILIES
 def test_subsets_of_frozen_parameters(options, save, input_grad):

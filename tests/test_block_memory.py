@@ -98,12 +98,7 @@ def test_slope_with_norms_after(kind):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"mlp": "gelu", "norm": "layernorm"},
-        {"qk_norm": True},
-        {"norm_placement": "sandwich"},
-    ],
+    a_few([{}, {"mlp": "gelu", "norm": "layernorm"}, {"qk_norm": True}, {"norm_placement": "sandwich"}], always=(0, 1)),
     ids=str,
 )
 @pytest.mark.parametrize("tile_bytes", a_few([3_000_000, 10_000_000], always=(0,)))

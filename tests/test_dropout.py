@@ -28,9 +28,7 @@ def seeded(fn: Any, *args: Any, seed: int = 3, **kwargs: Any) -> Any:
 @pytest.mark.usefixtures("backend")
 class TestOp:
     @pytest.mark.parametrize(("rows", "width"), [(5, 1), (3, 7), (70, 48), (2, 2051)])
-    @pytest.mark.parametrize(
-        "dtype", a_few([torch.float64, torch.float32, torch.float16, torch.bfloat16], always=(1, 3))
-    )
+    @pytest.mark.parametrize("dtype", a_few([torch.float64, torch.float32, torch.float16, torch.bfloat16], always=(3,)))
     def test_what_is_kept(self, dtype, rows, width):
         seed, first = 2**40 + 17, 2**33 + 5
         x, residual = (torch.randn(rows, width).to(dtype) for _ in range(2))

@@ -174,7 +174,8 @@ def test_autocast(monkeypatch):
         assert_same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("frozen", a_few(["self_attn", "mlp", "norm"], always=(1,)))
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["self_attn", "mlp", "norm"])
 def test_frozen_parameters(frozen):
     block = make_block(torch.float32).to(DEVICE)
     x, _ = on_device(False, torch.float32)
@@ -189,8 +190,9 @@ def test_frozen_parameters(frozen):
         assert (p.grad is None) if frozen in name else torch.equal(p.grad, want[name])
 
 
-@pytest.mark.parametrize("mlp", a_few(["swiglu", "gelu"], always=(1,)))
-@pytest.mark.parametrize("save", a_few(["attention", "all"], always=(0,)))
+@pytest.mark.slow
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("save", ["attention", "all"])
 def test_products_of_the_mlp(save, mlp):
     """7 of a plain MLP, 11 of a gated one; 6 and 9 where gate and up are kept."""
     gated = mlp in GATED_MLPS
