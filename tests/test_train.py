@@ -18,7 +18,7 @@ import torch
 from helpers import a_few
 from torch import nn
 
-from pyckpt import train
+from pyckpt import CkptCausalLM, train
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train import data, optim
 from pyckpt.train.folder import RunFolder
@@ -549,6 +549,18 @@ def test_a_second_ctrl_c_ends_a_run_at_once(text: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train.run(config(text), on_step=twice)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_memory_of_a_streamed_step_is_measured_on_some_tiles(text: Path, monkeypatch) -> None:
+    """A whole step of a million tokens would take as long as the first of training."""
+    lengths, loss = [], CkptCausalLM.loss
+    monkeypatch.setattr(
+        CkptCausalLM,
+        "loss",
+        lambda self, tokens, **given: lengths.append(tokens.shape[1]) or loss(self, tokens, **given),
+    )
+    train.run(config(text, steps=1, warmup=0, seq_len=64, stream="file", stream_tile=8, stream_path=str(text.parent)))
+    assert lengths[0] == 32 and set(lengths[1:]) == {64}
 
 
 @pytest.mark.parametrize("store", a_few(["host", "file"], always=(1,)))

@@ -11,7 +11,7 @@ from pyckpt.compare.results import CHECKPOINT, PLAIN, STREAMED, Results, Row, la
 from pyckpt.compare.words import title
 from pyckpt.measure.units import format_seconds
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; line styles differ as well.
+# Okabe and Ito's colours, and a dark violet, which people with any colour vision can tell apart; styles differ too.
 _STYLE: dict[str, dict[str, Any]] = {
     PLAIN: {"color": "#000000", "linestyle": "--", "marker": "s"},
     CHECKPOINT: {"color": "#d55e00", "linestyle": "--", "marker": "D"},
@@ -20,7 +20,7 @@ _STYLE: dict[str, dict[str, Any]] = {
     "attention+mid": {"color": "#009e73", "linestyle": "-", "marker": "P"},
     "attention": {"color": "#0072b2", "linestyle": "-", "marker": "o", "linewidth": 2.8, "zorder": 5},
     "input": {"color": "#56b4e9", "linestyle": "-", "marker": "X"},
-    STREAMED: {"color": "#999999", "linestyle": "-.", "marker": "*"},
+    STREAMED: {"color": "#5d3a9b", "linestyle": "-.", "marker": "*", "linewidth": 2.8},
 }
 
 

@@ -119,7 +119,7 @@ def _probe(trainer: Trainer) -> StepMemory:
     """Measure the first batch's forward and backward, and drop its gradients."""
     config = trainer.config
     try:
-        memory = probe(trainer.model, lambda: trainer.accumulate(0))
+        memory = probe(trainer.model, lambda: trainer.accumulate(0, _probed_tokens(trainer)))
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"one step with batch_size={config.batch_size}, seq_len={config.seq_len} and "
@@ -129,6 +129,13 @@ def _probe(trainer: Trainer) -> StepMemory:
     finally:
         trainer.optimizer.zero_grad()
     return memory
+
+
+def _probed_tokens(trainer: Trainer) -> int | None:
+    """Of each sequence: all; of a streamed one some tiles, which take as much, and not the time of a whole step."""
+    if trainer.stream is None or trainer.config.stream == "device":
+        return None
+    return 4 * trainer.config.stream_tile
 
 
 def _train(

@@ -80,12 +80,15 @@ class Trainer:
             "seconds": round(seconds, 6),
         }
 
-    def accumulate(self, done: int) -> float:
-        """Forward and backward of the step after `done` steps; gives its loss and leaves the gradients."""
+    def accumulate(self, done: int, tokens: int | None = None) -> float:
+        """Forward and backward of the step after `done` steps; gives its loss and leaves the gradients.
+
+        tokens: of the first so many of each sequence alone.
+        """
         count = self.config.grad_accum
         losses = []
         for part in range(count):
-            loss = self.model.loss(self._batch(done * count + part), stream=self.stream)
+            loss = self.model.loss(self._batch(done * count + part)[:, :tokens], stream=self.stream)
             (loss / count).backward()
             self.optimizer.collect()
             losses.append(loss.item())
