@@ -115,7 +115,7 @@ class Lines(_Console):
     def tile(self, what: str, block: int, tile: int) -> None:
         now = time.monotonic()
         if now - self._told > _SILENCE:
-            self.note(f"step {self.last + 1}/{self.total}  {what}: block {block}, tile {tile}")
+            self.note(f"step {min(self.last + 1, self.total)}/{self.total}  {what}: block {block}, tile {tile}")
             self._told = now
 
     def note(self, text: str = "") -> None:
