@@ -165,10 +165,7 @@ def _check_module(source: Source, module: Any, eps: float) -> None:
     if watched(module):
         raise UnsupportedError(f"{source.path} has forward hooks, which a swapped layer would not run")
     if lora.is_adapted(module):
-        try:
-            lora.check(module)
-        except UnsupportedError as reason:
-            raise UnsupportedError(f"{source.path}: {reason}") from reason
+        lora.check(source.path, module)
     module = lora.base_of(module)
     name = type(module).__name__
     if "norm" in source.names[0]:

@@ -6,7 +6,6 @@ several at once too, dropout, any scaling, merged or switched off. Variants (DoR
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,11 +53,18 @@ def _adapter(module: Any, name: str) -> tuple[str, Tensor, Tensor, float, float]
     return name, parts["lora_A"].weight, parts["lora_B"].weight, float(module.scaling[name]), rate
 
 
-def check(module: Any) -> None:
-    """Raise `UnsupportedError` where the adapters of the module are not a block's, now or in training."""
+def check(path: str, module: Any) -> None:
+    """Raise `UnsupportedError` where the adapters of the module at `path` are not a block's, now or in training."""
+    try:
+        _check(module)
+    except UnsupportedError as reason:
+        raise UnsupportedError(f"{path}: {reason}") from reason
+
+
+def _check(module: Any) -> None:
     active(module)
-    for _, inside in inner(module):
-        if watched(inside):
+    for name, inside in module.named_modules():
+        if name and watched(inside):
             raise UnsupportedError("a module of its adapters has forward hooks, which a swapped layer would not run")
     rates = [d.p for name, d in module.lora_dropout.items() if type(d) is nn.Dropout and name in module.active_adapters]
     device: torch.device = module.weight.device
@@ -71,8 +77,3 @@ def check(module: Any) -> None:
 def draws_fast(device: torch.device) -> bool:
     """Philox is a kernel of ours on a GPU; in PyTorch's integer arithmetic it takes longer than the products."""
     return device.type != "cpu"
-
-
-def inner(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside an adapted layer that its forward would call."""
-    return ((path, m) for path, m in module.named_modules() if path)

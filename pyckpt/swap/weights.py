@@ -95,9 +95,12 @@ class Mapping:
 
     def text_now(self, layer: nn.Module) -> str:
         """The spec for the call under way, as a string, but for RoPE's frequencies: what a compiled graph can hold."""
+        return self._text_with(self._adapters(layer), layer)
+
+    def _text_with(self, adapters: list[tuple[LowRank, Tensor, Tensor]], layer: nn.Module) -> str:
         if not self.adapted:
             return self.text
-        return _beside(self.text, tuple(tuple(entry) for entry, _, _ in self._adapters(layer)), layer.training)
+        return _beside(self.text, tuple(tuple(entry) for entry, _, _ in adapters), layer.training)
 
     def _adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
         return [found for source in self.sources for found in source.adapters(layer)] if self.adapted else []
@@ -108,9 +111,10 @@ class Mapping:
         for source in self.sources:
             found |= source.read(layer)
         like = next(iter(found.values()))
-        for adapter, a, b in self._adapters(layer):
+        adapters = self._adapters(layer)
+        for adapter, a, b in adapters:
             found |= {adapter.a: a, adapter.b: b}
-        shapes = _shapes(self.text_now(layer))
+        shapes = _shapes(self._text_with(adapters, layer))
         return {n: found[n] if n in found else like.new_zeros(s) for n, s in shapes}
 
     def check(self, layer: nn.Module) -> None:
@@ -137,9 +141,9 @@ class Mapping:
                 return f"{path} has forward hooks, which a swapped layer would not run{_advice(layer)}"
             if self.adapted and lora.is_adapted(module):
                 try:
-                    lora.check(module)
+                    lora.check(path, module)
                 except UnsupportedError as reason:
-                    return f"{path}: {reason}"
+                    return str(reason)
         return None
 
 

@@ -30,16 +30,19 @@ class LowRankProduct:
 
     def add(self, w: Weights, tile: Tile, x: Tensor, out: Tensor, ws: Workspace, multiplier: float) -> None:
         """out += multiplier * low Bᵀ."""
-        low = self._low(w, tile, x, ws)
+        low = self._low(w, self._dropped(tile, x, ws), ws)
         torch.addmm(out, low, w[self._spec.b].t(), alpha=multiplier, out=out)
 
     def add_gradients(
         self, w: Weights, tile: Tile, dy: Tensor, x: Tensor, grads: WeightGradients, ws: Workspace
     ) -> None:
+        if not grads.wants(*self.parameters):
+            return
+        dropped = self._dropped(tile, x, ws)
         if grads.wants(self._spec.b):
-            grads.add_product(self._spec.b, dy, self._low(w, tile, x, ws))
+            grads.add_product(self._spec.b, dy, self._low(w, dropped, ws))
         if grads.wants(self._spec.a):
-            grads.add_product(self._spec.a, self._dlow(w, dy, ws), self._dropped(tile, x, ws))
+            grads.add_product(self._spec.a, self._dlow(w, dy, ws), dropped)
 
     def add_input_gradient(self, w: Weights, tile: Tile, dy: Tensor, dx: Tensor, ws: Workspace) -> None:
         dlow = self._dlow(w, dy, ws)
@@ -50,8 +53,8 @@ class LowRankProduct:
         torch.mm(dlow, w[self._spec.a], out=dropped)
         self._drop(tile, dropped, dx, dx)
 
-    def _low(self, w: Weights, tile: Tile, x: Tensor, ws: Workspace) -> Tensor:
-        return self._scaled(self._dropped(tile, x, ws), w[self._spec.a].t(), "low", ws)
+    def _low(self, w: Weights, dropped: Tensor, ws: Workspace) -> Tensor:
+        return self._scaled(dropped, w[self._spec.a].t(), "low", ws)
 
     def _dlow(self, w: Weights, dy: Tensor, ws: Workspace) -> Tensor:
         return self._scaled(dy, w[self._spec.b], "dlow", ws)
