@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 import torch
+from helpers import assert_within
 from torch import Tensor, nn
 
 import pyckpt
@@ -151,4 +152,4 @@ def assert_as_good(
     reference = pooled_errors(plain, truth)
     for name, error in pooled_errors(got, truth).items():
         allowed = 2 * reference[name] + torch.finfo(dtype).eps / 4
-        assert error <= allowed, f"{name}: {error:.3g}, more than the {allowed:.3g} allowed"
+        assert_within(error, allowed, f"{name}: {error:.3g}, more than the {allowed:.3g} allowed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,33 @@ EXACT = 1e-12
 
 Function = Callable[..., Any]
 Inputs = dict[str, Tensor]
+
+
+class PerhapsChanceError(AssertionError):
+    """An error beyond its bound by less than a factor of two: of these inputs, perhaps, and not of the code."""
+
+
+def assert_within(error: float | Tensor, allowed: float | Tensor, message: str) -> None:
+    """An error, of random numbers, is at most what is allowed.
+
+    A ratio of two roundings has a tail: of some ten thousand of them in a run of all tests, one is beyond 2 every other
+    time, with nothing wrong. So it raises `PerhapsChanceError` where the error is not far beyond, and the test is decided by
+    `of_more_draws`.
+    """
+    if not error <= allowed:
+        raise (PerhapsChanceError if error <= 2 * allowed else AssertionError)(message)
+
+
+def of_more_draws(test: Callable[[int], object], first: PerhapsChanceError, seeds: Iterable[int]) -> None:
+    """A test whose first draw was perhaps chance passes if each of the further ones does.
+
+    With four of them a test that fails by chance once in 100 times fails once in 2,500; one whose usual error is
+    beyond the bound, so that at least every other draw fails, is let through at most once in 32 times.
+    """
+    for seed in seeds:
+        print(f"perhaps chance ({first}); drawing again with seed {seed}")
+        test(seed)
+    warnings.warn(f"beyond its bound in one draw of several: {first}", stacklevel=2)
 
 
 def assert_close_to_truth(
@@ -35,9 +63,11 @@ def assert_close_to_truth(
     ):
         error, reference = size(got - want), size(ref - want)
         allowed = factor * reference + roundings * eps * size(want).clamp_min(floor)
-        assert error <= allowed, (
+        assert_within(
+            error,
+            allowed,
             f"{what} in {ours.dtype}: {name} {error:.3e}, more than the {allowed:.3e} allowed; "
-            f"plain PyTorch's is {reference:.3e}, the truth's size {size(want):.3e}"
+            f"plain PyTorch's is {reference:.3e}, the truth's size {size(want):.3e}",
         )
 
 

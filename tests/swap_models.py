@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from blocks import assert_as_good, assert_same_bits
+from helpers import assert_within
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -290,5 +291,6 @@ def check(model: Any, batches: list[dict[str, Any]], left: tuple[str, ...] = (),
 def assert_step_as_good(ours: State, plain: State, truth: State, dtype: torch.dtype) -> None:
     """`assert_as_good`, but for the loss: a single value's error is chance, and four roundings are allowed."""
     error, reference = ((r["loss"].double() - truth["loss"]).abs() for r in (ours, plain))
-    assert error <= 2 * reference + 4 * torch.finfo(dtype).eps * truth["loss"]
+    allowed = 2 * reference + 4 * torch.finfo(dtype).eps * truth["loss"]
+    assert_within(error, allowed, f"loss: {float(error):.3g}, more than the {float(allowed):.3g} allowed")
     assert_as_good(*({n: t for n, t in r.items() if n != "loss"} for r in (ours, plain, truth)), dtype)

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from helpers import a_few, assert_exact
+from helpers import a_few, assert_exact, assert_within
 from torch import Tensor, nn
 
 from pyckpt import CkptCausalLM, CkptGenericBlock, CkptTransformerBlock
@@ -190,7 +190,7 @@ def assert_as_good(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict
     reference = errors(plain, truth)
     for name, size in errors(got, truth).items():
         allowed = 2 * reference[name] + 2 * torch.finfo(got["logits"].dtype).eps
-        assert size <= allowed, f"{name}: {size:.2e}, more than the {allowed:.2e} allowed"
+        assert_within(size, allowed, f"{name}: {size:.2e}, more than the {allowed:.2e} allowed")
 
 
 def same_weights(a: Model, b: Model) -> bool:
