@@ -26,7 +26,7 @@ def assert_within(error: float | Tensor, allowed: float | Tensor, message: str) 
     """An error, of random numbers, is at most what is allowed.
 
     A ratio of two roundings has a tail: of some ten thousand of them in a run of all tests, one is beyond 2 every other
-    time, with nothing wrong. So it raises `PerhapsChanceError` where the error is not far beyond, and the test is decided by
+    time, with nothing wrong. So it raises `PerhapsChanceError` where it is not far beyond, and the test is decided by
     `of_more_draws`.
     """
     if not error <= allowed:
