@@ -23,7 +23,8 @@ import pyckpt  # noqa: E402
 def table() -> str:
     """A row for each family: its layer's class, the layers' path, the loss's, and the options that the test sets."""
     lines = ["| family | layer | path | loss | options in the test |", "|---|---|---|---|---|"]
-    models = swap_models.FAMILIES | swap_models.MIXTURES | swap_models.OTHERS
+    s = swap_models
+    models = s.FAMILIES | s.MIXTURES | s.OTHERS | s.WHOLE | s.HYBRIDS
     for family, options in sorted(models.items()):
         *layers, loss = pyckpt.swap(swap_models.make_model(family)).entries
         paths = ", ".join(dict.fromkeys(e.path for e in layers))

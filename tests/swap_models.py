@@ -136,6 +136,38 @@ OTHERS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 2.0,
     },
 }
+# Without transformers' attention functions, or without attention: their layers run again as a whole.
+_GPTJ = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+WHOLE: dict[str, dict[str, Any]] = {
+    "Bloom": {"n_layer": 2, "n_head": 4},
+    "CodeGen": _GPTJ,
+    "Falcon": {"new_decoder_architecture": True},
+    "GPTJ": _GPTJ,
+    "GPTNeo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 7},
+    "Mamba": {"state_size": 4},
+    "Mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 12, "n_groups": 2},
+    "Mpt": {"d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
+}
+# Some layers of theirs are cut at their attention, the others are not.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Jamba": {
+        **EXPERTS,
+        "num_experts": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "MiniMax": {
+        **EXPERTS,
+        "num_local_experts": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 8,
+    },
+}
 GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
@@ -144,7 +176,8 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **options: Any) 
     import transformers
 
     sizes = GPT2_SIZES if family == "GPT2" else SIZES
-    options = {"attn_implementation": "eager", **(FAMILIES | MIXTURES | OTHERS).get(family, {}), **options}
+    known = FAMILIES | MIXTURES | OTHERS | WHOLE | HYBRIDS
+    options = {"attn_implementation": "eager", **known.get(family, {}), **options}
     names = {
         "GPT2": ("GPT2", "GPT2LMHeadModel"),
         "Gemma3": ("Gemma3Text", "Gemma3ForCausalLM"),

@@ -271,7 +271,9 @@ def test_where_somebody_looks_at_each_layer_it_is_not_streamed():
 def test_what_cannot_be_streamed_from_the_ids_on_has_its_layers_streamed(what):
     model, batch = make_model("Llama", torch.float64, num_hidden_layers=5), make_batch("padded")
     if what == "layer":
-        model.model.layers[2].self_attn.is_causal = False  # so that it is left as it was
+        layer = model.model.layers[2]  # so that it is left as it was
+        layer.self_attn.is_causal = False
+        layer.mlp.register_forward_hook(lambda m, args, out: None)
         message = "some of its layers are not streamed, or need the model's own forward"
     else:
         place = {"embedding": model.model.embed_tokens, "norm": model.model.norm, "base": model.model}[what]

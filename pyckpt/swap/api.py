@@ -11,15 +11,16 @@ from pyckpt import errors
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
-from pyckpt.swap import encoder, families
+from pyckpt.swap import encoder, families, whole
 from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, together
 from pyckpt.swap.layer import Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.report import GENERIC, ORIGINAL, STANDARD, Entry, Report
+from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.weights import Mapping
+from pyckpt.swap.whole import CheckpointedLayer
 
 
 def swap(
@@ -49,7 +50,8 @@ def swap(
         loss: True: while gradients are enabled a call with labels returns logits=None (`output_logits=True` in the call
             asks for both); "always": without gradients too; False: the loss is left as it is.
 
-    Returns a `Report`: each layer, the path it takes and why. Layers that are not known are left as they are.
+    Returns a `Report`: each layer, the path it takes and why. Layers that cannot be cut at their attention run again as
+    a whole in the backward, where transformers says that they may; others are left as they are.
 
     Raises ValueError where nothing can be swapped, with the reasons, or where the model is swapped already; TypeError
     where it is no module, or `stream` no `Stream`. Nothing is changed then.
@@ -129,7 +131,7 @@ def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _is_decoder_layer(layer: nn.Module) -> bool:
     kind = families.family_class(layer)
-    attends = any("attn" in name or "attention" in name for name, _ in layer.named_children())
+    attends = any(part in name for name, _ in layer.named_children() for part in ("attn", "attention", "mixer"))
     named = any(k.__name__.endswith("DecoderLayer") for k in type(layer).__mro__)
     return kind in families.FAMILIES or named or (kind.endswith("Block") and attends)
 
@@ -150,6 +152,7 @@ def _decoder(
     entries: list[Entry],
 ) -> list[Replaced]:
     swapped: list[SwappedLayer] = []
+    refused: list[nn.Module] = []
     chooser = Chooser(module, [path for path, _ in layers], save, tile)
     for place, (path, layer) in enumerate(layers):
         full, kind = f"{name}.{path}" if name else path, type(layer).__name__
@@ -157,24 +160,52 @@ def _decoder(
             _check_forward(layer)
             made = chooser.layer(layer, place)
         except UnsupportedError as reason:
-            entries.append(Entry(full, kind, ORIGINAL, str(reason)))
+            refused += _refused(module, full, layer, str(reason), segments, stream, entries)
             continue
         swapped.append(made)
         entries.append(_entry(full, kind, made.block.mapping, save, _notes(made, segments, stream)))
+    again = [CheckpointedLayer(layer, told=bool(swapped)) for layer in refused]
     if not swapped:
-        return []
+        return [*again]
     length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
     streaming = None if stream is None else Streaming(stream, length)
-    whole = complete and chooser.maskless(swapped)
+    unread = complete and chooser.maskless(swapped)
     unknown = frozenset(["token_type_ids"] if any(s.apart for s in swapped) else [])
     more = (together(swapped, length), streaming, chooser.cuts(), unknown)
-    return [*swapped, SwappedDecoder(module, swapped, complete, whole, *more)]
+    return [*swapped, *again, SwappedDecoder(module, swapped, complete, unread, *more)]
+
+
+def _refused(
+    model: Any,
+    name: str,
+    layer: nn.Module,
+    reason: str,
+    segments: int | str | None,
+    stream: Stream | None,
+    entries: list[Entry],
+) -> list[nn.Module]:
+    """The layer if it may run again as a whole. `reason`: why it can't be swapped otherwise."""
+    kind = type(layer).__name__
+    try:
+        _check_forward(layer)
+        whole.check(model, layer)
+    except UnsupportedError as other:
+        entries.append(Entry(name, kind, ORIGINAL, reason if str(other) in reason else f"{reason}; {other}"))
+        return []
+    why = f"run again as a whole, its input alone is kept: {reason}{_apart(segments, stream)}"
+    entries.append(Entry(name, kind, CHECKPOINTED, why))
+    return [layer]
 
 
 def _notes(layer: SwappedLayer, segments: int | str | None, stream: Stream | None) -> str:
-    if stream is None:
-        return "; not in segments" if segments is not None and layer.apart else ""
-    return f"; streamed by {stream.tile} tokens, store {stream.store.kind!r}" if layer.streams else "; not streamed"
+    if stream is not None and layer.streams:
+        return f"; streamed by {stream.tile} tokens, store {stream.store.kind!r}"
+    return _apart(segments, stream) if stream is not None or layer.apart else ""
+
+
+def _apart(segments: int | str | None, stream: Stream | None) -> str:
+    """Of a layer that always runs by itself."""
+    return "; not streamed" if stream is not None else "; not in segments" if segments is not None else ""
 
 
 def _entry(name: str, kind: str, mapping: Mapping, save: str | Save, note: str = "") -> Entry:

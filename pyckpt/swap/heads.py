@@ -5,6 +5,7 @@ Found by running the model's own forward on random hidden states in the place of
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -20,15 +21,25 @@ _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap
 
 
-def output_of(model: Any) -> tuple[str, str]:
-    """The name of the class that the model returns, in transformers.modeling_outputs, and the module that it calls.
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """What a model was seen to do: the class of transformers that it returns, and the module that it calls.
 
-    That is its base model, "", or one right inside that, by name (OPT's "decoder").
+    That is its base model, "", or one right inside that, by name (OPT's "decoder"). `dropped`: arguments that it does
+    not hand on to that module, which has none of these names.
+    """
+
+    output: type
+    called: str
+    dropped: tuple[str, ...]
+
+
+def tried(model: Any) -> Tried:
+    """What the model does with labels.
 
     Raises `UnsupportedError` where its logits are anything but its output embeddings' product with the hidden states,
     or its loss anything but the cross entropy of those with the next tokens.
     """
-    from transformers import modeling_outputs
 
     projection = model.get_output_embeddings()
     check_weights(projection)
@@ -39,18 +50,14 @@ def output_of(model: Any) -> tuple[str, str]:
         labels = torch.randint(0, projection.out_features, (2, _SEQ), device=device)
         labels[0, :2] = -100
         for training in (False, True):
-            made, called = _tried(model, hidden, labels, training)
-    name = type(made).__name__
-    if getattr(modeling_outputs, name, None) is not type(made):
-        raise UnsupportedError(f"it returns a {name}, which is not known")
-    return name, called
+            found = _tried(model, hidden, labels, training)
+    return found
 
 
-def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> tuple[Any, str]:
-    """What the model returns for hidden states and labels, and what it called for them.
+def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> Tried:
+    """Calls the model with labels, and with hidden states in the place of those that it would make."""
+    from transformers.utils import ModelOutput
 
-    Raises `UnsupportedError` where that is not the usual.
-    """
     logits = model.get_output_embeddings()(hidden)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     given = {
@@ -67,13 +74,16 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> tuple[
     if len(called) != 1:
         raise UnsupportedError(f"it calls its base model {len(called)} times")
     path, arguments = called[0]
-    odd = [n for n, value in given.items() if arguments.get(n) is not value]
+    dropped = tuple(n for n in given if n not in arguments and n not in base.names_of(path))
+    odd = [n for n, value in given.items() if n not in dropped and arguments.get(n) is not value]
     odd += [n for n, value in arguments.items() if n not in given and not _is_plain(value)]
     if odd:
         raise UnsupportedError(f"it calls its base model with other arguments than its own: {', '.join(odd)}")
     if not (_close(made.logits, logits) and _close(made.loss, loss)):
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
-    return made, path
+    if not (isinstance(made, ModelOutput) and type(made).__module__.startswith("transformers.")):
+        raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
+    return Tried(type(made), path, dropped)
 
 
 def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
@@ -105,6 +115,10 @@ class _Given(nn.Module):
         self._called.append((self._path, dict(zip(self._names, args, strict=False)) | kwargs))
         return _output(last_hidden_state=self._hidden)
 
+    def names_of(self, path: str) -> list[str]:
+        """The names of the arguments of the module at this path."""
+        return self._inside[path]._names if path else self._names
+
     def calls(self) -> list[tuple[str, dict[str, Any]]]:
         """Of it and of those inside: which, and with which arguments."""
         return [call for given in (self, *self._inside.values()) for call in given._called]
@@ -115,7 +129,7 @@ def _output(**fields: Any) -> Any:
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
     made = MoeModelOutputWithPast(**fields)
-    made.__dict__["cross_attentions"] = None
+    made.__dict__ |= {"cross_attentions": None, "cache_params": None, "state": None}
     return made
 
 

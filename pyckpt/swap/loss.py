@@ -26,16 +26,18 @@ IGNORED = -100
 class Head:
     """What a family does to its logits: options of the config that multiply, divide or softcap them, or None.
 
-    places: where the base model has what surrounds the layers, where that is known. `body`: which module right inside
-    the base model it calls, "" for the base model itself.
+    output: the class that the model returns, or the name of one in transformers.modeling_outputs. places: where the
+    base model has what surrounds the layers, where that is known. `body`: which module right inside the base model it
+    calls, "" for the base model itself; `dropped`: arguments that it does not hand on to that.
     """
 
     multiplier: str | None = None
     divisor: str | None = None
     softcap: str | None = None
-    output: str = "CausalLMOutputWithPast"
+    output: str | type = "CausalLMOutputWithPast"
     places: Places | None = None
     body: str = ""
+    dropped: tuple[str, ...] = ()
 
 
 _PLAIN = Head(places=Places())
@@ -76,10 +78,10 @@ def head_of(model: nn.Module) -> Head:
     if kind.__name__ in HEADS and kind.__module__.startswith("transformers.models."):
         return HEADS[kind.__name__]
     try:
-        output, body = heads.output_of(model)
+        found = heads.tried(model)
     except UnsupportedError as reason:
         raise UnsupportedError(f"this class is not known, and {reason}") from reason
-    return Head(output=output, body=body)
+    return Head(output=found.output, body=found.called, dropped=found.dropped)
 
 
 def check(model: nn.Module) -> None:
@@ -95,6 +97,12 @@ def check(model: nn.Module) -> None:
         )
 
 
+def _output_class(output: str | type) -> Any:
+    from transformers import modeling_outputs
+
+    return getattr(modeling_outputs, output) if isinstance(output, str) else output
+
+
 class SwappedHead(Replaced):
     """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original.
 
@@ -104,6 +112,8 @@ class SwappedHead(Replaced):
     def __init__(self, module: nn.Module, head: Head, always: bool) -> None:
         super().__init__(module)
         self.head, self.always = head, always
+        self._output = _output_class(head.output)
+        self._fields = tuple(f.name for f in dataclasses.fields(self._output) if f.name not in ("loss", "logits"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
@@ -126,11 +136,10 @@ class SwappedHead(Replaced):
         return keep is None or (isinstance(keep, int) and keep == 0)
 
     def _loss(self, given: dict[str, Any]) -> Any:
-        from transformers import modeling_outputs
-
         model: Any = self.module
         labels = given.pop("labels")
-        given.pop("logits_to_keep", None)
+        for name in ("logits_to_keep", *self.head.dropped):
+            given.pop(name, None)
         as_dict = given.pop("return_dict", None)
         wanted = _Wanted.of(labels, *(given.pop(n, None) for n in _Wanted.ARGUMENTS))
         body = model.base_model.get_submodule(self.head.body)
@@ -138,14 +147,13 @@ class SwappedHead(Replaced):
         if isinstance(decoder, SwappedDecoder):
             given[CALL] = True
         loss = self._streamed(decoder, given, wanted) if isinstance(decoder, SwappedDecoder) else None
-        fields: dict[str, Any] = {}
+        outputs = None
         if loss is None:
             outputs = body(**given)
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
-            fields = {n: getattr(outputs, n, None) for n in ("past_key_values", "hidden_states", "attentions")}
         if wanted.items is not None:
             loss = loss / (wanted.items.to(loss.device) if isinstance(wanted.items, Tensor) else wanted.items)
-        made = getattr(modeling_outputs, self.head.output)(loss=loss, logits=None, **fields)
+        made = self._output(loss=loss, logits=None, **{n: getattr(outputs, n, None) for n in self._fields})
         if as_dict is None:
             as_dict = getattr(model.config, "return_dict", True)
         return made if as_dict else made.to_tuple()
@@ -194,6 +202,8 @@ class SwappedHead(Replaced):
     def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
         """The loss of hidden states (B, S, d_model)."""
         projection: Any = self.module.get_output_embeddings()  # type: ignore[operator]
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(projection.weight.dtype)  # Mamba's residual stream is in float32
         return linear_cross_entropy(
             hidden if self._scale == 1.0 else hidden * self._scale,
             projection.weight,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-STANDARD, GENERIC, ORIGINAL = "standard", "generic", "original"
+STANDARD, GENERIC, CHECKPOINTED, ORIGINAL = "standard", "generic", "checkpointed", "original"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One module: its name in the model, its class, its path ("standard", "generic" or "original"), and why."""
+    """One module: its name in the model, its class, its path, and why.
+
+    path: "standard", "generic", "checkpointed" or "original".
+    """
 
     name: str
     kind: str

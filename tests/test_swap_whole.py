@@ -1,0 +1,250 @@
+"""Layers that cannot be cut at their attention: they run again as a whole in the backward."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from blocks import assert_same_bits
+from helpers import a_few
+from swap_models import (
+    HYBRIDS,
+    VOCAB,
+    WHOLE,
+    InFloat64,
+    assert_copies_are_swapped_on_their_own,
+    assert_generates_the_same,
+    assert_step_as_good,
+    check,
+    make_batch,
+    make_model,
+    step,
+)
+from torch import nn
+
+import pyckpt
+from pyckpt import measure
+from pyckpt.swap.whole import CheckpointedLayer
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
+
+
+def paths(report: Any) -> list[str]:
+    return [e.path for e in report.entries]
+
+
+@pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 2, 5)))
+def test_the_same_bits_with_the_logits(name):
+    """With dropout, of the same random numbers; the loss without logits by the 2x rule."""
+    model = make_model(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    for kind in ("plain", "padded"):
+        batch = make_batch(kind)
+        torch.manual_seed(1)
+        before = step(model, batch)
+        assert paths(pyckpt.swap(model, loss=False)) == ["checkpointed"] * 2
+        torch.manual_seed(1)
+        assert_same_bits(step(model, batch), before)
+        pyckpt.unswap(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 3, 5)))
+def test_the_loss_makes_no_logits(name, dtype):
+    model, batch = make_model(name, dtype), make_batch("padded")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    assert paths(pyckpt.swap(model)) == ["checkpointed", "checkpointed", "standard"]
+    with torch.no_grad():
+        assert model(**batch).logits is not None
+    assert model(**batch).logits is None
+    assert_step_as_good(step(model, batch), plain, truth, dtype)
+
+
+@pytest.mark.parametrize("name", a_few(HYBRIDS, always=(1,)))
+def test_beside_layers_that_are_cut(name):
+    model = make_model(name)
+    check(model, [make_batch("plain"), make_batch("padded")])
+    assert [type(layer.forward) is CheckpointedLayer for layer in model.model.layers] == [True, False]
+
+
+def calls_of(model: Any) -> list[str]:
+    """The name of each layer's own forward, as it is called from now on."""
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "forward", None), CheckpointedLayer):
+            own = module.forward.original
+
+            def counted(*args: Any, name: str = name, own: Any = own, **kwargs: Any) -> Any:
+                calls.append(name)
+                return own(*args, **kwargs)
+
+            module.forward.original = counted
+    return calls
+
+
+def test_a_layer_runs_twice_where_gradients_are_enabled():
+    model, batch = make_model("Falcon"), make_batch("plain")
+    pyckpt.swap(model)
+    calls, names = calls_of(model), [f"transformer.h.{i}" for i in range(2)]
+    loss = model(**batch).loss
+    assert calls == names
+    loss.backward()
+    assert calls == names + names[::-1]
+    calls.clear()
+    with torch.no_grad():
+        model(**batch)
+    assert calls == names
+
+
+def test_transformers_checkpointing_is_not_doubled():
+    model, batch = make_model("Bloom"), make_batch("plain")
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    model.gradient_checkpointing_enable()
+    runs: list[int] = []
+    for layer in model.transformer.h:
+        layer.self_attention.register_forward_hook(lambda *_: runs.append(1))
+    assert_same_bits(step(model, batch), before)
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize("name", ["GPTJ", "Mamba"])
+def test_what_is_kept_does_not_grow_with_what_layers_make(name):
+    """Of each layer its input; and of the whole model, with the loss, no more than a few tensors of that size."""
+    model = make_model(name)
+    ids = torch.randint(1, VOCAB, (1, 48))
+    kept = []
+    for swapped in (False, True):
+        if swapped:
+            pyckpt.swap(model)
+        with measure.memory(model) as m:
+            loss = model(input_ids=ids, labels=ids).loss
+            m.mark("forward")
+        kept.append(m.marks["forward"].live_bytes)
+        loss.backward()
+    x = 48 * 48 * 4
+    assert kept[1] <= 8 * x < kept[0] / 2
+
+
+@pytest.mark.parametrize("name", a_few(WHOLE, always=(3,)))
+def test_generates_the_same_tokens(name):
+    assert_generates_the_same(make_model(name))
+
+
+def test_a_cache_is_written_to_once():
+    """In eval mode with gradients: the layers run once. In training nothing is written, as with checkpointing."""
+    model, batch = make_model("Falcon"), make_batch("plain")
+    ids = batch["input_ids"]
+    pyckpt.swap(model)
+    for training in (False, True):
+        made = model.train(training)(ids, use_cache=True)
+        made.logits.sum().backward()
+        assert made.past_key_values.get_seq_length() == (0 if training else ids.shape[1])
+
+
+def test_a_hybrids_cache_is_asked_for():
+    """All of its layers write to it then, and none is swapped."""
+    model, ids = make_model("Lfm2"), make_batch("plain")["input_ids"]
+    pyckpt.swap(model)
+    calls = calls_of(model)
+    with pytest.warns(UserWarning, match="use_cache=True in training: the original forward runs"):
+        made = model(ids, use_cache=True)
+    made.logits.sum().backward()
+    assert made.past_key_values.get_seq_length() == ids.shape[1]
+    assert calls == ["model.layers.0"]
+
+
+def test_hooks_inside_leave_a_layer_as_it_is():
+    model = make_model("Falcon")
+    model.transformer.h[0].mlp.register_forward_hook(lambda *_: None)
+    report = pyckpt.swap(model)
+    assert paths(report) == ["original", "checkpointed", "standard"]
+    assert "mlp has forward hooks" in report.left[0].why
+
+
+def test_what_does_not_say_that_it_may_run_twice_is_left(monkeypatch):
+    model = make_model("Falcon")
+    monkeypatch.setattr(type(model.transformer), "supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="transformers does not say that it may run twice"):
+        pyckpt.swap(model)
+
+
+def test_frozen_layers_and_autocast():
+    model, batch = make_model("GPTJ"), make_batch("padded")
+    for name, p in model.named_parameters():
+        p.requires_grad_("h.1.mlp" in name)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = step(model, batch)
+        pyckpt.swap(model, loss=False)
+        after = step(model, batch)
+    assert_same_bits(after, before)
+    assert all("h.1.mlp" in name for name in after.keys() - {"loss"})
+
+
+def test_copies_are_swapped_on_their_own():
+    assert_copies_are_swapped_on_their_own(make_model("Falcon"))
+
+
+@pytest.mark.parametrize(
+    ("options", "note"), [({"segments": 2}, "; not in segments"), ({"stream": pyckpt.Stream(tile=8)}, "; not streamed")]
+)
+def test_the_report_says_what_takes_no_part(options, note):
+    model = make_model("Llama", num_hidden_layers=4)
+    model.model.layers[1].self_attn.is_causal = False  # which eager attention does not read
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pyckpt.swap: some of its layers are not streamed")
+        check(model, [make_batch("padded")], **options)
+    pyckpt.unswap(model)
+    report = pyckpt.swap(model, **options)
+    assert paths(report) == ["standard", "checkpointed", "standard", "standard", "standard"]
+    assert report.entries[1].why.endswith(note)
+
+
+class Keeping(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().forward(hidden_states, **kwargs)
+
+
+def test_classes_of_ones_own_do_not_run_twice():
+    """Nor do layers with a part of such a class."""
+    model, batch = make_model("Llama"), make_batch("plain")
+    model.model.layers[0] = Keeping(model.config, 0)
+    model.model.layers[1].mlp.act_fn = type("Activation", (nn.SiLU,), {})()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match=r"(?s)Keeping is a class of your own, which.*its mlp.act_fn is a Activation"):
+        pyckpt.swap(model)
+    step(model, batch)
+    assert model.model.layers[0].calls == 1
+
+
+def test_streaming_takes_layers_that_are_cut():
+    with pytest.raises(ValueError, match="this model has none that can be streamed"):
+        pyckpt.swap(make_model("Falcon"), stream=pyckpt.Stream(tile=8))
+
+
+def test_compiles():
+    model, batch = make_model("Falcon", attn_implementation="sdpa"), make_batch("plain")
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    after = step(torch.compile(model, backend="aot_eager"), batch)
+    for name, value in before.items():
+        torch.testing.assert_close(after[f"_orig_mod.{name}" if name != "loss" else name], value, rtol=1e-4, atol=1e-5)
