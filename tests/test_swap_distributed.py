@@ -21,6 +21,7 @@ KINDS = {
     2: (
         *("ddp", "swap, then fsdp2", "fsdp2, then swap", "fsdp2, offloaded", "mixed precision"),
         *("mixed precision, LoRA", "ddp, by its own forward", "fsdp2, by its own forward", "ddp, streamed"),
+        *("ddp, again as a whole", "fsdp2, again as a whole"),
     ),
     4: ("ddp", "swap, then fsdp2"),
 }
@@ -29,7 +30,7 @@ KINDS = {
 def model_and_tokens(kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
     """By its own forward: of a class that swap has no table of, whose norm is read before and after attention."""
     torch.manual_seed(0)
-    family = "Phi" if kind.endswith("own forward") else "Phi3"
+    family = "Phi" if kind.endswith("own forward") else "Lfm2" if kind.endswith("as a whole") else "Phi3"
     return make_model(family, torch.float64), torch.randint(1, 61, (8, 17))
 
 
