@@ -327,6 +327,18 @@ class TestCost:
         assert per_token < 4 * self.WIDTH * 4 + 64  # dx, its copies, and a few values of each token
         assert large < many * self.VOCAB * 4 / 4  # a quarter of the logits, of which PyTorch holds two or three
 
+    @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}], ids=["plain", "options"])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("backend", ["torch"], indirect=True)  # Triton's interpreter works on copies
+    def test_one_chunk_of_logits_at_a_time(self, reduction, options, backend, monkeypatch):
+        set_chunks(monkeypatch, 1, 32)  # 32 tokens
+        inputs = {n: t.requires_grad_() for n, t in make(160, 8, self.VOCAB, dtype=torch.float32).items()}
+        with pyckpt.measure.memory() as m:
+            ours(labels(160, self.VOCAB), reduction=reduction, **options)(*inputs.values()).sum().backward()
+        chunk, grads = 32 * self.VOCAB * 4, sum(t.nbytes for t in inputs.values())
+        small = 40 * 160 * 4 + 4096  # a few values of each token
+        assert m.peak_bytes < max(2 * grads, chunk + grads) + small < 2 * chunk + grads
+
     def test_what_is_saved(self):
         inputs = make(60, 16, 90, dtype=torch.float32)
         target = labels(60, 90)

@@ -428,12 +428,27 @@ def _tiled_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, o:
         tile = _Tile(mask, score, rows, keys, hidden, groups)
         kt, vt = (t[:, keys].to(acc).transpose(1, 2) for t in (k, v))
         s, _ = tile.scores(_grouped(q[:, rows], groups, acc), kt)
-        stats = torch.logsumexp(s, dim=-1, keepdim=True)
-        if score.sinks is not None:
-            stats = torch.logaddexp(stats, _grouped_statistics(lse[:, :, rows], groups, acc))
-        p = s.sub_(stats.masked_fill(stats == float("-inf"), 0.0)).exp_()
-        o[:, rows] = _ungrouped(torch.matmul(tile.keep_(p), vt), groups).to(o.dtype)
+        sinks = None if score.sinks is None else _grouped_statistics(lse[:, :, rows], groups, acc)
+        total, stats = _softmax_(s, sinks)
+        made = torch.matmul(tile.keep_(s), vt).div_(total)
+        o[:, rows] = _ungrouped(made, groups).to(o.dtype)
         lse[:, :, rows] = _ungrouped(stats, groups).squeeze(-1).transpose(1, 2)
+
+
+def _softmax_(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Turns scores into their softmax times `total` (..., 1). Returns that and lse (..., 1), 1 and -inf of blind rows.
+
+    Not by logsumexp, which makes a second tensor of the scores' size and leaves its exponentials to be made again.
+    """
+    most = s.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        most = torch.maximum(most, sinks)
+    most.masked_fill_(most == float("-inf"), 0.0)
+    total = s.sub_(most).exp_().sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total += (sinks - most).exp_()
+    stats = total.log().add_(most)
+    return total.masked_fill_(total == 0.0, 1.0), stats
 
 
 def _tiled_backward(

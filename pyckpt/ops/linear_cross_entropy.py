@@ -248,6 +248,7 @@ def _losses(
         made = head.chunk(x[sl], target[sl], weights, losses[sl], lse[sl], grads.wanted)
         if grads.wanted:
             grads.add(sl, x[sl], *made)
+        del made  # or it would lie beside the next one's logits
     return losses, lse
 
 
@@ -312,12 +313,15 @@ class _TorchHead:
         z, slope = self._logits(x, want_slope=gradient)
         ignored = target == self.ignore_index
         label = target.masked_fill(ignored, 0)
-        if loss is not None:
-            lse.copy_(torch.logsumexp(z, dim=-1).masked_fill_(ignored, 0.0))
-            loss.copy_(self._losses(z, lse, label).masked_fill_(ignored, 0.0))
+        if loss is None:
+            factor = torch.ones_like(lse)
+            z.sub_(lse.unsqueeze(1)).exp_()
+        else:
+            factor = self._losses_(z, label, ignored, loss, lse)
         if gradient:
+            factor = factor if upstream is None else factor * upstream
             upstream = torch.ones_like(lse) if upstream is None else upstream
-            z = self._dlogits_(z, slope, lse, label, upstream).masked_fill_(ignored.unsqueeze(1), 0.0)
+            z = self._dlogits_(z, slope, factor, lse, label, upstream).masked_fill_(ignored.unsqueeze(1), 0.0)
         return (z.to(x.dtype), z) if gradient else (z, z)
 
     def _logits(self, x: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
@@ -331,24 +335,32 @@ class _TorchHead:
         slope = 1.0 - z * z if want_slope else None
         return z.mul_(self.softcap), slope
 
-    def _losses(self, z: Tensor, lse: Tensor, label: Tensor) -> Tensor:
-        picked = z.gather(1, label.unsqueeze(1)).squeeze(1)
-        out = lse - (1.0 - self.smoothing) * picked
-        if self.smoothing:
-            out -= self.smoothing * z.mean(dim=-1)
-        if self.z_loss:
-            out += self.z_loss * lse.square()
-        return out
+    def _losses_(self, z: Tensor, label: Tensor, ignored: Tensor, loss: Tensor, lse: Tensor) -> Tensor:
+        """Fills loss and lse (t,). Leaves exp(z - lse) in z, but for the factors (t,) that are returned.
 
-    def _dlogits_(self, z: Tensor, slope: Tensor | None, lse: Tensor, label: Tensor, upstream: Tensor) -> Tensor:
-        """The gradient of the raw logits, written over z."""
-        p = z.sub_(lse.unsqueeze(1)).exp_()
+        Not by logsumexp, which makes a second tensor of z's size and leaves its exponentials to be made again.
+        """
+        picked, mean = z.gather(1, label.unsqueeze(1)).squeeze(1), z.mean(dim=-1) if self.smoothing else None
+        most = z.amax(dim=-1)
+        total = z.sub_(most.unsqueeze(1)).exp_().sum(dim=-1)
+        torch.add(most, total.log(), out=lse)
+        torch.sub(lse, picked, alpha=1.0 - self.smoothing, out=loss)
+        if mean is not None:
+            loss -= self.smoothing * mean
         if self.z_loss:
-            p *= (1.0 + 2.0 * self.z_loss * lse).unsqueeze(1)
+            loss += self.z_loss * lse.square()
+        for t in (loss, lse):
+            t.masked_fill_(ignored, 0.0)
+        return total.reciprocal_()
+
+    def _dlogits_(
+        self, z: Tensor, slope: Tensor | None, factor: Tensor, lse: Tensor, label: Tensor, upstream: Tensor
+    ) -> Tensor:
+        """The gradient of the raw logits, written over z: `factor * z` is `upstream` times their softmax."""
+        p = z.mul_((factor * (1.0 + 2.0 * self.z_loss * lse) if self.z_loss else factor).unsqueeze(1))
         if self.smoothing:
-            p -= self.smoothing / self.vocab
-        p.scatter_add_(1, label.unsqueeze(1), p.new_full((p.shape[0], 1), self.smoothing - 1.0))
-        p *= upstream.unsqueeze(1)
+            p -= (upstream * (self.smoothing / self.vocab)).unsqueeze(1)
+        p.scatter_add_(1, label.unsqueeze(1), (upstream * (self.smoothing - 1.0)).unsqueeze(1))
         return p if slope is None else p.mul_(slope)
 
 
