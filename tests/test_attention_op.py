@@ -563,6 +563,17 @@ class TestCost:
         assert peaks[2048] < 14 * row * 2048 + 10 * (4 << 16) + 3 * 512 * 600 * 4
         assert peaks[2048] < 2048 * 2048 * 4 / 2  # half of one head's S x S
 
+    def test_one_tile_of_scores_at_a_time(self):
+        """In the backward with their gradient, the softcap's slope, and a square on its way to that."""
+        q, k, v = (t.float().requires_grad_() for t in qkv(2048, 2048, 1, 1, 8, batch=1).values())
+        tile, rest = 512 * 2048 * 4, 16 * q.nbytes
+        with pyckpt.measure.memory() as m:
+            o = pyckpt.attention(q, k, v, softcap=2.0)
+        assert m.peak_bytes < 1.5 * tile + rest
+        with pyckpt.measure.memory() as m:
+            o.sum().backward()
+        assert m.peak_bytes < 3.5 * tile + rest
+
     def test_flops_are_those_of_sdpa(self):
         q, k, v = (t.float().requires_grad_() for t in qkv(40, 60, heads=4, kv_heads=4, dim=16).values())
         with FlopCounterMode(display=False) as m:

@@ -379,15 +379,46 @@ class _Tile:
     def __init__(self, mask: Mask, score: Score, rows: slice, keys: slice, hidden: Tensor | None, groups: int) -> None:
         self.mask, self.score, self.rows, self.keys, self.hidden, self.groups = mask, score, rows, keys, hidden, groups
 
-    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Masked scores, and the softcap's derivative where there is one."""
+    # A method for each direction, not a loop's body: names of a loop hold their scores beside the next tile's.
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
+        """Writes o and lse of the tile, which holds the sinks where there are any."""
+        acc, groups = acc_dtype(q.dtype), self.groups
+        kt, vt = (t.to(acc).transpose(1, 2) for t in (k, v))
+        s, _ = self.scores(_grouped(q, groups, acc), kt, want_slope=False)
+        sinks = None if self.score.sinks is None else _grouped_statistics(lse, groups, acc)
+        total, stats = _softmax_(s, sinks)
+        made = torch.matmul(self.keep_(s), vt).div_(total)
+        o.copy_(_ungrouped(made, groups))
+        lse.copy_(_ungrouped(stats, groups).squeeze(-1).transpose(1, 2))
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, into: Gradients
+    ) -> None:
+        """Adds to dq (B, tq, H, D), and dk and dv with the heads first."""
+        acc, groups = acc_dtype(q.dtype), self.groups
+        dq, dk, dv = into
+        qt, dot = (_grouped(t, groups, acc) for t in (q, do))
+        kt, vt = (t.to(acc).transpose(1, 2) for t in (k, v))
+        s, slope = self.scores(qt, kt, want_slope=True)
+        p = s.sub_(_grouped_statistics(lse, groups, acc)).exp_()
+        dp = self.keep_(torch.matmul(dot, vt.transpose(-1, -2)))
+        ds = dp.sub_(_grouped_statistics(delta, groups, acc)).mul_(p).mul_(self.score.scale)
+        if slope is not None:
+            ds.mul_(slope)
+        dk += torch.matmul(ds.transpose(-1, -2), qt)
+        dq += _ungrouped(torch.matmul(ds, kt), groups).to(dq.dtype)
+        dv += torch.matmul(self.keep_(p).transpose(-1, -2), dot)
+
+    def scores(self, q: Tensor, k: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+        """Masked scores, and the softcap's derivative where there is one and it is wanted."""
         score = self.score
         s = torch.matmul(q, k.transpose(-1, -2)).mul_(score.scale)
         slope = None
         if score.softcap:
-            t = s.div_(score.softcap).tanh_()
-            slope = 1.0 - t * t
-            s = t * score.softcap
+            s.div_(score.softcap).tanh_()
+            slope = 1.0 - s * s if want_slope else None
+            s.mul_(score.softcap)
         by_head = s.view(*s.shape[:2], self.groups, -1, s.shape[-1])
         if score.slopes is not None:
             by_head -= self._bias(s)
@@ -422,17 +453,10 @@ class _Tile:
 
 
 def _tiled_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, o: Tensor, lse: Tensor) -> None:
-    acc, groups = acc_dtype(q.dtype), q.shape[2] // k.shape[2]
     _fill_blind(o, lse, score)
     for rows, keys, hidden in _tiles(mask, q):
-        tile = _Tile(mask, score, rows, keys, hidden, groups)
-        kt, vt = (t[:, keys].to(acc).transpose(1, 2) for t in (k, v))
-        s, _ = tile.scores(_grouped(q[:, rows], groups, acc), kt)
-        sinks = None if score.sinks is None else _grouped_statistics(lse[:, :, rows], groups, acc)
-        total, stats = _softmax_(s, sinks)
-        made = torch.matmul(tile.keep_(s), vt).div_(total)
-        o[:, rows] = _ungrouped(made, groups).to(o.dtype)
-        lse[:, :, rows] = _ungrouped(stats, groups).squeeze(-1).transpose(1, 2)
+        tile = _Tile(mask, score, rows, keys, hidden, q.shape[2] // k.shape[2])
+        tile.forward(q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, :, rows])
 
 
 def _softmax_(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -463,19 +487,9 @@ def _tiled_backward(
     into: Gradients,
 ) -> None:
     """Add to dq (B, Sq, H, D), and dk and dv with the heads first."""
-    acc, groups = acc_dtype(q.dtype), q.shape[2] // k.shape[2]
     dq, dk, dv = into
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     for rows, keys, hidden in _tiles(mask, q):
-        tile = _Tile(mask, score, rows, keys, hidden, groups)
-        qt, dot = (_grouped(t[:, rows], groups, acc) for t in (q, do))
-        kt, vt = (t[:, keys].to(acc).transpose(1, 2) for t in (k, v))
-        s, slope = tile.scores(qt, kt)
-        p = s.sub_(_grouped_statistics(lse[:, :, rows], groups, acc)).exp_()
-        dp = tile.keep_(torch.matmul(dot, vt.transpose(-1, -2)))
-        ds = dp.sub_(_grouped_statistics(delta[:, :, rows], groups, acc)).mul_(p).mul_(score.scale)
-        if slope is not None:
-            ds.mul_(slope)
-        dk[:, :, keys] += torch.matmul(ds.transpose(-1, -2), qt)
-        dq[:, rows] += _ungrouped(torch.matmul(ds, kt), groups).to(dq.dtype)
-        dv[:, :, keys] += torch.matmul(tile.keep_(p).transpose(-1, -2), dot)
+        tile = _Tile(mask, score, rows, keys, hidden, q.shape[2] // k.shape[2])
+        grads = (dq[:, rows], dk[:, :, keys], dv[:, :, keys])
+        tile.backward(do[:, rows], q[:, rows], k[:, keys], v[:, keys], lse[:, :, rows], delta[:, :, rows], grads)
