@@ -313,9 +313,15 @@ def fused_kernels() -> str:
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
-        f"<sub>`python {script}` on {figures['device']}, {figures['threads']} threads, torch {versions['torch']}, "
+        f"<sub>`python {script}` on {_machine(figures)}, torch {versions['torch']}, "
         f"commit {figures['commit']}, {figures['date']}; every figure in `bench/results/{name}.json`.</sub>"
     )
+
+
+def _machine(figures: dict[str, Any]) -> str:
+    """The device, which names the threads where it is a CPU."""
+    device, threads = figures["device"], f"{figures['threads']} threads"
+    return device if threads in device else f"{device}, {threads}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
