@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from typing import Any
@@ -248,3 +249,65 @@ def test_compiles():
     after = step(torch.compile(model, backend="aot_eager"), batch)
     for name, value in before.items():
         torch.testing.assert_close(after[f"_orig_mod.{name}" if name != "loss" else name], value, rtol=1e-4, atol=1e-5)
+
+
+# --- calls that swapped layers do not compute ------------------------------------------------------------------------
+
+
+def odd_mask() -> torch.Tensor:
+    """(2, 1, 19, 19): the first five tokens see each other."""
+    seen = torch.ones(19, 19, dtype=torch.bool).tril()
+    seen[:5, :5] = True
+    return seen.expand(2, 1, 19, 19)
+
+
+@pytest.mark.filterwarnings("default:pyckpt.swap")
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "Olmo"])
+def test_another_mask_has_the_layers_run_again_as_a_whole(family):
+    """The bits of the model before, with dropout, and of each layer its input is kept."""
+    model = make_model(family, attention_dropout=0.1)
+    batch = make_batch("plain") | {"attention_mask": odd_mask()}
+    torch.manual_seed(1)
+    with measure.memory(model) as m:
+        before = step(model, batch)
+    stored = m.saved_bytes
+    pyckpt.swap(model, loss=False)
+    torch.manual_seed(1)
+    warned = pytest.warns(UserWarning, match=r"not \(B, S\): .* original forward, each layer again as a whole")
+    with warned, measure.memory(model) as m:
+        assert_same_bits(step(model, batch), before)
+    assert m.saved_bytes < stored / 2
+    with torch.no_grad():
+        assert model(**batch).logits is not None
+    assert model.model.layers[0].gradient_checkpointing is False
+
+
+@pytest.mark.filterwarnings("default:pyckpt.swap")
+def test_what_may_not_run_twice_stores_everything_then():
+    model = make_model("Llama")
+    model.model.layers[1].mlp.act_fn = type("Activation", (nn.SiLU,), {})()
+    batch = make_batch("plain") | {"attention_mask": odd_mask()}
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    with pytest.warns(UserWarning, match=r"not \(B, S\): .* original forward, which stores everything"):
+        assert_same_bits(step(model, batch), before)
+
+
+@pytest.mark.parametrize("activation", ["relu", "own"])
+def test_encoder_layers_run_again_as_a_whole_under_another_mask(activation):
+    own = {"activation": type("Activation", (nn.Tanh,), {})()} if activation == "own" else {}
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.1, batch_first=True, **own)
+    x, mask = torch.randn(2, 9, 16, requires_grad=True), torch.randn(9, 9)
+    results, saved = [], []
+    for swapped in (False, True):
+        if swapped:
+            pyckpt.swap(layer)
+        torch.manual_seed(1)
+        how = "which stores everything" if own else "again as a whole"
+        expected = pytest.warns(UserWarning, match=f"src_mask .* {how}") if swapped else contextlib.nullcontext()
+        with expected, measure.memory(layer) as m:
+            y = layer(x, mask)
+        saved.append(m.saved_bytes)
+        results.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert (saved[1] < saved[0] / 2) == (not own)

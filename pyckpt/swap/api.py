@@ -14,11 +14,12 @@ from pyckpt.stream import Stream, check_stream
 from pyckpt.swap import encoder, families, whole
 from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
-from pyckpt.swap.decoder import SwappedDecoder, together
+from pyckpt.swap.decoder import SwappedDecoder, arguments, together
 from pyckpt.swap.layer import Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
+from pyckpt.swap.survey import check_weights
 from pyckpt.swap.weights import Mapping
 from pyckpt.swap.whole import CheckpointedLayer
 
@@ -162,6 +163,7 @@ def _decoder(
         except UnsupportedError as reason:
             refused += _refused(module, full, layer, str(reason), segments, stream, entries)
             continue
+        made.twice = whole.passes(whole.check, module, layer)
         swapped.append(made)
         entries.append(_entry(full, kind, made.block.mapping, save, _notes(made, segments, stream)))
     again = [CheckpointedLayer(layer, told=bool(swapped)) for layer in refused]
@@ -170,8 +172,7 @@ def _decoder(
     length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
     streaming = None if stream is None else Streaming(stream, length)
     unread = complete and chooser.maskless(swapped)
-    unknown = frozenset(["token_type_ids"] if any(s.apart for s in swapped) else [])
-    more = (together(swapped, length), streaming, chooser.cuts(), unknown)
+    more = (together(swapped, length), streaming, chooser.cuts(), arguments(swapped), chooser.axes(swapped))
     return [*swapped, *again, SwappedDecoder(module, swapped, complete, unread, *more)]
 
 
@@ -188,6 +189,7 @@ def _refused(
     kind = type(layer).__name__
     try:
         _check_forward(layer)
+        check_weights(layer)  # with its weights it might be cut
         whole.check(model, layer)
     except UnsupportedError as other:
         entries.append(Entry(name, kind, ORIGINAL, reason if str(other) in reason else f"{reason}; {other}"))

@@ -71,6 +71,10 @@ class Chooser:
         known = type(self._model).__name__ not in families.UNCUT
         return known or surveys.cuts_by_positions(self._model, self._paths)
 
+    def axes(self, layers: list[SwappedLayer]) -> bool:
+        """The model may be given position_ids of three axes, which none of these layers reads but as it is handed."""
+        return all(isinstance(s, TracedLayer) for s in layers) and self._survey().axes
+
     def maskless(self, layers: list[SwappedLayer]) -> bool:
         """The model may be given a mask in place of its own, which none of these layers reads."""
         return not any(isinstance(s, TracedLayer) for s in layers) or self._survey().maskless

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyckpt.block import CheckpointedBlock
 from pyckpt.swap import masks
 from pyckpt.swap.layer import CALL, Call, Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, watched
 from pyckpt.swap.replaced import Replaced
 
 # Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
@@ -32,6 +32,10 @@ _KNOWN = frozenset(
         *("num_items_in_batch", "labels", "logits_to_keep"),
     )
 )
+
+
+# What is added to hidden states between layers (Qwen3-VL).
+_BETWEEN = frozenset(("visual_pos_masks", "deepstack_visual_embeds"))
 
 
 @contextlib.contextmanager
@@ -54,8 +58,8 @@ class SwappedDecoder(Replaced):
     `layers` are the swapped ones; `complete` says that the model has no others, `whole` that
     nothing reads the mask that the model would make; `segments` are the layers in the runs that
     keep one input. With `stream`, the layers that stand next to each other are one streamed run. `cuts`: whether the
-    model's masks are cut where position_ids start anew; None: not known. `unknown`: arguments that this model may read
-    in another way than those that are known.
+    model's masks are cut where position_ids start anew; None: not known. `known`: arguments that
+    change nothing else. `axes`: position_ids of three axes are the model's own business.
     """
 
     def __init__(
@@ -67,10 +71,11 @@ class SwappedDecoder(Replaced):
         segments: list[list[SwappedLayer]],
         stream: Streaming | None = None,
         cuts: bool | None = True,
-        unknown: frozenset[str] = frozenset(),
+        known: frozenset[str] = _KNOWN,
+        axes: bool = False,
     ) -> None:
         super().__init__(module)
-        self.cuts, self.unknown = cuts, unknown
+        self.cuts, self.known, self.axes = cuts, known, axes
         self.layers, self.complete, self.whole = layers, complete, whole
         self.segments, self.stream = segments, stream
 
@@ -95,7 +100,7 @@ class SwappedDecoder(Replaced):
         call = self.prepare(given, given.pop(CALL, False))
         if call is None:
             return self.original(**given)
-        if self.whole:
+        if self.whole and not call.whole:
             # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
         with _not_checkpointed(self._checkpointed):
@@ -111,8 +116,10 @@ class SwappedDecoder(Replaced):
         try:
             call = self._call(given)
         except UnsupportedError as reason:
-            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, which stores everything")
-            return None
+            whole = isinstance(reason, UnsupportedCallError) and all(s.twice for s in self.layers)
+            how = "each layer again as a whole in the backward" if whole else "which stores everything"
+            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, {how}")
+            return Call(None, None, whole=True) if whole else None
         if self.module.training and self._checkpointed:
             self.warn("gradient checkpointing is ignored in swapped layers, which recompute already")
         return call
@@ -136,10 +143,9 @@ class SwappedDecoder(Replaced):
         return bool(getattr(self.module.config, "use_cache", False))
 
     def _call(self, given: dict[str, Any]) -> Call:
-        known = _KNOWN - self.unknown
-        odd = sorted(n for n, value in given.items() if n not in known and value is not None)
+        odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
         if odd:
-            raise UnsupportedError(f"the argument {', '.join(odd)} is not known")
+            raise UnsupportedCallError(f"the argument {', '.join(odd)} is not known")
         for name in ("output_attentions", "output_router_logits"):
             if self.asks(given, name):
                 raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
@@ -151,14 +157,16 @@ class SwappedDecoder(Replaced):
         batch, seq = self._like(given).shape[:2]
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UnsupportedError(f"an attention_mask that is not (B, S): {shape}")
+            raise UnsupportedCallError(f"an attention_mask that is not (B, S): {shape}")
+        if self.axes and positions is not None and tuple(positions.shape) in ((3, batch, seq), (3, 1, seq)):
+            positions = None
         if positions is not None and tuple(positions.shape) not in ((batch, seq), (1, seq)):
-            raise UnsupportedError(f"position_ids of shape {tuple(positions.shape)}")
+            raise UnsupportedCallError(f"position_ids of shape {tuple(positions.shape)}")
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
         cu_seqlens = masks.packed(mask, positions if looks and self.cuts is not False else None, batch, seq)
         if cu_seqlens is not None and mask is None and self.cuts is None:
-            raise UnsupportedError("position_ids start anew, and whether that cuts the model's masks is not known")
+            raise UnsupportedCallError("position_ids start anew, and whether that cuts the model's masks is not known")
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
@@ -194,6 +202,12 @@ class SwappedDecoder(Replaced):
 
 
 _run_uncompiled = torch.compiler.disable(SwappedDecoder._run)
+
+
+def arguments(layers: list[SwappedLayer]) -> frozenset[str]:
+    """Arguments of the model that change nothing of what these layers compute from their hidden states."""
+    known = _KNOWN - {"token_type_ids"} if any(s.apart for s in layers) else _KNOWN
+    return known | _BETWEEN if all(s.apart for s in layers) else known
 
 
 def together(

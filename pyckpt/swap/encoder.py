@@ -12,11 +12,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyckpt.block import run_blocks
 from pyckpt.save import Save
-from pyckpt.swap import generic, masks
+from pyckpt.swap import again, generic, masks, whole
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, watched
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import Mapping, Source
 
@@ -193,6 +193,7 @@ class SwappedEncoderLayer(Replaced):
     def __init__(self, module: nn.TransformerEncoderLayer, blocks: dict[bool, EncoderBlock]) -> None:
         super().__init__(module)
         self._batch_first = module.self_attn.batch_first
+        self._twice = whole.passes(whole.check_modules, module)
         self.blocks = blocks  # by causal
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,8 +204,10 @@ class SwappedEncoderLayer(Replaced):
         try:
             causal, cu_seqlens = self._masks(given)
         except UnsupportedError as reason:
-            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, which stores everything")
-            return self.original(**given)
+            twice = isinstance(reason, UnsupportedCallError) and self._twice
+            how = "again as a whole in the backward" if twice else "which stores everything"
+            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, {how}")
+            return again.run_twice(self, (), given) if twice else self.original(**given)
         x = src if self._batch_first else src.transpose(0, 1)
         block = self.blocks[causal]
         if cu_seqlens is None:
@@ -222,7 +225,7 @@ class SwappedEncoderLayer(Replaced):
         batch, seq = src.shape[:2] if self._batch_first else (src.shape[1], src.shape[0])
         causal = mask is not None
         if mask is not None and not _is_causal(mask, seq):
-            raise UnsupportedError("a src_mask that is not the causal one")
+            raise UnsupportedCallError("a src_mask that is not the causal one")
         if padding is None:
             return causal, None
         tokens = ~padding if padding.dtype == torch.bool else padding == 0

@@ -125,12 +125,15 @@ class _Given(nn.Module):
 
 
 def _output(**fields: Any) -> Any:
-    """A base model's output, with what models of any kind look for in it."""
-    from transformers.modeling_outputs import MoeModelOutputWithPast
+    """A base model's output, whatever models of any kind look for in it."""
+    from transformers.modeling_outputs import BaseModelOutput
 
-    made = MoeModelOutputWithPast(**fields)
-    made.__dict__ |= {"cross_attentions": None, "cache_params": None, "state": None}
-    return made
+    class Output(BaseModelOutput):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
+    return Output(**fields)
 
 
 def _is_plain(value: Any) -> bool:

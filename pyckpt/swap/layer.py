@@ -12,6 +12,7 @@ from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Stream, stream_blocks, stream_loss
+from pyckpt.swap import again
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import OwnModulesBlock
 from pyckpt.swap.replaced import Replaced
@@ -32,13 +33,15 @@ class Call:
     """What a model's forward tells its layers: positions (B, S), (1, S) or None, and cu_seqlens of the flat batch.
 
     `runs`: by a layer's place, the blocks that it runs, its own first; none where an earlier layer has run it.
-    `stream`: how those are streamed, where they are.
+    `stream`: how those are streamed, where they are. `whole`: the layers run their own forwards, and again as a whole
+    in the backward where they may.
     """
 
     positions: Tensor | None
     cu_seqlens: Tensor | None
     runs: dict[int, list[CheckpointedBlock]] = dataclasses.field(default_factory=dict)
     stream: Streaming | None = None
+    whole: bool = False
 
     def flat_positions(self, rows: torch.Size) -> Tensor | None:
         """(B * S,) for rows (B, S)."""
@@ -56,12 +59,13 @@ class Call:
 class SwappedLayer(Replaced):
     """Runs the block where the model's forward says so, by a `Call`; else the layer's original forward.
 
-    Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is.
+    Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is. `twice`: its original forward
+    may run twice.
     """
 
     def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int) -> None:
         super().__init__(module)
-        self.block, self.place = block, place
+        self.block, self.place, self.twice = block, place, False
 
     @property
     def apart(self) -> bool:
@@ -77,6 +81,8 @@ class SwappedLayer(Replaced):
         call = kwargs.pop(CALL, None)
         if call is None:
             return self.original(*args, **kwargs)
+        if call.whole:
+            return again.run_twice(self, args, kwargs) if self.twice else self.original(*args, **kwargs)
         given = self.given(args, kwargs)
         x = given["hidden_states"]
         blocks = call.runs[self.place] if call.runs else [self.block]

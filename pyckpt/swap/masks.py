@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 
 
 def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) -> Tensor | None:
@@ -23,7 +23,7 @@ def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) 
     row is one sequence too, and raises where it runs.
     """
     if mask is not None and tuple(mask.shape) != (batch, seq):
-        raise UnsupportedError(f"an attention_mask of shape {tuple(mask.shape)}, not ({batch}, {seq})")
+        raise UnsupportedCallError(f"an attention_mask of shape {tuple(mask.shape)}, not ({batch}, {seq})")
     if mask is None and positions is None:
         return None
     if torch.compiler.is_compiling():
@@ -61,7 +61,7 @@ def _ends(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) -
     before, after = mask[:, :-1], mask[:, 1:]
     runs = mask[:, 0].long() + (after & ~before).sum(1)
     if bool((runs > 1).any()):
-        raise UnsupportedError("an attention_mask with padding between tokens")
+        raise UnsupportedCallError("an attention_mask with padding between tokens")
     return before != after
 
 

@@ -9,6 +9,10 @@ class UnsupportedError(Exception):
     """The layer computes something that a standard block does not; the message says what."""
 
 
+class UnsupportedCallError(UnsupportedError):
+    """This call asks for something that swapped layers do not compute; their own forwards do."""
+
+
 def is_known(kind: type) -> bool:
     """A class of PyTorch or transformers themselves: adapters have classes of the same names."""
     return kind.__module__.startswith(("torch.nn.modules.", "transformers."))

@@ -19,7 +19,7 @@ class Replaced:
         self._module = (module,)
         self._before = module.__dict__.get("forward")
         # Of the class: a forward that was put there before need not have names. The first is self.
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._warned: set[str] = set()
 
     @property
@@ -42,7 +42,7 @@ class Replaced:
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
-        return dict(zip(self._names, args, strict=False)) | kwargs
+        return dict(zip(self.names, args, strict=False)) | kwargs
 
     def asks(self, given: dict[str, Any], name: str) -> bool:
         """Whether an output is asked for: by the call's argument of this name or, without it, by the model's config."""

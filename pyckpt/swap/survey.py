@@ -52,12 +52,14 @@ class Survey:
     """`handed`: by a layer's place, or why it can't be known.
 
     `cuts`: position_ids that start anew cut the model's masks. `maskless`: the model reads its mask for nothing but the
-    layers' masks, and hands one of four dims on as it is.
+    layers' masks, and hands one of four dims on as it is. `axes`: it takes position_ids (3, B, S), of time, height and
+    width, which cut nothing (Wang et al. 2024, Qwen2-VL, section 2.1).
     """
 
     handed: dict[int, Handed | str]
     cuts: bool
     maskless: bool
+    axes: bool
 
 
 def check_weights(module: nn.Module) -> None:
@@ -119,7 +121,7 @@ def survey(model: Any, paths: list[str]) -> Survey:
             handed[place] = Handed(*both, windows.pop(), cuts, returns, width)
         except UnsupportedError as reason:
             handed[place] = str(reason)
-    return Survey(handed, cuts, scene.maskless(plain, padded))
+    return Survey(handed, cuts, scene.maskless(plain, padded), scene.axes(plain))
 
 
 def packed_positions(device: torch.device) -> Tensor:
@@ -224,6 +226,18 @@ class _Scene:
         found = self.run(position_ids=packed_positions(self.device))
         pairs = [(call.get(MASK), found[place].get(MASK)) for place, call in plain.items()]
         return found, any(not _same_mask(a, b) for a, b in pairs if isinstance(a, Tensor) and a.dim() == 4)
+
+    def axes(self, plain: dict[int, dict[str, Any]]) -> bool:
+        """position_ids (3, 2, seq) that start anew are taken, other than those of one axis, and change no mask."""
+        positions = packed_positions(self.device)
+        try:
+            one, three = (
+                self.run(position_ids=torch.stack([positions, other, other])) for other in (positions, 2 * positions)
+            )
+        except UnsupportedError:
+            return False
+        masks = all(_equal(call.get(MASK), plain[place].get(MASK)) for place, call in three.items())
+        return masks and any(not _same(one[place], call) for place, call in three.items())
 
     def window(self, mask: Any, kind: str | None) -> int | None:
         """The layer's window, of the model's own config. Raises `UnsupportedError` for no mask of causal attention."""

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from pyckpt.swap import families
+from pyckpt.swap import again, families
 from pyckpt.swap.generic import check_unwatched
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import unsharded_class
-from pyckpt.swap.survey import check_weights
 
-# By these names layers of transformers are handed what they are to write keys, values and states to.
-_CACHES = ("past_key_values", "layer_past", "cache_params")
 # Packages whose modules run twice under transformers' own checkpointing.
 _TRUSTED = ("torch.nn.", "transformers.", "peft.", "bitsandbytes.")
 
@@ -31,16 +25,29 @@ def check(model: Any, layer: nn.Module) -> None:
     into them, and not of classes of one's own, which may keep what they have seen.
     """
     families.check_version()
-    check_weights(layer)  # with its weights it might be cut
     kinds = {k.__name__ for k in type(layer).__mro__ if k.__module__.startswith("transformers.")}
     if "GradientCheckpointingLayer" not in kinds or not getattr(model, "supports_gradient_checkpointing", False):
         raise UnsupportedError("transformers does not say that it may run twice")
+    check_modules(layer)
+
+
+def check_modules(layer: nn.Module) -> None:
+    """Raise `UnsupportedError` where the layer has modules that may keep something, or have hooks, which see all."""
     for path, module in layer.named_modules():
         kind = unsharded_class(module)
         if not kind.__module__.startswith(_TRUSTED):
             where = f"its {path} is a {kind.__name__}" if path else f"{kind.__name__} is a class of your own"
             raise UnsupportedError(f"{where}, which may keep something when it runs twice")
     check_unwatched(layer)
+
+
+def passes(check: Callable[..., None], *args: Any) -> bool:
+    """A check raises no `UnsupportedError`."""
+    try:
+        check(*args)
+    except UnsupportedError:
+        return False
+    return True
 
 
 class CheckpointedLayer(Replaced):
@@ -57,21 +64,12 @@ class CheckpointedLayer(Replaced):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
-        given = self.given(args, kwargs)
-        caches = [n for n in _CACHES if given.get(n) is not None] + (["use_cache"] if given.get("use_cache") else [])
-        left = call is None if self.told else bool(caches) and not self.module.training
-        if left or not torch.is_grad_enabled() or self._checkpoints_itself:
+        alone = not self.told and (self.module.training or not again.caches(self.given(args, kwargs)))
+        if (call is None and not alone) or self._checkpoints_itself:
             return self.original(*args, **kwargs)
-        args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(self._names[: len(args)], args))
-        kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
-        return checkpoint(functools.partial(self.original, *args, **kwargs), use_reentrant=False)
+        return again.run_twice(self, args, kwargs)
 
     @property
     def _checkpoints_itself(self) -> bool:
         """By transformers' own checkpointing, which was enabled."""
         return bool(getattr(self.module, "gradient_checkpointing", False)) and self.module.training
-
-
-def _cacheless(name: str | None, value: Any) -> Any:
-    """An argument of this name, None where it is a cache."""
-    return None if name in _CACHES else False if name == "use_cache" else value
