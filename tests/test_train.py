@@ -597,8 +597,29 @@ def test_a_streamed_run_says_what_it_will_take(text: Path) -> None:
     assert re.search(r"Streamed .* on the device, .* in the host store; about .* a step at", console.file.getvalue())
 
 
-def test_bad_settings_of_a_stream(text: Path) -> None:
+def test_what_is_kept_may_wait_in_a_file(text: Path, straight: train.TrainResult) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=200)
+    places = {"place": "x=file, o=file,lse=host", "place_last": 0, "place_path": str(text.parent)}
+    given = config(text, out=str(text.parent / "placed"), **places)
+    assert_same(train.run(given, console=console), straight)
+    assert "(save='attention', place='x=file, o=file,lse=host')" in " ".join(console.file.getvalue().split())
+    first = train.run(dataclasses.replace(given, overwrite=True), on_step=lambda r: signal.raise_signal(signal.SIGINT))
+    assert first.steps < first.config.steps
+    assert_same(train.run(dataclasses.replace(resume(given), place=None, place_path=None)), straight)
+
+
+def test_bad_settings_of_memory(text: Path) -> None:
     for changes, message in (
+        ({"place": "x"}, "place='x': expected each tensor once, with its place"),
+        ({"place": "x=host,x=file"}, "expected each tensor once"),
+        ({"place": "q=host"}, "names nothing that save='attention' keeps"),
+        ({"place": "x=disk"}, "'disk' does not exist"),
+        ({"place": "x=file", "place_path": "/nowhere"}, "nowhere"),
+        ({"place_path": "/tmp"}, "no tensor has the place 'file'"),
+        ({"place": "x=host", "place_last": -1}, "place_last=-1"),
+        ({"place": "x=host", "stream": "host"}, "place and stream were both given"),
         ({"stream": "disk"}, "store='disk' does not exist"),
         ({"stream_path": "/tmp"}, "without stream"),
         ({"stream": "file", "stream_path": "/nowhere"}, "is no folder"),
@@ -619,7 +640,7 @@ def test_a_bf16_run_resumes_exactly_too(text: Path) -> None:
 def test_a_checkpoint_of_a_version_with_fewer_settings_is_resumed(text: Path, straight: train.TrainResult) -> None:
     given = config(text)
     train.run(given, on_step=lambda r: signal.raise_signal(signal.SIGINT) if r["step"] == 4 else None)
-    newer = ("window", "stream", "stream_tile", "stream_path")
+    newer = ("window", "stream", "stream_tile", "stream_path", "place", "place_last", "place_path")
     for file in Path(given.out).rglob("*.json"):
         content = json.loads(file.read_text())
         settings = content.get("config" if file.name == "run.json" else "settings", {})

@@ -6,7 +6,10 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyckpt.save import Save
 
 DTYPES = ("float32", "bfloat16")
 
@@ -49,6 +52,14 @@ class TrainConfig:
         free=True,
         cli=str,
     )
+    place: str | None = _option(
+        None,
+        "Memory",
+        "Where what a block keeps waits for the backward, as x=host,o=file (see pyckpt.Save).",
+        free=True,
+    )
+    place_last: int = _option(1, "Memory", "Last blocks of which all stays on the device, with --place.", free=True)
+    place_path: str | None = _option(None, "Memory", "Folder of the scratch files, with --place.", free=True)
     tile: int | None = _option(None, "Memory", "Tokens worked on at once (default: picked from the shapes).")
 
     stream: str | None = _option(
@@ -105,6 +116,13 @@ class TrainConfig:
             d_ff=self.d_ff or -(-self.d_model * 8 // 3 // 64) * 64,
         )
 
+    def kept(self) -> str | Save:
+        """The save set, with its places where it has any. Raises ValueError for what is none."""
+        from pyckpt.save import Save
+
+        save = Save(self.save, _places(self.place), self.place_last, self.place_path)
+        return save if save.place else self.save
+
     def fixed(self) -> dict[str, Any]:
         """The fields that decide the loss curve, by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["free"]}
@@ -115,6 +133,7 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("steps", "batch_size", "grad_accum", "checkpoint_every", "keep_checkpoints"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "log_every"), 1),
     **dict.fromkeys(("window", "warmup", "min_lr", "weight_decay", "clip", "seed", "sample_tokens", "temperature"), 0),
+    "place_last": 0,
     "seq_len": 2,
 }
 
@@ -156,11 +175,23 @@ def _check_heads(config: TrainConfig) -> None:
         )
 
 
+def _places(given: str | None) -> dict[str, str]:
+    """By tensor, of "x=host,o=file"."""
+    places: dict[str, str] = {}
+    for part in given.split(",") if given else ():
+        tensor, equals, place = (word.strip() for word in part.partition("="))
+        if not (tensor and equals and place) or tensor in places:
+            raise ValueError(f"place={given!r}: expected each tensor once, with its place, as x=host,o=file.")
+        places[tensor] = place
+    return places
+
+
 def _check_memory(config: TrainConfig) -> None:
-    from pyckpt.save import save_set
     from pyckpt.store import make_store
 
-    save_set(config.save)
+    config.kept()
+    if config.stream is not None and config.place is not None:
+        raise ValueError("place and stream were both given: a streamed run has one store, of --stream.")
     if config.stream is not None:
         make_store(config.stream, config.stream_path)
     elif config.stream_path is not None:

@@ -123,8 +123,8 @@ def _probe(trainer: Trainer) -> StepMemory:
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"one step with batch_size={config.batch_size}, seq_len={config.seq_len} and "
-            f"save={config.save!r} does not fit in the GPU's memory. Lower --batch-size (and raise "
-            f"--grad-accum), or keep less: --save input, --segments sqrt. ({str(error).splitlines()[0]})"
+            f"save={config.save!r} does not fit in the GPU's memory. Lower --batch-size (and raise --grad-accum), or "
+            f"keep less there: --save input, --segments sqrt, --place x=host. ({str(error).splitlines()[0]})"
         ) from error
     finally:
         trainer.optimizer.zero_grad()
@@ -278,10 +278,11 @@ def _files(corpus: Corpus) -> str:
 def _memory_rows(trainer: Trainer, memory: StepMemory) -> list[tuple[str, str]]:
     config = trainer.config
     segments = "" if config.segments is None else f", segments={config.segments!r}"
+    places = "" if config.place is None else f", place={config.place!r}"
     text = (
         f"a step needs {format_bytes(memory.peak_bytes)} above weights and optimiser, "
         f"{format_bytes(memory.saved_bytes)} of them kept from forward to backward "
-        f"(save={config.save!r}{segments})"
+        f"(save={config.save!r}{segments}{places})"
     )
     return [("Memory  ", text)]
 

@@ -158,7 +158,7 @@ def _build(config: TrainConfig, corpus: Corpus) -> Any:
         window=config.window,
         tie_embeddings=config.tie_embeddings,
         segments=config.segments,
-        save=config.save,
+        save=config.kept(),
         tile=config.tile,
         device=config.device,
         dtype=getattr(torch, config.dtype),
