@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-
-import torch
 
 from pyckpt.attend.tiled import TiledAttend
 from pyckpt.exec.schedule import Advance
 from pyckpt.exec.streamed import Stack, store_plan
-from pyckpt.measure.units import format_bytes, format_seconds
+from pyckpt.measure.units import format_bytes
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.store import Store
 
@@ -95,21 +92,3 @@ def _copies(stack: Stack, forwards: int, backwards: int) -> tuple[int, int]:
     into = forwards * (tokens * x + pairs * kv) + backwards * (tokens * (3 * x + o) + pairs * (kv + sums))
     out = forwards * tokens * (x + kv + o) + backwards * (tokens * (kv + x) + pairs * sums)
     return into, out
-
-
-def product_rate(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> float:
-    """FLOPs a second of a product of a tile with a square weight, measured: the best of three short runs."""
-    a, b = (torch.randn(n, width, device=device, dtype=dtype) for n in (tokens, width))
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * tokens * width * width / best
-
-
-def describe(found: Estimate, rate: float) -> str:
-    """The estimate in words, with the time at a rate of products."""
-    return f"{found}; about {format_seconds(found.seconds(rate))} a step at {rate / 1e9:,.3g} GFLOP/s"

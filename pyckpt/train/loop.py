@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any
 
 import torch
 
-from pyckpt.exec.estimate import describe, product_rate
-from pyckpt.measure import format_bytes
+from pyckpt.measure import format_bytes, format_seconds
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train.config import TrainConfig
 from pyckpt.train.data import Corpus, load_corpus
@@ -88,7 +88,7 @@ def run(
             notes = _begin(trainer, folder)
             trainer.stopping = lambda: stop
             memory = _probe(trainer)
-            progress.table(_memory_rows(trainer, memory))
+            progress.table(_memory_rows(trainer, memory) + _time_rows(trainer))
             for note in notes:
                 progress.note(note)
             _train(trainer, folder, progress, stop, on_step)
@@ -136,6 +136,25 @@ def _probed_tokens(trainer: Trainer) -> int | None:
     if trainer.stream is None or trainer.config.stream == "device":
         return None
     return 4 * trainer.config.stream_tile
+
+
+def _time_rows(trainer: Trainer) -> list[tuple[str, str]]:
+    """Of a streamed step that is longer than what was probed: its time, from that of as many tiles by their FLOPs.
+
+    Not from the rate of a product: at small widths most of the time is not in products.
+    """
+    config, tokens = trainer.config, _probed_tokens(trainer)
+    if trainer.stream is None or tokens is None or tokens >= config.seq_len:
+        return []
+    begin = time.perf_counter()
+    trainer.accumulate(0, tokens)
+    trainer.optimizer.zero_grad()
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    taken = time.perf_counter() - begin
+    whole, part = (trainer.stream.estimate(trainer.model, n, config.batch_size).flops for n in (config.seq_len, tokens))
+    text = f"about {format_seconds(taken * whole / part)} a step; {tokens:,} tokens took {format_seconds(taken)}"
+    return [("Time", text)]
 
 
 def _train(
@@ -266,9 +285,7 @@ def _stream_rows(trainer: Trainer) -> list[tuple[str, str]]:
     if trainer.stream is None:
         return []
     config, model = trainer.config, trainer.model
-    found = trainer.stream.estimate(model, config.seq_len, config.batch_size)
-    rate = product_rate(trainer.device, getattr(torch, config.dtype), min(config.stream_tile, 1024), config.d_model)
-    return [("Streamed", describe(found, rate))]
+    return [("Streamed", str(trainer.stream.estimate(model, config.seq_len, config.batch_size)))]
 
 
 def _files(corpus: Corpus) -> str:
