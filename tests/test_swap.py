@@ -446,6 +446,38 @@ def test_a_changed_layer_runs_the_original():
         model(**make_batch("plain"))
 
 
+@pytest.mark.parametrize("path", ["mlp", "self_attn", "mlp.act_fn", "post_attention_layernorm", "self_attn.o_proj"])
+def test_hooks_anywhere_in_a_layer_are_seen(path):
+    """Before the swap, and after it: each is called once a step, and not by the swap itself."""
+    model, batch, calls = make_model("Llama"), make_batch("plain"), []
+    module = model.model.layers[0].get_submodule(path)
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    report = pyckpt.swap(model)
+    assert f"{path} has forward hooks" in report.left[0].why and not calls
+    step(model, batch)
+    assert len(calls) == 1
+    pyckpt.unswap(model)
+    handle.remove()
+    assert not pyckpt.swap(model).left
+    module.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match=f"{path} has forward hooks.* original forward, which stores everything"):
+        step(model, batch)
+    assert len(calls) == 2
+
+
+def test_an_activation_that_is_replaced_after_the_swap_is_used():
+    model, batch = make_model("Llama"), make_batch("plain")
+    pyckpt.swap(model)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Tanh()
+    with pytest.warns(UserWarning, match=r"mlp\.act_fn is now a torch.*Tanh, not the .*SiLU"):
+        after = step(model, batch)
+    pyckpt.unswap(model)
+    before = step(model, batch)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+
+
 def test_a_linear_layer_of_another_make_is_not_taken_for_plain():
     class Linear(nn.Linear):  # as PEFT calls its own
         pass

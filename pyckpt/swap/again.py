@@ -21,8 +21,12 @@ def caches(given: dict[str, Any]) -> bool:
 
 
 def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The original forward; while gradients are enabled its arguments alone are kept. It writes to no cache then."""
-    if not torch.is_grad_enabled():
+    """The original forward; while gradients are enabled its arguments alone are kept. It writes to no cache then.
+
+    Where transformers' own checkpointing was enabled it does the same, as it was told to.
+    """
+    checkpoints_itself = bool(getattr(layer.module, "gradient_checkpointing", False)) and layer.module.training
+    if checkpoints_itself or not torch.is_grad_enabled():
         return layer.original(*args, **kwargs)
     args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
     kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}

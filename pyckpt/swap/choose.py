@@ -10,7 +10,7 @@ from pyckpt.save import Save
 from pyckpt.swap import families, probe
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
 from pyckpt.swap.layer import SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MovingRope
@@ -41,6 +41,7 @@ class Chooser:
     def _traced(self, layer: nn.Module, place: int, why: str) -> TracedLayer:
         try:
             families.check_version()
+            check_unwatched(layer)  # before it is called for a look
             handed = self._survey().handed[place]
             if isinstance(handed, str):
                 raise UnsupportedError(handed)

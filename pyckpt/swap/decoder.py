@@ -32,8 +32,6 @@ _KNOWN = frozenset(
         *("num_items_in_batch", "labels", "logits_to_keep"),
     )
 )
-
-
 # What is added to hidden states between layers (Qwen3-VL).
 _BETWEEN = frozenset(("visual_pos_masks", "deepstack_visual_embeds"))
 
@@ -103,7 +101,7 @@ class SwappedDecoder(Replaced):
         if self.whole and not call.whole:
             # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
-        with _not_checkpointed(self._checkpointed):
+        with _not_checkpointed([] if call.whole else self._checkpointed):
             return self.original(**{**given, "use_cache": False, CALL: call})
 
     def prepare(self, given: dict[str, Any], scored: bool) -> Call | None:
@@ -143,9 +141,6 @@ class SwappedDecoder(Replaced):
         return bool(getattr(self.module.config, "use_cache", False))
 
     def _call(self, given: dict[str, Any]) -> Call:
-        odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
-        if odd:
-            raise UnsupportedCallError(f"the argument {', '.join(odd)} is not known")
         for name in ("output_attentions", "output_router_logits"):
             if self.asks(given, name):
                 raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
@@ -153,6 +148,10 @@ class SwappedDecoder(Replaced):
             change = layer.block.mapping.change(layer.module)
             if change is not None:
                 raise UnsupportedError(change)
+        # From here on: what the layers' own forwards may run twice for.
+        odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
+        if odd:
+            raise UnsupportedCallError(f"the argument {', '.join(odd)} is not known")
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         batch, seq = self._like(given).shape[:2]
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):

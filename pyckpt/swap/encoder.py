@@ -16,7 +16,7 @@ from pyckpt.swap import again, generic, masks, whole
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock
-from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, watched
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import Mapping, Source
 
@@ -67,18 +67,14 @@ def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mappin
 
 
 def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) -> Mapping:
-    attention = layer.self_attn
     for path, kinds in _KINDS.items():
         kind = type(layer.get_submodule(path))
         if kind not in kinds:
             raise UnsupportedError(f"{path} is a {kind.__module__}.{kind.__name__}, not PyTorch's own; {why}")
     generic.check_unwatched(layer)
-    if watched(attention):
-        raise UnsupportedError("self_attn has forward hooks, which a swapped layer would not run")
-    read = (("self_attn", attention), *generic.inner(layer))
     # Of the spec the generic path reads what attention is; any MLP and norm stand for the layer's own.
     spec = spec_of(_options(layer, causal) | {"mlp": "gelu"}, bias=False)
-    return Mapping(spec, (), tuple((path, type(module)) for path, module in read), why)
+    return Mapping(spec, (), tuple((path, type(module)) for path, module in generic.inner(layer)), why)
 
 
 _NORMS, _DROPOUTS = (nn.LayerNorm, nn.RMSNorm, nn.Identity), (nn.Dropout, nn.Identity)

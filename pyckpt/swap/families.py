@@ -94,10 +94,13 @@ def finish(layer: nn.Module, options: Options, sources: list[Source], moving: Mo
         if getattr(module, source.bias, None) is not None and "norm" not in source.names[0]:
             biased |= set(source.names)
     spec = spec_of(options, bias_of(biased))
-    modules = {s.path: layer.get_submodule(s.path) for s in sources}
-    adapted = {path: module for path, module in modules.items() if lora.is_adapted(module)}
-    modules |= {f"{path}.base_layer": lora.base_of(module) for path, module in adapted.items()}
-    kinds = tuple((path, type(module)) for path, module in modules.items())
+    generic.check_unwatched(layer)
+    modules = dict(generic.inner(layer))
+    adapted = [path for path, module in modules.items() if lora.is_adapted(module)]
+    # What is in an adapted module may come and go, but for what it adapts.
+    inside = tuple(f"{path}." for path in adapted)
+    kept = {f"{path}.base_layer" for path in adapted}
+    kinds = tuple((n, type(m)) for n, m in modules.items() if n in kept or not n.startswith(inside))
     mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted))
     mapping.check(layer)
     return mapping

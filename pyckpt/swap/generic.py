@@ -70,8 +70,8 @@ def _has(layer: nn.Module, path: str) -> bool:
 
 
 def inner(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules inside the layer, by path; not the attention itself, which is replaced."""
-    return [(path, module) for path, module in layer.named_modules() if path not in ("", ATTENTION)]
+    """The modules inside the layer, by path."""
+    return [(path, module) for path, module in layer.named_modules() if path]
 
 
 class _Pre(nn.Module):

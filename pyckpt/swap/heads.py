@@ -6,6 +6,7 @@ Found by running the model's own forward on random hidden states in the place of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -113,7 +114,7 @@ class _Given(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._called.append((self._path, dict(zip(self._names, args, strict=False)) | kwargs))
-        return _output(last_hidden_state=self._hidden)
+        return _output_class()(last_hidden_state=self._hidden)
 
     def names_of(self, path: str) -> list[str]:
         """The names of the arguments of the module at this path."""
@@ -124,8 +125,9 @@ class _Given(nn.Module):
         return [call for given in (self, *self._inside.values()) for call in given._called]
 
 
-def _output(**fields: Any) -> Any:
-    """A base model's output, whatever models of any kind look for in it."""
+@functools.cache
+def _output_class() -> Any:
+    """A base model's output: whatever models of any kind look for in it is there, and None."""
     from transformers.modeling_outputs import BaseModelOutput
 
     class Output(BaseModelOutput):
@@ -133,7 +135,7 @@ def _output(**fields: Any) -> Any:
             if name.startswith("_"):
                 raise AttributeError(name)
 
-    return Output(**fields)
+    return Output
 
 
 def _is_plain(value: Any) -> bool:

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from pyckpt.exec import node
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import survey as surveys
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.generic import inner
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import attention_config, twin_of, untouched
 from pyckpt.swap.survey import MASK, SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
@@ -46,9 +47,6 @@ def traced_block(
     the output is; it is added to.
     """
     surveys.check_weights(layer)
-    for path, module in layer.named_modules():
-        if path and watched(module):
-            raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
     device = next(layer.parameters()).device
     with untouched(layer) as changed, surveys.forked(device), _exact(device):
         trace = _Probe(layer, handed, device).trace(alike)
@@ -60,7 +58,7 @@ def traced_block(
 def _mapping(layer: nn.Module, handed: Handed, trace: Trace, why: str) -> Mapping:
     # Of the spec the block reads its width alone; the trace has the rest.
     spec = BlockSpec.make(handed.width, 1, rope_theta=None, mlp="gelu")
-    return Mapping(spec, (), tuple((path, type(m)) for path, m in layer.named_modules() if path), why)
+    return Mapping(spec, (), tuple((path, type(m)) for path, m in inner(layer)), why)
 
 
 class _Probe:

@@ -65,11 +65,6 @@ class CheckpointedLayer(Replaced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
         alone = not self.told and (self.module.training or not again.caches(self.given(args, kwargs)))
-        if (call is None and not alone) or self._checkpoints_itself:
+        if call is None and not alone:
             return self.original(*args, **kwargs)
         return again.run_twice(self, args, kwargs)
-
-    @property
-    def _checkpoints_itself(self) -> bool:
-        """By transformers' own checkpointing, which was enabled."""
-        return bool(getattr(self.module, "gradient_checkpointing", False)) and self.module.training
