@@ -39,13 +39,28 @@ def paths(report: Any) -> list[str]:
     return [e.path for e in report.entries]
 
 
+def set_dropout(model: nn.Module, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+
+
+def assert_compiles(model: Any, batch: dict[str, Any]) -> None:
+    """Swapped and compiled, it has the gradients of before, whatever warnings there are."""
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after = step(torch.compile(model, backend="aot_eager"), batch)
+    for name, value in before.items():
+        torch.testing.assert_close(after[f"_orig_mod.{name}" if name != "loss" else name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 2, 5)))
 def test_the_same_bits_with_the_logits(name):
     """With dropout, of the same random numbers; the loss without logits by the 2x rule."""
     model = make_model(name)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.1
+    set_dropout(model, 0.1)
     for kind in ("plain", "padded"):
         batch = make_batch(kind)
         torch.manual_seed(1)
@@ -60,9 +75,7 @@ def test_the_same_bits_with_the_logits(name):
 @pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 3, 5)))
 def test_the_loss_makes_no_logits(name, dtype):
     model, batch = make_model(name, dtype), make_batch("padded")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    set_dropout(model, 0.0)
     exact = copy.deepcopy(model).double()
     with InFloat64():
         truth = step(exact, batch)
@@ -244,13 +257,7 @@ def test_streaming_takes_layers_that_are_cut():
 
 def test_compiles():
     model, batch = make_model("Falcon", attn_implementation="sdpa"), make_batch("plain")
-    before = step(model, batch)
-    pyckpt.swap(model, loss=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        after = step(torch.compile(model, backend="aot_eager"), batch)
-    for name, value in before.items():
-        torch.testing.assert_close(after[f"_orig_mod.{name}" if name != "loss" else name], value, rtol=1e-4, atol=1e-5)
+    assert_compiles(model, batch)
 
 
 # --- calls that swapped layers do not compute ------------------------------------------------------------------------
@@ -298,13 +305,7 @@ def test_another_mask_beside_hooks_that_were_put_in_since():
 
 def test_another_mask_in_a_compiled_model():
     model, batch = make_model("Llama", attn_implementation="sdpa"), make_batch("plain") | {"attention_mask": odd_mask()}
-    before = step(model, batch)
-    pyckpt.swap(model, loss=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        after = step(torch.compile(model, backend="aot_eager"), batch)
-    for name, value in before.items():
-        torch.testing.assert_close(after[f"_orig_mod.{name}" if name != "loss" else name], value, rtol=1e-4, atol=1e-5)
+    assert_compiles(model, batch)
 
 
 def test_what_may_not_run_twice_stores_everything_then():

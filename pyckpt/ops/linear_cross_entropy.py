@@ -245,10 +245,8 @@ def _losses(
     upstream = None if dloss is None else dloss.to(lse.dtype)
     for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
         weights = None if upstream is None else upstream[sl]
-        made = head.chunk(x[sl], target[sl], weights, losses[sl], lse[sl], grads.wanted)
-        if grads.wanted:
-            grads.add(sl, x[sl], *made)
-        del made  # or it would lie beside the next one's logits
+        # Under no name, which would hold it beside the next chunk's logits.
+        grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], weights, losses[sl], lse[sl], grads.wanted))
     return losses, lse
 
 
@@ -313,14 +311,13 @@ class _TorchHead:
         z, slope = self._logits(x, want_slope=gradient)
         ignored = target == self.ignore_index
         label = target.masked_fill(ignored, 0)
+        upstream = torch.ones_like(lse) if upstream is None else upstream
         if loss is None:
-            factor = torch.ones_like(lse)
+            factor = upstream
             z.sub_(lse.unsqueeze(1)).exp_()
         else:
-            factor = self._losses_(z, label, ignored, loss, lse)
+            factor = self._losses_(z, label, ignored, loss, lse) * upstream
         if gradient:
-            factor = factor if upstream is None else factor * upstream
-            upstream = torch.ones_like(lse) if upstream is None else upstream
             z = self._dlogits_(z, slope, factor, lse, label, upstream).masked_fill_(ignored.unsqueeze(1), 0.0)
         return (z.to(x.dtype), z) if gradient else (z, z)
 

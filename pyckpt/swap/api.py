@@ -161,9 +161,9 @@ def _decoder(
             _check_forward(layer)
             made = chooser.layer(layer, place)
         except UnsupportedError as reason:
-            refused += _refused(module, full, layer, str(reason), segments, stream, entries)
+            entries.append(_refused(module, full, layer, str(reason), _apart(segments, stream)))
+            refused += [layer] if entries[-1].path == CHECKPOINTED else []
             continue
-        made.twice = whole.passes(whole.check, module, layer)
         swapped.append(made)
         entries.append(_entry(full, kind, made.block.mapping, save, _notes(made, segments, stream)))
     again = [CheckpointedLayer(layer, told=bool(swapped)) for layer in refused]
@@ -176,27 +176,16 @@ def _decoder(
     return [*swapped, *again, SwappedDecoder(module, swapped, complete, unread, *more)]
 
 
-def _refused(
-    model: Any,
-    name: str,
-    layer: nn.Module,
-    reason: str,
-    segments: int | str | None,
-    stream: Stream | None,
-    entries: list[Entry],
-) -> list[nn.Module]:
-    """The layer if it may run again as a whole. `reason`: why it can't be swapped otherwise."""
+def _refused(model: Any, name: str, layer: nn.Module, reason: str, note: str) -> Entry:
+    """Of a layer that can't be cut, for this reason: it runs again as a whole where it may."""
     kind = type(layer).__name__
     try:
         _check_forward(layer)
         check_weights(layer)  # with its weights it might be cut
         whole.check(model, layer)
     except UnsupportedError as other:
-        entries.append(Entry(name, kind, ORIGINAL, reason if str(other) in reason else f"{reason}; {other}"))
-        return []
-    why = f"run again as a whole, its input alone is kept: {reason}{_apart(segments, stream)}"
-    entries.append(Entry(name, kind, CHECKPOINTED, why))
-    return [layer]
+        return Entry(name, kind, ORIGINAL, reason if str(other) in reason else f"{reason}; {other}")
+    return Entry(name, kind, CHECKPOINTED, f"run again as a whole, its input alone is kept: {reason}{note}")
 
 
 def _notes(layer: SwappedLayer, segments: int | str | None, stream: Stream | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt.save import Save
-from pyckpt.swap import families, probe
+from pyckpt.swap import families, probe, whole
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
@@ -36,7 +36,7 @@ class Chooser:
         except AttributeError as error:
             return self._traced(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
         block = GenericMappedBlock if mapping.why else MappedBlock
-        return SwappedLayer(layer, block(layer, mapping, self._save, self._tile), place)
+        return SwappedLayer(layer, block(layer, mapping, self._save, self._tile), place, self._twice(layer))
 
     def _traced(self, layer: nn.Module, place: int, why: str) -> TracedLayer:
         try:
@@ -46,12 +46,15 @@ class Chooser:
             if isinstance(handed, str):
                 raise UnsupportedError(handed)
             block = probe.traced_block(layer, handed, why, self._save, self._tile, self._alike)
-            return TracedLayer(layer, block, place)
+            return TracedLayer(layer, block, place, self._twice(layer))
         except UnsupportedError as reason:
             raise UnsupportedError(why if str(reason) == why else f"{why}, and {reason}") from reason
         except Exception as error:
             # Of any class anything may be met.
             raise UnsupportedError(f"{why}, and it cannot be tried out: {surveys.shown(error)}") from error
+
+    def _twice(self, layer: nn.Module) -> bool:
+        return whole.passes(whole.check, self._model, layer)
 
     def _survey(self) -> Survey:
         if self._seen is None:

@@ -53,7 +53,7 @@ class SwappedDecoder(Replaced):
 
     An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
 
-    `layers` are the swapped ones; `complete` says that the model has no others, `whole` that
+    `layers` are the swapped ones; `complete` says that the model has no others, `unread` that
     nothing reads the mask that the model would make; `segments` are the layers in the runs that
     keep one input. With `stream`, the layers that stand next to each other are one streamed run. `cuts`: whether the
     model's masks are cut where position_ids start anew; None: not known. `known`: arguments that
@@ -65,7 +65,7 @@ class SwappedDecoder(Replaced):
         module: nn.Module,
         layers: list[SwappedLayer],
         complete: bool,
-        whole: bool,
+        unread: bool,
         segments: list[list[SwappedLayer]],
         stream: Streaming | None = None,
         cuts: bool | None = True,
@@ -74,7 +74,7 @@ class SwappedDecoder(Replaced):
     ) -> None:
         super().__init__(module)
         self.cuts, self.known, self.axes = cuts, known, axes
-        self.layers, self.complete, self.whole = layers, complete, whole
+        self.layers, self.complete, self.unread = layers, complete, unread
         self.segments, self.stream = segments, stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +98,7 @@ class SwappedDecoder(Replaced):
         call = self.prepare(given, given.pop(CALL, False))
         if call is None:
             return self.original(**given)
-        if self.whole and not call.whole:
+        if self.unread and not call.whole:
             # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
         with _not_checkpointed([] if call.whole else self._checkpointed):

@@ -13,7 +13,7 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic, lora
-from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps, watched
+from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
 from pyckpt.swap.rope import MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import Mapping, Source, bias_of
@@ -165,8 +165,6 @@ def rope_options(
 
 
 def _check_module(source: Source, module: Any, eps: float) -> None:
-    if watched(module):
-        raise UnsupportedError(f"{source.path} has forward hooks, which a swapped layer would not run")
     if lora.is_adapted(module):
         lora.check(source.path, module)
     module = lora.base_of(module)

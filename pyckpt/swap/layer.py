@@ -63,9 +63,9 @@ class SwappedLayer(Replaced):
     may run twice.
     """
 
-    def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int) -> None:
+    def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int, twice: bool) -> None:
         super().__init__(module)
-        self.block, self.place, self.twice = block, place, False
+        self.block, self.place, self.twice = block, place, twice
 
     @property
     def apart(self) -> bool:
