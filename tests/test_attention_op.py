@@ -123,23 +123,42 @@ class TestExact:
         check_attention(packed(8, 5), "causal", cu_seqlens=CU_SEQLENS)
 
     @SOFTCAP
-    @pytest.mark.parametrize("mask", ["causal", "full", "window-both"])
-    def test_packed_with_lengths_of_keys_of_their_own(self, mask, softcap, tiling):
+    @pytest.mark.parametrize("top_left", [False, True])
+    @pytest.mark.parametrize("mask", ["causal", "full", "window", "window-both"])
+    def test_packed_with_lengths_of_keys_of_their_own(self, mask, top_left, softcap, tiling):
         cu_q = torch.tensor([0, 4, 4, 9, 30], dtype=torch.int32)
         cu_k = torch.tensor([0, 7, 12, 12, 20], dtype=torch.int32)  # the third sequence has no key
         whole = {n: t[0] for n, t in qkv(30, 20, batch=1).items()}
         do = torch.randn(30, 4, 8, dtype=torch.float64)
-        options = raw(mask, softcap or 0.0)
+        options = *raw(mask, softcap or 0.0), None, None, 0.0, None, top_left
         o, lse = ops.attention_fwd(*whole.values(), cu_q, cu_k, *options)
         grads = ops.attention_bwd(do, *whole.values(), o, lse, None, cu_q, cu_k, *options)
         for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(cu.tolist()) for cu in (cu_q, cu_k)), strict=True):
             cuts = {"q": slice(q0, q1), "k": slice(k0, k1), "v": slice(k0, k1)}
             part = {n: t[cuts[n]].unsqueeze(0) for n, t in whole.items()}
-            want, _ = step(truth(mask, True, softcap, scale=0.3), part, [do[None, q0:q1], lse[None, :, q0:q1] * 0])
+            want, _ = step(
+                truth(mask, True, softcap, scale=0.3, top_left=top_left),
+                part,
+                [do[None, q0:q1], lse[None, :, q0:q1] * 0],
+            )
             assert_exact(o[q0:q1], want["out 0"][0], "o")
             assert_exact(lse[:, q0:q1], want["out 1"][0], "lse")
             for n, g in zip("qkv", grads, strict=True):
                 assert_exact(g[cuts[n]], want[f"d{n}"][0], f"d{n}")
+
+    @pytest.mark.parametrize(("sq", "sk"), [(50, 37), (37, 50), (45, 45), (20, 0)])
+    @pytest.mark.parametrize("mask", ["causal", "full", "window", "window-both"])
+    def test_aligned_at_the_first_query_and_key(self, mask, sq, sk, tiling):
+        slopes = torch.rand(4, dtype=torch.float64)
+        for extras in ((None, None), (torch.randn(4, dtype=torch.float64), slopes)):
+            sinks, slopes = extras
+            given = {"sinks": sinks, "alibi_slopes": slopes, "scale": 0.3, "top_left": True}
+            rest = *raw(mask), *extras, 0.0, None, True
+            check_exact(
+                lambda q, k, v, rest=rest: ops.attention_fwd(q, k, v, None, None, *rest),
+                truth(mask, True, **given),
+                qkv(sq, sk),
+            )
 
     @SOFTCAP
     def test_only_lse_is_differentiated(self, softcap, tiling):

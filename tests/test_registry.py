@@ -44,6 +44,8 @@ def attention_samples(grad: bool) -> Iterator[Sample]:
     yield randn(2, 5, 4, 8), randn(2, 7, 2, 8, grad=grad), randn(2, 7, 2, 3), None, None, *plain
     extras = randn(4, grad=grad), randn(2, 4), 0.25, 5
     yield randn(2, 5, 4, 8, grad=grad), randn(2, 7, 2, 8), randn(2, 7, 2, 8), None, None, *plain, *extras
+    apart = torch.tensor([[0, 0, 7, 9], [0, 2, 4, 9]], dtype=torch.int32)
+    yield *(randn(9, 2, 8, grad=grad) for _ in range(3)), *apart, *plain, None, None, 0.0, None, True
     yield *(randn(2, 8, 2, 5).transpose(1, 2).requires_grad_(grad) for _ in range(3)), None, None, *plain
     yield *(randn(1, 6, 2, 8, dtype=torch.bfloat16, grad=grad) for _ in range(3)), None, None, *plain
 
@@ -206,9 +208,10 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "linear_cross_entropy_bwd": lambda grad: loss_bwd_samples(),
     "block_fwd": block_samples,
     "block_bwd": lambda grad: block_bwd_samples(),
-    "packed_lengths": lambda grad: [
-        (torch.tensor([[1, 1, 0], [0, 1, 1]]), None, 2, 3),
-        (None, torch.tensor([[0, 1, 0, 0, 1]]), 1, 5),
+    "packed_lengths": lambda grad: [(torch.tensor([[0, 1, 0, 0, 1]]), 1, 5)],
+    "padded_lengths": lambda grad: [
+        (torch.tensor([[1, 1, 0], [0, 1, 1]]), "before", None, None),
+        (torch.tensor([[1, 1, 0], [1, 1, 1]]), "before", 5, torch.tensor([[True, True, False]] * 2)),
     ],
 }
 DIFFERENTIABLE = ("attention_fwd", "rms_norm_fwd", "layer_norm_fwd", "rope", "glu_fwd", "act_fwd")
@@ -222,7 +225,7 @@ def test_every_op_has_samples():
         if name.startswith("pyckpt::")
     }
     assert declared == set(SAMPLES)
-    assert declared == set(registry.IMPLEMENTATIONS) | {"block_fwd", "block_bwd", "packed_lengths"}
+    assert declared == set(registry.IMPLEMENTATIONS) | {"block_fwd", "block_bwd", "packed_lengths", "padded_lengths"}
 
 
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")

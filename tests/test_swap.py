@@ -46,9 +46,12 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
+@pytest.mark.parametrize("implementation", a_few([None, "eager"], always=(0,)))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients(family):
-    check(make_model(family), [make_batch(kind) for kind in KINDS])
+def test_loss_and_gradients(family, implementation):
+    """By the attention function that the family takes by itself, and by the eager one, which all have."""
+    options = {"attn_implementation": implementation} if implementation else {}
+    check(make_model(family, **options), [make_batch(kind) for kind in KINDS])
 
 
 @pytest.mark.parametrize("family", ["Gemma3", "GPT2", "Llama"])
@@ -677,19 +680,22 @@ def randomise(model: nn.Module) -> None:
 
 
 def check_encoder(model: nn.Module, path: str, batch_first: bool) -> None:
-    """Output and gradients without a mask, with padding, and causal, by the 2x rule against the layers themselves."""
-    x = torch.randn((2, 19, 48) if batch_first else (19, 2, 48))
-    padding = torch.zeros(2, 19, dtype=torch.bool)
-    padding[1, 12:] = True
-    weight = (~padding).float()[..., None] * torch.randn(2, 19, 48)
-    weight = weight if batch_first else weight.transpose(0, 1)
+    """Output and gradients without a mask, with padding, and causal, by the 2x rule against the layers themselves.
+
+    Those of padding too, which sees the tokens.
+    """
+    x, weight = (torch.randn((2, 19, 48) if batch_first else (19, 2, 48)) for _ in range(2))
+    padding, after = (torch.zeros(2, 19, dtype=torch.bool) for _ in range(2))
+    padding[0, :4] = padding[1, :2] = padding[1, 12:] = after[1, 12:] = True
     causal = nn.Transformer.generate_square_subsequent_mask(19)
 
     def run(module: nn.Module, dtype: torch.dtype) -> list[State]:
         results = []
-        for options in ({}, {"src_key_padding_mask": padding}, {"mask": causal.to(dtype)}):
+        both = {"mask": causal.to(dtype), "src_key_padding_mask": torch.zeros(2, 19, dtype=dtype)}
+        both["src_key_padding_mask"][after] = float("-inf")
+        for options in ({}, {"src_key_padding_mask": padding}, {"mask": causal.to(dtype)}, both):
             leaf = x.to(dtype).requires_grad_()
-            y = module(leaf, **options) * (weight != 0)
+            y = module(leaf, **options)
             params = dict(module.named_parameters())
             grads = torch.autograd.grad((y * weight).sum(), [leaf, *params.values()])
             results.append(dict(zip(["y", "dx", *params], [y.detach(), *grads], strict=True)))

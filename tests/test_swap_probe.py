@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model, step
+from swap_models import KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,15 +127,10 @@ class Softcapped(OddAttention):
 @pytest.mark.parametrize("kind", [OddDecoderLayer, Weighed, Softcapped])
 def test_what_stands_around_attention_may_be_anything(kind):
     """With every save set, whose gradients are the same bits."""
-    model = odd_model(kind)
+    model = odd_model(kind, **({"attn_implementation": "eager"} if kind is Softcapped else {}))
     check(model, [make_batch(kind) for kind in KINDS])
-    results, batch = [], make_batch("padded")
-    for save in pyckpt.SAVE_SETS:
-        pyckpt.unswap(model)
-        pyckpt.swap(model, save=save, tile=10)
-        results.append(step(model, batch))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    pyckpt.unswap(model)
+    assert_same_with_every_save_set(model)
 
 
 class Dropping(OddDecoderLayer):

@@ -16,6 +16,14 @@ LAYOUTS = {
     "batch": Layout(3, 17),
     "batch of short ones": Layout(20, 2),
     "packed": Layout(1, 50, torch.tensor([0, 5, 5, 23, 24, 50, 50], dtype=torch.int32)),
+    # Queries without keys, keys without queries, and queries beyond a sequence's keys.
+    "padded": Layout(
+        1,
+        50,
+        torch.tensor(
+            [[0, 3, 3, 20, 20, 26, 26, 44, 44, 50, 50], [0, 0, 3, 11, 20, 20, 26, 44, 44, 44, 50]], dtype=torch.int32
+        ),
+    ),
     "packed short ones": Layout(1, 30, torch.tensor([0, *range(1, 31)], dtype=torch.int32)),
 }
 

@@ -33,7 +33,8 @@ class Options:
     """What turns q and k into probabilities; see `pyckpt.attention`.
 
     `window` is (left, right), -1 for no limit. `start` is the position of the first query on the keys' axis
-    less that of the first key, and that of the first key (for dropout); None aligns both ends (bottom-right).
+    less that of the first key, and that of the first key (for dropout); None aligns both ends (bottom-right),
+    or with `top_left` both starts.
     """
 
     window: tuple[int, int] = (-1, -1)
@@ -47,10 +48,17 @@ class Options:
     seed: int | None = None
     q_start: int | None = None
     k_start: int = 0
+    top_left: bool = False
 
     @property
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
+
+    def diagonal(self, sq: int, sk: int) -> int:
+        """Where the first query of a dense batch stands on the keys' axis."""
+        if self.q_start is not None:
+            return self.q_start - self.k_start
+        return 0 if self.top_left else sk - sq
 
     @property
     def keys_cu(self) -> Tensor | None:
@@ -291,12 +299,13 @@ class _Problem:
     def of(q: Tensor, k: Tensor, v: Tensor, options: Options, accumulate: bool) -> _Problem:
         sq, heads, head_dim = q.shape[-3:]
         sk, kv_heads, value_dim = v.shape[-3:]
-        offset = sk - sq if options.q_start is None else options.q_start - options.k_start
+        offset = options.diagonal(sq, sk)
         left, right = _limits(options.window, sq, sk, offset, options.packed)
         shared = {
             "sq": sq,
             "sk": sk,
-            "diagonal": offset,
+            # Packed, each sequence has its own, and this tells how they are aligned.
+            "diagonal": int(not options.top_left) if options.packed else offset,
             "k_start": options.k_start,
             "left": max(left, 0),
             "right": max(right, 0),

@@ -1,8 +1,9 @@
 """What the attention kernels share: where a program works, which tiles it visits, and what a score becomes.
 
 Geometry. Query i stands at p = i + diagonal on the axis of the keys, and sees key j where
-p - left <= j <= p + right. The diagonal is Sk - Sq for a whole sequence (bottom-right alignment), and
-q_start - k_start for a tile of queries against a tile of keys.
+p - left <= j <= p + right. The diagonal is Sk - Sq for a whole sequence (bottom-right alignment), or 0 (top-left), and
+q_start - k_start for a tile of queries against a tile of keys. Packed sequences have one each; the argument is then 1
+for bottom-right alignment, 0 for top-left.
 
 Scores, running maxima and lse are held in units in which `exponential` is cheap. In half precision that is base
 2: exp(x) is exp2(x * log2(e)), and the factor joins the scale. In exact float32 (`PRECISION` not "tf32") it is base e:
@@ -114,7 +115,7 @@ def locate(
         key = tl.load(p_cu_k + sequence).to(tl.int64)
         sq = (tl.load(p_cu_q + sequence + 1) - token).to(tl.int32)
         sk = (tl.load(p_cu_k + sequence + 1) - key).to(tl.int32)
-        diagonal = sk - sq
+        diagonal = (sk - sq) * diagonal
     return head, sequence, start, sq, sk, diagonal, batch, token, key
 
 

@@ -16,7 +16,11 @@ ops = torch.ops.pyckpt
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a flat list of T tokens falls into sequences: `batch` of `seq` tokens each, or packed by `cu_seqlens`."""
+    """How a flat list of T tokens falls into sequences: `batch` of `seq` tokens each, or packed by `cu_seqlens`.
+
+    cu_seqlens: (N + 1,) int32; or (2, N + 1), where keys have starts of their own, in the second row. A sequence's
+    first query then stands at its first key.
+    """
 
     batch: int
     seq: int
@@ -26,12 +30,24 @@ class Layout:
     def tokens(self) -> int:
         return self.batch * self.seq
 
+    @property
+    def apart(self) -> bool:
+        """Keys have starts of their own."""
+        return self.cu_seqlens is not None and self.cu_seqlens.dim() == 2
+
+    @property
+    def starts(self) -> tuple[Tensor | None, Tensor | None]:
+        """cu_seqlens of queries and of keys."""
+        cu = self.cu_seqlens
+        return (cu, cu) if cu is None or cu.dim() == 1 else (cu[0], cu[1])
+
     def positions(self, rows: slice, device: torch.device) -> Tensor:
         """Each token's place in its sequence, for a range of tokens."""
         tokens = torch.arange(rows.start, rows.stop, device=device)
-        if self.cu_seqlens is None:
+        starts = self.starts[0]
+        if starts is None:
             return tokens % self.seq
-        return tokens - self.cu_seqlens[torch.searchsorted(self.cu_seqlens, tokens, right=True) - 1]
+        return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
 
     def by_head(self, t: Tensor, head_dim: int) -> Tensor:
         """(T, H * D) -> (B, S, H, D), or (T, H, D) when packed."""
@@ -136,8 +152,6 @@ class DenseAttend:
         return [layout.by_head(t, self.v_head_dim or self.head_dim) for t in tensors]
 
     def _options(self, layout: Layout, seed: int | None, sinks: Tensor | None) -> tuple[Any, ...]:
-        cu = layout.cu_seqlens
-        options = (cu, cu, *self.window, self.softcap, self.scale)
-        if seed is not None and self.dropout:
-            return *options, sinks, None, self.dropout, seed
-        return options if sinks is None else (*options, sinks)
+        options = (*layout.starts, *self.window, self.softcap, self.scale)
+        dropout, seed = (0.0, None) if seed is None or not self.dropout else (self.dropout, seed)
+        return *options, sinks, None, dropout, seed, layout.apart

@@ -31,6 +31,19 @@ class _Piece:
     sequence: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+    """Where a sequence's queries and its keys lie on the flat axis, and its number."""
+
+    queries: slice
+    keys: slice
+    number: int
+
+    def place(self, query: int) -> int:
+        """Where a query, by its place on the flat axis, stands among the keys there."""
+        return self.keys.start + query - self.queries.start
+
+
 class TiledAttend:
     """`DenseAttend` by pairs of tiles. q, o (t, H * D), k, v (t, Hkv * D), lse and delta (1, H, t)."""
 
@@ -39,11 +52,16 @@ class TiledAttend:
             if given is not None:
                 raise ValueError(f"attention with {what} cannot be streamed; run these blocks without stream=")
         self._attend, self._tile, self._tokens = attend, tile, layout.tokens
-        cu = layout.cu_seqlens
-        starts = range(0, layout.tokens + 1, layout.seq) if cu is None else cu.tolist()
-        # An empty sequence has a number and no tokens.
-        self._sequences = [(a, b, n) for n, (a, b) in enumerate(itertools.pairwise(starts)) if b > a]
-        self._starts = [a for a, _, _ in self._sequences]
+        whole = range(0, layout.tokens + 1, layout.seq)
+        cut = [list(itertools.pairwise(whole if cu is None else cu.tolist())) for cu in layout.starts]
+        # A sequence without queries has a number and nothing to do.
+        self._sequences = [
+            _Sequence(slice(*q), slice(*k), n) for n, (q, k) in enumerate(zip(*cut, strict=True)) if q[1] > q[0]
+        ]
+        self._starts, self._key_stops = (
+            [s.queries.start for s in self._sequences],
+            [s.keys.stop for s in self._sequences],
+        )
 
     @property
     def backward_looking(self) -> bool:
@@ -51,13 +69,13 @@ class TiledAttend:
         return self._attend.window[1] == 0
 
     def keys_of(self, i: int) -> range:
-        """The key tiles that some query of tile i sees."""
+        """The key tiles that some query of tile i sees, from the first to the last, and tile i itself."""
         left, right = self._attend.window
         first, last = i * self._tile, min((i + 1) * self._tile, self._tokens) - 1
-        start, end = self._sequence_of(first)[0], self._sequence_of(last)[1]
-        low = start if left < 0 else max(start, first - left)
-        high = end if right < 0 else min(end, last + right + 1)
-        return range(low // self._tile, (high - 1) // self._tile + 1)
+        a, b = self._sequence_of(first), self._sequence_of(last)
+        low = a.keys.start if left < 0 else max(a.keys.start, a.place(first) - left)
+        high = b.keys.stop if right < 0 else min(b.keys.stop, b.place(last) + right + 1)
+        return range(min(low // self._tile, i), max((high - 1) // self._tile, i) + 1)
 
     def forward(
         self, i: int, j: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, seed: int | None
@@ -110,24 +128,26 @@ class TiledAttend:
             return (*options, None, 0.0, None, 0)
         return (*options, None, a.dropout, seed, piece.sequence)
 
-    def _sequence_of(self, token: int) -> tuple[int, int, int]:
+    def _sequence_of(self, token: int) -> _Sequence:
         return self._sequences[bisect.bisect_right(self._starts, token) - 1]
 
     def _pieces(self, i: int, j: int) -> Iterator[_Piece]:
-        """The sequences that have tokens in both tiles."""
-        size = self._tile
-        high = min(min(i, j) * size + size, self._tokens)  # only the sequence of the token before it reaches further
-        at = bisect.bisect_right(self._starts, i * size if i == j else high - 1) - 1
-        for start, end, number in self._sequences[at:]:
-            if start >= high:
+        """The sequences that have queries in tile i and keys in tile j."""
+        queries, keys = (slice(n * self._tile, min((n + 1) * self._tile, self._tokens)) for n in (i, j))
+        at = max(bisect.bisect_right(self._starts, queries.start) - 1, bisect.bisect_right(self._key_stops, keys.start))
+        for s in self._sequences[at:]:
+            if s.queries.start >= queries.stop or s.keys.start >= keys.stop:
                 return
-            cuts = [(max(start, n * size), min(end, (n + 1) * size)) for n in (i, j)]
-            if all(a < b for a, b in cuts):
-                (qa, qb), (ka, kb) = cuts
-                yield _Piece(
-                    slice(qa - i * size, qb - i * size),
-                    slice(ka - j * size, kb - j * size),
-                    qa - start,
-                    ka - start,
-                    number,
-                )
+            rows, cols = _common(s.queries, queries), _common(s.keys, keys)
+            if rows.start < rows.stop and cols.start < cols.stop:
+                places = rows.start - s.queries.start, cols.start - s.keys.start
+                yield _Piece(_within(rows, queries), _within(cols, keys), *places, s.number)
+
+
+def _common(a: slice, b: slice) -> slice:
+    return slice(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def _within(part: slice, whole: slice) -> slice:
+    """The part, counted from where the whole begins."""
+    return slice(part.start - whole.start, part.stop - whole.start)

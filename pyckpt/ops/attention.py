@@ -4,6 +4,9 @@ Layouts: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), o (B, Sq, H, Dv
 with `cu_seqlens` int32 of length N + 1: (T, H, D) and lse (H, T). lse is float32 (float64 for float64 inputs)
 and -inf for a query that sees no key, whose o and gradients are 0.
 
+Query i stands at i + Sk - Sq on the keys' axis; with `top_left`, at i. Packed, queries and keys have starts of
+their own, and a sequence may have none of either.
+
 Sinks (H,) are keys without a value, one for each head. ALiBi slopes are (H,) or (B, H). Dropout draws by `philox`
 from the seed and positions alone.
 
@@ -26,7 +29,7 @@ ops = torch.ops.pyckpt
 _EXTRAS = "Tensor? alibi_slopes=None, float dropout=0.0, SymInt? seed=None"
 _OPTIONS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int window_left, int window_right, float softcap, float scale, "
-    f"Tensor? sinks=None, {_EXTRAS}"
+    f"Tensor? sinks=None, {_EXTRAS}, bool top_left=False"
 )
 _TILE_OPTIONS = (
     "int window_left, int window_right, float softcap, float scale, SymInt q_start, SymInt k_start, "
@@ -56,10 +59,12 @@ def attention_fwd(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    top_left: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse); see the module's docstring for the layouts."""
     score = Score(softcap, scale, sinks, alibi_slopes, dropout, seed)
-    return attention_torch.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, (window_left, window_right), score)
+    window = (window_left, window_right)
+    return attention_torch.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, window, score, top_left)
 
 
 def _bwd_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Gradients:
@@ -89,6 +94,7 @@ def attention_bwd(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    top_left: bool = False,
     delta: Tensor | None = None,
 ) -> Gradients:
     """(dq, dk, dv). Any o and lse may be given: with a global lse the result is these keys' exact share.
@@ -97,7 +103,7 @@ def attention_bwd(
     """
     score = Score(softcap, scale, sinks, alibi_slopes, dropout, seed)
     window = (window_left, window_right)
-    return attention_torch.backward(do, q, k, v, o, lse, dlse, cu_seqlens_q, cu_seqlens_k, window, score)
+    return attention_torch.backward(do, q, k, v, o, lse, dlse, cu_seqlens_q, cu_seqlens_k, window, score, top_left)
 
 
 # --- tiles of a sequence that is somewhere else -------------------------------------------------------------
@@ -202,8 +208,8 @@ def attention_merge_(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_q, cu_k, left, right, softcap, scale, sinks, slopes, dropout, seed = inputs
-    ctx.options, ctx.dropout = (left, right, softcap, scale), (dropout, seed)
+    q, k, v, cu_q, cu_k, left, right, softcap, scale, sinks, slopes, *ctx.rest = inputs
+    ctx.options = (left, right, softcap, scale)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, sinks, slopes)
 
@@ -211,14 +217,14 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _autograd_backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
     q, k, v, o, lse, cu_q, cu_k, sinks, slopes = ctx.saved_tensors
     if do is None and dlse is None:
-        return (None,) * 13
+        return (None,) * 14
     do = torch.zeros_like(o) if do is None else do
-    extras = (sinks, slopes, *ctx.dropout)
+    extras = (sinks, slopes, *ctx.rest)
     dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, dlse, cu_q, cu_k, *ctx.options, *extras)
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[9]:
         dsinks = sinks_backward(sinks, lse, ops.attention_delta(do, o, dlse))
-    return dq, dk, dv, None, None, None, None, None, None, dsinks, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None, dsinks, None, None, None, None
 
 
 def sinks_backward(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Two ways to compute, both without an Sq x Sk matrix:
 
-- PyTorch's CPU flash kernels, whole where the mask is none or square causal, else one query tile at a time
+- PyTorch's CPU flash kernels, whole where the mask is none or plainly causal, else one query tile at a time
   against the keys it sees, under an explicit mask of that tile;
 - an exact tiled form in plain matrix products, for all others (softcap, sinks, ALiBi, dropout, Dv != D, a
   gradient of lse, other devices).
@@ -70,11 +70,18 @@ def lse_like(q: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, window: tuple[int, int], score: Score
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    window: tuple[int, int],
+    score: Score,
+    top_left: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) of a dense or packed batch."""
     o, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), lse_like(q)
-    for part in _sequences(q, k, cu_q, cu_k):
+    for part in _sequences(q, k, cu_q, cu_k, top_left):
         _forward(
             part.rows(q),
             part.keys(k),
@@ -99,14 +106,15 @@ def backward(
     cu_k: Tensor | None,
     window: tuple[int, int],
     score: Score,
+    top_left: bool = False,
 ) -> Gradients:
     """(dq, dk, dv) of a dense or packed batch."""
     if cu_q is None and dlse is None:
-        mask = Mask(q.shape[1], k.shape[1], *window)
-        if _flash_serves(q, v, score) and (mask.full or mask.square_causal):
+        mask = Mask(q.shape[1], k.shape[1], *window, shift=0 if top_left else None)
+        if _flash_serves(q, v, score) and (mask.full or mask.plain_causal):
             return _flash_backward(do, q, k, v, o, lse, mask, score.scale)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    for part in _sequences(q, k, cu_q, cu_k):
+    for part in _sequences(q, k, cu_q, cu_k, top_left):
         grads = _backward(
             part.rows(do),
             part.rows(q),
@@ -185,8 +193,8 @@ def delta_of(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
 class _Sequence:
     """One sequence of a packed batch, or a whole dense batch: cuts it out of the tensors, as (B, S, H, D)."""
 
-    def __init__(self, q: slice, k: slice, number: int | None) -> None:
-        self.q, self.k, self.number = q, k, number
+    def __init__(self, q: slice, k: slice, number: int | None, top_left: bool) -> None:
+        self.q, self.k, self.number, self.shift = q, k, number, 0 if top_left else None
 
     def rows(self, t: Tensor) -> Tensor:
         return t if self.number is None else t[self.q].unsqueeze(0)
@@ -198,21 +206,21 @@ class _Sequence:
         return t if self.number is None else t[:, self.q].unsqueeze(0)
 
     def mask(self, window: tuple[int, int]) -> Mask:
-        return Mask(self.q.stop - self.q.start, self.k.stop - self.k.start, *window)
+        return Mask(self.q.stop - self.q.start, self.k.stop - self.k.start, *window, shift=self.shift)
 
     def score(self, score: Score) -> Score:
         return score if self.number is None else score.of_sequence(self.number)
 
 
-def _sequences(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Iterator[_Sequence]:
+def _sequences(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, top_left: bool) -> Iterator[_Sequence]:
     if cu_q is None:
-        yield _Sequence(slice(0, q.shape[1]), slice(0, k.shape[1]), None)
+        yield _Sequence(slice(0, q.shape[1]), slice(0, k.shape[1]), None, top_left)
         return
     starts_q = cu_q.tolist()
     starts_k = starts_q if cu_k is None else cu_k.tolist()
     for i in range(len(starts_q) - 1):
         if starts_q[i + 1] > starts_q[i] or starts_k[i + 1] > starts_k[i]:
-            yield _Sequence(slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), i)
+            yield _Sequence(slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), i, top_left)
 
 
 def _flash_serves(q: Tensor, v: Tensor, score: Score) -> bool:
@@ -290,7 +298,7 @@ def _flash_tiles(mask: Mask, q: Tensor) -> Iterator[tuple[slice, slice, Tensor |
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, o: Tensor, lse: Tensor) -> None:
     flash = aten._scaled_dot_product_flash_attention_for_cpu
     qh, kh, vh = _heads_first(q, k, v)
-    if mask.full or mask.square_causal:
+    if mask.full or mask.plain_causal:
         oh, stats = flash(qh, kh, vh, 0.0, not mask.full, scale=scale)
         o.copy_(oh.transpose(1, 2))
         lse.copy_(stats)
@@ -311,7 +319,7 @@ def _flash_backward(
 ) -> Gradients:
     flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
     doh, qh, kh, vh, oh = _heads_first(do.contiguous(), q, k, v, o)
-    if mask.full or mask.square_causal:
+    if mask.full or mask.plain_causal:
         grads = flash(doh, qh, kh, vh, oh, lse, 0.0, not mask.full, scale=scale)
         dq, dk, dv = (g.transpose(1, 2).contiguous() for g in grads)
         return dq, dk, dv

@@ -14,7 +14,7 @@ from pyckpt.ops.attention_torch import Gradients
 from pyckpt.ops.registry import implement
 from pyckpt.ops.triton_backend import kernels, rounds_badly
 
-_OPTIONS = 10  # from cu_seqlens_q to seed; what follows is an op's own
+_OPTIONS = 11  # from cu_seqlens_q to top_left; what follows is an op's own
 
 
 def _served(q: Tensor, v: Tensor) -> bool:
@@ -39,6 +39,7 @@ def _options(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    top_left: bool = False,
 ) -> Any:
     return kernels("attention").Options(
         window=(window_left, window_right),
@@ -50,6 +51,7 @@ def _options(
         alibi_slopes=alibi_slopes,
         dropout=dropout,
         seed=seed,
+        top_left=top_left,
     )
 
 

@@ -35,10 +35,10 @@ class Mask:
         )
 
     @property
-    def square_causal(self) -> bool:
-        return (
-            self.sq == self.sk and self.offset == 0 and self.right == 0 and (self.left < 0 or self.left >= self.sk - 1)
-        )
+    def plain_causal(self) -> bool:
+        """Query i sees keys 0 to i, as many as there are: what causal kernels take to be so without being told."""
+        wide = self.left < 0 or self.left >= self.sq - 1
+        return self.sq >= self.sk and self.offset == 0 and self.right == 0 and wide
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         """The range of keys that some query of [start, stop) sees; empty ranges have lo >= hi."""

@@ -29,13 +29,14 @@ def attention(
     alibi_slopes: Tensor | None = None,
     keep: Any = None,
     keep_factor: float = 1.0,
+    top_left: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ scale) v, with its log-sum-exp (Vaswani et al. 2017, eq. 1). Causal is window (-1, 0).
 
     q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv); returns o (B, Sq, H, Dv) and lse (B, H, Sq).
     Packed, with `cu_seqlens`: q (T, H, D) and so on, o (T, H, Dv), lse (H, T). Query i of Sq stands at
-    position i + Sk - Sq and sees the keys from `left` before it to `right` after it, -1 for no limit. One
-    that sees none has o = 0, lse = -inf. Softcap: Gemma 2, section 2; shared heads: Ainslie et al. 2023;
+    position i + Sk - Sq (with `top_left`, at i) and sees the keys from `left` before it to `right` after it, -1 for
+    no limit. One that sees none has o = 0, lse = -inf. Softcap: Gemma 2, section 2; shared heads: Ainslie et al. 2023;
     `alibi_slopes` (H,) or (B, H): Press et al. 2022; `sinks` (H,), scores of a key without a value: gpt-oss.
     `keep` (B, H, Sq, Sk) are the probabilities that dropout keeps, times `keep_factor`; packed, the list of each
     sequence's (1, H, s, s).
@@ -60,10 +61,11 @@ def attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     sq, sk = q.shape[1], k.shape[1]
+    shift = 0 if top_left else sk - sq
     if alibi_slopes is not None:
-        distance = (torch.arange(sk) - (torch.arange(sq) + sk - sq).unsqueeze(1)).abs().to(scores)
+        distance = (torch.arange(sk) - (torch.arange(sq) + shift).unsqueeze(1)).abs().to(scores)
         scores = scores - alibi_slopes.to(scores).view(-1, q.shape[2], 1, 1) * distance
-    visible = visible_keys(sq, sk, window).to(q.device)
+    visible = visible_keys(sq, sk, window, shift).to(q.device)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
@@ -86,10 +88,10 @@ def merge(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> tuple[Ten
     return first * o + second * part_o, total
 
 
-def visible_keys(sq: int, sk: int, window: tuple[int, int]) -> Tensor:
-    """Boolean (Sq, Sk): which keys each query sees. The last query stands at the last key."""
+def visible_keys(sq: int, sk: int, window: tuple[int, int], shift: int | None = None) -> Tensor:
+    """Boolean (Sq, Sk): which keys each query sees. The first stands at key `shift`, or the last at the last one."""
     left, right = window
-    distance = torch.arange(sk) - (torch.arange(sq) + sk - sq).unsqueeze(1)
+    distance = torch.arange(sk) - (torch.arange(sq) + (sk - sq if shift is None else shift)).unsqueeze(1)
     return ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))
 
 

@@ -14,6 +14,7 @@ from pyckpt.swap import masks
 from pyckpt.swap.layer import CALL, Call, Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, watched
 from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.survey import packs_by_itself
 
 # Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
 _KNOWN = frozenset(
@@ -29,9 +30,10 @@ _KNOWN = frozenset(
         ),
         # Beside position_ids, which say the same (TRL's packing): for kernels that take packed sequences.
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
-        *("num_items_in_batch", "labels", "logits_to_keep"),
+        *("num_items_in_batch", "labels", "shift_labels", "ignore_index", "logits_to_keep"),
     )
 )
+_FAR = 2**40  # beyond any sequence
 # What is added to hidden states between layers (Qwen3-VL).
 _BETWEEN = frozenset(("visual_pos_masks", "deepstack_visual_embeds"))
 
@@ -51,7 +53,8 @@ def _not_checkpointed(layers: list[Any]) -> Iterator[None]:
 class SwappedDecoder(Replaced):
     """Calls the original forward, with what swapped layers need; or without, and they run as they did before.
 
-    An argument `CALL` that is true says that the outputs only serve a loss: no cache is made then.
+    An argument `CALL` says that the outputs only serve a loss: no cache is made then. It is the mask (B, S) of the
+    tokens whose outputs that reads.
 
     `layers` are the swapped ones; `complete` says that the model has no others, `unread` that
     nothing reads the mask that the model would make; `segments` are the layers in the runs that
@@ -95,7 +98,7 @@ class SwappedDecoder(Replaced):
         return self.complete and all(s.streams and s.block.mapping.moving is None for s in self.layers)
 
     def _run(self, given: dict[str, Any]) -> Any:
-        call = self.prepare(given, given.pop(CALL, False))
+        call = self.prepare(given, given.pop(CALL, None))
         if call is None:
             return self.original(**given)
         if self.unread and not call.whole:
@@ -104,15 +107,15 @@ class SwappedDecoder(Replaced):
         with _not_checkpointed([] if call.whole else self._checkpointed):
             return self.original(**{**given, "use_cache": False, CALL: call})
 
-    def prepare(self, given: dict[str, Any], scored: bool) -> Call | None:
+    def prepare(self, given: dict[str, Any], read: Tensor | None) -> Call | None:
         """What the layers are told in a call with these arguments; None where the original forward is to run.
 
-        `scored`: the outputs only serve a loss.
+        read: (B, S) bool, of which tokens a loss reads the outputs; None: somebody else may read all.
         """
-        if given.get("past_key_values") is not None or self._caches(given, scored):
+        if given.get("past_key_values") is not None or self._caches(given, read is not None):
             return None
         try:
-            call = self._call(given)
+            call = self._call(given, read)
         except UnsupportedError as reason:
             whole = isinstance(reason, UnsupportedCallError) and all(s.twice for s in self.layers)
             how = "each layer again as a whole in the backward" if whole else "which stores everything"
@@ -140,7 +143,7 @@ class SwappedDecoder(Replaced):
     def _caches_by_default(self) -> bool:
         return bool(getattr(self.module.config, "use_cache", False))
 
-    def _call(self, given: dict[str, Any]) -> Call:
+    def _call(self, given: dict[str, Any], read: Tensor | None) -> Call:
         for name in ("output_attentions", "output_router_logits"):
             if self.asks(given, name):
                 raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
@@ -163,7 +166,8 @@ class SwappedDecoder(Replaced):
             raise UnsupportedCallError(f"position_ids of shape {tuple(positions.shape)}")
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
-        cu_seqlens = masks.packed(mask, positions if looks and self.cuts is not False else None, batch, seq)
+        cut = positions if looks and self.cuts is not False else None
+        cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read))
         if cu_seqlens is not None and mask is None and self.cuts is None:
             raise UnsupportedCallError("position_ids start anew, and whether that cuts the model's masks is not known")
         if positions is None and cu_seqlens is not None:
@@ -171,6 +175,16 @@ class SwappedDecoder(Replaced):
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
         runs, streamed = self._runs(given)
         return Call(positions, cu_seqlens, runs, self.stream if streamed else None)
+
+    def _sight(self, read: Tensor | None) -> masks.Sight:
+        """What padding sees in transformers' attention functions: to flash attention it does not even come."""
+        if packs_by_itself(self.module.config):
+            return masks.Sight("none")
+        if getattr(self.module.config, "_attn_implementation", None) != "eager":
+            return masks.Sight("before", None, read)
+        # It adds the least number to what is hidden: where all is, all has the same share. But a sink has more.
+        reaches = [_FAR if s.reach < 0 else s.reach for s in self.layers if s.reach is not None]
+        return masks.Sight("before", min(reaches, default=None), read)
 
     def _runs(self, given: dict[str, Any]) -> tuple[dict[int, list[CheckpointedBlock]], bool]:
         """What the layer at each place runs, nothing where all run one by one; and whether it is streamed."""

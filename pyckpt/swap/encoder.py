@@ -225,7 +225,7 @@ class SwappedEncoderLayer(Replaced):
         if padding is None:
             return causal, None
         tokens = ~padding if padding.dtype == torch.bool else padding == 0
-        return causal, masks.packed(tokens, None, batch, seq)
+        return causal, masks.packed(tokens, None, batch, seq, masks.Sight("before" if causal else "all"))
 
 
 def _is_causal(mask: Tensor, seq: int) -> bool:

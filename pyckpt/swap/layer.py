@@ -77,6 +77,12 @@ class SwappedLayer(Replaced):
         """It can be streamed."""
         return not self.apart and self.block.mapping.sinks is None
 
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back its queries see, -1 for all; None where they see a sink as well."""
+        mapping = self.block.mapping
+        return None if mapping.sinks else mapping.spec.window[0]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
         if call is None:

@@ -145,7 +145,7 @@ class SwappedHead(Replaced):
         body = model.base_model.get_submodule(self.head.body)
         decoder = body.__dict__.get("forward")
         if isinstance(decoder, SwappedDecoder):
-            given[CALL] = True
+            given[CALL] = wanted.read
         loss = self._streamed(decoder, given, wanted) if isinstance(decoder, SwappedDecoder) else None
         outputs = None
         if loss is None:
@@ -162,7 +162,7 @@ class SwappedHead(Replaced):
         """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
         if decoder.stream is None:
             return None
-        call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, scored=True)
+        call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, wanted.read)
         if call is None or call.stream is None:
             return None
         try:
@@ -240,6 +240,11 @@ class _Wanted:
     @property
     def given(self) -> Tensor:
         return self.labels if self.shift_labels is None else self.shift_labels
+
+    @property
+    def read(self) -> Tensor:
+        """(B, S) bool: the tokens that have something to predict."""
+        return self.shifted() != self.ignored
 
     def shifted(self) -> Tensor:
         if self.shift_labels is not None:

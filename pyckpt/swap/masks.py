@@ -1,10 +1,14 @@
 """From a batch's mask and positions to packed sequences.
 
-Padding and packing both cut each row into runs of tokens that see nothing of each other. The whole batch, flat, is then
-a packed one, and nothing is moved: padding is a sequence of its own.
+Padding and packing both cut each row into runs of tokens. The whole batch, flat, is then a packed one, and nothing is
+moved. Nobody sees padding. What padding itself sees is what attention gives it under the model's own mask, whose
+outputs somebody may read: labels may be the padded input_ids.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,57 +16,114 @@ from torch import Tensor
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 
 
-def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) -> Tensor | None:
-    """cu_seqlens (N + 1,) int32 of the flat batch; None where every row is one sequence.
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What padding sees of its row's tokens: those "before" it, "all" or "none".
 
-    mask: (B, S), nonzero at tokens, zero at padding before or after them. positions: (B, S) or (1, S) int; without a
-    mask a sequence starts wherever they do not rise by one, as transformers has it. Raises `UnsupportedError` for
-    another mask.
+    A query that sees nothing gets zeros; but with `reach`, how far a layer's queries look back at least, no block gives
+    what it gets. read: (B, S) bool, the tokens whose outputs are read; None: all may be.
+    """
+
+    tokens: Literal["before", "all", "none"]
+    reach: int | None = None
+    read: Tensor | None = None
+
+
+def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int, sight: Sight) -> Tensor | None:
+    """cu_seqlens of the flat batch; None where every row is one sequence.
+
+    mask: (B, S), nonzero at tokens, zero at padding before or after them; gives (2, 5 * B + 1) int32, of queries and
+    of keys (`Layout`). positions: (B, S) or (1, S) int; without a mask a sequence starts wherever they do not rise by
+    one, as transformers has it; gives (N + 1,) int32. Raises `UnsupportedError` for another mask.
 
     Traced by torch.compile, what depends on values is an op that says nothing of them: it gives cu_seqlens where every
     row is one sequence too, and raises where it runs.
     """
     if mask is not None and tuple(mask.shape) != (batch, seq):
         raise UnsupportedCallError(f"an attention_mask of shape {tuple(mask.shape)}, not ({batch}, {seq})")
-    if mask is None and positions is None:
+    if mask is not None:
+        if torch.compiler.is_compiling():
+            return padded_lengths(mask, sight.tokens, sight.reach, sight.read)
+        mask = mask.bool()
+        return None if bool(mask.all()) else _padded(mask, sight)
+    if positions is None:
         return None
     if torch.compiler.is_compiling():
-        return packed_lengths(mask, positions, batch, seq)
-    ends = _ends(mask, positions, batch, seq)
+        return packed_lengths(positions, batch, seq)
+    ends = _ends(positions, batch, seq)
     return _cut(ends) if bool(ends.any()) else None
 
 
-@torch.library.custom_op("pyckpt::packed_lengths", mutates_args=())
-def packed_lengths(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) -> Tensor:
-    """`packed` of a graph: cu_seqlens, of as many sequences as there are."""
+# --- padding ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pyckpt::padded_lengths", mutates_args=())
+def padded_lengths(mask: Tensor, sight: str, reach: int | None, read: Tensor | None) -> Tensor:
+    """`packed` of a graph, for a mask."""
     try:
-        return _cut(_ends(mask, positions, batch, seq))
+        return _padded(mask.bool(), Sight(sight, reach, read))  # type: ignore[arg-type]
     except UnsupportedError as reason:
         raise RuntimeError(
-            f"{reason} came to a compiled model, whose layers know padding before and after a row's tokens alone; call "
-            "pyckpt.unswap(model), or the model without torch.compile"
+            f"{reason} came to a compiled model, which cannot take another way; call pyckpt.unswap(model), or the "
+            "model without torch.compile"
         ) from reason
 
 
-@packed_lengths.register_fake
-def _packed_lengths_fake(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) -> Tensor:
-    like = mask if mask is not None else positions
-    assert like is not None
-    return like.new_empty(torch.library.get_ctx().new_dynamic_size(min=2), dtype=torch.int32)
+@padded_lengths.register_fake
+def _padded_lengths_fake(mask: Tensor, sight: str, reach: int | None, read: Tensor | None) -> Tensor:
+    return mask.new_empty((2, 5 * mask.shape[0] + 1), dtype=torch.int32)
 
 
-def _ends(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int) -> Tensor:
-    """Where in a row, (B, S - 1) bool, the next token starts another sequence."""
-    if mask is None:
-        assert positions is not None
-        rows = positions.expand(batch, seq)
-        return rows[:, 1:] - rows[:, :-1] != 1
-    mask = mask.bool()
+def _padded(mask: Tensor, sight: Sight) -> Tensor:
+    """(2, 5 * B + 1) for a mask (B, S) bool. Each row has five sequences: queries of padding before the tokens, without
+    keys; its keys, without queries; the tokens, and queries of padding that see them; then the same of padding after.
+    """
+    batch, seq = mask.shape
     before, after = mask[:, :-1], mask[:, 1:]
     runs = mask[:, 0].long() + (after & ~before).sum(1)
     if bool((runs > 1).any()):
         raise UnsupportedCallError("an attention_mask with padding between tokens")
-    return before != after
+    first = torch.where(runs > 0, mask.long().argmax(1), seq)
+    stop = first + mask.sum(1)
+    tokens = _seen(first, stop, seq, sight)
+    row = torch.arange(0, batch * seq, seq, device=mask.device)
+    begin = row if tokens == "all" else row + first
+    end = row + (stop if tokens == "none" else seq)
+    queries = torch.stack([row, begin, begin, end, row + seq], dim=1)
+    keys = torch.stack([row, row, row + first, row + stop, row + stop], dim=1)
+    starts = torch.stack([queries.flatten(), keys.flatten()])
+    return torch.nn.functional.pad(starts, (0, 1), value=batch * seq).to(torch.int32)
+
+
+def _seen(first: Tensor, stop: Tensor, seq: int, sight: Sight) -> str:
+    """`sight.tokens`, or less where nobody reads what padding gives."""
+    if sight.tokens == "none" or (sight.read is None and sight.reach is None):
+        return sight.tokens
+    token, first, stop = torch.arange(seq, device=first.device), first[:, None], stop[:, None]
+    read = torch.ones_like(token < first) if sight.read is None else sight.read.to(first.device)
+    if sight.reach is not None and bool((((token < first) | (token >= stop + sight.reach)) & read).any()):
+        raise UnsupportedCallError("padding that sees no token, and is read, under eager attention")
+    return sight.tokens if bool(((token >= stop) & read).any()) else "none"
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pyckpt::packed_lengths", mutates_args=())
+def packed_lengths(positions: Tensor, batch: int, seq: int) -> Tensor:
+    """`packed` of a graph, for positions: cu_seqlens, of as many sequences as there are."""
+    return _cut(_ends(positions, batch, seq))
+
+
+@packed_lengths.register_fake
+def _packed_lengths_fake(positions: Tensor, batch: int, seq: int) -> Tensor:
+    return positions.new_empty(torch.library.get_ctx().new_dynamic_size(min=2), dtype=torch.int32)
+
+
+def _ends(positions: Tensor, batch: int, seq: int) -> Tensor:
+    """Where in a row, (B, S - 1) bool, the next token starts another sequence."""
+    rows = positions.expand(batch, seq)
+    return rows[:, 1:] - rows[:, :-1] != 1
 
 
 def _cut(ends: Tensor) -> Tensor:

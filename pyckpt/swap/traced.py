@@ -206,6 +206,10 @@ class TracedLayer(SwappedLayer):
     def apart(self) -> bool:
         return True  # it runs on what it is itself called with
 
+    @property
+    def reach(self) -> int | None:
+        return None if self.block.trace.sinks else self.block.trace.window[0]
+
     @torch.compiler.disable
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
         try:

@@ -1,0 +1,166 @@
+"""What padding gives in a swapped model: what it gives in transformers, since labels may be the padded input_ids."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_exact
+from swap_models import InFloat64, assert_step_as_good, make_batch, make_model, step
+from torch import Tensor
+
+import pyckpt
+from pyckpt.swap import masks
+from pyckpt.swap.masks import Sight
+from pyckpt.swap.modules import UnsupportedCallError
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("no_fallback")
+SEQ = 13
+ROWS = {"left": (4, SEQ), "right": (0, 8), "both": (3, 9), "one token": (6, 7), "nothing": (0, 0), "none": (0, SEQ)}
+
+
+def mask_of(*rows: str) -> Tensor:
+    mask = torch.zeros(len(rows), SEQ, dtype=torch.long)
+    for row, name in zip(mask, rows, strict=True):
+        row[slice(*ROWS[name])] = 1
+    return mask
+
+
+def visible(cu: Tensor, causal: bool) -> Tensor:
+    """(T, T) bool of a layout whose keys have starts of their own, sequence by sequence."""
+    seen = torch.zeros(int(cu[0, -1]), int(cu[1, -1]), dtype=torch.bool)
+    for (a, b), (c, d) in zip(*(itertools.pairwise(starts.tolist()) for starts in cu), strict=True):
+        part = torch.ones(b - a, d - c, dtype=torch.bool)
+        seen[a:b, c:d] = part.tril() if causal else part
+    return seen
+
+
+@pytest.mark.parametrize("tokens", ["before", "all", "none"])
+def test_the_layout_is_the_mask(tokens):
+    mask = mask_of(*ROWS)
+    cu = masks.packed(mask, None, len(mask), SEQ, Sight(tokens))
+    assert cu.dtype == torch.int32 and tuple(cu.shape) == (2, 5 * len(mask) + 1)
+    assert bool((cu.diff() >= 0).all()) and cu[:, -1].tolist() == [mask.numel()] * 2
+    want = mask.bool()[:, None].expand(-1, SEQ, -1)
+    if tokens != "all":
+        want = want & torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
+    if tokens == "none":
+        want = want & mask.bool()[:, :, None]
+    assert torch.equal(visible(cu, tokens != "all"), torch.block_diag(*want).bool())
+
+
+def test_padding_that_nobody_reads_sees_nothing():
+    mask = mask_of("left", "right", "both")
+    read = mask.bool()
+    hidden, shown = (masks.packed(mask, None, 3, SEQ, Sight(t, None, read)) for t in ("none", "before"))
+    assert torch.equal(hidden, shown)
+    read = read.clone()
+    read[1, -1] = True  # the last label of a row of padded input_ids
+    read[0, 3] = True  # what comes before the tokens sees nothing in any case
+    shown = masks.packed(mask, None, 3, SEQ, Sight("before", None, read))
+    assert torch.equal(shown, masks.packed(mask, None, 3, SEQ, Sight("before")))
+
+
+@pytest.mark.parametrize(
+    ("row", "token", "reach", "blind"),
+    [("left", 3, 2**40, True), ("left", 4, 3, False), ("right", 12, 4, True), ("right", 12, 5, False)],
+)
+def test_padding_that_sees_nothing_is_found(row, token, reach, blind):
+    mask, read = mask_of(row), torch.zeros(1, SEQ, dtype=torch.bool)
+    read[0, token] = True
+    if not blind:
+        assert masks.packed(mask, None, 1, SEQ, Sight("before", reach, read)) is not None
+        return
+    with pytest.raises(UnsupportedCallError, match="padding that sees no token, and is read"):
+        masks.packed(mask, None, 1, SEQ, Sight("before", reach, read))
+
+
+WINDOWED = {"Mistral": {"sliding_window": 5}, "Qwen3": {}, "Phi": {}, "GptOss": {"attn_implementation": "eager"}}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_logits_of_every_token(family):
+    """On the standard path, the generic one, and that of unknown classes; with a window that padding looks out of."""
+    model = make_model(family, torch.float64, **WINDOWED[family]).double()
+    mask = mask_of("left", "right", "both", "one token", "none")
+    ids = torch.randint(1, 20, mask.shape)
+    with InFloat64():
+        before = model(ids, attention_mask=mask).logits
+        assert not pyckpt.swap(model, tile=10).left
+        assert_exact(model(ids, attention_mask=mask).logits, before, terms=float(before.abs().max()))
+
+
+def test_rows_of_padding_alone_do_no_harm():
+    model = make_model("Llama")
+    mask = mask_of("nothing", "right")
+    ids = torch.randint(1, 20, mask.shape)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    alone = step(model, {n: t[1:] for n, t in batch.items()})
+    pyckpt.swap(model, tile=10)
+    for name, t in step(model, batch).items():
+        torch.testing.assert_close(t, alone[name])
+
+
+def eager(mask: Tensor, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    ids = torch.randint(1, 20, mask.shape)
+    model = make_model("Mistral", attn_implementation="eager", **options)
+    return model, {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+
+
+@pytest.mark.parametrize(("row", "window"), [("left", 50), ("right", 3)])
+def test_what_eager_attention_gives_padding_that_sees_nothing(row, window):
+    """The same share of every token of the row: the layers run again as a whole, where that is read."""
+    model, batch = eager(mask_of(row, "none"), sliding_window=window)
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    with pytest.warns(UserWarning, match=r"padding that sees no token.* under eager attention.* again as a whole"):
+        after = step(model, batch)
+    assert all(torch.equal(t, before[n]) for n, t in after.items())
+
+
+def test_eager_attention_with_padding_that_sees_something_or_is_not_read():
+    model, batch = eager(mask_of("right", "both"), sliding_window=50)
+    batch["labels"][1, :4] = -100
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    pyckpt.swap(model, tile=10)
+    assert_step_as_good(step(model, batch), plain, truth, torch.float32)
+
+
+def test_flash_attention_is_handed_no_padding():
+    """It gives zeros there, of which the layers make what they do of nothing else."""
+    model, mask = make_model("Llama"), mask_of("left", "right", "both")
+    pyckpt.swap(model)
+    model.config._attn_implementation = "flash_attention_2"
+    decoder = model.model.__dict__["forward"]
+    call = decoder.prepare({"input_ids": mask, "attention_mask": mask, "use_cache": False}, None)
+    assert torch.equal(call.cu_seqlens, masks.packed(mask, None, 3, SEQ, Sight("none")))
+
+
+def test_a_graph_says_what_it_cannot_do():
+    model, batch = eager(mask_of("left", "right"))
+    pyckpt.swap(model)
+    with pytest.raises(RuntimeError, match=r"padding that sees no token.* came to a compiled model.*pyckpt\.unswap"):
+        torch.compile(model, backend="eager", fullgraph=True)(**batch)
+
+
+def test_the_losss_padding_costs_no_attention():
+    """With labels of -100 there, queries of padding meet no key."""
+    seen: list[Any] = []
+    batch = make_batch("padded")
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    decoder = model.model.__dict__["forward"]
+    prepare = decoder.prepare
+    decoder.prepare = lambda *args: seen.append(prepare(*args)) or seen[-1]
+    step(model, batch)
+    step(model, batch | {"labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)})
+    pairs = [int(visible(call.cu_seqlens, True).sum()) for call in seen]
+    lengths = batch["attention_mask"].sum(1)
+    assert pairs[1] == int((lengths * (lengths + 1) // 2).sum()) < pairs[0]
