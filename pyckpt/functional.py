@@ -30,13 +30,14 @@ def attention(
     dropout: float = 0.0,
     seed: int | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention, without an Sq x Sk matrix in memory, forward or backward.
 
     Args:
         q: (B, Sq, H, D); k: (B, Sk, Hkv, D); v: (B, Sk, Hkv, Dv), with H a multiple of Hkv; packed, with
-            `cu_seqlens`, (T, H, D), (T, Hkv, D), (T, Hkv, Dv). All float32, float64, bfloat16 or float16.
+            `cu_seqlens`, (T, H, D), (Tk, Hkv, D), (Tk, Hkv, Dv). All float32, float64, bfloat16 or float16.
         causal: query i sees keys up to its own position; aligned bottom-right where Sq != Sk.
         window: (left, right) keys visible beside the query's own, -1 for no limit; an int is (window, 0).
         softcap: scores become softcap * tanh(scores / softcap).
@@ -49,6 +50,8 @@ def attention(
         seed: of the dropout, an int of at most 63 bits. What is dropped depends on it and on (sequence, head,
             query position, key position) alone: the same for every tile size, device and recomputation.
         cu_seqlens: (N + 1,) int32, the starts of the packed sequences and, last, T.
+        cu_seqlens_k: (N + 1,) int32, the same of the keys and values, and Tk, where they differ. A sequence may have no
+            queries, or no keys.
         return_lse: also return lse, the log-sum-exp of each query's scores: (B, H, Sq), packed (H, T);
             float32 (float64 for float64 inputs).
 
@@ -57,7 +60,8 @@ def attention(
     """
     errors.check_transforms("pyckpt.attention", q, k, v, sinks)
     q, k, v = _autocast(q, k, v)
-    _check_attention(q, k, v, cu_seqlens)
+    _check_attention(q, k, v, packed=cu_seqlens is not None)
+    _check_packed(q, k, cu_seqlens, cu_seqlens_k)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
     _check_dropout(dropout, seed)
     left, right = canonical_window(causal, window)
@@ -66,13 +70,14 @@ def attention(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sinks, slopes = (None if t is None else t.contiguous() for t in (sinks, alibi_slopes))
     extras = (sinks, slopes, float(dropout), seed if dropout else None)
-    o, lse = ops.attention_fwd(q, k, v, cu_seqlens, cu_seqlens, left, right, cap, scale, *extras)
+    starts = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    o, lse = ops.attention_fwd(q, k, v, *starts, left, right, cap, scale, *extras)
     return (o, lse) if return_lse else o
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-    rank = 4 if cu_seqlens is None else 3
-    shape = "(B, S, H, D)" if cu_seqlens is None else "(T, H, D), packed, since cu_seqlens is given"
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    rank = 3 if packed else 4
+    shape = "(T, H, D), packed, since cu_seqlens is given" if packed else "(B, S, H, D)"
     for name, t in (("q", q), ("k", k), ("v", v)):
         errors.check_tensor(name, t)
         if t.dim() != rank:
@@ -91,10 +96,22 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None)
         raise ValueError(f"q has {q.shape[-2]} heads, which is no multiple of the {k.shape[-2]} key/value heads")
     if rank == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(f"q has batch size {q.shape[0]} and k has {k.shape[0]}; they must be equal")
-    if cu_seqlens is not None:
+
+
+def _check_packed(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    if cu_seqlens is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k is given without cu_seqlens, the starts of the queries")
+        return
+    errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+    if cu_seqlens_k is None:
         if q.shape[0] != k.shape[0]:
-            raise ValueError(f"packed q has {q.shape[0]} tokens and k has {k.shape[0]}; they must be equal")
-        errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+            raise ValueError(f"packed q has {q.shape[0]} tokens and k has {k.shape[0]}; they differ: give cu_seqlens_k")
+        return
+    errors.check_cu_seqlens(cu_seqlens_k, k.shape[0], k.device, "cu_seqlens_k")
+    if cu_seqlens_k.shape != cu_seqlens.shape:
+        counts = cu_seqlens_k.numel() - 1, cu_seqlens.numel() - 1
+        raise ValueError(f"cu_seqlens_k has {counts[0]} sequences and cu_seqlens {counts[1]}; they must be as many")
 
 
 def _check_heads(q: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, slopes: Tensor | None) -> None:

@@ -39,6 +39,9 @@ ALL_MASKS = pytest.mark.parametrize("mask", MASKS)
 SOFTCAP = pytest.mark.parametrize("softcap", [None, 1.5])
 CU_SEQLENS = torch.tensor([0, 0, 19, 20, 20, 20, 83, 90, 90], dtype=torch.int32)
 
+CU_SEQLENS_Q = torch.tensor([0, 4, 4, 9, 30], dtype=torch.int32)
+CU_SEQLENS_K = torch.tensor([0, 7, 12, 12, 20], dtype=torch.int32)  # the third sequence has no key
+
 
 def qkv(
     sq: int, sk: int, heads: int = 4, kv_heads: int = 2, dim: int = 8, dim_v: int | None = None, batch: int = 2
@@ -123,11 +126,19 @@ class TestExact:
         check_attention(packed(8, 5), "causal", cu_seqlens=CU_SEQLENS)
 
     @SOFTCAP
+    @ALL_MASKS
+    def test_packed_with_starts_of_the_keys(self, mask, softcap, tiling):
+        options = {"cu_seqlens": CU_SEQLENS_Q, "cu_seqlens_k": CU_SEQLENS_K, "softcap": softcap}
+        options |= {"alibi_slopes": torch.rand(4, 4, dtype=torch.float64), "sinks": torch.randn(4, dtype=torch.float64)}
+        inputs = {n: t[0] for n, t in qkv(30, 20, batch=1).items()}
+        check_attention(inputs, mask, **options)
+        check_attention(inputs, mask, **{n: t for n, t in options.items() if n.startswith("cu")})
+
+    @SOFTCAP
     @pytest.mark.parametrize("top_left", [False, True])
     @pytest.mark.parametrize("mask", ["causal", "full", "window", "window-both"])
     def test_packed_with_lengths_of_keys_of_their_own(self, mask, top_left, softcap, tiling):
-        cu_q = torch.tensor([0, 4, 4, 9, 30], dtype=torch.int32)
-        cu_k = torch.tensor([0, 7, 12, 12, 20], dtype=torch.int32)  # the third sequence has no key
+        cu_q, cu_k = CU_SEQLENS_Q, CU_SEQLENS_K
         whole = {n: t[0] for n, t in qkv(30, 20, batch=1).items()}
         do = torch.randn(30, 4, 8, dtype=torch.float64)
         options = *raw(mask, softcap or 0.0), None, None, 0.0, None, top_left
@@ -709,8 +720,15 @@ class TestBadInput:
             pyckpt.attention(x, x, x, cu_seqlens=[0, 5])
         with pytest.raises(ValueError, match=r"q must be \(T, H, D\), packed, since cu_seqlens is given"):
             pyckpt.attention(x[None], x[None], x[None], cu_seqlens=cu)
-        with pytest.raises(ValueError, match="packed q has 5 tokens and k has 4"):
+        with pytest.raises(ValueError, match="packed q has 5 tokens and k has 4; they differ: give cu_seqlens_k"):
             pyckpt.attention(x, x[:4], x[:4], cu_seqlens=cu)
+        with pytest.raises(ValueError, match="cu_seqlens_k is given without cu_seqlens"):
+            pyckpt.attention(x[None], x[None], x[None], cu_seqlens_k=cu)
+        with pytest.raises(ValueError, match="cu_seqlens_k must begin with 0 and end at the number of tokens, 4"):
+            pyckpt.attention(x, x[:4], x[:4], cu_seqlens=cu, cu_seqlens_k=cu)
+        three = torch.tensor([0, 1, 5], dtype=torch.int32)
+        with pytest.raises(ValueError, match="cu_seqlens_k has 2 sequences and cu_seqlens 1; they must be as many"):
+            pyckpt.attention(x, x, x, cu_seqlens=cu, cu_seqlens_k=three)
 
 
 @pytest.mark.usefixtures("backend")

@@ -25,6 +25,7 @@ def attention(
     softcap: float = 0.0,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     keep: Any = None,
@@ -34,7 +35,8 @@ def attention(
     """softmax(q kᵀ scale) v, with its log-sum-exp (Vaswani et al. 2017, eq. 1). Causal is window (-1, 0).
 
     q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv); returns o (B, Sq, H, Dv) and lse (B, H, Sq).
-    Packed, with `cu_seqlens`: q (T, H, D) and so on, o (T, H, Dv), lse (H, T). Query i of Sq stands at
+    Packed, with `cu_seqlens`, and `cu_seqlens_k` where keys have others: q (T, H, D) and so on, o (T, H, Dv), lse
+    (H, T). Query i of Sq stands at
     position i + Sk - Sq (with `top_left`, at i) and sees the keys from `left` before it to `right` after it, -1 for
     no limit. One that sees none has o = 0, lse = -inf. Softcap: Gemma 2, section 2; shared heads: Ainslie et al. 2023;
     `alibi_slopes` (H,) or (B, H): Press et al. 2022; `sinks` (H,), scores of a key without a value: gpt-oss.
@@ -43,7 +45,9 @@ def attention(
     """
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().tolist()
+        of_keys = lengths if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
         shared: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale, "keep_factor": keep_factor}
+        shared["top_left"] = top_left
         parts = [
             attention(
                 *(t.unsqueeze(0) for t in part),
@@ -52,7 +56,7 @@ def attention(
                 alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[i],
                 keep=None if keep is None else keep[i],
             )
-            for i, part in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True))
+            for i, part in enumerate(zip(q.split(lengths), k.split(of_keys), v.split(of_keys), strict=True))
         ]
         return torch.cat([o[0] for o, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=-1)
     groups = q.shape[2] // k.shape[2]
