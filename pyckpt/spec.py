@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 from typing import Any, NamedTuple
 
 NORMS = ("rmsnorm", "layernorm")
@@ -284,22 +285,29 @@ def canonical_window(causal: bool, window: int | Window | None) -> Window:
     An int is (window, 0), as in flash-attn's sliding window. Causal attention has right = 0.
     """
     if window is None:
-        left, right = -1, -1
-    elif isinstance(window, int) and not isinstance(window, bool):
-        if window < 0:
-            raise ValueError(f"window={window} is negative; give the number of earlier keys a query may see")
-        left, right = window, 0
-    elif (
-        isinstance(window, (tuple, list))
-        and len(window) == 2
-        and all(isinstance(w, int) and not isinstance(w, bool) and w >= -1 for w in window)
-    ):
-        left, right = window
-    else:
+        return (-1, 0) if causal else (-1, -1)
+    given = window if isinstance(window, (tuple, list)) else (window, 0)
+    sides = [_integer(w) for w in given]
+    if given is not window and sides[0] is not None and sides[0] < 0:
+        raise ValueError(f"window={window} is negative; give the number of earlier keys a query may see")
+    if len(sides) != 2 or any(w is None or w < -1 for w in sides):
         raise ValueError(
             f"window must be None, an int >= 0, or a pair (left, right) of ints >= -1 (-1: no limit), got {window!r}"
         )
-    return (left, 0) if causal else (left, right)
+    left, right = sides
+    return (left, 0) if causal else (left, right)  # type: ignore[return-value]
+
+
+def _integer(value: Any) -> int | None:
+    """Of an int, of NumPy's, and of a tensor of one; None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of floats
+        return None
 
 
 def canonical_rope_scaling(scaling: dict[str, Any] | None, theta: float | None) -> RopeScaling | None:

@@ -107,6 +107,11 @@ class TestExact:
         check_attention(qkv(1100, 1100, heads=1, kv_heads=1, batch=1), mask)
         check_attention(qkv(600, 1100, heads=1, kv_heads=1, batch=1), mask, softcap=2.0)
 
+    def test_a_window_of_other_integers(self):
+        inputs = qkv(20, 20)
+        for window in (torch.tensor(5), (torch.tensor(5), torch.tensor(9))):
+            check_exact(lambda *t, w=window: pyckpt.attention(*t, window=w), truth("window"), inputs)
+
     @pytest.mark.parametrize("dims", [(1, 1), (5, 5), (80, 80), (8, 3), (3, 16)])
     @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (5, 1)])
     def test_heads(self, heads, dims, tiling):
@@ -682,6 +687,8 @@ class TestBadInput:
             ({"window": (1, 2, 3)}, "window must be None, an int >= 0, or a pair"),
             ({"window": (-2, 0)}, "window must be None, an int >= 0, or a pair"),
             ({"window": True}, "window must be None"),
+            ({"window": (1.5, 0)}, "window must be None"),
+            ({"window": torch.tensor(1.5)}, "window must be None"),
             ({"softcap": -1.0}, "softcap must be None or a positive number, got -1.0"),
             ({"softcap": float("nan")}, "softcap must be None or a positive number, got nan"),
             ({"softcap": float("inf")}, "softcap must be None or a positive number, got inf"),
