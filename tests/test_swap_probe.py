@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model
+from swap_models import EXPERTS, KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -460,6 +460,20 @@ class ScaledHead(LlamaForCausalLM):
         return self.lm_head(hidden * (1.0 if self.training else 0.5))
 
 
+class ByConfig(LlamaForCausalLM):
+    """Scaled and capped by what its config says."""
+
+    def logits(self, hidden):
+        cap = self.config.final_logit_softcapping
+        logits = self.lm_head(hidden) * self.config.output_multiplier / self.config.logits_scaling
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class ByConfigInEval(ByConfig):
+    def logits(self, hidden):
+        return self.lm_head(hidden) if self.training else super().logits(hidden)
+
+
 class Penalised(LlamaForCausalLM):
     """In training its loss has a share of the logits' size."""
 
@@ -496,6 +510,63 @@ def test_a_head_of_ones_own_makes_no_logits(kind):
     model = make_model("Llama", num_hidden_layers=1)
     model.__class__ = kind
     check(model, [make_batch(kind) for kind in KINDS])
+
+
+OPTIONS = {
+    "multiplied": (0.3, 1.0, None),
+    "divided": (1.0, 7.0, None),
+    "capped": (1.0, 1.0, 3.0),
+    "divided and capped": (1.0, 0.2, 3.0),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_logits_that_are_scaled_and_capped_by_the_config(options):
+    model = by_config(ByConfig, OPTIONS[options])
+    batch = make_batch("plain")
+    check(model, [batch])
+    for name in ("output_multiplier", "logits_scaling", "final_logit_softcapping"):
+        if getattr(model.config, name) not in (1.0, None):
+            setattr(model.config, name, 2.0)  # it is read at each call
+    swapped = model(**batch).loss
+    pyckpt.unswap(model)
+    torch.testing.assert_close(swapped, model(**batch).loss)
+
+
+def by_config(kind: type, options: tuple[float, float, float | None]) -> Any:
+    model = make_model("Llama", num_hidden_layers=1)
+    names = "output_multiplier", "logits_scaling", "final_logit_softcapping"
+    for name, value in zip(names, options, strict=True):
+        setattr(model.config, name, value)
+    model.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize(("kind", "options"), [(ByConfig, (0.3, 7.0, None)), (ByConfigInEval, (0.3, 1.0, None))])
+def test_two_scales_or_another_one_in_training_are_not_guessed(kind, options):
+    (left,) = pyckpt.swap(by_config(kind, options)).left
+    assert left.name == "(model)" and "not those of its output embeddings alone" in left.why
+
+
+SCALED = {
+    "Cohere2Moe": EXPERTS | {"logit_scale": 0.3, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 12},
+    "FalconH1": {
+        "lm_head_multiplier": 0.04,
+        "head_dim": 12,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 24,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 4,
+        "mamba_d_ssm": 96,
+    },
+    "HyperCLOVAX": {"logits_scaling": 0.4},
+    "Llama4": {},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_losses_of_classes_that_scale_their_logits_or_name_no_base_model(family):
+    check(make_model(family, num_hidden_layers=1, **SCALED[family]), [make_batch("plain")])
 
 
 @pytest.mark.parametrize(

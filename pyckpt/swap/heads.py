@@ -20,6 +20,34 @@ from pyckpt.swap.survey import check_weights, forked, shown
 
 _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap
+# What is in the names of options that logits are multiplied or divided by, and that they are capped at.
+_SCALES, _SOFTCAPS = ("scal", "multipl"), ("softcap", "soft_cap")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """What becomes of a product with the output embeddings, by options of the config: dotted names, or None."""
+
+    multiplier: str | None = None
+    divisor: str | None = None
+    softcap: str | None = None
+
+    def scale(self, config: Any) -> float:
+        """What the product is multiplied by, before it is capped."""
+        scale = float(_option(config, self.multiplier)) if self.multiplier else 1.0
+        return scale / float(_option(config, self.divisor)) if self.divisor else scale
+
+    def cap(self, config: Any) -> float | None:
+        return _option(config, self.softcap) if self.softcap else None
+
+    def of(self, logits: Tensor, config: Any) -> Tensor:
+        """The logits, float32, of a product."""
+        logits, cap = logits.float() * self.scale(config), self.cap(config)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _option(config: Any, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +55,27 @@ class Tried:
     """What a model was seen to do: the class of transformers that it returns, and the module that it calls.
 
     That is its base model, "", or one right inside that, by name (OPT's "decoder"). `dropped`: arguments that it does
-    not hand on to that module, which has none of these names.
+    not hand on to that module, which has none of these names. `scaling`: what it does to its logits.
     """
 
     output: type
     called: str
     dropped: tuple[str, ...]
+    scaling: Scaling
+
+
+def base_of(model: Any) -> nn.Module:
+    """The model's base model; where the class names none that it has, the one that it calls `model`."""
+    base = model.base_model
+    return base if base is not model else getattr(model, "model", model)
 
 
 def tried(model: Any) -> Tried:
     """What the model does with labels.
 
     Raises `UnsupportedError` where its logits are anything but its output embeddings' product with the hidden states,
-    or its loss anything but the cross entropy of those with the next tokens.
+    scaled and capped by its config, or its loss anything but the cross entropy of those with the next tokens.
     """
-
     projection = model.get_output_embeddings()
     check_weights(projection)
     device = projection.weight.device
@@ -50,23 +84,43 @@ def tried(model: Any) -> Tried:
         hidden = hidden * (_LOGITS / projection(hidden).float().std()).to(hidden.dtype)
         labels = torch.randint(0, projection.out_features, (2, _SEQ), device=device)
         labels[0, :2] = -100
+        found = _tried(model, hidden, labels, False, _scalings(model.config))
+        # As large again after what it does to them, which nothing else may fit as well.
+        hidden = hidden / found.scaling.scale(model.config)
         for training in (False, True):
-            found = _tried(model, hidden, labels, training)
+            _tried(model, hidden, labels, training, [found.scaling])
     return found
 
 
-def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> Tried:
+def _scalings(config: Any) -> list[Scaling]:
+    """What the config's options may do to logits, nothing first."""
+    text = config.get_text_config()
+    inside = [""] if text is config else ["", *(f"{n}." for n, value in vars(config).items() if value is text)]
+    numbers = [
+        prefix + name
+        for prefix in inside
+        for name, value in vars(text if prefix else config).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    ]
+    scales = [n for n in numbers if any(part in n for part in _SCALES) and _option(config, n) != 1.0]
+    caps = [None, *(n for n in numbers if any(part in n for part in _SOFTCAPS))]
+    return [
+        Scaling(**by, softcap=cap)
+        for cap in caps
+        for by in ({}, *({kind: n} for n in scales for kind in ("multiplier", "divisor")))
+    ]
+
+
+def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings: list[Scaling]) -> Tried:
     """Calls the model with labels, and with hidden states in the place of those that it would make."""
     from transformers.utils import ModelOutput
 
-    logits = model.get_output_embeddings()(hidden)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     given = {
         "input_ids": labels.clamp_min(0),
         "attention_mask": torch.ones_like(labels),
         "position_ids": torch.arange(_SEQ, device=labels.device)[None],
     }
-    base = _Given(hidden, model.base_model)
+    base = _Given(hidden, base_of(model))
     try:
         made = _twin(model, base, training).forward(**given, labels=labels)
     except Exception as error:
@@ -80,16 +134,22 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool) -> Tried:
     odd += [n for n, value in arguments.items() if n not in given and not _is_plain(value)]
     if odd:
         raise UnsupportedError(f"it calls its base model with other arguments than its own: {', '.join(odd)}")
-    if not (_close(made.logits, logits) and _close(made.loss, loss)):
+    product = model.get_output_embeddings()(hidden)
+    scaling = next((s for s in scalings if _close(made.logits, s.of(product, model.config), hidden.dtype)), None)
+    if scaling is None or not _close(made.loss, _loss(scaling.of(product, model.config), labels), hidden.dtype):
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
     if not (isinstance(made, ModelOutput) and type(made).__module__.startswith("transformers.")):
         raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
-    return Tried(type(made), path, dropped)
+    return Tried(type(made), path, dropped, scaling)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
     """The model's twin, in which `given` stands for its base model."""
-    base = model.base_model
+    base = base_of(model)
     path = next((n for n, m in model.named_modules() if m is base and n), None)
     if path is None:
         raise UnsupportedError("its base model is not a module of its own")
@@ -99,18 +159,26 @@ def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
 
 
 class _Given(nn.Module):
-    """Returns these hidden states, and has what it was called with. So do the modules right inside it."""
+    """Returns these hidden states, and has what it was called with. So do the modules right inside it.
+
+    Its plain attributes are those of the base model.
+    """
 
     def __init__(self, hidden: Tensor, base: nn.Module, path: str = "") -> None:
         super().__init__()
         self._hidden, self._path, self.config = hidden, path, getattr(base, "config", None)
+        self._base = (base,)  # in a tuple: no module of this one
         self._called: list[tuple[str, dict[str, Any]]] = []
         self._names = list(inspect.signature(base.forward).parameters)
         self._inside = {} if path else {n: _Given(hidden, m, n) for n, m in base.named_children()}
 
     def __getattr__(self, name: str) -> Any:
         inside = self.__dict__.get("_inside", {})
-        return inside[name] if name in inside else super().__getattr__(name)
+        if name in inside:
+            return inside[name]
+        base = self.__dict__.get("_base", (None,))[0]
+        value = None if base is None else vars(base).get(name)
+        return value if isinstance(value, (bool, int, float, str)) else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._called.append((self._path, dict(zip(self._names, args, strict=False)) | kwargs))
@@ -142,8 +210,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _close(a: Any, b: Tensor) -> bool:
+def _close(a: Any, b: Tensor, dtype: torch.dtype) -> bool:
     if not isinstance(a, Tensor) or a.shape != b.shape or not bool(a.isfinite().all()):
         return False
     # Roundings alone: the products are the same.
-    return float((a.float() - b.float()).abs().max()) <= 8 * torch.finfo(b.dtype).eps * float(b.float().abs().max())
+    return float((a.float() - b).abs().max()) <= 8 * torch.finfo(dtype).eps * float(b.abs().max())

@@ -14,26 +14,26 @@ from pyckpt.functional import linear_cross_entropy
 from pyckpt.swap import heads
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places, ends_of
+from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError, watched
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import unsharded_class
 
 IGNORED = -100
+_UNSCALED = Scaling()
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What a family does to its logits: options of the config that multiply, divide or softcap them, or None.
+    """What a family does to its logits, and what it is made of.
 
     output: the class that the model returns, or the name of one in transformers.modeling_outputs. places: where the
     base model has what surrounds the layers, where that is known. `body`: which module right inside the base model it
     calls, "" for the base model itself; `dropped`: arguments that it does not hand on to that.
     """
 
-    multiplier: str | None = None
-    divisor: str | None = None
-    softcap: str | None = None
+    scaling: Scaling = _UNSCALED
     output: str | type = "CausalLMOutputWithPast"
     places: Places | None = None
     body: str = ""
@@ -42,10 +42,12 @@ class Head:
 
 _PLAIN = Head(places=Places())
 _MIXTURE = Head(output="MoeCausalLMOutputWithPast", places=Places())
-_SOFTCAPPED = Head(softcap="final_logit_softcapping", places=Places())
+_DIVIDED = Scaling(divisor="logits_scaling")
+_CAP = Scaling(softcap="final_logit_softcapping")
+_SOFTCAPPED = Head(_CAP, places=Places())
 HEADS = {
-    "Cohere2ForCausalLM": Head(multiplier="logit_scale", places=Places()),
-    "CohereForCausalLM": Head(multiplier="logit_scale", places=Places()),
+    "Cohere2ForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
+    "CohereForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
     "GPT2LMHeadModel": Head(
         output="CausalLMOutputWithCrossAttentions", places=Places("wte", "ln_f", table="wpe", dropout="drop")
     ),
@@ -53,12 +55,12 @@ HEADS = {
     "Gemma2ForCausalLM": _SOFTCAPPED,
     "Gemma3ForCausalLM": _SOFTCAPPED,
     "GptOssForCausalLM": _MIXTURE,
-    "GraniteForCausalLM": Head(divisor="logits_scaling", places=Places(multiplier="embedding_multiplier")),
-    "GraniteMoeForCausalLM": Head(divisor="logits_scaling", output="MoeCausalLMOutputWithPast"),
+    "GraniteForCausalLM": Head(_DIVIDED, places=Places(multiplier="embedding_multiplier")),
+    "GraniteMoeForCausalLM": Head(_DIVIDED, output="MoeCausalLMOutputWithPast"),
     "LlamaForCausalLM": _PLAIN,
     "MistralForCausalLM": _PLAIN,
     "MixtralForCausalLM": _MIXTURE,
-    "NanoChatForCausalLM": Head(softcap="final_logit_softcapping"),
+    "NanoChatForCausalLM": Head(_CAP),
     "Olmo2ForCausalLM": _PLAIN,
     "Phi3ForCausalLM": _PLAIN,
     "Qwen2ForCausalLM": _PLAIN,
@@ -66,7 +68,7 @@ HEADS = {
     "Qwen3MoeForCausalLM": _MIXTURE,
     "SmolLM3ForCausalLM": _PLAIN,
     "Starcoder2ForCausalLM": Head(places=Places(dropout="embedding_dropout")),
-    "VaultGemmaForCausalLM": Head(softcap="final_logit_softcapping"),
+    "VaultGemmaForCausalLM": Head(_CAP),
 }
 
 
@@ -81,7 +83,7 @@ def head_of(model: nn.Module) -> Head:
         found = heads.tried(model)
     except UnsupportedError as reason:
         raise UnsupportedError(f"this class is not known, and {reason}") from reason
-    return Head(output=found.output, body=found.called, dropped=found.dropped)
+    return Head(found.scaling, found.output, body=found.called, dropped=found.dropped)
 
 
 def check(model: nn.Module) -> None:
@@ -142,7 +144,7 @@ class SwappedHead(Replaced):
             given.pop(name, None)
         as_dict = given.pop("return_dict", None)
         wanted = _Wanted.of(labels, *(given.pop(n, None) for n in _Wanted.ARGUMENTS))
-        body = model.base_model.get_submodule(self.head.body)
+        body = heads.base_of(model).get_submodule(self.head.body)
         decoder = body.__dict__.get("forward")
         if isinstance(decoder, SwappedDecoder):
             given[CALL] = wanted.read
@@ -187,17 +189,15 @@ class SwappedHead(Replaced):
         model: Any = self.module
         reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
         options = LossOptions(reduction, self._softcap or 0.0, ignore_index=ignored, scale=self._scale)
-        return ends_of(model.base_model, self.head.places, model.get_output_embeddings(), options)
+        return ends_of(heads.base_of(model), self.head.places, model.get_output_embeddings(), options)
 
     @property
     def _softcap(self) -> float | None:
-        return getattr(self.module.config, self.head.softcap) if self.head.softcap else None
+        return self.head.scaling.cap(self.module.config)
 
     @property
     def _scale(self) -> float:
-        config: Any = self.module.config
-        scale = float(getattr(config, self.head.multiplier)) if self.head.multiplier else 1.0
-        return scale / float(getattr(config, self.head.divisor)) if self.head.divisor else scale
+        return self.head.scaling.scale(self.module.config)
 
     def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
         """The loss of hidden states (B, S, d_model)."""
