@@ -92,9 +92,9 @@ def test_positions_do_not_cut_where_the_models_masks_are_not_cut():
         model(**make_batch("packed"))
 
 
-def test_sinks_cannot_be_streamed():
-    attend = dataclasses.replace(DenseAttend(4, 2, 12, (-1, 0), 0.0, 0.3), sinks="attend.sinks")
-    with pytest.raises(ValueError, match="attention with sinks cannot be streamed"):
+def test_values_of_another_head_dim_cannot_be_streamed():
+    attend = dataclasses.replace(DenseAttend(4, 2, 12, (-1, 0), 0.0, 0.3), v_head_dim=8)
+    with pytest.raises(ValueError, match="values of another head dim than keys cannot be streamed"):
         TiledAttend(attend, Layout(1, 8), 4)
 
 

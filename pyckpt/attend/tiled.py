@@ -48,9 +48,10 @@ class TiledAttend:
     """`DenseAttend` by pairs of tiles. q, o (t, H * D), k, v (t, Hkv * D), lse and delta (1, H, t)."""
 
     def __init__(self, attend: DenseAttend, layout: Layout, tile: int) -> None:
-        for what, given in (("sinks", attend.sinks), ("values of another head dim than keys", attend.v_head_dim)):
-            if given is not None:
-                raise ValueError(f"attention with {what} cannot be streamed; run these blocks without stream=")
+        if attend.v_head_dim is not None:
+            raise ValueError(
+                "attention with values of another head dim than keys cannot be streamed; run the blocks without stream="
+            )
         self._attend, self._tile, self._tokens = attend, tile, layout.tokens
         whole = range(0, layout.tokens + 1, layout.seq)
         cut = [list(itertools.pairwise(whole if cu is None else cu.tolist())) for cu in layout.starts]
@@ -80,7 +81,10 @@ class TiledAttend:
     def forward(
         self, i: int, j: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, seed: int | None
     ) -> None:
-        """Merge key tile j into the running (o, lse) of query tile i: float32 or better, from 0 and -inf."""
+        """Merge key tile j into the running (o, lse) of query tile i: float32 or better.
+
+        They begin as 0 and -inf, or the sinks.
+        """
         for piece in self._pieces(i, j):
             rows, keys = piece.queries, piece.keys
             qh, kh, vh, oh = (self._heads(t, s) for t, s in ((q, rows), (k, keys), (v, keys), (o, rows)))

@@ -25,6 +25,7 @@ from pyckpt.exec.resident import POST_NAMES, BlockPlan
 from pyckpt.exec.schedule import Advance, Back, Schedule, Step
 from pyckpt.exec.tiling import count, tiles
 from pyckpt.ops import philox
+from pyckpt.ops.attention import sinks_backward
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.store import Key, OpenStore, Plan, Slab
 from pyckpt.tokenwise.gradients import WeightGradients
@@ -318,6 +319,7 @@ class _BlockPass:
         self._attention_seed = None if self._seed is None else philox.derive(self._seed, 0)
         self._acc = acc_dtype(stack.dtype)
         self._causal = self._attend.backward_looking
+        self._sinks = self._plan.sinks(self._w)
 
     def forward(
         self,
@@ -380,7 +382,10 @@ class _BlockPass:
         o = made if made.dtype == self._acc else self._scratch("o_sum", rows, self._plan.d_q, self._acc)
         lse = self._lse("lse" in kept, i)
         o.zero_()
-        lse.fill_(float("-inf"))
+        if self._sinks is None:
+            lse.fill_(float("-inf"))
+        else:
+            lse.copy_(self._sinks.view(1, -1, 1).expand_as(lse))
         keys = self._attend.keys_of(i)
         for j in keys:
             k, v, give_back = (*own, self._store.put) if own and j == i else self._lend_keys(i, x, j)
@@ -468,6 +473,9 @@ class _BlockPass:
         self, i: int, rows: slice, x: Tensor, q: Tensor, o: Tensor, lse: Tensor, do: Tensor, h: Tensor
     ) -> None:
         delta = self._attend.delta(do, o)
+        if self._sinks is not None:
+            name = str(self._plan.attend.sinks)
+            self._grads.add(name, sinks_backward(self._sinks.to(self._acc), lse, delta))
         dq = self._scratch("dq_sum", rows, self._plan.d_q, self._acc).zero_()
         keys = self._attend.keys_of(i)
         sums: tuple[Tensor, ...] = ()

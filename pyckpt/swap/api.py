@@ -83,7 +83,7 @@ def swap(
             + f"\nKnown layers: {', '.join(sorted(families.FAMILIES))}, TransformerEncoderLayer. For another "
             "architecture see pyckpt.CkptGenericBlock"
         )
-    if stream is not None and not any(isinstance(r, SwappedLayer) and r.streams for r in made):
+    if stream is not None and not any(isinstance(r, SwappedLayer) and not r.apart for r in made):
         raise ValueError("stream= takes decoder layers of transformers, and this model has none that can be streamed")
     if loss:
         made += _heads(model, loss == "always", stream, entries)
@@ -189,7 +189,7 @@ def _refused(model: Any, name: str, layer: nn.Module, reason: str, note: str) ->
 
 
 def _notes(layer: SwappedLayer, segments: int | str | None, stream: Stream | None) -> str:
-    if stream is not None and layer.streams:
+    if stream is not None and not layer.apart:
         return f"; streamed by {stream.tile} tokens, store {stream.store.kind!r}"
     return _apart(segments, stream) if stream is not None or layer.apart else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class SwappedDecoder(Replaced):
     @property
     def streams(self) -> bool:
         """All of its layers are one streamed run, which needs nothing that the model's own forward makes."""
-        return self.complete and all(s.streams and s.block.mapping.moving is None for s in self.layers)
+        return self.complete and all(not s.apart and s.block.mapping.moving is None for s in self.layers)
 
     def _run(self, given: dict[str, Any]) -> Any:
         call = self.prepare(given, given.pop(CALL, None))
@@ -189,9 +189,7 @@ class SwappedDecoder(Replaced):
     def _runs(self, given: dict[str, Any]) -> tuple[dict[int, list[CheckpointedBlock]], bool]:
         """What the layer at each place runs, nothing where all run one by one; and whether it is streamed."""
         streamed = self.stream is not None
-        segments = (
-            together(self.layers, len(self.layers), lambda layer: not layer.streams) if streamed else self.segments
-        )
+        segments = together(self.layers, len(self.layers)) if streamed else self.segments
         what = "streaming is" if streamed else "segments are"
         if not streamed and len(segments) == len(self.layers):
             return {}, False
@@ -223,13 +221,11 @@ def arguments(layers: list[SwappedLayer]) -> frozenset[str]:
     return known | _BETWEEN if all(s.apart for s in layers) else known
 
 
-def together(
-    layers: list[SwappedLayer], length: int, apart: Callable[[SwappedLayer], bool] = lambda layer: layer.apart
-) -> list[list[SwappedLayer]]:
+def together(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:
     """Layers in runs of at most `length` that stand next to each other; those that are `apart` alone."""
     found: list[list[SwappedLayer]] = []
     for layer in layers:
-        alone = apart(layer) or (found and apart(found[-1][-1]))
+        alone = layer.apart or (found and found[-1][-1].apart)
         if found and not alone and len(found[-1]) < length and layer.place == found[-1][-1].place + 1:
             found[-1].append(layer)
         else:

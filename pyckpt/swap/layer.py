@@ -69,13 +69,8 @@ class SwappedLayer(Replaced):
 
     @property
     def apart(self) -> bool:
-        """It runs by itself alone, in no segment."""
+        """It runs by itself alone, in no segment and not streamed."""
         return False
-
-    @property
-    def streams(self) -> bool:
-        """It can be streamed."""
-        return not self.apart and self.block.mapping.sinks is None
 
     @property
     def reach(self) -> int | None:
@@ -98,7 +93,7 @@ class SwappedLayer(Replaced):
 
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
         """What the layer returns: `blocks` of x, of a call with the arguments `given`."""
-        streamed = call.stream is not None and self.streams
+        streamed = call.stream is not None and not self.apart
         if call.cu_seqlens is None and not streamed:
             return run_blocks(blocks, x, call.positions, None)
         positions = call.flat_positions(x.shape[:2])
