@@ -79,19 +79,19 @@ def alone(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:pyckpt.swap. gradient checkpointing")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippets_run(snippet, alone):
-    """On a CPU; in whole, and the model is swapped, or was: some undo it."""
+    """On a CPU; in whole, and those that swap the model have done it."""
     pytest.importorskip("transformers")
     names = names_of(snippet, alone)
     exec(compile(snippet.replace('"cuda"', '"cpu"'), "how-to.md", "exec"), names)
     swapped = [m for m in names["model"].modules() if "forward" in m.__dict__]
-    assert swapped
+    assert swapped or "swap" not in snippet
 
 
 def test_the_tests_that_are_named_are_there():
     named = re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGE)
     assert len(named) >= 10
     for path, name in named:
-        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE), name
+        assert re.search(rf"^ *def {name}\(", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE), name
 
 
 @pytest.mark.parametrize("page", ["how-to.md", "swap.md", "troubleshooting.md"])
