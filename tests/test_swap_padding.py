@@ -94,6 +94,17 @@ def test_logits_of_every_token(family):
         assert_exact(model(ids, attention_mask=mask).logits, before, terms=float(before.abs().max()))
 
 
+def test_hidden_states_of_padding_that_the_loss_does_not_read():
+    model, batch = make_model("Llama", torch.float64).double(), make_batch("padded")
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    with InFloat64():
+        before = model(**batch, output_hidden_states=True).hidden_states
+        pyckpt.swap(model)
+        after = model(**batch, output_hidden_states=True).hidden_states
+    for ours, truth in zip(after, before, strict=True):
+        assert_exact(ours, truth)
+
+
 def test_rows_of_padding_alone_do_no_harm():
     model = make_model("Llama")
     mask = mask_of("nothing", "right")

@@ -167,6 +167,8 @@ class SwappedDecoder(Replaced):
         # Where it makes a cache, transformers does not look whether positions start anew.
         looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
         cut = positions if looks and self.cuts is not False else None
+        if read is not None and (read.numel() != batch * seq or self.asks(given, "output_hidden_states")):
+            read = None
         cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read))
         if cu_seqlens is not None and mask is None and self.cuts is None:
             raise UnsupportedCallError("position_ids start anew, and whether that cuts the model's masks is not known")

@@ -20,8 +20,8 @@ from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 class Sight:
     """What padding sees of its row's tokens: those "before" it, "all" or "none".
 
-    A query that sees nothing gets zeros; but with `reach`, how far a layer's queries look back at least, no block gives
-    what it gets. read: (B, S) bool, the tokens whose outputs are read; None: all may be.
+    A query that sees nothing gets zeros, as from a block; or, with `reach`, something that no block gives. `reach` is
+    how far back the queries of every layer see. read: (B, S) bool, the tokens whose outputs are read; None: all may be.
     """
 
     tokens: Literal["before", "all", "none"]
@@ -75,8 +75,10 @@ def _padded_lengths_fake(mask: Tensor, sight: str, reach: int | None, read: Tens
 
 
 def _padded(mask: Tensor, sight: Sight) -> Tensor:
-    """(2, 5 * B + 1) for a mask (B, S) bool. Each row has five sequences: queries of padding before the tokens, without
-    keys; its keys, without queries; the tokens, and queries of padding that see them; then the same of padding after.
+    """(2, 5 * B + 1) for a mask (B, S) bool, five sequences a row.
+
+    They are: queries of padding before the tokens, which see nothing; its keys, which nobody sees; the tokens, with the
+    queries of padding that see them; queries of padding after them that see nothing; its keys.
     """
     batch, seq = mask.shape
     before, after = mask[:, :-1], mask[:, 1:]
@@ -100,7 +102,7 @@ def _seen(first: Tensor, stop: Tensor, seq: int, sight: Sight) -> str:
     if sight.tokens == "none" or (sight.read is None and sight.reach is None):
         return sight.tokens
     token, first, stop = torch.arange(seq, device=first.device), first[:, None], stop[:, None]
-    read = torch.ones_like(token < first) if sight.read is None else sight.read.to(first.device)
+    read = torch.ones_like(token < first) if sight.read is None else sight.read.to(first.device).reshape(-1, seq)
     if sight.reach is not None and bool((((token < first) | (token >= stop + sight.reach)) & read).any()):
         raise UnsupportedCallError("padding that sees no token, and is read, under eager attention")
     return sight.tokens if bool(((token >= stop) & read).any()) else "none"
