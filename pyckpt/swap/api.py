@@ -75,6 +75,8 @@ def swap(
             made += _encoder_layer(name, module, save, tile, entries)
         elif layers := _decoder_layers(module):
             made += _decoder(name, module, layers, save, segments, stream, tile, entries)
+        elif (layers := _other_layers(module)) and not _inside(name, entries):
+            made += _others(_owner(model, name), name, layers, _apart(segments, stream), entries)
     if not made:
         found = "".join(f"\n  {e.name} ({e.kind}): {e.why}" for e in entries)
         raise ValueError(
@@ -135,6 +137,41 @@ def _is_decoder_layer(layer: nn.Module) -> bool:
     attends = any(part in name for name, _ in layer.named_children() for part in ("attn", "attention", "mixer"))
     named = any(k.__name__.endswith("DecoderLayer") for k in type(layer).__mro__)
     return kind in families.FAMILIES or named or (kind.endswith("Block") and attends)
+
+
+def _other_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Layers of any other kind that transformers' own checkpointing knows: encoders', of text, images or sound."""
+    return [
+        (f"{name}.{i}", layer)
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList)
+        for i, layer in child.named_children()
+        if whole.known(layer)
+    ]
+
+
+def _inside(name: str, entries: list[Entry]) -> bool:
+    """The module of this name is, or is part of, a layer that runs again: with it all that is inside does."""
+    again = (e.name for e in entries if e.path == CHECKPOINTED)
+    return any(name == n or name.startswith(f"{n}.") for n in again)
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The model of transformers that the module of this name is part of, or the module itself."""
+    path = name.split(".") if name else []
+    around = [model.get_submodule(".".join(path[:n])) for n in range(len(path), -1, -1)]
+    return next((m for m in around if hasattr(type(m), "supports_gradient_checkpointing")), around[0])
+
+
+def _others(
+    owner: nn.Module, name: str, layers: list[tuple[str, nn.Module]], note: str, entries: list[Entry]
+) -> list[Replaced]:
+    made: list[Replaced] = []
+    for path, layer in layers:
+        full = f"{name}.{path}" if name else path
+        entries.append(_refused(owner, full, layer, "it is no decoder layer", note))
+        made += [CheckpointedLayer(layer, told=False)] if entries[-1].path == CHECKPOINTED else []
+    return made
 
 
 def _check_forward(module: nn.Module) -> None:

@@ -18,6 +18,12 @@ from pyckpt.swap.shadow import unsharded_class
 _TRUSTED = ("torch.nn.", "transformers.", "peft.", "bitsandbytes.")
 
 
+def known(layer: nn.Module) -> bool:
+    """The layer is of a class that transformers' own checkpointing runs twice."""
+    kinds = {k.__name__ for k in type(layer).__mro__ if k.__module__.startswith("transformers.")}
+    return "GradientCheckpointingLayer" in kinds
+
+
 def check(model: Any, layer: nn.Module) -> None:
     """Raise `UnsupportedError` where it is not known that the layer may run twice.
 
@@ -25,8 +31,7 @@ def check(model: Any, layer: nn.Module) -> None:
     into them, and not of classes of one's own, which may keep what they have seen.
     """
     families.check_version()
-    kinds = {k.__name__ for k in type(layer).__mro__ if k.__module__.startswith("transformers.")}
-    if "GradientCheckpointingLayer" not in kinds or not getattr(model, "supports_gradient_checkpointing", False):
+    if not known(layer) or not getattr(model, "supports_gradient_checkpointing", False):
         raise UnsupportedError("transformers does not say that it may run twice")
     check_modules(layer)
 
@@ -38,6 +43,8 @@ def check_modules(layer: nn.Module) -> None:
         if not kind.__module__.startswith(_TRUSTED):
             where = f"its {path} is a {kind.__name__}" if path else f"{kind.__name__} is a class of your own"
             raise UnsupportedError(f"{where}, which may keep something when it runs twice")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            raise UnsupportedError(f"its {path} is a {kind.__name__}, whose statistics would count all twice")
     check_unwatched(layer)
 
 
