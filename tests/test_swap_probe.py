@@ -542,10 +542,25 @@ def by_config(kind: type, options: tuple[float, float, float | None]) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("kind", "options"), [(ByConfig, (0.3, 7.0, None)), (ByConfigInEval, (0.3, 1.0, None))])
-def test_two_scales_or_another_one_in_training_are_not_guessed(kind, options):
-    (left,) = pyckpt.swap(by_config(kind, options)).left
+class NearlyPlain(LlamaForCausalLM):
+    def logits(self, hidden):
+        return self.lm_head(hidden) * 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(ByConfig, (0.3, 7.0, None)), (ByConfigInEval, (0.3, 1.0, None)), (NearlyPlain, (1.0, 1.0, None))],
+)
+def test_scales_that_are_not_one_option_of_the_config_are_not_guessed(kind, options, dtype):
+    (left,) = pyckpt.swap(by_config(kind, options).to(dtype)).left
     assert left.name == "(model)" and "not those of its output embeddings alone" in left.why
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_scales_are_found_in_every_dtype(dtype):
+    for options in OPTIONS.values():
+        assert not pyckpt.swap(by_config(ByConfig, options).to(dtype)).left
 
 
 SCALED = {
@@ -569,12 +584,13 @@ def test_losses_of_classes_that_scale_their_logits_or_name_no_base_model(family)
     check(make_model(family, num_hidden_layers=1, **SCALED[family]), [make_batch("plain")])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "kind", [Capped, ScaledHead, Penalised, Unshifted, Shuffling, Twice], ids=lambda kind: kind.__name__
 )
-def test_no_head_deceives_the_trial(kind):
+def test_no_head_deceives_the_trial(kind, dtype):
     """Its loss is left as it is, and what was known of its class's name is not believed."""
-    model = make_model("Llama", num_hidden_layers=1)
+    model = make_model("Llama", dtype, num_hidden_layers=1)
     model.__class__ = type("LlamaForCausalLM", (kind,), {})
     batch = make_batch("plain")
     before = model(**batch).loss
@@ -582,6 +598,8 @@ def test_no_head_deceives_the_trial(kind):
     (left,) = pyckpt.swap(model).left
     whys = ("logits or loss", "other arguments", "calls its base model 2 times")
     assert left.name == "(model)" and any(why in left.why for why in whys), left.why
-    torch.testing.assert_close(model(**batch).loss, before)
+    torch.testing.assert_close(
+        model(**batch).loss, before, rtol=torch.finfo(dtype).eps, atol=1e-5
+    )  # layers are swapped
     pyckpt.unswap(model)
     assert_unchanged(state, snapshot(model))

@@ -53,16 +53,9 @@ class TiledAttend:
                 "attention with values of another head dim than keys cannot be streamed; run the blocks without stream="
             )
         self._attend, self._tile, self._tokens = attend, tile, layout.tokens
-        whole = range(0, layout.tokens + 1, layout.seq)
-        cut = [list(itertools.pairwise(whole if cu is None else cu.tolist())) for cu in layout.starts]
-        # A sequence without queries has a number and nothing to do.
-        self._sequences = [
-            _Sequence(slice(*q), slice(*k), n) for n, (q, k) in enumerate(zip(*cut, strict=True)) if q[1] > q[0]
-        ]
-        self._starts, self._key_stops = (
-            [s.queries.start for s in self._sequences],
-            [s.keys.stop for s in self._sequences],
-        )
+        self._sequences = _sequences(layout)
+        self._starts = [s.queries.start for s in self._sequences]
+        self._key_stops = [s.keys.stop for s in self._sequences]
 
     @property
     def backward_looking(self) -> bool:
@@ -146,6 +139,15 @@ class TiledAttend:
             if rows.start < rows.stop and cols.start < cols.stop:
                 places = rows.start - s.queries.start, cols.start - s.keys.start
                 yield _Piece(_within(rows, queries), _within(cols, keys), *places, s.number)
+
+
+def _sequences(layout: Layout) -> list[_Sequence]:
+    """The sequences that have queries; one without has a number and nothing to do."""
+    cu, cu_keys = layout.starts
+    starts = range(0, layout.tokens + 1, layout.seq) if cu is None else cu.tolist()
+    of_keys = cu_keys.tolist() if layout.apart and cu_keys is not None else starts
+    cuts = enumerate(zip(itertools.pairwise(starts), itertools.pairwise(of_keys), strict=True))
+    return [_Sequence(slice(*q), slice(*k), n) for n, (q, k) in cuts if q[1] > q[0]]
 
 
 def _common(a: slice, b: slice) -> slice:

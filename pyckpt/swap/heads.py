@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyckpt.ops.chunks import acc_dtype
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import twin_of
 from pyckpt.swap.survey import check_weights, forked, shown
@@ -41,8 +42,8 @@ class Scaling:
         return _option(config, self.softcap) if self.softcap else None
 
     def of(self, logits: Tensor, config: Any) -> Tensor:
-        """The logits, float32, of a product."""
-        logits, cap = logits.float() * self.scale(config), self.cap(config)
+        """The logits, float32 or float64, of a product."""
+        logits, cap = logits.to(acc_dtype(logits.dtype)) * self.scale(config), self.cap(config)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -136,7 +137,7 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
         raise UnsupportedError(f"it calls its base model with other arguments than its own: {', '.join(odd)}")
     product = model.get_output_embeddings()(hidden)
     scaling = next((s for s in scalings if _close(made.logits, s.of(product, model.config), hidden.dtype)), None)
-    if scaling is None or not _close(made.loss, _loss(scaling.of(product, model.config), labels), hidden.dtype):
+    if scaling is None or not _close(made.loss, _loss(made.logits, labels), torch.float32):
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
     if not (isinstance(made, ModelOutput) and type(made).__module__.startswith("transformers.")):
         raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
@@ -144,7 +145,7 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
@@ -213,5 +214,6 @@ def _is_plain(value: Any) -> bool:
 def _close(a: Any, b: Tensor, dtype: torch.dtype) -> bool:
     if not isinstance(a, Tensor) or a.shape != b.shape or not bool(a.isfinite().all()):
         return False
-    # Roundings alone: the products are the same.
-    return float((a.float() - b).abs().max()) <= 8 * torch.finfo(dtype).eps * float(b.abs().max())
+    # Roundings alone: the products are the same. A half precision's norm of them is a quarter of its eps.
+    allowed = max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)
+    return float((a.to(b.dtype) - b).norm()) <= allowed * float(b.norm())
