@@ -83,7 +83,8 @@ def test_snippets_run(snippet, alone):
     pytest.importorskip("transformers")
     names = names_of(snippet, alone)
     exec(compile(snippet.replace('"cuda"', '"cpu"'), "how-to.md", "exec"), names)
-    swapped = [m for m in names["model"].modules() if "forward" in m.__dict__]
+    models = [names["model"], *([names["mine"]] if "mine" in names else [])]
+    swapped = [m for model in models for m in model.modules() if "forward" in m.__dict__]
     assert swapped or "swap" not in snippet
 
 

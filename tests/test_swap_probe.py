@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import assert_same_bits
-from swap_models import EXPERTS, KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model
+from swap_models import EXPERTS, KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -346,13 +346,31 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_nothing_deceives_the_probe(kind):
-    """And it leaves everything as it was: attributes, buffers, modes, gradients and random numbers."""
+    """And it leaves everything as it was: attributes, buffers, modes, gradients and random numbers.
+
+    Such layers run again as a whole, which is exact of all of them, and keep what they keep once.
+    """
     model = odd_model(kind)
     model.model.layers[0].mlp.eval()
     state = snapshot(model)
-    with pytest.raises(ValueError, match=REFUSED[kind]):
-        pyckpt.swap(model)
+    assert_run_whole(pyckpt.swap(model), REFUSED[kind])
+    pyckpt.unswap(model)
     assert_unchanged(state, snapshot(model))
+    plain, batch = copy.deepcopy(model), make_batch("padded")
+    pyckpt.swap(model, loss=False)
+    for _ in range(2):
+        torch.manual_seed(1)
+        before = step(plain, batch)
+        torch.manual_seed(1)
+        assert_same_bits(step(model, batch), before)
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def assert_run_whole(report: Any, reason: str) -> None:
+    """None of the layers is cut, for this reason."""
+    layers = [e for e in report.entries if ".layers." in e.name]
+    assert layers and all(e.path == "checkpointed" and reason in e.why for e in layers)
 
 
 def snapshot(model: nn.Module) -> list[Any]:
@@ -415,8 +433,7 @@ class Narrow(llama.LlamaModel):
 def test_a_window_that_shows_in_longer_masks_alone_is_seen():
     model = odd_model(OddDecoderLayer, max_position_embeddings=256)
     model.model.__class__ = Narrow
-    with pytest.raises(ValueError, match="its mask is not that of causal attention"):
-        pyckpt.swap(model)
+    assert_run_whole(pyckpt.swap(model), "its mask is not that of causal attention")
 
 
 @pytest.mark.parametrize("option", [{"sliding_windows": [7, 9]}, {"local_span": {"first": 7}}])
@@ -424,8 +441,7 @@ def test_windows_that_cannot_be_read_are_not_guessed(option):
     model = odd_model(OddDecoderLayer)
     for name, value in option.items():
         setattr(model.config, name, value)
-    with pytest.raises(ValueError, match=f"its config has options that may be windows: {next(iter(option))}"):
-        pyckpt.swap(model)
+    assert_run_whole(pyckpt.swap(model), f"its config has options that may be windows: {next(iter(option))}")
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

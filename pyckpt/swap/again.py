@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pyckpt.save import SaveSet
+from pyckpt.swap import kept
+from pyckpt.swap.once import FirstRun, SecondRun
 from pyckpt.swap.replaced import Replaced
 
 # By these names layers of transformers are handed what they are to write keys, values and states to.
@@ -20,19 +26,47 @@ def caches(given: dict[str, Any]) -> bool:
     return bool(given.get("use_cache")) or any(given.get(n) is not None for n in _CACHES)
 
 
-def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The original forward; while gradients are enabled its arguments alone are kept. It writes to no cache then.
+def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], save: SaveSet) -> Any:
+    """The original forward, again in the backward; while gradients are enabled it writes to no cache.
 
-    Where transformers' own checkpointing was enabled it does the same, as it was told to.
+    Kept are its arguments and, unless the save set has no attention, what attention made (see `kept`). Where
+    transformers' own checkpointing was enabled it does the same, as it was told to.
     """
     checkpoints_itself = bool(getattr(layer.module, "gradient_checkpointing", False)) and layer.module.training
     if checkpoints_itself or not torch.is_grad_enabled():
         return layer.original(*args, **kwargs)
     args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
     kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
-    return checkpoint(functools.partial(layer.original, *args, **kwargs), use_reentrant=False)
+    forward = functools.partial(layer.original, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}
+    else:
+        options = {"context_fn": functools.partial(_contexts, layer.module, save.attention)}
+    return checkpoint(forward, use_reentrant=False, **options)
 
 
 def _cacheless(name: str | None, value: Any) -> Any:
     """An argument of this name, None where it is a cache."""
     return None if name in _CACHES else False if name == "use_cache" else value
+
+
+def _contexts(module: nn.Module, attention: bool) -> kept.Contexts:
+    """In which the layer runs first, and again."""
+    keeping, giving = kept.contexts() if attention else (contextlib.nullcontext(), contextlib.nullcontext())
+    first = FirstRun(module)
+    return _Both(first, keeping), _Both(SecondRun(module, first), giving)
+
+
+class _Both:
+    """Two contexts as one, which may be entered again."""
+
+    def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)

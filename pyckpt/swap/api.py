@@ -11,7 +11,7 @@ from pyckpt import errors
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
-from pyckpt.swap import encoder, families, whole
+from pyckpt.swap import encoder, families, own, whole
 from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
@@ -76,14 +76,15 @@ def swap(
         elif layers := _decoder_layers(module):
             made += _decoder(name, module, layers, save, segments, stream, tile, entries)
         elif (layers := _other_layers(module)) and not _inside(name, entries):
-            made += _others(_owner(model, name), name, layers, _apart(segments, stream), entries)
+            made += _others(_owner(model, name), name, layers, _apart(segments, stream), save, entries)
+    made += _own(model, _apart(segments, stream), save, entries)
     if not made:
         found = "".join(f"\n  {e.name} ({e.kind}): {e.why}" for e in entries)
         raise ValueError(
             f"there is nothing to swap in this {type(model).__name__}: "
-            + (f"its layers cannot be swapped{found}" if found else "no transformer layer of a known kind was found")
-            + f"\nKnown layers: {', '.join(sorted(families.FAMILIES))}, TransformerEncoderLayer. For another "
-            "architecture see pyckpt.CkptGenericBlock"
+            + (f"its layers cannot be swapped{found}" if found else "no transformer layer was found")
+            + f"\nKnown layers: {', '.join(sorted(families.FAMILIES))}, TransformerEncoderLayer. Others are found in "
+            "lists of modules, by the attention in them. For another architecture see pyckpt.CkptGenericBlock"
         )
     if stream is not None and not any(isinstance(r, SwappedLayer) and not r.apart for r in made):
         raise ValueError("stream= takes decoder layers of transformers, and this model has none that can be streamed")
@@ -164,13 +165,31 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 
 def _others(
-    owner: nn.Module, name: str, layers: list[tuple[str, nn.Module]], note: str, entries: list[Entry]
+    owner: nn.Module,
+    name: str,
+    layers: list[tuple[str, nn.Module]],
+    note: str,
+    save: str | Save,
+    entries: list[Entry],
 ) -> list[Replaced]:
     made: list[Replaced] = []
     for path, layer in layers:
         full = f"{name}.{path}" if name else path
-        entries.append(_refused(owner, full, layer, "it is no decoder layer", note))
-        made += [CheckpointedLayer(layer, told=False)] if entries[-1].path == CHECKPOINTED else []
+        entries.append(_refused(owner, full, layer, "it is no decoder layer", save, note))
+        made += [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []
+    return made
+
+
+def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) -> list[Replaced]:
+    """Layers of classes that nobody knows, where none of those above is, around or inside."""
+    made: list[Replaced] = []
+    taken = [f"{e.name}." for e in entries]
+    for path, layer in own.layers_of(model):
+        if any(f"{path}.".startswith(name) or name.startswith(f"{path}.") for name in taken):
+            continue
+        reason = f"a class of {type(layer).__module__.partition('.')[0]}"
+        entries.append(_refused(_owner(model, path), path, layer, reason, save, note))
+        made += [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []
     return made
 
 
@@ -198,12 +217,12 @@ def _decoder(
             _check_forward(layer)
             made = chooser.layer(layer, place)
         except UnsupportedError as reason:
-            entries.append(_refused(module, full, layer, str(reason), _apart(segments, stream)))
+            entries.append(_refused(module, full, layer, str(reason), save, _apart(segments, stream)))
             refused += [layer] if entries[-1].path == CHECKPOINTED else []
             continue
         swapped.append(made)
         entries.append(_entry(full, kind, made.block.mapping, save, _notes(made, segments, stream)))
-    again = [CheckpointedLayer(layer, told=bool(swapped)) for layer in refused]
+    again = [CheckpointedLayer(layer, bool(swapped), save) for layer in refused]
     if not swapped:
         return [*again]
     length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
@@ -213,16 +232,18 @@ def _decoder(
     return [*swapped, *again, SwappedDecoder(module, swapped, complete, unread, *more)]
 
 
-def _refused(model: Any, name: str, layer: nn.Module, reason: str, note: str) -> Entry:
+def _refused(model: Any, name: str, layer: nn.Module, reason: str, save: str | Save, note: str) -> Entry:
     """Of a layer that can't be cut, for this reason: it runs again as a whole where it may."""
     kind = type(layer).__name__
     try:
         _check_forward(layer)
-        check_weights(layer)  # with its weights it might be cut
+        if whole.known(layer):
+            check_weights(layer)  # with its weights it might be cut
         whole.check(model, layer)
     except UnsupportedError as other:
         return Entry(name, kind, ORIGINAL, reason if str(other) in reason else f"{reason}; {other}")
-    return Entry(name, kind, CHECKPOINTED, f"run again as a whole, its input alone is kept: {reason}{note}")
+    kept = "its input and its attention's output are kept" if save_set(save).attention else "its input alone is kept"
+    return Entry(name, kind, CHECKPOINTED, f"run again as a whole, {kept}: {reason}{note}")
 
 
 def _notes(layer: SwappedLayer, segments: int | str | None, stream: Stream | None) -> str:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyckpt.block import run_blocks
-from pyckpt.save import Save
+from pyckpt.save import Save, save_set
 from pyckpt.swap import again, generic, masks, whole
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
@@ -189,7 +189,7 @@ class SwappedEncoderLayer(Replaced):
     def __init__(self, module: nn.TransformerEncoderLayer, blocks: dict[bool, EncoderBlock]) -> None:
         super().__init__(module)
         self._batch_first = module.self_attn.batch_first
-        self._twice = whole.passes(whole.check_modules, module)
+        self._twice = whole.passes(generic.check_unwatched, module)
         self.blocks = blocks  # by causal
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +203,9 @@ class SwappedEncoderLayer(Replaced):
             twice = isinstance(reason, UnsupportedCallError) and self._twice
             how = "again as a whole in the backward" if twice else "which stores everything"
             self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, {how}")
-            return again.run_twice(self, (), given) if twice else self.original(**given)
+            if not twice:
+                return self.original(**given)
+            return again.run_twice(self, (), given, save_set(self.blocks[False].save))
         x = src if self._batch_first else src.transpose(0, 1)
         block = self.blocks[causal]
         if cu_seqlens is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.exec.lm_ends import Ends, Targets
+from pyckpt.save import save_set
 from pyckpt.stream import Stream, stream_blocks, stream_loss
 from pyckpt.swap import again
 from pyckpt.swap.block import MappedBlock
@@ -83,7 +84,9 @@ class SwappedLayer(Replaced):
         if call is None:
             return self.original(*args, **kwargs)
         if call.whole:
-            return again.run_twice(self, args, kwargs) if self.twice else self.original(*args, **kwargs)
+            if not self.twice:
+                return self.original(*args, **kwargs)
+            return again.run_twice(self, args, kwargs, save_set(self.block.save))
         given = self.given(args, kwargs)
         x = given["hidden_states"]
         blocks = call.runs[self.place] if call.runs else [self.block]

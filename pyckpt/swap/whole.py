@@ -7,45 +7,34 @@ from typing import Any
 
 from torch import nn
 
+from pyckpt.save import Save, save_set
 from pyckpt.swap import again, families
 from pyckpt.swap.generic import check_unwatched
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.shadow import unsharded_class
-
-# Packages whose modules run twice under transformers' own checkpointing.
-_TRUSTED = ("torch.nn.", "transformers.", "peft.", "bitsandbytes.")
 
 
 def known(layer: nn.Module) -> bool:
-    """The layer is of a class that transformers' own checkpointing runs twice."""
-    kinds = {k.__name__ for k in type(layer).__mro__ if k.__module__.startswith("transformers.")}
-    return "GradientCheckpointingLayer" in kinds
+    """The layer is of a class that transformers' own checkpointing runs twice, or of one derived from it."""
+    return "GradientCheckpointingLayer" in _of_transformers(layer)
 
 
 def check(model: Any, layer: nn.Module) -> None:
-    """Raise `UnsupportedError` where it is not known that the layer may run twice.
+    """Raise `UnsupportedError` where transformers does not say that this layer of its own may run twice.
 
-    That is known of the classes of transformers that its own checkpointing runs twice, of what PEFT and others put
-    into them, and not of classes of one's own, which may keep what they have seen.
+    Of classes of one's own nobody says so: what they keep is kept once (see `once`). Hooks inside see all.
     """
-    families.check_version()
-    if not known(layer) or not getattr(model, "supports_gradient_checkpointing", False):
-        raise UnsupportedError("transformers does not say that it may run twice")
-    check_modules(layer)
-
-
-def check_modules(layer: nn.Module) -> None:
-    """Raise `UnsupportedError` where the layer has modules that may keep something, or have hooks, which see all."""
-    for path, module in layer.named_modules():
-        kind = unsharded_class(module)
-        if not kind.__module__.startswith(_TRUSTED):
-            where = f"its {path} is a {kind.__name__}" if path else f"{kind.__name__} is a class of your own"
-            raise UnsupportedError(f"{where}, which may keep something when it runs twice")
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            raise UnsupportedError(f"its {path} is a {kind.__name__}, whose statistics would count all twice")
+    if _of_transformers(layer):
+        families.check_version()
+        if not known(layer) or not getattr(model, "supports_gradient_checkpointing", False):
+            raise UnsupportedError("transformers does not say that it may run twice")
     check_unwatched(layer)
+
+
+def _of_transformers(layer: nn.Module) -> set[str]:
+    """The names of those of its classes that are transformers'."""
+    return {k.__name__ for k in type(layer).__mro__ if k.__module__.startswith("transformers.")}
 
 
 def passes(check: Callable[..., None], *args: Any) -> bool:
@@ -58,20 +47,22 @@ def passes(check: Callable[..., None], *args: Any) -> bool:
 
 
 class CheckpointedLayer(Replaced):
-    """Keeps what the layer is given alone, by torch.utils.checkpoint, wherever gradients are enabled.
+    """Keeps what the layer is given, and what its attention made, by torch.utils.checkpoint.
+
+    That is wherever gradients are enabled; with the save set "input" the arguments alone.
 
     `told`: it waits for its model's forward to hand it a `Call`, as swapped layers beside it do. Else it decides by
     itself: in training it writes to no cache, which would be written to twice (transformers' own checkpointing does
     the same); in eval mode with a cache it is the original.
     """
 
-    def __init__(self, module: nn.Module, told: bool) -> None:
+    def __init__(self, module: nn.Module, told: bool, save: str | Save) -> None:
         super().__init__(module)
-        self.told = told
+        self.told, self._save = told, save_set(save)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
         alone = not self.told and (self.module.training or not again.caches(self.given(args, kwargs)))
         if call is None and not alone:
             return self.original(*args, **kwargs)
-        return again.run_twice(self, args, kwargs)
+        return again.run_twice(self, args, kwargs, self._save)

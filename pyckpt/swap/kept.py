@@ -1,0 +1,119 @@
+"""What a region that runs again in the backward keeps beside its inputs: what its attention made.
+
+Chen et al. 2016, "Training deep nets with sublinear memory cost", keeps the inputs alone. Of what is made again then
+only attention's part grows with the square of the length, and its output is no larger than the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+# Ops that give an attention's output, and what else its backward reads.
+_ATTENTION = frozenset(
+    (
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        "aten::_flash_attention_forward",
+        "aten::_efficient_attention_forward",
+        "aten::_cudnn_attention_forward",
+        "torch_attn::_varlen_attn",
+        "flex_attention",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::fwd",
+        "flash_attn_3::_flash_attn_forward",
+        "pyckpt::attention_fwd",
+    )
+)
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def contexts() -> Contexts:
+    """In which a region runs first, and again: there its attention is not computed but given.
+
+    For `torch.utils.checkpoint`. Its own kept values (`create_selective_checkpoint_contexts`) serve a single backward;
+    these serve any number.
+    """
+    kept: list[_Kept] = []
+    return _Keeping(kept), _Giving(kept)
+
+
+def traced_contexts() -> Contexts:
+    """The same for a graph of torch.compile, which knows PyTorch's own alone."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+_Kept = tuple[Any, Any]
+"""What tells an attention from another one, and what it made."""
+
+
+def _is_kept(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """An attention that draws no random numbers: those have to be drawn again, or all later ones would differ."""
+    if op.name() not in _ATTENTION:
+        return False
+    names = [a.name for a in op._schema.arguments] if hasattr(op, "_schema") else []
+    return not {**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p")
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = _is_kept(op, args, kwargs)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _label(op: Any, args: tuple[Any, ...]) -> Any:
+    return op, [(t.shape, t.dtype) for t in args if isinstance(t, Tensor)]
+
+
+class _Mode(TorchDispatchMode):
+    supports_higher_order_operators = True  # flex_attention
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else compiled functions inside would run uncompiled
+
+    def __init__(self, kept: list[_Kept]) -> None:
+        super().__init__()
+        self._kept = kept
+
+
+class _Keeping(_Mode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if _is_kept(func, args, kwargs):
+            self._kept.append((_label(func, args), _detached(made)))
+        return made
+
+
+class _Giving(_Mode):
+    """Gives what was kept, in order. What does not follow that order is computed."""
+
+    _next: Iterator[_Kept]
+
+    def __enter__(self) -> Any:
+        self._next = iter(self._kept)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_kept(func, args, kwargs):
+            label, made = next(self._next, (None, None))
+            if label == _label(func, args):
+                return _detached(made)
+        return func(*args, **kwargs)
+
+
+def _detached(made: Any) -> Any:
+    """Other tensors on the same memory: autograd makes its own of what an op gives."""
+    return tree_map_only(Tensor, lambda t: t.detach(), made)

@@ -1,0 +1,96 @@
+"""Layers of classes that are neither PyTorch's nor transformers', found by the attention in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyckpt.block import CheckpointedBlock
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# In lower case, in the name of a module's class.
+_ATTENTIONS, _BLOCKS = ("attention", "attn"), ("block", "layer")
+# The names of what FSDP1's wrapper wraps, and PyTorch's wrapper that checkpoints.
+_SHARDED, _CHECKPOINTED = "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
+# Functions of PyTorch and others, and ours; what a module's code names.
+_FUNCTIONS = frozenset(
+    (
+        "scaled_dot_product_attention",
+        "flex_attention",
+        "varlen_attn",
+        "multi_head_attention_forward",
+        "flash_attn_func",
+        "flash_attn_qkvpacked_func",
+        "flash_attn_varlen_func",
+        "flash_attn_varlen_qkvpacked_func",
+        "memory_efficient_attention",
+    )
+)
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers in the model's lists of modules, by path; of layers in layers the innermost."""
+    return list(_layers(model, "", False))
+
+
+def _layers(module: nn.Module, path: str, listed: bool) -> Iterator[tuple[str, nn.Module]]:
+    if _CHECKPOINTED in module._modules or isinstance(module, (CheckpointedBlock, torch.jit.ScriptModule)):
+        return
+    held = isinstance(module, _CONTAINERS)
+    inside = held or (listed and _SHARDED in module._modules)
+    inner = [
+        found
+        for name, child in module.named_children()
+        for found in _layers(child, f"{path}.{name}" if path else name, inside)
+    ]
+    if inner:
+        yield from inner
+    elif listed and not inside and _is_layer(module):
+        yield path, module
+    elif listed and isinstance(module, nn.ModuleList) and any(_attends(m) for m in module.modules()):
+        # A layer that is no module of its own: attention and MLP in a list.
+        yield from ((f"{path}.{n}", m) for n, m in module.named_children() if next(m.children(), None) is not None)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """It has a module of attention, or is a block that calls attention by itself."""
+    name = type(module).__name__.lower()
+    alone = any(n in name for n in _BLOCKS) or not _is_named(name)
+    inner = (m for m in module.modules() if m is not module)
+    return any(_attends(m) for m in inner) or (alone and _attends(module))
+
+
+def _attends(module: nn.Module) -> bool:
+    return _is_named(type(module).__name__.lower()) or _calls(type(module))
+
+
+def _is_named(name: str) -> bool:
+    return any(n in name for n in _ATTENTIONS)
+
+
+def _calls(kind: type) -> bool:
+    """Its code, other than PyTorch's, names a function of attention, or calls one that does."""
+    own_kinds = [k for k in kind.__mro__ if not k.__module__.startswith("torch.")]
+    functions = [f for k in own_kinds for f in vars(k).values() if isinstance(f, FunctionType)]
+    return any(_names(f) & _FUNCTIONS for own in functions for f in (own, *_called(own)))
+
+
+def _called(function: FunctionType) -> list[FunctionType]:
+    """Functions of its own module that it names."""
+    found: list[Any] = [function.__globals__.get(name) for name in _names(function)]
+    return [f for f in found if isinstance(f, FunctionType)]
+
+
+def _names(function: FunctionType) -> set[str]:
+    return set(_of_code(function.__code__))
+
+
+def _of_code(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _of_code(constant)

@@ -1,0 +1,476 @@
+"""Layers of classes that nobody knows: found in lists of modules, run again as a whole, attention's output kept."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blocks import assert_same_bits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyckpt
+from pyckpt import measure
+
+WIDTH, HEADS, LAYERS, WORDS, SEQ = 32, 4, 3, 61, 13
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def heads_of(t: Tensor) -> Tensor:
+    return t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class CausalSelfAttention(nn.Module):
+    """As GPT-2 has it, with one projection."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.p, self.drop = dropout, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads_of(t) for t in self.c_attn(x).chunk(3, dim=-1))
+        p = self.p if self.training else 0.0
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return self.drop(self.c_proj(o.transpose(1, 2).flatten(2)))
+
+
+def mlp(dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH), nn.Dropout(dropout))
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn, self.mlp = CausalSelfAttention(dropout), mlp(dropout)
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TransformerBlock(nn.Module):
+    """Calls attention itself, and is handed RoPE's tables and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.mlp = mlp()
+
+    def forward(self, x: Tensor, cos: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.norm1(x)
+        q, k, v = (heads_of(w(h)) for w in (self.wq, self.wk, self.wv))
+        q, k = (t * cos for t in (q, k))
+        x = x + self.wo(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Ours(CausalSelfAttention):
+    """By pyckpt's attention, whose dropout has a seed of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in self.c_attn(x).chunk(3, dim=-1))
+        o = pyckpt.attention(q, k, v, window=5, dropout=0.1, seed=3)
+        return self.drop(self.c_proj(o.flatten(2)))
+
+
+class OursBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Ours(0.2)
+
+
+class VisionBlock(nn.Module):
+    """With PyTorch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix, self.mlp = (
+            nn.LayerNorm(WIDTH),
+            nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
+            mlp(),
+        )
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        h = self.norm(x)
+        x = x + self.mix(h, h, h, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Model(nn.Module):
+    """A causal language model of these layers in a list of this kind."""
+
+    def __init__(self, layers: list[nn.Module], kind: Any = nn.ModuleList) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.layers = kind({str(i): m for i, m in enumerate(layers)}) if kind is nn.ModuleDict else kind(layers)
+        cos = torch.cos(torch.arange(SEQ)[:, None] / torch.arange(1, WIDTH // HEADS + 1))
+        self.register_buffer("cos", cos)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.wte(ids)
+        rest = (self.cos, mask) if any(isinstance(m, TransformerBlock) for m in self.layers.children()) else ()
+        for layer in self.layers.children():
+            x = layer(x, *rest)
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+def make_ids(batch: int = 2) -> Tensor:
+    return torch.randint(WORDS, (batch, SEQ))
+
+
+def step(model: nn.Module, *args: Any) -> dict[str, Tensor]:
+    """The loss and all gradients; random numbers start anew."""
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    model.zero_grad()
+    loss = model(*args)
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+MODELS: dict[str, Any] = {
+    "block": lambda: Model([Block() for _ in range(LAYERS)]),
+    "dropout": lambda: Model([Block(0.2) for _ in range(LAYERS)]),
+    "inline": lambda: Model([TransformerBlock() for _ in range(LAYERS)], nn.ModuleDict),
+    "ours": lambda: Model([OursBlock() for _ in range(LAYERS)]),
+    "vision": lambda: Model([VisionBlock() for _ in range(LAYERS)], lambda layers: nn.Sequential(*layers)),
+    "torch": lambda: Model([nn.TransformerDecoderLayer(WIDTH, HEADS, 48, batch_first=True) for _ in range(LAYERS)]),
+}
+
+
+@pytest.mark.parametrize("save", ["attention", "input"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_bits(name, save, monkeypatch):
+    if name == "torch":
+        own = nn.TransformerDecoderLayer.forward
+        monkeypatch.setattr(nn.TransformerDecoderLayer, "forward", lambda self, x: own(self, x, 2 * x))
+    model, ids = MODELS[name](), make_ids()
+    before = step(model, ids)
+    report = pyckpt.swap(model, save)
+    assert [e.path for e in report.entries] == ["checkpointed"] * LAYERS
+    assert ("attention's output are kept" in report.entries[0].why) == (save == "attention")
+    assert_same_bits(step(model, ids), before)
+    pyckpt.unswap(model)
+    assert_same_bits(step(model, ids), before)
+
+
+def flash_runs(forward: Any) -> tuple[int, int]:
+    """How often attention's forward and its backward run in a step."""
+    runs = [0, 0]
+
+    def count(backward: bool) -> Any:
+        def add(*args: Any, **kwargs: Any) -> int:
+            runs[backward] += 1
+            return 0
+
+        return add
+
+    mapping = {FLASH: count(False), FLASH_BACKWARD: count(True)}
+    with FlopCounterMode(display=False, custom_mapping=mapping):
+        forward().backward()
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize(("save", "forwards"), [("attention", LAYERS), ("input", 2 * LAYERS)])
+def test_attention_runs_once(save, forwards):
+    model, ids = MODELS["block"](), make_ids()
+    pyckpt.swap(model, save)
+    assert flash_runs(lambda: model(ids)) == (forwards, LAYERS)
+
+
+def test_attention_of_transformers_layers_that_cannot_be_cut_runs_once():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": WORDS}
+    options = {"new_decoder_architecture": True, "attn_implementation": "sdpa"}
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, **options))
+    ids = make_ids()
+    assert [e.path for e in pyckpt.swap(model).entries[:2]] == ["checkpointed"] * 2
+    assert flash_runs(lambda: model(input_ids=ids, labels=ids).loss) == (2, 2)
+
+
+def test_what_is_kept():
+    """Of each layer its input, o and lse; with "input" the first alone, as torch.utils.checkpoint does."""
+    kept = {}
+    for save in ("attention", "input"):
+        model = MODELS["block"]()
+        pyckpt.swap(model, save)
+        x = torch.randn(1, SEQ, WIDTH, requires_grad=True)
+        with measure.memory(model) as m:
+            y = x
+            for layer in model.layers:
+                y = layer(y)
+            m.mark("forward")
+        kept[save] = m.marks["forward"].live_bytes
+    token, lse = WIDTH * 4, HEADS * 4
+    # Inputs of all but the first, and the output; what else lives is no more than the random numbers' states.
+    assert kept["attention"] - kept["input"] == LAYERS * SEQ * (token + lse)
+
+
+def test_any_number_of_backwards():
+    model, ids = MODELS["dropout"](), make_ids()
+    pyckpt.swap(model)
+    torch.manual_seed(5)
+    loss, weights = model(ids), list(model.parameters())
+    first = torch.autograd.grad(loss, weights, retain_graph=True)
+    second = torch.autograd.grad(loss, weights)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_and_frozen_weights():
+    model, ids = MODELS["block"](), make_ids()
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1.mlp" in name)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = step(model, ids)
+        pyckpt.swap(model)
+        after = step(model, ids)
+    assert_same_bits(after, before)
+    assert all("layers.1.mlp" in name for name in after.keys() - {"loss"})
+
+
+def test_a_mask_goes_to_the_kernel():
+    model, ids = MODELS["inline"](), make_ids()
+    mask = torch.rand(SEQ, SEQ) > 0.5
+    mask.fill_diagonal_(True)
+    before = step(model, ids, mask)
+    pyckpt.swap(model)
+    assert_same_bits(step(model, ids, mask), before)
+    assert flash_runs(lambda: model(ids, mask)) == (LAYERS, LAYERS)
+
+
+@pytest.mark.parametrize("name", ["block", "inline"])
+@pytest.mark.parametrize("save", ["attention", "input"])
+def test_compiles(name, save):
+    model, ids = MODELS[name](), make_ids()
+    before = step(model, ids)
+    pyckpt.swap(model, save)
+    after = step(torch.compile(model, backend="aot_eager", fullgraph=True), ids)
+    for n, value in before.items():
+        torch.testing.assert_close(after[n if n == "loss" else f"_orig_mod.{n}"], value, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_functions_inside_stay_compiled():
+    """Under a dispatch mode that does not say that it may be ignored they would run uncompiled."""
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    model, ids = MODELS["block"](), make_ids()
+    for layer in model.layers:
+        layer.mlp.forward = torch.compile(layer.mlp.forward, backend=backend)
+    before = step(model, ids)
+    assert graphs
+    torch.compiler.reset()
+    graphs.clear()
+    # A forward that was replaced counts as a hook of somebody's.
+    with pytest.raises(ValueError, match="has forward hooks"):
+        pyckpt.swap(model)
+    model = MODELS["block"]()
+    gelu = torch.compile(F.gelu, backend=backend)
+    for layer in model.layers:
+        layer.mlp[1] = Compiled(gelu)
+    before = step(model, ids)
+    torch.compiler.reset()
+    graphs.clear()
+    pyckpt.swap(model)
+    after = step(model, ids)
+    assert graphs
+    assert_same_bits(after, before)
+
+
+class Compiled(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_copies_are_swapped_on_their_own():
+    model, ids = MODELS["block"](), make_ids()
+    before = step(model, ids)
+    pyckpt.swap(model)
+    twin = copy.deepcopy(model)
+    pyckpt.unswap(model)
+    assert flash_runs(lambda: twin(ids)) == (LAYERS, LAYERS)
+    assert_same_bits(step(twin, ids), before)
+    pyckpt.unswap(twin)
+
+
+# --- what layers keep ------------------------------------------------------------------------------------------------
+
+
+class Keeping(Block):
+    """Has statistics, a counter, a list, a tensor that it puts anew, and random numbers of three other kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.calls, self.seen, self.last = 0, [], None
+        self.generator = torch.Generator().manual_seed(3)
+        self.register_buffer("usage", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.last = x.detach().mean()
+        self.usage += 1
+        self.total = self.total + self.usage
+        x = x * torch.rand((), generator=self.generator) * random.random() * np.random.rand()
+        return super().forward(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def kept_by(model: nn.Module) -> list[Any]:
+    return [(m.calls, list(m.seen), m.last, m.generator.get_state()) for m in model.modules() if isinstance(m, Keeping)]
+
+
+def test_what_layers_keep_is_kept_once():
+    plain, ids = Model([Keeping() for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    for of_plain, of_ours in zip(plain.layers, ours.layers, strict=True):  # generators are shared by deepcopy
+        of_plain.generator, of_ours.generator = (torch.Generator().manual_seed(3) for _ in range(2))
+    pyckpt.swap(ours)
+    for _ in range(2):
+        assert_same_bits(step(ours, ids), step(plain, ids))
+        for (calls, seen, last, state), (calls2, seen2, last2, state2) in zip(
+            kept_by(ours), kept_by(plain), strict=True
+        ):
+            assert (calls, seen) == (calls2, seen2) and torch.equal(last, last2) and torch.equal(state, state2)
+        for (name, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+            assert torch.equal(a, b), name
+    assert ours.layers[0].calls == 2
+
+
+def test_plain_checkpointing_would_count_twice():
+    """Else the test above proves nothing."""
+    model, ids = Model([Keeping()]), make_ids()
+    layer = model.layers[0]
+    layer.forward = lambda x, own=layer.forward: checkpoint(own, x, use_reentrant=False)
+    step(model, ids)
+    assert layer.calls == 2 and int(layer.norm.num_batches_tracked) == 2
+
+
+def test_hooks_inside_leave_a_layer_as_it_is():
+    model, ids, seen = MODELS["block"](), make_ids(), []
+    model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    report = pyckpt.swap(model)
+    assert [e.path for e in report.entries] == ["checkpointed", "original", "checkpointed"]
+    assert "mlp has forward hooks" in report.left[0].why
+    step(model, ids)
+    assert len(seen) == 1
+
+
+# --- which modules are layers ----------------------------------------------------------------------------------------
+
+
+class Stage(nn.Module):
+    """Layers in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.attention_pool = nn.ModuleList([Block(), Block()]), CausalSelfAttention()
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.attention_pool(x)
+
+
+class TwoAttentions(nn.Module):
+    """Its attentions are in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attns, self.mlp = nn.ModuleList([CausalSelfAttention(), CausalSelfAttention()]), mlp()
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        for attn in self.attns:
+            x = x + attn(x)
+        return x + self.mlp(x)
+
+
+class ResidualAttentionBlock(Block):
+    """By its name both."""
+
+
+class Listed(nn.ModuleList):
+    """A layer that its model puts together."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn, mlp, norm = self
+        return norm(x + attn(x) + mlp(x))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Mixer(nn.Module):
+    """Calls attention by a function of its module, which nothing but that function's code tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x + self.proj(attend(x, x, x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        (lambda: [Stage(), Stage()], ["0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1"]),
+        (lambda: [TwoAttentions(), Block()], ["0", "1"]),
+        (lambda: [ResidualAttentionBlock()], ["0"]),
+        (lambda: [Mixer(), mlp(), nn.LayerNorm(WIDTH)], ["0"]),
+        (
+            lambda: [Listed(CausalSelfAttention(), mlp(), nn.LayerNorm(WIDTH)) for _ in range(2)],
+            ["0.0", "0.1", "1.0", "1.1"],
+        ),
+        (lambda: [nn.TransformerEncoderLayer(WIDTH, HEADS, batch_first=True), Block()], ["0", "1"]),
+    ],
+    ids=["stages", "two attentions", "named both", "by a function", "no module", "beside known layers"],
+)
+def test_which_modules_are_layers(layers, found):
+    model, ids = Model(layers()), make_ids()
+    if any(isinstance(m, nn.TransformerEncoderLayer) for m in model.layers):
+        pyckpt.swap(model.eval())
+    else:
+        before = step(model, ids)
+        pyckpt.swap(model)
+        assert_same_bits(step(model, ids), before)
+    names = [n for n, m in model.named_modules() if "forward" in m.__dict__]
+    assert names == [f"layers.{n}" for n in found]
+
+
+def test_nothing_to_swap():
+    """No attention, our own blocks, and layers that PyTorch checkpoints already."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for layers in ([mlp(), mlp()], [pyckpt.CkptTransformerBlock(WIDTH, HEADS)], [checkpoint_wrapper(Block())]):
+        with pytest.raises(ValueError, match=r"no transformer layer was found\n.*by the attention in them"):
+            pyckpt.swap(Model(layers))
+
+
+def test_streaming_takes_layers_that_are_cut():
+    with pytest.raises(ValueError, match="this model has none that can be streamed"):
+        pyckpt.swap(MODELS["block"](), stream=pyckpt.Stream(tile=8))
+    assert pyckpt.swap(MODELS["block"](), segments=2).entries[0].why.endswith("; not in segments")
