@@ -120,6 +120,23 @@ def swap() -> str:
     return "\n".join([*lines, "", source("bench/swap.py", "swap_cpu", figures)])
 
 
+def own_model() -> str:
+    """Time and peak of a swapped model of one's own, beside torch.utils.checkpoint, for bench/NOTES.md."""
+    figures = common.read("own_model_cpu")
+    c = figures["config"]
+    lines = [
+        f"| fp32, {c['layers']} layers, d_model {c['width']} | tokens | a step | / stored | / checkpoint | peak over weights |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for run in figures["rows"]:
+        stored, again = (row["seconds"] for row in run["variants"][:2])
+        for row in run["variants"]:
+            t = row["seconds"]
+            numbers = f"{t:.2f} s | {t / stored:.3f} | {t / again:.3f} | {format_bytes(row['peak_bytes'])}"
+            lines.append(f"| {row['variant']} | {run['tokens']:,} | {numbers} |")
+    return "\n".join([*lines, "", source("bench/own_model.py", "own_model_cpu", figures)])
+
+
 def stream_schedule() -> str:
     """What a simulated H100 makes of the streamed schedule, for bench/NOTES.md."""
     figures = common.read("stream_schedule")
@@ -334,6 +351,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream-time": stream_time,
     "stream-schedule": stream_schedule,
     "swap": swap,
+    "own-model": own_model,
     "attention-bounds": attention_bounds,
     "attention-kernels": attention_kernels,
     "cuda-kernels": cuda_kernels,
