@@ -1,11 +1,11 @@
-"""`pyckpt.swap` on a model of one's own on a CPU: time and peak of a step, against torch.utils.checkpoint and without.
+"""`pyckpt.swap` on a model of one's own on a CPU: time and peak of a step, against torch.utils.checkpoint.
 
     python bench/own_model.py                                   # about 10 minutes on 2 cores
     python bench/own_model.py --tokens 512 --layers 2 --repeats 1       # less; the results say how much
 
-A GPT in fp32 whose blocks call scaled_dot_product_attention, batch 1, forward and backward; 256 words, so that the layers
-are nearly all of it. The variants take turns in one process; medians. Peaks are live bytes of tensors above the weights,
-gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes bench/results/own_model_cpu.json.
+A GPT in fp32 whose blocks call scaled_dot_product_attention, batch 1, forward and backward; 256 words, so that the
+layers are nearly all of it. The variants take turns in one process; medians. Peaks are live bytes of tensors above the
+weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes bench/results/own_model_cpu.json.
 """
 
 from __future__ import annotations

@@ -124,8 +124,9 @@ def own_model() -> str:
     """Time and peak of a swapped model of one's own, beside torch.utils.checkpoint, for bench/NOTES.md."""
     figures = common.read("own_model_cpu")
     c = figures["config"]
+    what = f"fp32, {c['layers']} layers, d_model {c['width']}"
     lines = [
-        f"| fp32, {c['layers']} layers, d_model {c['width']} | tokens | a step | / stored | / checkpoint | peak over weights |",
+        f"| {what} | tokens | a step | / stored | / checkpoint | peak over weights |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for run in figures["rows"]:
