@@ -154,6 +154,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    recompute: bool = False,
 ) -> Tensor:
     """cross_entropy(softcap(x Wᵀ + bias), target) without ever holding the logits of all tokens.
 
@@ -164,17 +165,21 @@ def linear_cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap).
         z_loss: coefficient of logsumexp(logits)² (PaLM, section 5), added to each token's loss.
         label_smoothing: as in torch.nn.functional.cross_entropy.
+        recompute: False: with "mean" and "sum" the gradients are computed in the forward, three products as with the
+            logits stored; those of x and of the weight, the latter in float32, live until the backward. True, and with
+            "none" always: the backward makes the logits again, a fourth product, and only 4 bytes a token are kept.
+            With fewer tokens than words, and no label smoothing, it goes over blocks of the vocabulary and then needs
+            no float32 gradient of the weight, but one of x.
 
-    Returns a float32 scalar (float64 for float64 inputs), or the shape of `target` for "none". With "mean"
-    and "sum" the gradients are computed in the forward. Raises ValueError on shapes, dtypes and labels that
-    do not fit.
+    Returns a float32 scalar (float64 for float64 inputs), or the shape of `target` for "none". Raises ValueError
+    on shapes, dtypes and labels that do not fit.
     """
     errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
     x, weight, bias = _autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
     cap = _softcap(softcap)
     flat = x.reshape(-1, x.shape[-1])
-    grad = torch.is_grad_enabled() and reduction != "none"
+    grad = torch.is_grad_enabled() and reduction != "none" and not recompute
     need = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
     loss = ops.linear_cross_entropy_fwd(
         flat,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 from typing import Any
@@ -15,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyckpt
 from pyckpt.ops import linear_cross_entropy as op
-from pyckpt.ops import reference, triton_backend
+from pyckpt.ops import reference, triton_backend, vocab_blocks
 
-REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-FEW_REDUCTIONS = pytest.mark.parametrize("reduction", a_few(["mean", "sum", "none"], always=(0,)))
+# "again": with recompute=True.
+_REDUCTIONS = ["mean", "sum", "none", "mean again", "sum again"]
+REDUCTIONS = pytest.mark.parametrize("reduction", _REDUCTIONS)
+FEW_REDUCTIONS = pytest.mark.parametrize("reduction", a_few(_REDUCTIONS, always=(0, 3)))
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": 2.0},
@@ -29,9 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
-def set_chunks(monkeypatch: pytest.MonkeyPatch, elements: int, tokens: int) -> None:
+def set_chunks(monkeypatch: pytest.MonkeyPatch, elements: int, tokens: int, words: int = 6) -> None:
     monkeypatch.setattr(op, "_CHUNK_ELEMENTS", dict.fromkeys(op._CHUNK_ELEMENTS, elements))
     monkeypatch.setattr(op, "_MIN_CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(vocab_blocks, "_MIN_WORDS", words)
+    monkeypatch.setattr(vocab_blocks, "_TILE", 2)
 
 
 @pytest.fixture(params=a_few(["one-chunk", "many-chunks", "triton"], always=(0, 1)))
@@ -69,12 +74,19 @@ def labels(tokens: int, vocab: int, ignored: float = 0.2, ignore_index: int = -1
     return target.masked_fill(torch.rand(tokens) < ignored, ignore_index)
 
 
-def ours(target: Tensor, **options: Any) -> Any:
+def ours(target: Tensor, reduction: str = "mean", **options: Any) -> Any:
+    options |= {"reduction": plain(reduction), "recompute": reduction.endswith("again")}
     return lambda x, weight, bias=None: pyckpt.linear_cross_entropy(x, weight, target, bias=bias, **options)
 
 
-def truth(target: Tensor, **options: Any) -> Any:
+def truth(target: Tensor, reduction: str = "mean", **options: Any) -> Any:
+    options["reduction"] = plain(reduction)
     return lambda x, weight, bias=None: reference.linear_cross_entropy(x, weight, target, bias=bias, **options)
+
+
+def plain(reduction: str) -> str:
+    """What PyTorch calls it."""
+    return reduction.split()[0]
 
 
 class TestExact:
@@ -89,7 +101,7 @@ class TestExact:
 
     @REDUCTIONS
     @pytest.mark.parametrize(
-        ("tokens", "width", "vocab"), [(1, 1, 1), (239, 1, 2), (799, 3, 5), (113, 203, 31), (3, 4, 999)]
+        ("tokens", "width", "vocab"), [(1, 1, 1), (239, 1, 2), (799, 3, 5), (113, 203, 31), (3, 4, 999), (63, 8, 65)]
     )
     def test_shapes(self, tokens, width, vocab, reduction, chunking):
         target = labels(tokens, vocab, ignored=0.0)
@@ -111,9 +123,9 @@ class TestExact:
         """A padding token may hold anything."""
         target, inputs = labels(40, 9), make(40, 5, 9)
         target[:2], target[2] = -100, 1
-        clean = [ours(target, reduction=r)(**inputs) for r in ("mean", "sum", "none")]
+        clean = [ours(target, reduction=r)(**inputs) for r in _REDUCTIONS]
         inputs["x"][0], inputs["x"][1] = float("inf"), float("nan")
-        for reduction, want in zip(("mean", "sum", "none"), clean, strict=True):
+        for reduction, want in zip(_REDUCTIONS, clean, strict=True):
             assert_exact(ours(target, reduction=reduction)(**inputs), want)
             dx = step(ours(target, reduction=reduction), inputs)[0]["dx"]
             assert (dx[target == -100] == 0).all()
@@ -122,7 +134,8 @@ class TestExact:
     def test_all_labels_ignored(self, chunking):
         """As in PyTorch: a mean over nothing is NaN, a sum is 0, and neither has a gradient."""
         target, inputs = torch.full((7,), -100), make(7, 5, 9)
-        for reduction, value in (("mean", float("nan")), ("sum", 0.0)):
+        nan = float("nan")
+        for reduction, value in (("mean", nan), ("sum", 0.0), ("mean again", nan), ("sum again", 0.0)):
             got, _ = step(ours(target, reduction=reduction), inputs, [torch.tensor(1.0)])
             assert_exact(torch.nan_to_num(got["out 0"], 7.0), torch.tensor(7.0 if value != value else value).double())
             assert (got["dx"] == 0).all()
@@ -170,7 +183,8 @@ class TestPrecision:
     @pytest.mark.parametrize("dtype", LOW_DTYPES)
     @pytest.mark.parametrize("smoothing", a_few([0.0, 0.1], always=(1,)))
     @pytest.mark.parametrize(
-        ("tokens", "width", "vocab"), a_few([(64, 8, 5), (239, 16, 31), (700, 32, 203)], always=(1,), names=3)
+        ("tokens", "width", "vocab"),
+        a_few([(64, 8, 5), (239, 16, 31), (700, 32, 203), (60, 32, 203)], always=(1, 3), names=3),
     )
     def test_against_pytorch(self, tokens, width, vocab, smoothing, dtype, reduction, some_chunks):
         if some_chunks == "triton":
@@ -179,26 +193,27 @@ class TestPrecision:
         target[0] = 3
         options = {"reduction": reduction, "label_smoothing": smoothing}
 
-        def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(x, weight, bias), target, **options)
+        def pytorchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, weight, bias), target, **options | {"reduction": plain(reduction)})
 
         inputs = make(tokens, width, vocab, True, dtype)
-        count = int((target >= 0).sum()) if reduction == "mean" else 1
-        self.check(ours(target, **options), plain, truth(target, **options), inputs, count)
+        count = int((target >= 0).sum()) if plain(reduction) == "mean" else 1
+        self.check(ours(target, **options), pytorchs, truth(target, **options), inputs, count)
 
+    @pytest.mark.parametrize("reduction", ["mean", "mean again"])
     @pytest.mark.parametrize("dtype", LOW_DTYPES)
-    def test_softcap_and_z_loss_against_the_formula(self, dtype, some_chunks):
-        tokens = 90 if some_chunks == "triton" else 300
+    def test_softcap_and_z_loss_against_the_formula(self, dtype, reduction, some_chunks):
+        tokens = 40 if reduction == "mean again" else 90 if some_chunks == "triton" else 300
         target = labels(tokens, 50)
         formula = truth(target, softcap=5.0, z_loss=1e-2)
         inputs = make(tokens, 16, 50, dtype=dtype)
-        self.check(ours(target, softcap=5.0, z_loss=1e-2), formula, formula, inputs, tokens * 2 // 3)
+        self.check(ours(target, reduction, softcap=5.0, z_loss=1e-2), formula, formula, inputs, tokens * 2 // 3)
 
-    def check(self, mine: Any, plain: Any, formula: Any, inputs: dict[str, Tensor], count: int = 1) -> None:
+    def check(self, mine: Any, pytorchs: Any, formula: Any, inputs: dict[str, Tensor], count: int = 1) -> None:
         want, douts = step(formula, {n: t.double() for n, t in inputs.items()})
         douts = [d.to(inputs["x"].dtype) for d in douts]
         want, _ = step(formula, {n: t.double() for n, t in inputs.items()}, douts)
-        low, _ = step(plain, inputs, douts)
+        low, _ = step(pytorchs, inputs, douts)
         got, _ = step(mine, inputs, douts)
         assert got["out 0"].dtype == torch.float32
         # Gradients are sums of a probability times a value of about 1, times the upstream gradient.
@@ -216,19 +231,21 @@ class TestPrecision:
     def test_logits_are_rounded_once_and_the_loss_not_at_all(self, dtype, reduction):
         target, inputs = labels(300, 203), make(300, 32, 203, dtype=dtype)
         logits = F.linear(inputs["x"], inputs["weight"]).double()
-        want = F.cross_entropy(logits, target, reduction=reduction)
+        want = F.cross_entropy(logits, target, reduction=plain(reduction))
         got = ours(target, reduction=reduction)(**inputs).double()
         assert (got - want).abs().max() < 1e-6 * want.abs().max()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("scale", [1.0 / 3.0, 1024.0, 65536.0])
-    def test_scaled_losses(self, scale, dtype):
+    @pytest.mark.parametrize("vocab", [500, 5000])
+    @pytest.mark.parametrize("reduction", ["mean", "mean again"])
+    def test_scaled_losses(self, reduction, vocab, scale, dtype):
         """A loss scale lifts float16 gradients before they vanish; a factor is not rounded to 8 bits first."""
-        tokens, vocab = 4000, 500
+        tokens = 2000
         target, inputs = labels(tokens, vocab), make(tokens, 16, vocab, dtype=dtype)
         dout = [torch.tensor(scale)]
         want, _ = step(truth(target), {n: t.double() for n, t in inputs.items()}, [dout[0].double()])
-        got, _ = step(ours(target), inputs, dout)
+        got, _ = step(ours(target, reduction), inputs, dout)
         for n in ("dx", "dweight"):
             error = (got[n].double() - want[n]).norm() / want[n].norm()
             assert error < torch.finfo(dtype).eps, n
@@ -293,14 +310,14 @@ class TestAutograd:
     @pytest.mark.parametrize("dynamic", a_few([False, True], always=(1,)))
     def test_compiled(self, dynamic, reduction):
         def with_target(fn: Any) -> Any:
-            return lambda x, weight: fn(x * 2, weight, labels_of(x), reduction=reduction, softcap=3.0) * 2
+            return lambda x, weight: fn(x * 2, weight, labels_of(x), reduction=plain(reduction), softcap=3.0) * 2
+
+        recomputing = functools.partial(pyckpt.linear_cross_entropy, recompute=reduction.endswith("again"))
 
         def labels_of(x: Tensor) -> Tensor:
             return torch.arange(x.shape[0]) % 9
 
-        fn = torch.compile(
-            with_target(pyckpt.linear_cross_entropy), fullgraph=True, backend="aot_eager", dynamic=dynamic
-        )
+        fn = torch.compile(with_target(recomputing), fullgraph=True, backend="aot_eager", dynamic=dynamic)
         for tokens in (20, 33) if dynamic else (20,):
             check_exact(fn, with_target(reference.linear_cross_entropy), make(tokens, 5, 9))
 
@@ -317,7 +334,7 @@ class TestCost:
             ours(target, reduction=reduction, softcap=20.0)(*leaves).sum().backward()
         return m.peak_bytes
 
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("reduction", ["mean", "none", "mean again"])
     @pytest.mark.parametrize("backend", a_few(["torch", "triton"], always=(0,)), indirect=True)
     def test_memory_is_flat_in_the_vocabulary(self, reduction, backend, monkeypatch):
         set_chunks(monkeypatch, 1 << 16, 32)
@@ -328,7 +345,7 @@ class TestCost:
         assert large < many * self.VOCAB * 4 / 4  # a quarter of the logits, of which PyTorch holds two or three
 
     @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}], ids=["plain", "options"])
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("reduction", ["mean", "none", "mean again"])
     @pytest.mark.parametrize("backend", ["torch"], indirect=True)  # Triton's interpreter works on copies
     def test_one_chunk_of_logits_at_a_time(self, reduction, options, backend, monkeypatch):
         set_chunks(monkeypatch, 1, 32)  # 32 tokens
@@ -338,6 +355,38 @@ class TestCost:
         chunk, grads = 32 * self.VOCAB * 4, sum(t.nbytes for t in inputs.values())
         small = 40 * 160 * 4 + 4096  # a few values of each token
         assert m.peak_bytes < max(2 * grads, chunk + grads) + small < 2 * chunk + grads
+
+    @pytest.mark.parametrize("reduction", ["none", "mean again"])
+    @pytest.mark.parametrize("backend", ["torch"], indirect=True)
+    def test_blocks_of_words_need_no_wide_gradient_of_the_weight(self, reduction, backend, monkeypatch):
+        """Beyond the gradients: a block of logits in float32, what their gradient is rounded to, and dx in float32."""
+        tokens, width, vocab, words = 64, 256, 16384, 256
+        set_chunks(monkeypatch, 1, 32, words)
+        inputs = {n: t.requires_grad_() for n, t in make(tokens, width, vocab, dtype=torch.bfloat16).items()}
+        target = labels(tokens, vocab)
+
+        def beyond(reduction: str) -> int:
+            with pyckpt.measure.memory() as m:
+                ours(target, reduction=reduction)(*inputs.values()).sum().backward()
+            for t in inputs.values():
+                t.grad = None
+            return m.peak_bytes - sum(t.nbytes for t in inputs.values())
+
+        block = words * (tokens * (4 + 2) + width * (4 + 2))  # its logits and its rows of dW, in float32 and rounded
+        assert beyond(reduction) < 1.1 * block + tokens * width * 4 + 64 * tokens
+        assert beyond("mean") > vocab * width * 4  # a float32 dW, beside the rounded one
+
+    def test_what_is_saved_to_recompute(self):
+        inputs = make(60, 16, 90, dtype=torch.float32)
+        target = labels(60, 90)
+        x, weight = (t.requires_grad_() for t in inputs.values())
+        with pyckpt.measure.memory() as m:
+            loss = ours(target, "mean again")(x, weight)
+            gc.collect()
+            lse = 60 * 4  # the others are the caller's
+            assert m.saved_bytes == x.nbytes + weight.nbytes + target.nbytes + lse
+            assert m.live_bytes <= loss.nbytes + 60 * 4
+            del loss
 
     def test_what_is_saved(self):
         inputs = make(60, 16, 90, dtype=torch.float32)
@@ -363,12 +412,13 @@ class TestCost:
             if live:
                 loss.backward()
         assert m.get_total_flops() == products * 2 * 30 * 5 * 9
-        with FlopCounterMode(display=False) as m:
-            loss = ours(target, reduction="none")(*leaves.values())
-            if live:
-                loss.sum().backward()
-        # The logits are made again.
-        assert m.get_total_flops() == (products + bool(live)) * 2 * 30 * 5 * 9
+        for reduction in ("none", "mean again"):
+            with FlopCounterMode(display=False) as m:
+                loss = ours(target, reduction=reduction)(*leaves.values())
+                if live:
+                    loss.sum().backward()
+            # The logits are made again.
+            assert m.get_total_flops() == (products + bool(live)) * 2 * 30 * 5 * 9
 
 
 class TestBadInput:

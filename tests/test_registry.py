@@ -130,7 +130,8 @@ def loss_bwd_samples() -> Iterator[Sample]:
         lse = ops.linear_cross_entropy_fwd(x, weight, bias, target, *options)[1]
         options = options[: -len(("reduction", "dx", "dw", "db"))]
         for needs in ((True, True, True), (False, True, False), (True, False, False)):
-            yield torch.randn(4), lse, x, weight, bias, target, *options, *needs
+            for dloss in (torch.randn(4), torch.randn(())):
+                yield dloss, lse, x, weight, bias, target, *options, *needs
 
 
 def loss_tile_samples() -> Iterator[Sample]:

@@ -10,14 +10,15 @@ For token i with logits z = softcap(x W^T + b), lse = logsumexp(z), label t and 
 ("mean" divides by the number of labels that are not `ignore_index`.) With "mean" and "sum" the gradients are
 computed in the forward, while a chunk's logits exist: three products of T x D x V, as storing the logits
 would take. They are those of the sum, and the backward scales them: divided by the number of labels sooner,
-float16 gradients would vanish before a loss scale can lift them. With "none" the upstream gradient differs by
-token: the backward makes the logits again from lse.
+float16 gradients would vanish before a loss scale can lift them. Where the forward is asked for none, the backward
+makes the logits again from lse, a fourth product, and keeps no gradient in between. It has to with "none", where the
+upstream gradient differs by token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from torch import Tensor
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.products import add_product_
 from pyckpt.ops.registry import autograd, define
+from pyckpt.ops.vocab_blocks import gradients as gradients_by_words
+from pyckpt.ops.vocab_blocks import scaled
 
 ops = torch.ops.pyckpt
 
@@ -93,10 +96,10 @@ def linear_cross_entropy_fwd(
     """(loss, lse, dx, dw, db): x (T, D), weight (V, D), bias (V,), target (T,) int64; lse is 0 where ignored.
 
     Gradients are of the sum of the tokens' losses, also with "mean"; dw and db in the accumulation dtype; those
-    not needed are empty. None may be needed with reduction "none".
+    not needed are empty. None may be needed with reduction "none". If none is, `linear_cross_entropy_bwd` makes them.
     """
     head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
-    return forward(head, x, target, ignore_index, reduction, need_dx, need_dw, need_db)
+    return forward(head, x, target, reduction, need_dx, need_dw, need_db)
 
 
 def _tile_fake(
@@ -158,7 +161,8 @@ def _bwd_fake(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
+    dx, dw, db = _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
+    return dx, dw.to(weight.dtype), db.to(weight.dtype)
 
 
 @define(
@@ -181,7 +185,10 @@ def linear_cross_entropy_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, db) from a gradient for each token, dloss (T,): makes the logits again, chunk by chunk."""
+    """(dx, dw, db) in the dtypes of x and weight: makes the logits again, chunk by chunk. Those not needed are empty.
+
+    dloss (T,) is the gradient of each token's loss, or () that of all tokens' losses.
+    """
     head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
     return backward(head, dloss, lse, x, target, need_dx, need_dw, need_db)
 
@@ -189,11 +196,30 @@ def linear_cross_entropy_bwd(
 # --- over chunks, for every backend -------------------------------------------------------------------------
 
 
-class Head(Protocol):
+_H = TypeVar("_H", bound="Head")
+
+
+class Head:
     """The head's weights and the loss's options, and what one chunk of tokens becomes."""
 
-    weight: Tensor
-    bias: Tensor | None
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        softcap: float,
+        z_loss: float,
+        label_smoothing: float,
+    ) -> None:
+        self.weight, self.bias, self.ignore_index = weight, bias, ignore_index
+        self.softcap, self.z_loss, self.smoothing = softcap, z_loss, label_smoothing
+
+    def part(self: _H, words: slice, ignore_index: int) -> _H:
+        """The head of some of the words, for gradients alone. A label outside of them is none of theirs."""
+        if self.smoothing:
+            raise ValueError("a part of the words does not know how many the smoothed labels are spread over")
+        bias = None if self.bias is None else self.bias[words]
+        return type(self)(self.weight[words], bias, ignore_index, self.softcap, self.z_loss, 0.0)
 
     def chunk(
         self, x: Tensor, target: Tensor, upstream: Tensor | None, loss: Tensor | None, lse: Tensor, gradient: bool
@@ -202,13 +228,13 @@ class Head(Protocol):
 
         Without `loss`, lse is read. `upstream` (t,) is the gradient of each loss, None for ones.
         """
+        raise NotImplementedError
 
 
 def forward(
     head: Head,
     x: Tensor,
     target: Tensor,
-    ignore_index: int,
     reduction: str,
     need_dx: bool,
     need_dw: bool,
@@ -219,7 +245,7 @@ def forward(
     losses, lse = _losses(head, x, target, grads)
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
-        loss = loss / (target != ignore_index).sum()
+        loss = loss / (target != head.ignore_index).sum()
     return loss, lse, grads.dx, grads.dw, grads.db
 
 
@@ -254,15 +280,27 @@ def backward(
     head: Head, dloss: Tensor, lse: Tensor, x: Tensor, target: Tensor, need_dx: bool, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `linear_cross_entropy_bwd` gives."""
+    dloss = dloss.to(lse.dtype)
+    # The gradients are of the sum, as in the forward, and one factor for all tokens comes last.
+    upstream, factor = (dloss, None) if dloss.dim() else (None, dloss.view(1))
+    tokens, vocab = x.shape[0], head.weight.shape[0]
+    if need_dw and tokens < vocab and not head.smoothing:
+        elements = _chunk_elements(x.device)
+        return gradients_by_words(head, upstream, factor, lse, x, target, need_dx, need_db, elements)
     grads = _Gradients(head, *_grad_buffers(x, head.weight, head.bias, need_dx, need_dw, need_db))
-    upstream = dloss.to(lse.dtype)
-    for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
-        grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], upstream[sl], None, lse[sl], True))
-    return grads.dx, grads.dw, grads.db
+    for sl in _chunks(tokens, vocab, x.device):
+        weights = None if upstream is None else upstream[sl]
+        grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], weights, None, lse[sl], True))
+    dtype = head.weight.dtype
+    return scaled(grads.dx, factor, dtype), scaled(grads.dw, factor, dtype), scaled(grads.db, factor, dtype)
+
+
+def _chunk_elements(device: torch.device) -> int:
+    return _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
 
 
 def _chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    most = max(_MIN_CHUNK_TOKENS, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"]) // vocab)
+    most = max(_MIN_CHUNK_TOKENS, _chunk_elements(device) // vocab)
     chunks = -(-tokens // most)
     step = -(-tokens // max(1, chunks))  # of equal size: a short last one would run its products below speed
     for start in range(0, tokens, step or 1):
@@ -288,22 +326,8 @@ class _Gradients:
 # --- PyTorch's kernels --------------------------------------------------------------------------------------
 
 
-class _TorchHead:
+class _TorchHead(Head):
     """`Head` in PyTorch's kernels."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        ignore_index: int,
-        softcap: float,
-        z_loss: float,
-        label_smoothing: float,
-    ) -> None:
-        self.weight, self.bias, self.ignore_index = weight, bias, ignore_index
-        self.softcap, self.z_loss, self.smoothing = softcap, z_loss, label_smoothing
-        self.acc = acc_dtype(weight.dtype)
-        self.vocab = weight.shape[0]
 
     def chunk(
         self, x: Tensor, target: Tensor, upstream: Tensor | None, loss: Tensor | None, lse: Tensor, gradient: bool
@@ -323,7 +347,7 @@ class _TorchHead:
 
     def _logits(self, x: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
         """Capped logits (t, V) in the accumulation dtype, and the cap's derivative where there is one."""
-        z = torch.mm(x, self.weight.t()).to(self.acc)
+        z = torch.mm(x, self.weight.t()).to(acc_dtype(x.dtype))
         if self.bias is not None:
             z += self.bias
         if not self.softcap:
@@ -356,8 +380,11 @@ class _TorchHead:
         """The gradient of the raw logits, written over z: `factor * z` is `upstream` times their softmax."""
         p = z.mul_((factor * (1.0 + 2.0 * self.z_loss * lse) if self.z_loss else factor).unsqueeze(1))
         if self.smoothing:
-            p -= (upstream * (self.smoothing / self.vocab)).unsqueeze(1)
-        p.scatter_add_(1, label.unsqueeze(1), (upstream * (self.smoothing - 1.0)).unsqueeze(1))
+            p -= (upstream * (self.smoothing / p.shape[1])).unsqueeze(1)
+        at_label = upstream * (self.smoothing - 1.0)
+        inside = label.clamp(0, p.shape[1] - 1)  # of `part`'s words
+        at_label.masked_fill_(inside != label, 0.0)
+        p.scatter_add_(1, inside.unsqueeze(1), at_label.unsqueeze(1))
         return p if slope is None else p.mul_(slope)
 
 
@@ -371,10 +398,11 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(lse, dx, dw, db)
     ctx.set_materialize_grads(False)
     ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, weight.dtype)
-    if ctx.reduction == "none":
-        ctx.save_for_backward(lse, x, weight, bias, target)
-    else:
+    ctx.made = any(inputs[9:12])
+    if ctx.made:
         ctx.save_for_backward(dx, dw, db, target)
+    else:
+        ctx.save_for_backward(lse, x, weight, bias, target)
 
 
 def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
@@ -383,20 +411,17 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
     if dloss is None:
         return None, None, None, *nothing
-    if ctx.reduction == "none":
-        grads = ops.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, *need)
-    else:
-        *sums, target = ctx.saved_tensors
-        if ctx.reduction == "mean":
-            dloss = dloss / (target != ctx.options[0]).sum().clamp_min(1)
+    saved = ctx.saved_tensors  # read once: inside torch.utils.checkpoint a second reading is an error
+    if ctx.reduction == "mean":
+        dloss = dloss / (saved[-1] != ctx.options[0]).sum().clamp_min(1)
+    if ctx.made:
         # A factor of one dimension, or it would be rounded to the gradient's dtype before the product. Scaled and
         # rounded in one pass on CUDA: a scaled float32 copy of dW alone takes 2 GB at Llama 3's vocabulary.
-        factor = dloss.view(1)
+        factor, sums = dloss.view(1), saved[:3]
         grads = tuple(torch.mul(g, factor, out=torch.empty_like(g, dtype=d)) for g, d in zip(sums, dtypes, strict=True))
-    out = tuple(
-        g.to(dtype) if n else None
-        for g, n, dtype in zip(grads, (*need[:2], need[2] and ctx.has_bias), dtypes, strict=True)
-    )
+    else:
+        grads = ops.linear_cross_entropy_bwd(dloss, *saved, *ctx.options, *need)
+    out = tuple(g if n else None for g, n in zip(grads, (*need[:2], need[2] and ctx.has_bias), strict=True))
     return *out, *nothing
 
 

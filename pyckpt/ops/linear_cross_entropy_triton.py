@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,24 +12,16 @@ from pyckpt.ops.registry import implement
 from pyckpt.ops.triton_backend import kernels, rounds_badly
 
 
-class InPlaceHead:
+class InPlaceHead(_op.Head):
     """`Head`: a chunk of logits in the products' dtype, which their gradient is written over by one kernel."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        ignore_index: int,
-        softcap: float,
-        z_loss: float,
-        label_smoothing: float,
-    ) -> None:
-        self.weight, self.bias = weight, bias
-        self.options = {
-            "ignore_index": ignore_index,
-            "softcap": softcap,
-            "z_loss": z_loss,
-            "smoothing": label_smoothing,
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "ignore_index": self.ignore_index,
+            "softcap": self.softcap,
+            "z_loss": self.z_loss,
+            "smoothing": self.smoothing,
         }
 
     def chunk(
@@ -77,7 +71,7 @@ def linear_cross_entropy_fwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
-    return _op.forward(head, x, target, ignore_index, reduction, need_dx, need_dw, need_db)
+    return _op.forward(head, x, target, reduction, need_dx, need_dw, need_db)
 
 
 @implement("linear_cross_entropy_bwd", "triton")
