@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,21 +29,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import attention, common, extension
+from bench import attention, common, extension, gpu_tests
 from pyckpt.compare.results import OUT_OF_MEMORY
 
 ROOT = common.ROOT
-# Tests whose kernels run on the GPU; they need nothing but pytest.
-TESTS = (
-    "tests/test_triton_attention.py",
-    "tests/test_triton_pointwise.py",
-    "tests/test_fused_ops.py",
-    "tests/test_fused_block.py",
-)
-# pyproject.toml's options name plugins that may be missing here.
-PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short")
-# Compiling the kernels is most of the tests' time, so they are dealt out to processes.
-_WORKERS = 12
 _SHARE_OF_TESTS = 0.55
 # Of the tests' time.
 _SHARE_OF_BUILD, _SHARE_OF_SANITIZER = 0.4, 0.3
@@ -103,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         bad = figures["extension"].get("reason", extension.NO_NVCC) != extension.NO_NVCC
     if "tests" in options.only:
         sanitized = _SHARE_OF_SANITIZER * left_for_tests if _can_sanitize(device) else 0.0
-        figures["tests"] = run_tests(left_for_tests - sanitized, options.dry_run)
-        bad |= show_tests(figures["tests"])
+        figures["tests"] = gpu_tests.run(left_for_tests - sanitized, options.dry_run)
+        bad |= gpu_tests.show(figures["tests"])
         if sanitized:
             figures["sanitizer"] = extension.sanitize(sanitized)
             print(f"compute-sanitizer: {figures['sanitizer']}", flush=True)
@@ -182,67 +170,6 @@ def run_script(name: str, options: tuple[str, ...], budget: float, left: float, 
     if out.exists():
         hand_over(common.write_to(path, found))
     return found
-
-
-# --- tests --------------------------------------------------------------------------------------------------
-
-
-def run_tests(seconds: float, dry_run: bool = False) -> dict[str, Any]:
-    """Run the GPU tests in several processes for at most this long."""
-    start = time.monotonic()
-    names = collect(dry_run)
-    workers = max(1, min(_WORKERS, os.cpu_count() or 1, len(names)))
-    env = {k: v for k, v in os.environ.items() if k not in ("PYCKPT_BACKEND", "TRITON_INTERPRET")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    logs = [Path(tempfile.mkdtemp()) / f"tests_{i}.txt" for i in range(workers)]
-    running = []
-    for i, log in enumerate(logs):
-        command = [sys.executable, *PYTEST, "-rfE", *names[i::workers]]
-        with log.open("w") as out:
-            running.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
-    unfinished = 0
-    for process in running:
-        try:
-            process.wait(max(1.0, start + seconds - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            unfinished += 1
-    text = "\n".join(log.read_text() for log in logs)
-    (logs[0].parent / "tests.txt").write_text(text)
-    hand_over(logs[0].parent / "tests.txt")
-    counts = {k: sum(map(int, re.findall(rf"(\d+) {k}", text))) for k in ("passed", "failed", "skipped")}
-    # A process that was killed leaves no last line.
-    return {
-        **counts,
-        "collected": len(names),
-        "unfinished": unfinished,
-        "failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE),
-        "seconds": time.monotonic() - start,
-    }
-
-
-def show_tests(tests: dict[str, Any]) -> bool:
-    """Print how the tests went; whether any failed, none passed or some did not end."""
-    counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
-    print(f"tests: {counts} of {tests['collected']}, in {tests['seconds']:.0f} s")
-    if tests["unfinished"]:
-        print(f"  {tests['unfinished']} processes of tests ran out of time and were ended")
-    for name in tests["failures"]:
-        print(f"  FAILED {name}")
-    return bool(tests["failed"] or tests["unfinished"] or not tests["passed"])
-
-
-def collect(dry_run: bool) -> list[str]:
-    command = [sys.executable, *PYTEST, "--collect-only", *(("-k", "TestBadInput") if dry_run else ()), *TESTS]
-    if not dry_run and extension.is_there():
-        command.append(extension.TESTS)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    names = [line for line in done.stdout.splitlines() if "::" in line and " " not in line.split("[", 1)[0]]
-    if not names:
-        raise RuntimeError(f"pytest found no tests:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return names
 
 
 # --- what is shown and handed over --------------------------------------------------------------------------
