@@ -10,7 +10,8 @@ Variants take turns in one process; medians. Writes bench/results/block_<device>
 blocks) after every length.
 
 Variants: plain (everything stored), compiled (plain under torch.compile), checkpoint (plain in torch.utils.checkpoint),
-and ours by save set; "all" stores everything too, from the same kernels as the others.
+and ours by save set; "all" stores everything too, from the same kernels as the others. "cudnn": ours with attention by
+cuDNN's kernels (PYCKPT_ATTENTION=cudnn).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import attention, common, steps
+from bench.mlp import environment
 from bench.steps import Context, Row, Variant, Work
 from pyckpt import SAVE_SETS, CkptTransformer, CkptTransformerBlock
 from pyckpt.compare.baseline import PlainBlock, PlainStack
@@ -42,7 +45,7 @@ from pyckpt.measure.timing import interleaved
 from pyckpt.measure.units import format_seconds
 from pyckpt.spec import BlockSpec
 
-COMPILED = "compiled"
+COMPILED, CUDNN = "compiled", "cudnn"
 SAVE = "attention"
 LLAMA_8B: dict[str, Any] = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336, "rope_theta": 5e5}
 SMALL: dict[str, Any] = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 176}
@@ -112,7 +115,12 @@ class Models:
         if compile_too:
             found[COMPILED] = Variant(self._compiled, sdpa, compiled=True)
         found[CHECKPOINT] = Variant(lambda: self._plain(True), sdpa)
-        return found | {save: Variant(lambda save=save: self._ours(save), slack=steps.OWN) for save in SAVE_SETS}
+        found |= {save: Variant(lambda save=save: self._ours(save), slack=steps.OWN) for save in SAVE_SETS}
+        if self.setup.device.type == "cuda":
+            within = functools.partial(environment, PYCKPT_ATTENTION="cudnn")
+            for save in ("all", SAVE):
+                found[f"{save}, {CUDNN}"] = Variant(lambda save=save: self._ours(save), within, steps.OWN)
+        return found
 
     def truth(self, work: Work) -> list[Tensor]:
         """y, dx and the gradients of the parameters in the wider dtype."""

@@ -22,6 +22,10 @@ from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.parameters import parameter_shapes
 
 INIT_STD = 0.02
+# torch.compile of older versions cannot ask this itself.
+AUTOCAST_KINDS = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu") if torch.amp.is_autocast_available(kind)
+)
 
 
 class CheckpointedBlock(nn.Module):
@@ -391,7 +395,7 @@ def compute_dtype(x: Any) -> torch.dtype:
     """The dtype of products and attention: x's own, or autocast's where it is on."""
     errors.check_tensor("x", x)
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind in AUTOCAST_KINDS and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

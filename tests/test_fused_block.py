@@ -65,7 +65,7 @@ def test_the_choice(monkeypatch):
     monkeypatch.setenv("PYCKPT_BACKEND", "triton")
     monkeypatch.setenv("PYCKPT_FUSED", "everything")
     with pytest.raises(ValueError, match="PYCKPT_FUSED='everything': expected all, none, or some of"):
-        make_block(torch.float32)(torch.randn(1, 4, 48))
+        make_block(torch.float32).to(DEVICE)(torch.randn(1, 4, 48, device=DEVICE))
 
 
 @pytest.mark.parametrize("name", a_few([*NAMES, *FAMILIES], always=(0, 3, 5)))

@@ -11,6 +11,7 @@ from blocks import assert_as_good, assert_same_bits, randomise, step
 
 import pyckpt
 from pyckpt.compare.baseline import PlainBlock, PlainCausalLM
+from pyckpt.ops import attention_cudnn
 from pyckpt.save import kept_names, save_set
 
 GPU = torch.cuda.is_available()
@@ -87,7 +88,9 @@ def test_a_block(options, dtype, products, monkeypatch):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
-    "stream", [None, pyckpt.Stream(128), pyckpt.Stream(200, "device"), pyckpt.Stream(200, "file")], ids=str
+    "stream",
+    [None, pyckpt.Stream(128), pyckpt.Stream(200, "device"), pyckpt.Stream(200, "file")],
+    ids=["resident", "host", "device", "file"],
 )
 def test_a_language_model(dtype, stream):
     """Resident and streamed, by tiles that do not divide the length."""
@@ -141,6 +144,37 @@ def test_dropout_is_the_same_for_every_tile_and_save_set():
     block.tile = 64  # sums over tokens in another order, and the same values dropped
     got = seeded()
     assert torch.equal(got["y"], want["y"]) and torch.equal(got["dx"], want["dx"])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("length", [512, 701])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False, "n_kv_heads": 4, "head_dim": 128}], ids=["causal", "full-128"]
+)
+def test_a_block_with_cudnns_attention(options, length, dtype, unpoisoned, monkeypatch):
+    """Where it is asked for; what it does not take goes to ours."""
+    calls = []
+    for name in ("forward", "backward"):
+        right = getattr(attention_cudnn, name)
+        monkeypatch.setattr(attention_cudnn, name, lambda *a, name=name, right=right: calls.append(name) or right(*a))
+    config = {**BLOCK, **options}
+    plains = [PlainBlock(**config, device=DEVICE, dtype=d) for d in (dtype, torch.float64)]
+    randomise(plains[1])
+    state = plains[1].state_dict()
+    plains[0].load_state_dict({n: t.to(dtype) for n, t in state.items()})
+    x, dy = (torch.randn(2, length, 256, device=DEVICE, dtype=dtype) for _ in range(2))
+    theirs, truth = (step(p, x.to(d), dy.to(d)) for p, d in zip(plains, (dtype, torch.float64), strict=True))
+    block = pyckpt.CkptTransformerBlock(**config, device=DEVICE, dtype=dtype)
+    block.load_state_dict({n: t.to(dtype) for n, t in state.items()})
+    monkeypatch.setenv("PYCKPT_ATTENTION", "cudnn")
+    assert_as_good(step(block, x, dy), theirs, truth, dtype)
+    assert calls == ["forward", "backward"]
+    softcapped = pyckpt.CkptTransformerBlock(**config, softcap=5.0, device=DEVICE, dtype=dtype)
+    softcapped.load_state_dict(block.state_dict())
+    step(softcapped, x, dy)
+    torch.use_deterministic_algorithms(True)
+    step(block, x, dy)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -602,7 +602,7 @@ class TestTable:
         )
         dims, masks = (16, 32, 64, 128, 256), ("full", "causal", "window")
         for arch, op, d, dv, dtype, mask, score in itertools.product(
-            archs, ("fwd", "dkdv", "dq"), dims, dims, ("half", "float32"), masks, ("plain", "extra")
+            archs, ("fwd", "dkdv", "dq"), dims, dims, ("half", "float32"), masks, ("plain", "into", "extra")
         ):
             found = LOOKUP(tuning.Key(arch, op, d, dv, dtype, mask, score))
             for n in (found.block_m, found.block_n):

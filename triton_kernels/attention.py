@@ -277,6 +277,9 @@ def backward(
 # --- what the launches of one call have in common -----------------------------------------------------------
 
 
+_MORE_REGISTERS = ("SOFTCAP", "ALIBI", "DROPOUT", "RAGGED_D", "RAGGED_DV")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Problem:
     """Sizes of one call, and the arguments that all its kernels take by name."""
@@ -292,7 +295,7 @@ class _Problem:
     sk: int
     row_bytes: int  # of one token's key and value of one head
     mask: str
-    extra: bool
+    score: str
     shared: dict[str, Any]
 
     @staticmethod
@@ -336,7 +339,7 @@ class _Problem:
             sk=sk,
             row_bytes=(head_dim + value_dim) * q.element_size(),
             mask="window" if left >= 0 else "causal" if right >= 0 else "full",
-            extra=accumulate or any(shared[f] for f in ("SOFTCAP", "ALIBI", "DROPOUT", "RAGGED_D", "RAGGED_DV")),
+            score="extra" if any(shared[f] for f in _MORE_REGISTERS) else "into" if accumulate else "plain",
             shared=shared,
         )
 
@@ -381,8 +384,7 @@ class _Problem:
 
     def key(self, op: str) -> Key:
         dtype = "float32" if self.dtype == torch.float32 else "half"
-        score = "extra" if self.extra else "plain"
-        return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, score)
+        return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, self.score)
 
 
 def blocks(head_dim: int, value_dim: int) -> dict[str, Any]:

@@ -57,8 +57,9 @@ class Config:
 class Key:
     """What a configuration depends on.
 
-    Dims are padded to powers of two; dtype is half or float32; mask is full, causal or window; score is plain,
-    or extra where softcap, ALiBi, dropout, padding or a running result need more registers.
+    Dims are padded to powers of two; dtype is half or float32; mask is full, causal or window; score is plain, or
+    extra where softcap, ALiBi, dropout or padding need more registers, or into where all that is more is a running
+    result to begin with (forward) or to add to (backward). Rows for extra serve into, where it has none of its own.
     """
 
     arch: str
@@ -114,9 +115,10 @@ def lookup(key: Key) -> Config:
 
 
 def _matching(key: Key) -> Iterator[Config]:
-    fields = ("arch", "op", "head_dim", "value_dim", "dtype", "mask", "score")
+    fields = ("arch", "op", "head_dim", "value_dim", "dtype", "mask")
+    scores = ("*", key.score, *(("extra",) if key.score == "into" else ()))
     for row in rows():
-        if all(row.get(f, "*") in ("*", getattr(key, f)) for f in fields):
+        if all(row.get(f, "*") in ("*", getattr(key, f)) for f in fields) and row.get("score", "*") in scores:
             yield Config(*row["config"])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops import attention as op
+from pyckpt.ops import attention_cudnn as cudnn
 from pyckpt.ops.attention_torch import Gradients
 from pyckpt.ops.registry import implement
 from pyckpt.ops.triton_backend import kernels, rounds_badly
@@ -82,7 +83,11 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     if rounds_badly(q):
         o, lse = attention_fwd(*_float(q, k, v), *options)
         return o.to(q.dtype), lse
-    return kernels("attention").forward(q, k, v, _options(*options))
+    given = _options(*options)
+    causal = cudnn.causal(q, k, v, given)
+    if causal is not None:
+        return cudnn.forward(q, k, v, given.scale, causal)
+    return kernels("attention").forward(q, k, v, given)
 
 
 @implement("attention_bwd", "triton")
@@ -103,10 +108,13 @@ def attention_bwd(
         grads = attention_bwd(*_float(do, q, k, v, o), lse, dlse, *options, delta)
         dq, dk, dv = (g.to(q.dtype) for g in grads)
         return dq, dk, dv
-    attention = kernels("attention")
+    attention, given = kernels("attention"), _options(*options)
+    causal = cudnn.causal(q, k, v, given) if dlse is None else None
+    if causal is not None:
+        return cudnn.backward(do, q, k, v, o, lse, given.scale, causal)
     if delta is None:
         delta = attention.delta(do, o, dlse)
-    return attention.backward(do, q, k, v, lse, delta, _options(*options))
+    return attention.backward(do, q, k, v, lse, delta, given)
 
 
 @implement("attention_delta", "triton")

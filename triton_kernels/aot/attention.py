@@ -71,8 +71,9 @@ class AttentionCase(Case):
         padded = [max(16, triton.next_power_of_2(n)) for n in (self.head_dim, self.value_dim)]
         kind = "float32" if self.dtype == "float32" else "half"
         padding = padded != [self.head_dim, self.value_dim]
-        extra = padding or not {"softcap", "alibi", "dropout", "accumulate", "ragged"}.isdisjoint(self.features)
-        return Key(self.arch, self.op, *padded, kind, self.mask, "extra" if extra else "plain")
+        extra = padding or not {"softcap", "alibi", "dropout", "ragged"}.isdisjoint(self.features)
+        score = "extra" if extra else "into" if "accumulate" in self.features else "plain"
+        return Key(self.arch, self.op, *padded, kind, self.mask, score)
 
     @property
     def config(self) -> Config:
