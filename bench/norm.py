@@ -98,6 +98,8 @@ def variants(case: Case, device: str) -> dict[str, Function]:
     if device == registry.extension_device_type and not cuda_backend.problem:
         found[OURS_CUDA] = _ours(case)
     if device == "cuda":
+        # Its backward runs often on one graph, whose buffers must stay.
+        torch._functorch.config.donated_buffer = False
         found[COMPILED] = torch.compile(_plain(case), dynamic=False)
         if liger := _liger(case):
             found[LIGER] = liger

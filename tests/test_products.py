@@ -43,6 +43,7 @@ def test_no_temporary_on_a_gpu(dtype):
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="the meta kernel of addmm knows no out_dtype")
 def test_a_wide_product_is_asked_for_where_it_exists(monkeypatch):
     """On a CPU there is none: the calls are looked at, by shape and dtype alone."""
     monkeypatch.setattr(products, "_widens", lambda *_: True)

@@ -31,8 +31,10 @@ from pyckpt.ops.vocab_blocks import scaled
 
 ops = torch.ops.pyckpt
 
-# Logits of a chunk. On CUDA 512 MiB of bf16: every chunk reads and writes dw once, which larger chunks do less often.
+# Logits of a chunk. On CUDA 512 MiB of bf16, and twice that where chunks sum up dw in float32: each of them reads and
+# writes all of it, 4 GB at Llama 3's vocabulary.
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+_SUMMING_FACTOR = {"cpu": 1, "cuda": 2}
 _MIN_CHUNK_TOKENS = 256
 
 _ARGS = (
@@ -269,7 +271,7 @@ def _losses(
     """Each token's loss and lse; fills `grads` with the gradients of the losses' sum, weighed by `dloss`."""
     losses, lse = (x.new_empty(target.shape, dtype=acc_dtype(x.dtype)) for _ in range(2))
     upstream = None if dloss is None else dloss.to(lse.dtype)
-    for sl in _chunks(x.shape[0], head.weight.shape[0], x.device):
+    for sl in _chunks(x, head.weight, grads.dw.numel() > 0):
         weights = None if upstream is None else upstream[sl]
         # Under no name, which would hold it beside the next chunk's logits.
         grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], weights, losses[sl], lse[sl], grads.wanted))
@@ -285,22 +287,25 @@ def backward(
     upstream, factor = (dloss, None) if dloss.dim() else (None, dloss.view(1))
     tokens, vocab = x.shape[0], head.weight.shape[0]
     if need_dw and tokens < vocab and not head.smoothing:
-        elements = _chunk_elements(x.device)
+        elements = _of_device(_CHUNK_ELEMENTS, x.device)
         return gradients_by_words(head, upstream, factor, lse, x, target, need_dx, need_db, elements)
     grads = _Gradients(head, *_grad_buffers(x, head.weight, head.bias, need_dx, need_dw, need_db))
-    for sl in _chunks(tokens, vocab, x.device):
+    for sl in _chunks(x, head.weight, need_dw):
         weights = None if upstream is None else upstream[sl]
         grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], weights, None, lse[sl], True))
     dtype = head.weight.dtype
     return scaled(grads.dx, factor, dtype), scaled(grads.dw, factor, dtype), scaled(grads.db, factor, dtype)
 
 
-def _chunk_elements(device: torch.device) -> int:
-    return _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
+def _of_device(table: dict[str, int], device: torch.device) -> int:
+    return table.get(device.type, table["cuda"])
 
 
-def _chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    most = max(_MIN_CHUNK_TOKENS, _chunk_elements(device) // vocab)
+def _chunks(x: Tensor, weight: Tensor, sums: bool) -> Iterator[slice]:
+    """The tokens of each chunk; `sums`: each adds to the weight's gradient."""
+    tokens, vocab = x.shape[0], weight.shape[0]
+    elements = _of_device(_CHUNK_ELEMENTS, x.device) * (_of_device(_SUMMING_FACTOR, x.device) if sums else 1)
+    most = max(_MIN_CHUNK_TOKENS, elements // vocab)
     chunks = -(-tokens // most)
     step = -(-tokens // max(1, chunks))  # of equal size: a short last one would run its products below speed
     for start in range(0, tokens, step or 1):
