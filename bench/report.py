@@ -305,6 +305,77 @@ def _by_device(
     )
 
 
+def stream_gpu() -> str:
+    """A streamed step on a GPU, for README.md."""
+    lines = [
+        "| S | layers | executor | a step | model FLOPs | of the data sheet's | peak | copies hidden |",
+        "|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    paths = [p for p in sorted(common.RESULTS.glob("stream_*.json"), reverse=True) if p.stem not in _STREAMED_ELSEWHERE]
+    found = [(path.stem, common.read(path.stem)) for path in paths]
+    for _, figures in found:
+        for row in figures["rows"]:
+            lines.append(_streamed(row, figures["config"]["n_layers"]))
+    return "\n".join([*lines, *("\n" + source("bench/stream_gpu.py", name, figures) for name, figures in found)])
+
+
+# On a CPU, simulated, and by an older commit.
+_STREAMED_ELSEWHERE = ("stream_cpu", "stream_schedule", "stream_first_h200")
+
+
+def _streamed(row: dict[str, Any], layers: int) -> str:
+    tile = f", tile {row['tile']:,}" if row["tile"] else ""
+    start = f"| {row['length']:,} | {layers} | {row['variant']}{tile} |"
+    if "failed" in row:
+        return f"{start} {row['failed']} | | | | |"
+    hidden = f"{row['hidden']:.0%}" if row.get("hidden") is not None else "–"
+    used = f"{row['utilisation']:.1%}" if "utilisation" in row else "–"
+    return (
+        f"{start} {format_seconds(row['seconds'])} | {row['tflops']:.0f} TFLOP/s | {used} "
+        f"| {format_bytes(row['peak_bytes'])} | {hidden} |"
+    )
+
+
+def attention_gpu() -> str:
+    """Attention on a GPU, TFLOP/s, for bench/NOTES.md."""
+    figures = common.read("attention_h200")
+    by_case: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in figures["rows"]:
+        by_case.setdefault((row["head_dim"], row["causal"], row["length"]), {})[row["variant"]] = row
+    lines = [
+        "| head dim | mask | S | ours | flash | cuDNN | efficient | ours, backward | flash | cuDNN | efficient |",
+        f"|--:|---|--:|{'--:|' * 8}",
+    ]
+    for (dim, causal, length), variants in sorted(by_case.items()):
+        cells = [
+            f"{variants[v][f'{part}_tflops']:.0f}" if f"{part}_tflops" in variants.get(v, {}) else "–"
+            for part in ("forward", "backward")
+            for v in ("pyckpt", "flash", "cudnn", "efficient")
+        ]
+        lines.append(f"| {dim} | {'causal' if causal else 'full'} | {length:,} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", source("bench/attention.py", "attention_h200", figures)])
+
+
+def norm_gpu() -> str:
+    """Norms on a GPU as shares of a copy's bandwidth, for bench/NOTES.md."""
+    figures = common.read("norm_h200")
+    variants = {"pyckpt": "Triton", "pyckpt-cuda": "CUDA C++", "eager": "eager", "compiled": "compiled"}
+    by_case: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in figures["rows"]:
+        by_case.setdefault((row["op"], row["width"]), {})[row["variant"]] = row
+    names = list(variants.values())
+    columns = [*names, *(f"{name}, backward" for name in names)]
+    lines = [f"| op | width | {' | '.join(columns)} |", f"|---|--:|{'--:|' * len(columns)}"]
+    for (op, width), found in by_case.items():
+        cells = [
+            f"{found[v][f'{part}_of_copy']:.0%}" if f"{part}_of_copy" in found.get(v, {}) else "–"
+            for part in ("forward", "backward")
+            for v in variants
+        ]
+        lines.append(f"| {op} | {width:,} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", source("bench/norm.py", "norm_h200", figures)])
+
+
 def fused_break_even() -> str:
     """From which share of the library's rate on a fused product pays, by arithmetic."""
     figures = common.read("fused_static")
@@ -360,6 +431,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "block-gpu": block_gpu,
     "loss": loss,
     "mlp": mlp,
+    "stream-gpu": stream_gpu,
+    "attention-gpu": attention_gpu,
+    "norm-gpu": norm_gpu,
 }
 
 

@@ -729,7 +729,7 @@ class TestBadInput:
         for bad_o, bad_lse, message in (
             (o.half(), lse, "the running o must be float32"),
             (o[:, :4], lse, "the running o must be float32"),
-            (o, lse[:, :, :4], "the running lse must be contiguous float32"),
+            (o, lse[:, :, :4], "the running lse must be float32 .* with a unit last stride"),
         ):
             with pytest.raises(ValueError, match=message):
                 attention.forward(q, k, v, Options(), into=(bad_o, bad_lse))
