@@ -255,7 +255,7 @@ def tune(budget: float) -> dict[str, Any]:
         o, lse = attention.forward(q, k, v, options)
         delta = attention.delta(do, o)
         mask = "causal" if causal else "full"
-        key = tuning.Key(tuning.architecture(q.device), op, head_dim, head_dim, "half", mask)
+        key = tuning.Key(tuning.architecture(q.device), op, head_dim, head_dim, "half", mask, loads="tma")
 
         def go(config: Any, op: str = op, args: Any = (q, k, v, do, lse, delta, options)) -> None:
             q, k, v, do, lse, delta, options = args

@@ -600,16 +600,17 @@ class TestTable:
             "interpreter",
         )
         dims, masks = (16, 32, 64, 128, 256), ("full", "causal", "window")
-        for arch, op, d, dv, dtype, mask, score in itertools.product(
-            archs, ("fwd", "dkdv", "dq"), dims, dims, ("half", "float32"), masks, ("plain", "into", "extra")
+        scores, loads = ("plain", "into", "extra"), ("tma", "pointers")
+        for key in itertools.product(
+            archs, ("fwd", "dkdv", "dq"), dims, dims, ("half", "float32"), masks, scores, loads
         ):
-            found = LOOKUP(tuning.Key(arch, op, d, dv, dtype, mask, score))
+            found = LOOKUP(tuning.Key(*key))
             for n in (found.block_m, found.block_n):
                 assert n >= 16
                 assert n & (n - 1) == 0
 
     def test_rows_name_only_known_keys(self):
-        known = {"arch", "op", "head_dim", "value_dim", "dtype", "mask", "score", "config", "source"}
+        known = {"arch", "op", "head_dim", "value_dim", "dtype", "mask", "score", "loads", "config", "source"}
         for row in tuning.rows():
             assert set(row) <= known
             assert Config(*row["config"]).num_warps in (4, 8, 16)

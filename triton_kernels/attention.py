@@ -3,7 +3,8 @@
 Layouts: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), o like q with Dv; lse and delta (B, H, Sq)
 float32. Packed, with cu_seqlens (N + 1,) int32: (T, H, D) and (H, T). Any strides with a unit last dim.
 
-Nothing is allocated but the outputs, delta, and copies of inputs whose last dim is strided.
+Nothing is allocated but the outputs, delta, copies of inputs whose last dim is strided, and, to add to old sums of dK
+and dV, what is to be added.
 """
 
 from __future__ import annotations
@@ -99,12 +100,13 @@ def forward(
     if q.shape[-2] == 0 or problem.rows == 0:
         return o, lse
     plain = options.scale > 0 and not options.softcap and options.alibi_slopes is None
+    copied = problem.copied(k, v)
 
     def run(config: Config) -> None:
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
             return
-        tma = problem.tma(config, k, v)
+        tma = config.tma and copied
         attention_fwd_kernel_tile[(problem.programs(config, tiles * problem.rows),)](
             q,
             *(_described((k, v), config.block_n) if tma else (k, v)),
@@ -136,7 +138,7 @@ def forward(
             **problem.meta(config),
         )
 
-    _launch(problem, "fwd", run, repeatable=into is None, configs=configs)
+    _launch(problem.key("fwd", copied), problem.device, run, repeatable=into is None, configs=configs)
     return o, lse
 
 
@@ -202,20 +204,24 @@ def backward(
     if into is None:
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     else:
-        dq, dk, dv = into
         _check_gradients(into, (q, k, v))
+        # Adding to old sums in the kernel would cost dK/dV the registers that its fastest tiles have not; this is a
+        # hundredth of its time.
+        dq, dk, dv = into[0], *(torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
     if q.shape[-2] == 0 or problem.rows == 0:
-        return dq, dk, dv
+        return into or (dq, dk, dv)
     strides = [s for t in (q, k, v, do) for s in _strides(t)]
     tables = (options.alibi_slopes, options.cu_seqlens_q, options.keys_cu)
     last = (*_stat_strides(lse), _slope_stride(options.alibi_slopes), problem.heads, problem.groups, problem.sequences)
+
+    queries_copied, keys_copied = problem.copied(q, do), problem.copied(k, v)
 
     def run_dkdv(config: Config) -> None:
         rows = problem.rows // problem.groups
         tiles = problem.tiles(problem.sk, config.block_n)
         if tiles == 0:
             return
-        tma = problem.tma(config, q, do)
+        tma = config.tma and queries_copied
         p_q, p_do = _described((q, do), config.block_m) if tma else (q, do)
         for dk_too, dv_too in ((False, True), (True, False)) if config.split else ((True, True),):
             attention_bwd_kernel_dkdv[(tiles * rows,)](
@@ -236,7 +242,6 @@ def backward(
                 tiles,
                 problem.section(problem.sq * problem.groups, 1),
                 **problem.shared,
-                ACCUMULATE=into is not None,
                 TMA=tma,
                 DK=dk_too,
                 DV=dv_too,
@@ -247,7 +252,7 @@ def backward(
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
             return
-        tma = problem.tma(config, k, v)
+        tma = config.tma and keys_copied
         attention_bwd_kernel_dq[(tiles * problem.rows,)](
             q,
             *(_described((k, v), config.block_n) if tma else (k, v)),
@@ -268,10 +273,14 @@ def backward(
             **problem.meta(config),
         )
 
-    for op, run in (("dkdv", run_dkdv), ("dq", run_dq)):
-        if op in only:
-            _launch(problem, op, run, repeatable=into is None, configs=configs)
-    return dq, dk, dv
+    if "dkdv" in only:
+        _launch(problem.key("dkdv", queries_copied), problem.device, run_dkdv, repeatable=True, configs=configs)
+        if into is not None:
+            torch._foreach_add_(list(into[1:]), [dk, dv])
+    if "dq" in only:
+        key = problem.key("dq", keys_copied)
+        _launch(key, problem.device, run_dq, repeatable=into is None, configs=configs)
+    return into or (dq, dk, dv)
 
 
 # --- what the launches of one call have in common -----------------------------------------------------------
@@ -359,11 +368,10 @@ class _Problem:
         """Rows whose n tokens of two tensors fill half the L2 cache, in multiples of the heads that share them."""
         return heads * max(1, tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes))
 
-    def tma(self, config: Config, *tensors: Tensor) -> bool:
+    def copied(self, *tensors: Tensor) -> bool:
         """Whether the copy engine may bring these (B, S, H, D): it wants multiples of 16 bytes, and no empty dim."""
         return (
-            config.tma
-            and not self.sequences
+            not self.sequences
             and all(t.numel() and t.data_ptr() % 16 == 0 for t in tensors)
             and all(s > 0 and s * t.element_size() % 16 == 0 for t in tensors for s in t.stride()[:-1])
         )
@@ -382,9 +390,11 @@ class _Problem:
             "enable_fp_fusion": True,  # Triton's default is going to change
         }
 
-    def key(self, op: str) -> Key:
+    def key(self, op: str, copied: bool) -> Key:
         dtype = "float32" if self.dtype == torch.float32 else "half"
-        return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, self.score)
+        score = "plain" if op == "dkdv" and self.score == "into" else self.score
+        loads = "tma" if copied else "pointers"
+        return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, score, loads)
 
 
 def blocks(head_dim: int, value_dim: int) -> dict[str, Any]:
@@ -405,11 +415,16 @@ def _limits(window: tuple[int, int], sq: int, sk: int, offset: int, packed: bool
 
 
 def _launch(
-    problem: _Problem, op: str, run: Callable[[Config], None], *, repeatable: bool, configs: Mapping[str, Config] | None
+    key: Key,
+    device: torch.device,
+    run: Callable[[Config], None],
+    *,
+    repeatable: bool,
+    configs: Mapping[str, Config] | None,
 ) -> None:
-    given = configs.get(op) if configs else None
-    with on(problem.device):
-        run(given or tuning.configured(problem.key(op), run, repeatable))
+    given = configs.get(key.op) if configs else None
+    with on(device):
+        run(given or tuning.configured(key, run, repeatable))
 
 
 def _unit(t: Tensor) -> Tensor:

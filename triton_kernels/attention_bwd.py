@@ -110,6 +110,37 @@ def attention_bwd_kernel_delta(
 
 
 @triton.jit
+def _masked(
+    p,
+    first,
+    o_p,
+    o_j,
+    sk,
+    left,
+    right,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """P [BN, BM] with 0 where the query, the first of them at `first` on the keys' axis, does not see the key.
+
+    How that is written decides whether two accumulators fit the registers under Triton 3.6: with descriptors, by
+    positions within the tile (keys beyond the last need no mask, they are not stored); with pointers, by those of the
+    sequence.
+    """
+    if TMA:
+        o_rel = tl.arange(0, BLOCK_M)[None, :]
+        if RIGHT:
+            p = tl.where((o_j - (first + right))[:, None] <= o_rel, p, 0.0)
+        if LEFT:
+            p = tl.where((o_j - (first - left))[:, None] >= o_rel, p, 0.0)
+    else:
+        p = tl.where(visible(o_p[None, :], o_j[:, None], sk, left, right, LEFT, RIGHT), p, 0.0)
+    return p
+
+
+@triton.jit
 def _keys_from_queries(
     dk,  # [BN, BD] float32
     dv,  # [BN, BDV] float32
@@ -197,7 +228,7 @@ def _keys_from_queries(
         if LEFT:
             partly = partly | (i >= full_hi)
         if partly:
-            p = tl.where(visible(o_p[None, :], o_j[:, None], sk, left, right, LEFT, RIGHT), p, 0.0)
+            p = _masked(p, i + diagonal, o_p, o_j, sk, left, right, LEFT, RIGHT, TMA, BLOCK_M)
         b_do = load_rows(
             p_do_head, sequence, i, head, o_i, o_dv, stride_ds, sq, value_dim, True, RAGGED_DV, TMA, BLOCK_M, BLOCK_DV
         )  # [BM, BDV]
@@ -205,14 +236,18 @@ def _keys_from_queries(
         if DROPOUT:
             m_kept = kept(seed, sequence, head, (k_start + o_p)[None, :], (k_start + o_j)[:, None], threshold)
             dropped = tl.where(m_kept, p * keep_factor, 0.0)
+        # See `_masked`: with descriptors the accumulators fit if this comes early, with pointers if it comes late.
+        if DK and TMA:
+            b_delta = tl.load(p_delta + head_64 * stride_lh + o_i, mask=o_i < sq, other=0.0)
         if DK:
             dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
             if DROPOUT:
                 dp = tl.where(m_kept, dp * keep_factor, 0.0)
         if DV:
             dv = tl.dot(dropped.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
-        if DK:
+        if DK and not TMA:
             b_delta = tl.load(p_delta + head_64 * stride_lh + o_i, mask=o_i < sq, other=0.0)
+        if DK:
             ds = p * (dp - b_delta[None, :])
             if SOFTCAP:
                 ds *= derivative
@@ -279,7 +314,6 @@ def attention_bwd_kernel_dkdv(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     DK: tl.constexpr,
@@ -336,9 +370,9 @@ def attention_bwd_kernel_dkdv(
         LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA, DK, DV, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
     if DK:
-        store_tile(p_dk_row, dk * scale, o_j, o_d, stride_dks, n_k, head_dim, ACCUMULATE)
+        store_tile(p_dk_row, dk * scale, o_j, o_d, stride_dks, n_k, head_dim, False)
     if DV:
-        store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, ACCUMULATE)
+        store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, False)
 
 
 # --- dQ -----------------------------------------------------------------------------------------------------

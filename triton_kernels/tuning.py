@@ -1,8 +1,8 @@
 """Which tiles and how many warps a kernel gets: looked up in a table of data, never searched for by default.
 
 `attention_tuned.json` is a list of rows; a row matches when its architecture, op, head dim, value dim, dtype,
-mask kind and kind of score match, where what it does not name matches anything, and the first match counts.
-Rows come from measurements, or, as their `source` says, from the compiler's report of registers and shared
+mask kind, kind of score and way of loading match, where what it does not name matches anything, and the first match
+counts. Rows come from measurements, or, as their `source` says, from the compiler's report of registers and shared
 memory.
 
 PYCKPT_AUTOTUNE=1 tries `candidates` on the first call of each kind instead, and keeps the best in a file in
@@ -59,7 +59,8 @@ class Key:
 
     Dims are padded to powers of two; dtype is half or float32; mask is full, causal or window; score is plain, or
     extra where softcap, ALiBi, dropout or padding need more registers, or into where all that is more is a running
-    result to begin with (forward) or to add to (backward). Rows for extra serve into, where it has none of its own.
+    result to begin with (forward) or to add to (dQ). Rows for extra serve into, where it has none of its own. loads is
+    tma where the copy engine may bring what the loop goes through, else pointers.
     """
 
     arch: str
@@ -69,6 +70,7 @@ class Key:
     dtype: str
     mask: str
     score: str = "plain"
+    loads: str = "pointers"
 
     def __str__(self) -> str:
         return "/".join(str(v) for v in dataclasses.astuple(self))
@@ -115,7 +117,7 @@ def lookup(key: Key) -> Config:
 
 
 def _matching(key: Key) -> Iterator[Config]:
-    fields = ("arch", "op", "head_dim", "value_dim", "dtype", "mask")
+    fields = ("arch", "op", "head_dim", "value_dim", "dtype", "mask", "loads")
     scores = ("*", key.score, *(("extra",) if key.score == "into" else ()))
     for row in rows():
         if all(row.get(f, "*") in ("*", getattr(key, f)) for f in fields) and row.get("score", "*") in scores:
@@ -168,7 +170,7 @@ def candidates(key: Key) -> list[Config]:
 def _ways(key: Key) -> list[dict[str, Any]]:
     """How a kernel may load and be scheduled."""
     ways: list[dict[str, Any]] = [{"tma": False, "persistent": 0, "specialize": False}]
-    if key.arch in _TMA:
+    if key.arch in _TMA and key.loads == "tma":
         programs = (0, 1, 2) if key.op == "fwd" and key.mask == "causal" else (0,)
         special = (False, True) if key.op == "fwd" and key.arch in _SPECIALIZED else (False,)
         ways += [{"tma": True, "persistent": p, "specialize": s} for p in programs for s in special]

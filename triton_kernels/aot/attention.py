@@ -72,8 +72,10 @@ class AttentionCase(Case):
         kind = "float32" if self.dtype == "float32" else "half"
         padding = padded != [self.head_dim, self.value_dim]
         extra = padding or not {"softcap", "alibi", "dropout", "ragged"}.isdisjoint(self.features)
-        score = "extra" if extra else "into" if "accumulate" in self.features else "plain"
-        return Key(self.arch, self.op, *padded, kind, self.mask, score)
+        into = "accumulate" in self.features and self.op != "dkdv"
+        score = "extra" if extra else "into" if into else "plain"
+        loads = "tma" if {"packed", "pointers"}.isdisjoint(self.features) else "pointers"
+        return Key(self.arch, self.op, *padded, kind, self.mask, score, loads)
 
     @property
     def config(self) -> Config:
