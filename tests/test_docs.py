@@ -15,6 +15,7 @@ from processes import compile_nothing_of_deepspeed, needs_gloo, zero_config
 from swap_models import VOCAB, make_model, make_tokenizer
 
 import pyckpt
+from pyckpt import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8")
@@ -100,3 +101,14 @@ def test_links_lead_somewhere(page):
     folder = ROOT / "docs"
     for link in re.findall(r"\]\(([^)#]+)\)", (folder / page).read_text(encoding="utf-8")):
         assert link.startswith("http") or (folder / link).exists(), link
+
+
+def test_every_variable_that_is_read_is_on_the_page_and_in_the_doctors_report():
+    read = set()
+    for folder in ("pyckpt", "triton_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            read |= set(re.findall(r"\"(PYCKPT_[A-Z_]+)\"", path.read_text(encoding="utf-8")))
+    assert len(read) >= 5
+    assert read <= set(re.findall(r"^\| `(\w+)`", PAGE, flags=re.MULTILINE))
+    settings = dict(doctor.report())["Settings"]
+    assert read <= {name for name, _ in settings}

@@ -39,7 +39,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, options: Any) -> bool | None:
     if max(dims) > _MAX_HEAD_DIM or any(d % 8 for d in dims) or not torch.backends.cudnn.is_available():
         return None
     left, right = options.window
-    if 0 <= left < k.shape[1] or 0 < right < k.shape[1]:
+    farthest = q.shape[1] + k.shape[1]  # of a query from a key, however the two are aligned
+    if 0 <= left < farthest or 0 < right < farthest:
         return None
     if right != 0:
         return False
