@@ -156,6 +156,28 @@ class TestPointwise:
         roundings = 2 * torch.finfo(torch.float32).eps * (residual.abs() + 2 * x.abs())  # of the product, of the sum
         assert ((out - wanted).abs() <= roundings).all()
 
+    @pytest.mark.parametrize("interleaved", [False, True])
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 2), (16, 17)])
+    @pytest.mark.parametrize(("dim", "rotary"), [(6, 4), (64, 64), (80, 32)])
+    def test_rope_of_q_and_k_together(self, dim, rotary, heads, kv_heads, interleaved, monkeypatch):
+        """One launch gives what one for each gives, to the bit, in place on views with other columns behind them."""
+        width = (heads + kv_heads) * dim
+        made = randn(2, 19, width + 3, dtype=torch.float32)
+        q, k = (t.unflatten(-1, (-1, dim)) for t in made[..., :width].split([heads * dim, kv_heads * dim], -1))
+        tables = rope_tables(torch.arange(38, device=DEVICE).view(2, 19), rotary, 1e4)
+        launches, module = [], triton_backend.kernels("rope")
+        rotate = module.rotate
+        monkeypatch.setattr(module, "rotate", lambda *args: launches.append(args) or rotate(*args))
+        for inverse in (False, True):
+            want = [ops.rope(t.clone(), *tables, inverse, interleaved) for t in (q, k)]
+            rest = made[..., width:].clone()
+            launches.clear()
+            ops.rope_qk_(q, k, *tables, inverse, interleaved)
+            assert len(launches) == 1
+            assert torch.equal(q, want[0])
+            assert torch.equal(k, want[1])
+            assert torch.equal(made[..., width:], rest)
+
     @pytest.mark.parametrize("heads", [1, 7, 8, 17])
     @pytest.mark.parametrize("dim", [2, 80, 128, 256])
     def test_rope_in_place_on_a_view_of_qkv(self, dim, heads):

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import check_device, on, rows_of, rows_to_write
+from .sizes import cdiv
 
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 BLOCK = 1024
@@ -131,7 +132,7 @@ def forward(gate: Tensor, up: Tensor | None, function: str, act: Tensor) -> None
         return
     (g, u), (a,) = _lined_up((gate, up), (act,))
     with on(gate.device):
-        glu_fwd_kernel[(g.shape[0] * triton.cdiv(g.shape[1], BLOCK),)](
+        glu_fwd_kernel[(g.shape[0] * cdiv(g.shape[1], BLOCK),)](
             g,
             u,
             a,
@@ -157,7 +158,7 @@ def backward(
         return
     (da, g, u), (a, dg, du) = _lined_up((dact, gate, up), outs)
     with on(gate.device):
-        glu_bwd_kernel[(g.shape[0] * triton.cdiv(g.shape[1], BLOCK),)](
+        glu_bwd_kernel[(g.shape[0] * cdiv(g.shape[1], BLOCK),)](
             da,
             g,
             u,

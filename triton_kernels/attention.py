@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,6 +22,7 @@ from . import tuning
 from .attention_bwd import attention_bwd_kernel_delta, attention_bwd_kernel_dkdv, attention_bwd_kernel_dq
 from .attention_fwd import attention_fwd_kernel_tile
 from .rows import on
+from .sizes import cdiv, next_power_of_2
 from .tuning import Config, Key
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -150,9 +150,9 @@ def delta(do: Tensor, o: Tensor, dlse: Tensor | None = None) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32, device=o.device)
     if out.numel() == 0:
         return out
-    block = max(16, triton.next_power_of_2(dim))
+    block = max(16, next_power_of_2(dim))
     rows = tuning.delta_rows(block)
-    tiles = triton.cdiv(n, rows)
+    tiles = cdiv(n, rows)
     with on(o.device):
         attention_bwd_kernel_delta[(tiles * (out.numel() // n),)](
             do,
@@ -358,7 +358,7 @@ class _Problem:
 
     def tiles(self, n: int, block: int) -> int:
         """Tiles of one row's axis; packed, the slots that `find_sequence` counts."""
-        return n // block + self.sequences if self.sequences else triton.cdiv(n, block)
+        return n // block + self.sequences if self.sequences else cdiv(n, block)
 
     def programs(self, config: Config, tiles: int) -> int:
         """Programs to launch for so many tiles."""
@@ -399,7 +399,7 @@ class _Problem:
 
 def blocks(head_dim: int, value_dim: int) -> dict[str, Any]:
     """The padded dims and whether they are padded: a kernel's tile has a power of two of columns, at least 16."""
-    d, dv = (max(16, triton.next_power_of_2(n)) for n in (head_dim, value_dim))
+    d, dv = (max(16, next_power_of_2(n)) for n in (head_dim, value_dim))
     return {"BLOCK_D": d, "BLOCK_DV": dv, "RAGGED_D": d != head_dim, "RAGGED_DV": dv != value_dim}
 
 
@@ -434,7 +434,7 @@ def _unit(t: Tensor) -> Tensor:
 def _described(tensors: tuple[Tensor, ...], rows: int) -> tuple[TensorDescriptor, ...]:
     """Descriptors of (B, S, H, D) for tiles of `rows` tokens of one head, the head dim padded."""
     return tuple(
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, rows, 1, max(16, triton.next_power_of_2(t.shape[-1]))])
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, rows, 1, max(16, next_power_of_2(t.shape[-1]))])
         for t in tensors
     )
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import check_device, on
+from .sizes import cdiv, next_power_of_2
 
 ELEMENTS = 4096  # of a program's tile
 WARPS = 4
@@ -64,7 +65,7 @@ def attention_merge_kernel(
 
 def tile(dim: int) -> tuple[int, int]:
     """(TOKENS, COLUMNS) of a program."""
-    columns = max(16, triton.next_power_of_2(dim))
+    columns = max(16, next_power_of_2(dim))
     return max(1, ELEMENTS // columns), columns
 
 
@@ -84,7 +85,7 @@ def merge(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -> None:
     batch, tokens, heads, dim = o.shape
     count, columns = tile(dim)
     with on(o.device):
-        attention_merge_kernel[(triton.cdiv(tokens, count), heads, batch)](
+        attention_merge_kernel[(cdiv(tokens, count), heads, batch)](
             o,
             lse,
             part_o,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attention_tile import tanh
 from .rows import check_device, on
+from .sizes import next_power_of_2
 
 COLUMNS = 2048  # of a row at a time: one load of 16 bytes a thread
 MOST_WARPS = 8
@@ -174,7 +175,7 @@ def cross_entropy_kernel(
 
 def tile(vocab: int) -> tuple[int, int]:
     """(COLUMNS, warps) of a program."""
-    columns = min(COLUMNS, triton.next_power_of_2(vocab))
+    columns = min(COLUMNS, next_power_of_2(vocab))
     return columns, max(1, min(MOST_WARPS, columns // 256))
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import check_device, on, rows_of, rows_to_write
+from .sizes import cdiv
 
 BLOCK = 1024
 WARPS = 4
@@ -59,7 +60,7 @@ def dropout(
         return
     a, b, o = rows_of(x), None if residual is None else rows_of(residual), rows_to_write(out)
     with on(x.device):
-        dropout_kernel[(a.shape[0] * triton.cdiv(a.shape[1], BLOCK),)](
+        dropout_kernel[(a.shape[0] * cdiv(a.shape[1], BLOCK),)](
             a,
             b,
             o,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import tuning
 from .rows import check_device, on, rows_of, rows_to_write, warps
+from .sizes import cdiv, next_power_of_2
 
 # Columns that a program holds at once.
 FORWARD_COLUMNS = 16384
@@ -255,7 +256,7 @@ def norm_bwd_kernel_rows(
 
 def tile(width: int, most: int) -> tuple[int, int, bool]:
     """(ROWS, COLUMNS, WIDE) for rows of `width` values where a program holds at most `most` columns."""
-    columns = triton.next_power_of_2(max(1, width))
+    columns = next_power_of_2(max(1, width))
     if columns > most:
         return 1, _PIECE, True
     return max(1, min(64, _TILE // columns)), columns, False
@@ -285,7 +286,7 @@ def forward(
     count, columns, wide = tile(x.shape[-1], FORWARD_COLUMNS)
     if rstd.numel():
         with on(x.device):
-            norm_fwd_kernel_rows[(triton.cdiv(rstd.numel(), count),)](
+            norm_fwd_kernel_rows[(cdiv(rstd.numel(), count),)](
                 flat,
                 res,
                 _vector(weight),
@@ -328,7 +329,7 @@ def backward(
     width, n = x.shape[-1], rstd.numel()
     flat_dy, flat_x, flat_dx = rows_of(dy), rows_of(x), rows_to_write(dx)
     count, columns, wide = tile(width, BACKWARD_COLUMNS)
-    programs = backward_programs(triton.cdiv(n, count), x.device)
+    programs = backward_programs(cdiv(n, count), x.device)
     make = rstd.new_zeros if wide or n == 0 else rstd.new_empty
     dw = make(programs if need_dw else 0, width)
     db = make(programs if need_dw and mean is not None else 0, width)

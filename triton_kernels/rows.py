@@ -6,10 +6,10 @@ import contextlib
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tuning
+from .sizes import cdiv, next_power_of_2
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,4 +45,4 @@ def rows_to_write(t: Tensor) -> Tensor:
 
 def warps(elements: int, most: int = 16) -> int:
     """Warps for a tile: 16 values a thread, so that the loads are wide and many at once."""
-    return max(1, min(most, triton.next_power_of_2(triton.cdiv(elements, 32 * 16))))
+    return max(1, min(most, next_power_of_2(cdiv(elements, 32 * 16))))

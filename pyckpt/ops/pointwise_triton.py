@@ -19,6 +19,8 @@ def _exact(fn: Callable[..., Any], *tensors: Tensor | None, writes: int = 0) -> 
 
     The last `writes` tensors are those that fn writes: what it makes of their copies is rounded into them.
     """
+    if tensors[0] is not None and tensors[0].device.type != "cpu":
+        return fn(*tensors)
     wide = [t.float() if t is not None and rounds_badly(t) else t for t in tensors]
     found = fn(*wide)
     for t, w in list(zip(tensors, wide, strict=True))[len(tensors) - writes :]:
@@ -191,5 +193,9 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool)
 
 @implement("rope_qk_", "triton")
 def rope_qk_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: bool) -> None:
-    _rotate(q, cos, sin, inverse, interleaved, q)
-    _rotate(k, cos, sin, inverse, interleaved, k)
+    if rounds_badly(q) or q.dtype != k.dtype or not all(t.numel() and t.stride(-1) == 1 for t in (q, k)):
+        _rotate(q, cos, sin, inverse, interleaved, q)
+        _rotate(k, cos, sin, inverse, interleaved, k)
+        return
+    rows, k_rows = (t.view(-1, *t.shape[-2:]) for t in (q, k))
+    kernels("rope").rotate(rows, *_rope.angle_rows(q, cos, sin), inverse, interleaved, rows, k_rows)

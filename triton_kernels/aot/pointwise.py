@@ -120,6 +120,7 @@ class RopeCase(Case):
     dtype: str
     interleaved: bool = False
     tail: int = 0
+    together: bool = False  # q and k in one launch
 
     @property
     def name(self) -> str:
@@ -127,7 +128,8 @@ class RopeCase(Case):
 
     @property
     def what(self) -> str:
-        form = "+".join([*(["interleaved"] if self.interleaved else []), *([f"tail {self.tail}"] if self.tail else [])])
+        forms = {"interleaved": self.interleaved, f"tail {self.tail}": self.tail, "q and k": self.together}
+        form = "+".join(form for form, there in forms.items() if there)
         return f"{self.head_dim:>8} {DTYPES[self.dtype]:5}{form}"
 
     @property
@@ -152,6 +154,7 @@ class RopeCase(Case):
             "HEADS": rope.HEADS,
             "COLUMNS": columns,
             "TAIL": max(1, self.tail),
+            **({} if self.together else {"p_k": None}),
         }
         divisible = {n for n in names if n.startswith("stride")} | ({"half"} if half % 16 == 0 else set())
         return signature(names, kinds, constants, divisible)
@@ -241,3 +244,4 @@ def cases(arch: str, quick: bool = False) -> Iterator[Case]:
             yield MergeCase(arch, head_dim, dtype, wide)
     if not quick:
         yield RopeCase(arch, 128, "bfloat16", tail=64)
+        yield RopeCase(arch, 128, "bfloat16", together=True)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import on
+from ..sizes import cdiv
 from . import choice
 from .matrices import check_matrix, options
 from .tiles import GROUP, load, place
@@ -85,7 +86,7 @@ def input_gradient(dys: list[Tensor], weights: list[Tensor], out: Tensor) -> Non
         check_matrix(f"gradient {i}", dy, (tokens, dy.shape[1]), out)
         check_matrix(f"weight {i}", weight, (dy.shape[1], width), out)
     config = choice.config(choice.key("dgrad", width, out.dtype, out.device))
-    grid = triton.cdiv(tokens, config.block_m) * triton.cdiv(width, config.block_n)
+    grid = cdiv(tokens, config.block_m) * cdiv(width, config.block_n)
     if grid == 0:
         return
     d_outs = [dy.shape[1] for dy in dys]

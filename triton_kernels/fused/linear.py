@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import on
+from ..sizes import cdiv, next_power_of_2
 from . import choice, statistics
 from .matrices import check_matrix, check_vector, options
 from .tiles import GROUP, block_statistics, load, load_transposed, place
@@ -143,11 +144,11 @@ def add_product(
     check_matrix("residual", residual, (tokens, d_out), out)
     check_vector("bias", bias, d_out)
     centered, eps = statistics_of or (False, 0.0)
-    blocks = triton.cdiv(d_out, statistics.COLUMNS) * (2 if centered else 1)
+    blocks = cdiv(d_out, statistics.COLUMNS) * (2 if centered else 1)
     shares = out.new_empty(blocks, tokens, dtype=torch.float32) if statistics_of else None
     config = choice.config(choice.key("residual", width, x.dtype, x.device))
     if tokens:
-        grid = triton.cdiv(tokens, config.block_m) * triton.cdiv(d_out, config.block_n)
+        grid = cdiv(tokens, config.block_m) * cdiv(d_out, config.block_n)
         with on(x.device):
             residual_kernel_tile[(grid,)](
                 x,
@@ -195,11 +196,11 @@ def product_with_delta(d: Tensor, weight: Tensor, o: Tensor, do: Tensor, delta: 
         return
     config = choice.config(choice.key("delta", width, d.dtype, d.device))
     dim = o.shape[1] // heads
-    padded = max(16, triton.next_power_of_2(dim))
+    padded = max(16, next_power_of_2(dim))
     together = max(1, config.block_n // padded)
     block_m = config.rows(padded)
     with on(d.device):
-        delta_kernel_heads[(triton.cdiv(tokens, block_m) * triton.cdiv(heads, together),)](
+        delta_kernel_heads[(cdiv(tokens, block_m) * cdiv(heads, together),)](
             d,
             weight,
             o,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..activation import phi, phi_and_slope
 from ..rows import on
+from ..sizes import cdiv
 from . import choice
 from .matrices import Normed, check_matrix, check_vector, options
 from .tiles import GROUP, load, load_statistics, load_transposed, normalised, place
@@ -388,7 +389,7 @@ def _constants(normed: Normed, function: str, config: choice.Config, *widths: in
 
 
 def _grid(shape: tuple[int, int], config: choice.Config) -> tuple[int]:
-    return (triton.cdiv(shape[0], config.block_m) * triton.cdiv(shape[1], config.block_n),)
+    return (cdiv(shape[0], config.block_m) * cdiv(shape[1], config.block_n),)
 
 
 def _stride(t: Tensor | None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..norm import added_up, backward_programs, reciprocal_root
 from ..rows import on
+from ..sizes import cdiv
 from .matrices import check_matrix
 from .pairs import load_pairs, pair_columns, store_pairs
 from .qkv import Finish
@@ -114,7 +115,7 @@ def backward(d: Tensor, raw: Tensor, weight: Tensor, after: Finish, *, need_dw: 
     check_matrix("raw", raw, (tokens, columns), d)
     heads, pairing = after.heads(columns), after.pairing()
     block_m = tokens_of(pairing["HALF"])
-    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(heads, HEADS)
+    tiles = cdiv(tokens, block_m) * cdiv(heads, HEADS)
     programs = backward_programs(tiles, d.device)
     make = d.new_empty if tiles else d.new_zeros
     shares = make(programs if need_dw else 0, after.head_dim, dtype=torch.float32)

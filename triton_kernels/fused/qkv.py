@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..norm import reciprocal_root
 from ..rows import on
+from ..sizes import cdiv, next_power_of_2
 from . import choice
 from .matrices import Normed, check_matrix, check_vector, options
 from .pairs import load_pairs, pair_columns, store_pairs
@@ -283,7 +284,7 @@ class Finish:
             "HEAD_DIM": self.head_dim,
             "ROTATED": self.rotated,
             "INTERLEAVED": self.interleaved,
-            "HALF": max(16, triton.next_power_of_2(self.head_dim // 2)),
+            "HALF": max(16, next_power_of_2(self.head_dim // 2)),
         }
 
     def constants(self, block_n: int) -> dict[str, Any]:
@@ -326,9 +327,9 @@ def forward(
     config = choice.config(choice.key("qkv", normed.width, weights[0].dtype, weights[0].device))
     constants = after.constants(config.block_n)
     block_m = config.rows(2 * constants["HALF"])
-    programs = sum(triton.cdiv(n, constants["HEADS"]) for n in heads)
+    programs = sum(cdiv(n, constants["HEADS"]) for n in heads)
     with on(normed.x.device):
-        qkv_fwd_kernel_heads[(triton.cdiv(tokens, block_m) * programs,)](
+        qkv_fwd_kernel_heads[(cdiv(tokens, block_m) * programs,)](
             **normed.pointers(),
             **_named("p_w", weights),
             **_named("p_b", biases),
@@ -374,7 +375,7 @@ def finish_stored(raw: Tensor, weight: Tensor, after: Finish, out: Tensor) -> No
     if tokens == 0:
         return
     with on(raw.device):
-        qk_finish_kernel_heads[(triton.cdiv(tokens, FINISH_ROWS) * triton.cdiv(heads, constants["HEADS"]),)](
+        qk_finish_kernel_heads[(cdiv(tokens, FINISH_ROWS) * cdiv(heads, constants["HEADS"]),)](
             raw,
             weight,
             after.cos,

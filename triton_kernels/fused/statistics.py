@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..norm import reciprocal_root
 from ..rows import on
+from ..sizes import cdiv
 from .matrices import check_matrix
 from .tiles import block_statistics, load, merge_statistics
 
@@ -96,7 +97,7 @@ def row_statistics(x: Tensor, eps: float, *, centered: bool) -> tuple[Tensor | N
     mean, rstd = _empty(x, centered)
     if x.shape[0]:
         with on(x.device):
-            statistics_kernel_rows[(triton.cdiv(x.shape[0], ROWS),)](
+            statistics_kernel_rows[(cdiv(x.shape[0], ROWS),)](
                 x,
                 mean,
                 rstd,
@@ -118,7 +119,7 @@ def merged(shares: Tensor, x: Tensor, eps: float, *, centered: bool) -> tuple[Te
     mean, rstd = _empty(x, centered)
     if x.shape[0]:
         with on(x.device):
-            statistics_kernel_merge[(triton.cdiv(x.shape[0], MERGED),)](
+            statistics_kernel_merge[(cdiv(x.shape[0], MERGED),)](
                 shares,
                 mean,
                 rstd,

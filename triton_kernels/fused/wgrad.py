@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import on
+from ..sizes import cdiv
 from . import choice
 from .matrices import Normed, check_matrix, options
 from .tiles import GROUP, load, load_statistics, normalised, place
@@ -67,7 +68,7 @@ def weight_gradient(dy: Tensor, normed: Normed, out: Tensor, *, add: bool) -> No
     check_matrix("dy", dy, (normed.x.shape[0], d_out))
     check_matrix("out", out, (d_out, normed.width))
     config = choice.config(choice.key("wgrad", normed.width, dy.dtype, dy.device))
-    grid = triton.cdiv(d_out, config.block_m) * triton.cdiv(normed.width, config.block_n)
+    grid = cdiv(d_out, config.block_m) * cdiv(normed.width, config.block_n)
     if grid == 0:
         return
     with on(dy.device):
