@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype
-from pyckpt.ops.products import add_product_
+from pyckpt.ops.direct import ops
+from pyckpt.ops.products import add_product_, product
 from pyckpt.ops.registry import autograd, define
 from pyckpt.ops.vocab_blocks import gradients as gradients_by_words
 from pyckpt.ops.vocab_blocks import scaled
-
-ops = torch.ops.pyckpt
 
 # Logits of a chunk. On CUDA 512 MiB of bf16, and twice that where chunks sum up dw in float32: each of them reads and
 # writes all of it, 4 GB at Llama 3's vocabulary.
@@ -243,12 +242,12 @@ def forward(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `linear_cross_entropy_fwd` gives."""
-    grads = _Gradients(head, *_grad_buffers(x, head.weight, head.bias, need_dx, need_dw, need_db))
+    grads = _Gradients.of(head, x, need_dx, need_dw, need_db)
     losses, lse = _losses(head, x, target, grads)
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / (target != head.ignore_index).sum()
-    return loss, lse, grads.dx, grads.dw, grads.db
+    return loss, lse, *grads.results()
 
 
 def tile(
@@ -261,8 +260,7 @@ def tile(
     db: Tensor | None,
 ) -> Tensor:
     """What `linear_cross_entropy_tile_` gives."""
-    grads = _Gradients(head, *(x.new_empty(0) if g is None else g for g in (dx, dw, db)))
-    return _losses(head, x, target, grads, dloss)[0]
+    return _losses(head, x, target, _Gradients(head, dx, dw, db, dw is not None), dloss)[0]
 
 
 def _losses(
@@ -271,7 +269,7 @@ def _losses(
     """Each token's loss and lse; fills `grads` with the gradients of the losses' sum, weighed by `dloss`."""
     losses, lse = (x.new_empty(target.shape, dtype=acc_dtype(x.dtype)) for _ in range(2))
     upstream = None if dloss is None else dloss.to(lse.dtype)
-    for sl in _chunks(x, head.weight, grads.dw.numel() > 0):
+    for sl in _chunks(x, head.weight, grads.need_dw):
         weights = None if upstream is None else upstream[sl]
         # Under no name, which would hold it beside the next chunk's logits.
         grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], weights, losses[sl], lse[sl], grads.wanted))
@@ -289,12 +287,12 @@ def backward(
     if need_dw and tokens < vocab and not head.smoothing:
         elements = _of_device(_CHUNK_ELEMENTS, x.device)
         return gradients_by_words(head, upstream, factor, lse, x, target, need_dx, need_db, elements)
-    grads = _Gradients(head, *_grad_buffers(x, head.weight, head.bias, need_dx, need_dw, need_db))
+    grads = _Gradients.of(head, x, need_dx, need_dw, need_db)
     for sl in _chunks(x, head.weight, need_dw):
         weights = None if upstream is None else upstream[sl]
         grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], weights, None, lse[sl], True))
-    dtype = head.weight.dtype
-    return scaled(grads.dx, factor, dtype), scaled(grads.dw, factor, dtype), scaled(grads.db, factor, dtype)
+    dx, dw, db = (scaled(g, factor, head.weight.dtype) for g in grads.results())
+    return dx, dw, db
 
 
 def _of_device(table: dict[str, int], device: torch.device) -> int:
@@ -313,19 +311,43 @@ def _chunks(x: Tensor, weight: Tensor, sums: bool) -> Iterator[slice]:
 
 
 class _Gradients:
-    """Gradient buffers of the whole loss (empty ones are not wanted), filled chunk by chunk."""
+    """Gradients of the whole loss (None: not wanted), filled chunk by chunk.
 
-    def __init__(self, head: Head, dx: Tensor, dw: Tensor, db: Tensor) -> None:
-        self.head, self.dx, self.dw, self.db = head, dx, dw, db
-        self.wanted = any(g.numel() for g in (dx, dw, db))
+    dw where there is no sum yet is the first chunk's product: at Llama 3's vocabulary it is 2 GB, which need not be
+    cleared, nor read to be added to.
+    """
+
+    def __init__(self, head: Head, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, need_dw: bool) -> None:
+        self.head, self.dx, self.dw, self.db, self.need_dw = head, dx, dw, db, need_dw
+        self.wanted = need_dw or dx is not None or db is not None
+
+    @staticmethod
+    def of(head: Head, x: Tensor, need_dx: bool, need_dw: bool, need_db: bool) -> _Gradients:
+        dx = x.new_empty(x.shape) if need_dx else None
+        biased = need_db and head.bias is not None
+        db = head.weight.new_zeros(head.weight.shape[0], dtype=acc_dtype(x.dtype)) if biased else None
+        return _Gradients(head, dx, None, db, need_dw)
 
     def add(self, sl: slice, x: Tensor, dz: Tensor, exact: Tensor) -> None:
-        if self.db.numel():
+        if self.db is not None:
             self.db += exact.sum(0, dtype=self.db.dtype)
-        if self.dx.numel():
+        if self.dx is not None:
             torch.mm(dz, self.head.weight, out=self.dx[sl])
-        if self.dw.numel():
+        if not self.need_dw:
+            return
+        if self.dw is None:
+            self.dw = product(dz.t(), x, acc_dtype(x.dtype))
+        else:
             add_product_(self.dw, dz.t(), x)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, dw, db; those not wanted are empty."""
+        acc, weight = acc_dtype(self.head.weight.dtype), self.head.weight
+        if self.need_dw and self.dw is None:  # there is no token
+            self.dw = weight.new_zeros(weight.shape, dtype=acc)
+        dx = weight.new_empty(0) if self.dx is None else self.dx
+        dw, db = (weight.new_empty(0, dtype=acc) if g is None else g for g in (self.dw, self.db))
+        return dx, dw, db
 
 
 # --- PyTorch's kernels --------------------------------------------------------------------------------------
@@ -439,17 +461,17 @@ def _register_flops() -> None:
     def product(x_shape, weight_shape) -> int:  # type: ignore[no-untyped-def]
         return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
 
-    @register_flop_formula(ops.linear_cross_entropy_fwd)
+    @register_flop_formula(torch.ops.pyckpt.linear_cross_entropy_fwd)
     def forward_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         need_dx, need_dw = args[-3], args[-2]
         return product(x_shape, weight_shape) * (1 + bool(need_dx) + bool(need_dw))
 
-    @register_flop_formula(ops.linear_cross_entropy_tile_)
+    @register_flop_formula(torch.ops.pyckpt.linear_cross_entropy_tile_)
     def tile_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         dx, dw = args[-3:-1]
         return product(x_shape, weight_shape) * (1 + (dx is not None) + (dw is not None))
 
-    @register_flop_formula(ops.linear_cross_entropy_bwd)
+    @register_flop_formula(torch.ops.pyckpt.linear_cross_entropy_bwd)
     def backward_flops(dloss, lse, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         need_dx, need_dw = args[-3], args[-2]
         return product(x_shape, weight_shape) * (1 + bool(need_dx) + bool(need_dw))
