@@ -46,6 +46,7 @@ from pyckpt.tokenwise import fused
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.parameters import norm_names
+from pyckpt.tokenwise.positions import Counted, Positions
 from pyckpt.tokenwise.standard import StandardTokenwise
 from pyckpt.tokenwise.workspace import Workspace
 
@@ -229,7 +230,12 @@ class _Tokenwise(torch.autograd.Function):
 
 
 def _tile(x: Tensor, kept: dict[str, Tensor], sl: slice) -> Tile:
-    return Tile(x[sl], torch.empty(0), {n: t[sl] for n, t in kept.items()}, sl.start)
+    return Tile(
+        x[sl],
+        Positions(x.device, Counted(sl.start, sl.stop, x.shape[0])),
+        {n: t[sl] for n, t in kept.items()},
+        sl.start,
+    )
 
 
 # --- measuring ----------------------------------------------------------------------------------------------

@@ -399,6 +399,19 @@ def fused_kernels() -> str:
     return "\n".join([*lines, "", source("bench/fused_static.py", "fused_static", figures)])
 
 
+def host() -> str:
+    """What calls cost the host, at first and now."""
+    first, now = common.read("host_first_cpu"), common.read("host_cpu")
+    before = {row["name"]: row for row in first["rows"]}
+    lines = ["| call | before | now | launches before | now |", "|---|--:|--:|--:|--:|"]
+    for row in now["rows"]:
+        pair = (before[row["name"]], row)
+        times = " | ".join(f"{r['microseconds']:,.0f} µs" for r in pair)
+        lines.append(f"| {row['name']} | {times} | {' | '.join(str(sum(r['launches'].values())) for r in pair)} |")
+    notes = [source("bench/host.py", name, f) for name, f in (("host_first_cpu", first), ("host_cpu", now))]
+    return "\n".join([*lines, "", *notes])
+
+
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
@@ -434,6 +447,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream-gpu": stream_gpu,
     "attention-gpu": attention_gpu,
     "norm-gpu": norm_gpu,
+    "host": host,
 }
 
 

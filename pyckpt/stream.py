@@ -126,7 +126,7 @@ def stream_loss(
     inward = bool(stack.schedule.backward)
 
     def make_ends() -> tuple[Source, Sink]:
-        source = ends.source(tokens, trained, stack.of_positions)
+        source = ends.source(tokens, trained, lambda rows: stack.of_positions(rows).tensor)
         return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
 
     return execute(Session(stack, stream.store, uses, make_ends, stream.progress), None, weights)

@@ -71,6 +71,26 @@ assert "wrong" in row["failed"] and "forward_ms" not in row, row
     assert done.returncode == 0, done.stderr
 
 
+def test_what_a_step_launches(tmp_path):
+    """Of Triton's kernels; products are the library's. A norm, RoPE and the MLP's inside run again in the backward."""
+    pytest.importorskip("triton")
+    result = tmp_path / "host_test.json"
+    done = script("bench/host.py", "--calls", "1", "--tries", "1", "--out", str(result))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads(result.read_text())["rows"]}
+    assert all(row["microseconds"] > 0 for row in rows.values())
+    forward = {"norm_fwd_kernel_rows": 2, "rope_kernel": 1, "attention_fwd_kernel_tile": 1, "glu_fwd_kernel": 1}
+    assert rows["block, forward without grad"]["launches"] == forward
+    backward = ("attention_bwd_kernel_delta", "attention_bwd_kernel_dkdv", "attention_bwd_kernel_dq", "glu_bwd_kernel")
+    assert rows["block, forward and backward"]["launches"] == {
+        **forward,
+        **dict.fromkeys(backward, 1),
+        "norm_fwd_kernel_rows": 5,
+        "rope_kernel": 3,
+        "norm_bwd_kernel_rows": 2,
+    }
+
+
 @pytest.mark.slow
 def test_norm_measures_every_op_forward_and_backward(tmp_path):
     result = tmp_path / "norm_test.json"

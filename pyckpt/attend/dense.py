@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyckpt.ops.attention import sinks_backward
+from pyckpt.ops.direct import ops
 from pyckpt.spec import BlockSpec, Window
-
-ops = torch.ops.pyckpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +38,6 @@ class Layout:
         """cu_seqlens of queries and of keys."""
         cu = self.cu_seqlens
         return (cu, cu) if cu is None or cu.dim() == 1 else (cu[0], cu[1])
-
-    def positions(self, rows: slice, device: torch.device) -> Tensor:
-        """Each token's place in its sequence, for a range of tokens."""
-        tokens = torch.arange(rows.start, rows.stop, device=device)
-        starts = self.starts[0]
-        if starts is None:
-            return tokens % self.seq
-        return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
 
     def by_head(self, t: Tensor, head_dim: int) -> Tensor:
         """(T, H * D) -> (B, S, H, D), or (T, H, D) when packed."""
@@ -138,7 +128,7 @@ class DenseAttend:
         do, v, o = self._valued(layout, do, v, o)
         if delta is not None and layout.cu_seqlens is None:
             delta = delta.unflatten(1, (layout.batch, layout.seq)).transpose(0, 1)
-        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed, sinks), delta=delta)
+        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed, sinks), delta)
         return dq.view(layout.tokens, -1), dk.view(layout.tokens, -1), dv.view(layout.tokens, -1)
 
     def sinks_backward(self, layout: Layout, do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

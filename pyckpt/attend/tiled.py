@@ -12,12 +12,10 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from pyckpt.attend.dense import DenseAttend, Layout
-
-ops = torch.ops.pyckpt
+from pyckpt.ops.direct import ops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 from pyckpt.attend.dense import Layout
 from pyckpt.exec.ends import Gradients, Named
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.direct import ops
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.norm import Norm, with_offset
 
-ops = torch.ops.pyckpt
 IGNORE = -100
 
 

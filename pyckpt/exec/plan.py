@@ -7,6 +7,7 @@ import torch
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES, choose_tile
+from pyckpt.ops.keeping import remembered
 from pyckpt.save import SaveSet, post_tensors
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise import fused
@@ -25,9 +26,26 @@ def standard_plan(
     device: torch.device,
     tile_bytes: int = TILE_BYTES,
 ) -> BlockPlan:
+    parts = fused.choose(spec, dtype, device)
+    return _standard_plan(spec, save, tile, tokens, x_dtype, dtype, device, tile_bytes, parts)
+
+
+# A plan holds no tensors, and to make one takes longer than to launch a kernel.
+@remembered(512)
+def _standard_plan(
+    spec: BlockSpec,
+    save: SaveSet,
+    tile: int | None,
+    tokens: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    tile_bytes: int,
+    parts: fused.Fused,
+) -> BlockPlan:
     token_bytes = _standard_token_bytes(spec, x_dtype, dtype)
     return BlockPlan(
-        tokenwise=StandardTokenwise(spec, fused.choose(spec, dtype, device)),
+        tokenwise=_standard_tokenwise(spec, parts),
         attend=DenseAttend.of(spec),
         save=save,
         tile=tile or choose_tile(tokens, token_bytes, device, tile_bytes),
@@ -36,6 +54,11 @@ def standard_plan(
         keeps_raw_qk=bool(spec.qk_norm),
         token_bytes=token_bytes,
     )
+
+
+@remembered(512)
+def _standard_tokenwise(spec: BlockSpec, parts: fused.Fused) -> StandardTokenwise:
+    return StandardTokenwise(spec, parts)
 
 
 def generic_plan(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.attend.dense import DenseAttend, Layout
+from pyckpt.exec.positions import positions_of
 from pyckpt.exec.tiling import count, tiles
 from pyckpt.ops import philox
 from pyckpt.ops.chunks import acc_dtype
@@ -79,14 +80,12 @@ class Inputs:
 
     def tile(self, sl: slice, kept: Kept, names: Collection[str]) -> Tile:
         views = {n: kept[n][sl] for n in names if n in kept}
-        return Tile(self.x[sl], self._positions(sl), views, sl.start, self.seed)
+        positions = positions_of(self.layout, self.positions, sl, self.x.device)
+        return Tile(self.x[sl], positions, views, sl.start, self.seed)
 
     @property
     def attention_seed(self) -> int | None:
         return None if self.seed is None else philox.derive(self.seed, 0)
-
-    def _positions(self, sl: slice) -> Tensor:
-        return self.layout.positions(sl, self.x.device) if self.positions is None else self.positions[sl]
 
     def of_block(self, x: Tensor, seed: int | None) -> Inputs:
         """The inputs of another block of the same run."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from pyckpt.attend.dense import Layout
 from pyckpt.attend.tiled import TiledAttend
 from pyckpt.exec.ends import Gradients, Named, Sink, Source
+from pyckpt.exec.positions import positions_of
 from pyckpt.exec.resident import POST_NAMES, BlockPlan
 from pyckpt.exec.schedule import Advance, Back, Schedule, Step
 from pyckpt.exec.tiling import count, tiles
@@ -30,6 +31,7 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.store import Key, OpenStore, Plan, Slab
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile
+from pyckpt.tokenwise.positions import Positions
 from pyckpt.tokenwise.workspace import Workspace
 
 HIDDEN = ("h", 0)
@@ -57,10 +59,8 @@ class Stack:
     def n_tiles(self) -> int:
         return count(self.layout.tokens, self.tile)
 
-    def of_positions(self, rows: slice) -> Tensor:
-        if self.positions is not None:
-            return self.positions[rows]
-        return self.layout.positions(rows, self.device)
+    def of_positions(self, rows: slice) -> Positions:
+        return positions_of(self.layout, self.positions, rows, self.device)
 
     def kept(self, block: int) -> dict[str, tuple[int, torch.dtype]]:
         """What this block keeps beside x: width and dtype, by name."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype, row_chunks
+from pyckpt.ops.direct import ops
 from pyckpt.ops.registry import autograd, define
 
 aten = torch.ops.aten
-ops = torch.ops.pyckpt
 
 # kind -> the function applied to the gate (or to the only pre-activation)
 FUNCTIONS = {

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from pyckpt.ops import attention_torch
 from pyckpt.ops.attention_torch import Gradients, Score, lse_like
+from pyckpt.ops.direct import ops
 from pyckpt.ops.registry import autograd, define
-
-ops = torch.ops.pyckpt
 
 _EXTRAS = "Tensor? alibi_slopes=None, float dropout=0.0, SymInt? seed=None"
 _OPTIONS = (
@@ -247,11 +246,11 @@ def _flops(q_shape, k_shape, v_shape, matmuls_qk: int, matmuls_v: int) -> int:  
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    @register_flop_formula(ops.attention_fwd)
+    @register_flop_formula(torch.ops.pyckpt.attention_fwd)
     def forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return _flops(q_shape, k_shape, v_shape, 1, 1)
 
-    @register_flop_formula(ops.attention_bwd)
+    @register_flop_formula(torch.ops.pyckpt.attention_bwd)
     def backward_flops(do, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return _flops(q_shape, k_shape, v_shape, 3, 2)
 

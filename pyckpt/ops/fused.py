@@ -384,32 +384,32 @@ def _register_flops() -> None:
     def product(x: Any, *weights: Any) -> int:
         return sum(2 * x[0] * w[0] * w[1] for w in weights if w is not None)
 
-    @register_flop_formula(ops.norm_qkv_)
+    @register_flop_formula(torch.ops.pyckpt.norm_qkv_)
     def qkv(x, mean, rstd, nw, nb, wq, wk, wv, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         outs = args[-5:-2]
         return product(x, *(w for w, out in zip((wq, wk, wv), outs, strict=True) if out is not None))
 
-    @register_flop_formula(ops.linear_residual_)
+    @register_flop_formula(torch.ops.pyckpt.linear_residual_)
     def residual(x, weight, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return product(x, weight)
 
-    @register_flop_formula(ops.linear_delta_)
+    @register_flop_formula(torch.ops.pyckpt.linear_delta_)
     def delta(d, weight, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return product(d, weight)
 
-    @register_flop_formula(ops.norm_mlp_)
+    @register_flop_formula(torch.ops.pyckpt.norm_mlp_)
     def mlp(x, mean, rstd, nw, nb, wg, bg, wu, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return product(x, wg, wu)
 
-    @register_flop_formula(ops.norm_mlp_bwd_)
+    @register_flop_formula(torch.ops.pyckpt.norm_mlp_bwd_)
     def mlp_bwd(dy, w_down, x, mean, rstd, nw, nb, wg, bg, wu, bu, kind, gate, up, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
         return product(x, w_down) + (product(x, wg, wu) if up is None else 0)
 
-    @register_flop_formula(ops.norm_wgrad_)
+    @register_flop_formula(torch.ops.pyckpt.norm_wgrad_)
     def wgrad(dy, x, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return 2 * dy[0] * dy[1] * x[1]
 
-    @register_flop_formula(ops.linears_input_grad_)
+    @register_flop_formula(torch.ops.pyckpt.linears_input_grad_)
     def dgrad(dys, weights, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return product(dys[0], *weights)
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype, row_chunks
+from pyckpt.ops.direct import ops
 from pyckpt.ops.registry import autograd, define
-
-ops = torch.ops.pyckpt
 
 
 def _stat_like(x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def define(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
         IMPLEMENTATIONS[name] = {"torch": fn}
         for device_type in DEVICE_TYPES:
-            LIBRARY.impl(name, functools.partial(_call, name, device_type), device_type.upper())
+            LIBRARY.impl(name, functools.partial(call, name, device_type), device_type.upper())
         torch.library.register_fake(f"pyckpt::{name}", fake, lib=LIBRARY)
         return fn
 
@@ -133,7 +133,7 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
     torch.library.register_autograd(f"pyckpt::{name}", once, setup_context=setup_context, lib=LIBRARY)
 
 
-def _call(name: str, device_type: str, *args: Any, **kwargs: Any) -> Any:
+def call(name: str, device_type: str, *args: Any, **kwargs: Any) -> Any:
     backend, _ = choose(name, device_type)
     fn = IMPLEMENTATIONS[name][backend]
     if torch.is_autocast_enabled(device_type):
@@ -153,7 +153,7 @@ def run_visible(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     device_type = tensors[0].device.type if tensors else "cpu"
     with torch.no_grad():
-        return _call(name, device_type, *args, **kwargs)
+        return call(name, device_type, *args, **kwargs)
 
 
 def is_pyckpt(func: Any) -> bool:

@@ -6,18 +6,35 @@ A rotation's inverse is its transpose, so the backward is the same op with ``inv
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype, row_chunks
+from pyckpt.ops.direct import ops
+from pyckpt.ops.keeping import belongs_to, remembered
 from pyckpt.ops.registry import autograd, define
 from pyckpt.spec import RopeScaling
 
-ops = torch.ops.pyckpt
-
 
 def _frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    owner = belongs_to(device)
+    if owner is None:
+        return _make_frequencies(dim, theta, scaling, device)
+    return _kept_frequencies(dim, theta, scaling, device, owner)
+
+
+# A list of frequencies is copied to a GPU, and a copy waits for all that is queued there.
+@remembered(64)
+def _kept_frequencies(
+    dim: int, theta: float, scaling: RopeScaling | None, device: torch.device, owner: Hashable
+) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _make_frequencies(dim, theta, scaling, device)
+
+
+def _make_frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     options = dict(scaling or ())
     if options.get("rope_type") == "given":
         return torch.tensor(options["frequencies"], dtype=torch.float64, device=device)
@@ -52,7 +69,10 @@ def rope_tables(
     inv_freq = _frequencies(dim, theta, scaling, positions.device)
     angles = positions.to(torch.float64).unsqueeze(-1) * inv_freq
     amplitude = dict(scaling or ()).get("amplitude", 1.0)
-    return (angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return cos.to(dtype), sin.to(dtype)
 
 
 def angle_rows(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 
+@functools.cache
 def kernels(module: str) -> Any:
     """A module of `pyckpt.triton_kernels`.
 

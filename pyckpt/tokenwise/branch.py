@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops import philox
+from pyckpt.ops.direct import ops
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import Linear
 from pyckpt.tokenwise.norm import norm_of
 from pyckpt.tokenwise.workspace import Workspace
-
-ops = torch.ops.pyckpt
 
 
 class Branch:

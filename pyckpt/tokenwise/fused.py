@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyckpt.ops import registry
+from pyckpt.ops.direct import ops
+from pyckpt.ops.keeping import remembered
 from pyckpt.ops.triton_backend import kernels
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.branch import Branch
@@ -23,10 +26,10 @@ from pyckpt.tokenwise.linear import Linear
 from pyckpt.tokenwise.mlp import Hidden, Mlp
 from pyckpt.tokenwise.norm import LayerNorm, NoNorm, Norm, Normed, Stats
 from pyckpt.tokenwise.parameters import ATTENTION, MLP
+from pyckpt.tokenwise.positions import Positions
 from pyckpt.tokenwise.qkv import Qkv
 from pyckpt.tokenwise.workspace import Workspace
 
-ops = torch.ops.pyckpt
 Fused = frozenset[str]
 NOTHING: Fused = frozenset()
 # Names in the table of `fused.choice`, with the op that is asked for.
@@ -38,6 +41,8 @@ _OPS = {
     "wgrad": "norm_wgrad_",
     "dgrad": "linears_input_grad_",
 }
+# What the choice depends on beside its arguments.
+_SETTINGS = ("PYCKPT_FUSED", "PYCKPT_BACKEND", "TRITON_INTERPRET")
 
 
 def choose(spec: BlockSpec, dtype: torch.dtype, device: torch.device) -> Fused:
@@ -48,11 +53,16 @@ def choose(spec: BlockSpec, dtype: torch.dtype, device: torch.device) -> Fused:
     """
     if device.type not in registry.DEVICE_TYPES or dtype == torch.float64 or spec.low_rank:
         return NOTHING
+    return _choose(spec.d_model, dtype, device, tuple(os.environ.get(name) for name in _SETTINGS))
+
+
+@remembered(512)
+def _choose(width: int, dtype: torch.dtype, device: torch.device, settings: tuple[str | None, ...]) -> Fused:
     served = [name for name, op in _OPS.items() if registry.choose(op, device.type)[0] == "triton"]
     if not served:
         return NOTHING
     choice = kernels("fused.choice")
-    return frozenset(n for n in served if choice.fuses(choice.key(n, spec.d_model, dtype, device)))
+    return frozenset(n for n in served if choice.fuses(choice.key(n, width, dtype, device)))
 
 
 def qkv_of(spec: BlockSpec, fused: Fused) -> Qkv:
@@ -126,7 +136,7 @@ class FusedQkv(Qkv):
         normed = LazyNormed(self.norm, w, tile.x, made.dtype)
         ops.norm_qkv_(*normed.args, *self._weights(w), *after, q, k, v, *raw)
 
-    def finish(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
+    def finish(self, w: Weights, positions: Positions, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         if "qkv" not in self._fused or not self.spec.qk_norm:
             super().finish(w, positions, parts)
             return

@@ -34,7 +34,7 @@ class GenericTokenwise:
         return dict(w)
 
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
-        made = self._call_pre(w, tile.x, tile.positions)
+        made = self._call_pre(w, tile.x, tile.positions.tensor)
         for name, out, got in zip(("q", "k", "v"), (q, k, v), made, strict=True):
             if out is not None:
                 _check_shape(f"pre's {name}", got, out)
@@ -82,7 +82,7 @@ class GenericTokenwise:
         leaves, names = _leaves(w, self.pre_names, grads)
         x = _leaf(tile.x, dx is not None)
         with torch.enable_grad():
-            made = self._call_pre({**w, **leaves}, x, tile.positions)
+            made = self._call_pre({**w, **leaves}, x, tile.positions.tensor)
         (share,) = _differentiate(list(made), [dq, dk, dv], [x], leaves, names, grads)
         if dx is not None and share is not None:
             dx += share

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.direct import ops
 from pyckpt.ops.products import product
 
 
@@ -36,7 +37,7 @@ class WeightGradients:
         if total is None:
             self._sums[name] = product(dy.t(), x, x.dtype if self._single else acc_dtype(x.dtype))
         else:
-            torch.ops.pyckpt.add_product_(total, dy.t(), x)
+            ops.add_product_(total, dy.t(), x)
 
     def add_normed_product(self, name: str, dy: Tensor, normed: tuple[Any, ...]) -> None:
         """`add_product` of dy and norm(x), given as `pyckpt.ops.fused` has it: the normalised x is never stored."""
@@ -46,9 +47,9 @@ class WeightGradients:
         if total is None:
             dtype = dy.dtype if self._single else acc_dtype(dy.dtype)
             made = self._sums[name] = torch.empty(dy.shape[1], normed[0].shape[1], dtype=dtype, device=dy.device)
-            torch.ops.pyckpt.norm_wgrad_(dy, *normed, made, False)
+            ops.norm_wgrad_(dy, *normed, made, False)
         else:
-            torch.ops.pyckpt.norm_wgrad_(dy, *normed, total, True)
+            ops.norm_wgrad_(dy, *normed, total, True)
 
     def add_rows(self, name: str, dy: Tensor) -> None:
         """Add the sum of dy (t, n) over tokens: the gradient of a bias."""

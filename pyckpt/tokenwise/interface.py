@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.tokenwise.gradients import WeightGradients
+from pyckpt.tokenwise.positions import Positions
 from pyckpt.tokenwise.workspace import Workspace
 
 Weights = Mapping[str, Tensor]
@@ -19,7 +20,7 @@ Weights = Mapping[str, Tensor]
 class Tile:
     """One contiguous range of tokens: views of the tensors of the whole sequence. t tokens; all are 2-D, packed.
 
-    x (t, d_model), positions (t,); q, k, v, o are (t, heads * head_dim). `kept` holds the views of what the save set
+    x (t, d_model); q, k, v, o are (t, heads * head_dim). `kept` holds the views of what the save set
     keeps besides: any of "q", "k" (raw, where they differ from those attention reads), "mid", "gate", "up", "down".
     `first` is the absolute number of the first token; `seed` that of the block's dropout, None to drop nothing.
     `statistics`: of the rows of what the MLP reads, where the product that made it has left them.
@@ -28,7 +29,7 @@ class Tile:
     """
 
     x: Tensor
-    positions: Tensor
+    positions: Positions
     kept: dict[str, Tensor]
     first: int = 0
     seed: int | None = None

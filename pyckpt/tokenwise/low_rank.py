@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops import philox
+from pyckpt.ops.direct import ops
 from pyckpt.spec import LowRank
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
@@ -77,4 +78,4 @@ class LowRankProduct:
     def _drop(self, tile: Tile, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
         assert tile.seed is not None
         seed = philox.derive(tile.seed, self._site)
-        torch.ops.pyckpt.dropout_(x, residual, out, self._spec.dropout, seed, tile.first)
+        ops.dropout_(x, residual, out, self._spec.dropout, seed, tile.first)

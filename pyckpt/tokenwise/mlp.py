@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from pyckpt.ops.direct import ops
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
@@ -14,8 +15,6 @@ from pyckpt.tokenwise.linear import Linear, input_gradient
 from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import MLP, norm_names
 from pyckpt.tokenwise.workspace import Workspace
-
-ops = torch.ops.pyckpt
 
 DOWN = f"{MLP}.down_proj"
 

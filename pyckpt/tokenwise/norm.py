@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.direct import ops
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Weights
 
-ops = torch.ops.pyckpt
 Stats = tuple[Tensor, ...]
 
 

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyckpt.ops.rope import rope_tables
+from pyckpt.ops.direct import ops
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import Linear, input_gradient
 from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
+from pyckpt.tokenwise.positions import Positions
 from pyckpt.tokenwise.workspace import Workspace
-
-ops = torch.ops.pyckpt
 
 
 class Qkv:
@@ -39,7 +38,7 @@ class Qkv:
                 linear.forward(w, tile, h, raw[name], ws)
         self.finish(w, tile.positions, [(n, raw[n], out) for n, out in wanted.items() if n != "v"])
 
-    def finish(self, w: Weights, positions: Tensor, parts: list[tuple[str, Tensor, Tensor]]) -> None:
+    def finish(self, w: Weights, positions: Positions, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         """From the projections' own to what attention reads: (name, raw, finished), which may be the same tensors."""
         if not parts:
             return
@@ -49,7 +48,7 @@ class Qkv:
                 made = ops.rms_norm_fwd(self._norm_rows(source), weight, self.spec.norm_eps)[0]
                 self._norm_rows(target).copy_(made)
         outs = [self._by_head(target) for _, _, target in parts]
-        tables = self._rope_tables(positions, outs[0].dtype)
+        tables = positions.tables(self.spec, outs[0].dtype)
         if tables is not None:
             rotate = ops.rope_qk_ if len(outs) == 2 else ops.rope_
             rotate(*outs, *tables, False, self.spec.rope_interleaved)
@@ -80,7 +79,7 @@ class Qkv:
     def _finish_bwd(
         self,
         w: Weights,
-        positions: Tensor,
+        positions: Positions,
         raws: tuple[Tensor | None, Tensor | None],
         ds: tuple[Tensor, Tensor],
         grads: WeightGradients,
@@ -92,7 +91,7 @@ class Qkv:
                 key = f"{ATTENTION}.{name}_norm.weight"
                 grads.add(key, ops.qk_finish_bwd_(d, raw, w[key], *options, grads.wants(key)))
             return
-        tables = self._rope_tables(positions, ds[0].dtype)
+        tables = positions.tables(self.spec, ds[0].dtype)
         if tables is not None:
             ops.rope_qk_(*map(self._by_head, ds), *tables, True, self.spec.rope_interleaved)
         for name, raw, d in zip("qk", raws, ds, strict=True):
@@ -130,20 +129,9 @@ class Qkv:
         drows.copy_(made)
         grads.add(key, dw)
 
-    def _rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        if self.spec.rope_theta is None:
-            return None
-        return rope_tables(
-            positions,
-            self.spec.d_rope,
-            self.spec.rope_theta,
-            self.spec.rope_scaling,
-            torch.float64 if dtype == torch.float64 else torch.float32,
-        )
-
-    def _options(self, positions: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    def _options(self, positions: Positions, dtype: torch.dtype) -> tuple[Any, ...]:
         """Of the ops that run QK-norm by heads and RoPE together."""
-        tables = self._rope_tables(positions, dtype) or (None, None)
+        tables = positions.tables(self.spec, dtype) or (None, None)
         return self.spec.norm_eps, *tables, self.spec.rope_interleaved, self.spec.head_dim
 
     def _norm_rows(self, t: Tensor) -> Tensor:

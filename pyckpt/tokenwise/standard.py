@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyckpt.ops.direct import ops
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise import fused
 from pyckpt.tokenwise.branch import Branch
@@ -153,7 +154,7 @@ class StandardTokenwise:
         if tile.delta is None:
             input_gradient(w, tile, [linear], [d], do, ws)
         else:
-            torch.ops.pyckpt.linear_delta_(d, w[linear.weight], o, do, tile.delta)
+            ops.linear_delta_(d, w[linear.weight], o, do, tile.delta)
 
     def pre_bwd(
         self,
