@@ -265,7 +265,7 @@ class CkptCausalLM(nn.Module):
         labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
         i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
         included. stream: run streamed, with memory on the device that does not depend on the sequence length. options:
-        `softcap`, `z_loss`, `label_smoothing`, `reduction` of `linear_cross_entropy`.
+        `softcap`, `z_loss`, `label_smoothing`, `reduction` of `linear_cross_entropy`, and, not streamed, `recompute`.
 
         Raises ValueError for tokens or labels out of range, and for sequences too short to predict anything.
         """

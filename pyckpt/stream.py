@@ -258,8 +258,17 @@ def _fit(stack: Stack, first: int | None, limit: int | None) -> Stack:
 
 
 def _loss_options(
-    softcap: float | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean"
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    recompute: bool = False,
 ) -> LossOptions:
+    if recompute:
+        raise ValueError(
+            "recompute=True is not for a streamed loss, which keeps no logits and sums the head's gradient up tile by "
+            "tile; leave it out"
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if softcap is not None and not 0 <= softcap < float("inf"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks import assert_as_good, assert_same_bits, make_block, make_input, randomise, relative_errors, step
-from helpers import a_few
+from helpers import a_few, assert_exact
 
 import pyckpt
 from pyckpt.compare.baseline import PlainCausalLM
@@ -126,6 +126,12 @@ def test_loss_options_reach_the_head():
     expected = expected + 1e-3 * logits.logsumexp(-1).square().mean()
     got = model.loss(tokens, softcap=5.0, label_smoothing=0.1, z_loss=1e-3)
     assert float(got) == pytest.approx(float(expected), rel=1e-12)
+    weights = list(model.parameters())
+    again = torch.autograd.grad(
+        model.loss(tokens, softcap=5.0, label_smoothing=0.1, z_loss=1e-3, recompute=True), weights
+    )
+    for found, wanted in zip(again, torch.autograd.grad(got, weights), strict=True):
+        assert_exact(found, wanted)
 
 
 def test_names_are_those_of_a_llama():

@@ -630,6 +630,8 @@ def test_bad_arguments_are_refused_before_anything_runs():
         model.loss(tokens, stream="host")
     with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'all'"):
         model.loss(tokens, stream=stream(), reduction="all")
+    with pytest.raises(ValueError, match="recompute=True is not for a streamed loss"):
+        model.loss(tokens, stream=stream(), recompute=True)
     with pytest.raises(ValueError, match="store='disk' does not exist"):
         pyckpt.Stream(store="disk")
     with pytest.raises(ValueError, match="is out of range"):

@@ -344,6 +344,30 @@ def test_logits_are_there_for_those_who_ask():
     assert model(**batch).logits is not None
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_loss_that_makes_its_logits_again(family):
+    """The same loss and gradients, and neither gradient of the head's product waits for the backward."""
+    model = make_model(family)
+    batch = make_batch("plain")
+    found = {}
+    for kind in (True, "recompute"):
+        report = pyckpt.swap(model, loss=kind)
+        assert ("again" in str(report)) == (kind == "recompute")
+        model.zero_grad()
+        with pyckpt.measure.memory(model) as m:
+            loss = model(**batch).loss
+            kept = m.live_bytes
+            loss.backward()
+        found[kind] = loss.detach(), kept, {n: p.grad for n, p in model.named_parameters()}
+        pyckpt.unswap(model)
+    (loss, kept, grads), (again, kept_again, grads_again) = found.values()
+    assert torch.equal(loss, again)
+    for name, g in grads.items():
+        torch.testing.assert_close(grads_again[name], g, msg=lambda m, name=name: f"{name}: {m}")
+    head = model.get_output_embeddings().weight
+    assert kept_again <= kept - head.numel() * 4 + batch["labels"].numel() * 4  # but each token's logsumexp does
+
+
 @pytest.mark.parametrize("use_cache", [None, False, True])
 def test_positions_cut_the_batch_where_they_do_in_transformers(use_cache):
     """It looks at them where it makes no cache; by default it makes one."""
@@ -521,7 +545,7 @@ def test_bad_input():
         pyckpt.swap(model, tile=0)
     with pytest.raises(ValueError, match="segments must be None, 'sqrt' or a positive int"):
         pyckpt.swap(model, segments=0)
-    with pytest.raises(ValueError, match="loss must be True, False or 'always', got 'never'"):
+    with pytest.raises(ValueError, match="loss must be True, False, 'always' or 'recompute', got 'never'"):
         pyckpt.swap(model, loss="never")
     with pytest.raises(ValueError, match=r"nothing to swap in this Linear: no transformer layer was found"):
         pyckpt.swap(nn.Linear(2, 2))

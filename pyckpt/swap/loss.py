@@ -21,6 +21,7 @@ from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import unsharded_class
 
 IGNORED = -100
+KINDS = ("always", "recompute")
 _UNSCALED = Scaling()
 
 
@@ -108,12 +109,13 @@ def _output_class(output: str | type) -> Any:
 class SwappedHead(Replaced):
     """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original.
 
-    `always`: without gradients too, where the original would return logits beside the loss.
+    `kind`: True, or one of `KINDS`. "always": without gradients too, where the original would return logits beside the
+    loss; "recompute": the backward makes the logits again.
     """
 
-    def __init__(self, module: nn.Module, head: Head, always: bool) -> None:
+    def __init__(self, module: nn.Module, head: Head, kind: bool | str) -> None:
         super().__init__(module)
-        self.head, self.always = head, always
+        self.head, self.always, self.recompute = head, kind == "always", kind == "recompute"
         self._output = _output_class(head.output)
         self._fields = tuple(f.name for f in dataclasses.fields(self._output) if f.name not in ("loss", "logits"))
 
@@ -212,6 +214,7 @@ class SwappedHead(Replaced):
             ignore_index=wanted.ignored,
             reduction=wanted.reduction,
             softcap=self._softcap,
+            recompute=self.recompute,
         )
 
 
