@@ -614,8 +614,8 @@ def test_no_head_deceives_the_trial(kind, dtype):
     (left,) = pyckpt.swap(model).left
     whys = ("logits or loss", "other arguments", "calls its base model 2 times")
     assert left.name == "(model)" and any(why in left.why for why in whys), left.why
-    torch.testing.assert_close(
-        model(**batch).loss, before, rtol=torch.finfo(dtype).eps, atol=1e-5
-    )  # layers are swapped
+    # Layers are swapped, so that logits round elsewhere; a loss made of half-precision ones rounds each token's again.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(model(**batch).loss, before, rtol=eps if dtype == torch.float32 else 4 * eps, atol=1e-5)
     pyckpt.unswap(model)
     assert_unchanged(state, snapshot(model))
