@@ -21,6 +21,7 @@ from bench import common, extension, journal
 # Tests whose kernels run on the GPU; they need nothing but pytest.
 TESTS = (
     "tests/test_triton_attention.py",
+    "tests/test_hopper.py",
     "tests/test_triton_pointwise.py",
     "tests/test_fused_ops.py",
     "tests/test_fused_block.py",

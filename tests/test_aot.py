@@ -56,6 +56,16 @@ def test_kernels_fit_the_chip(arch, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_kernels_for_hopper_fit_the_chip(tmp_path):
+    """No product waits for one that it does not need, which the assembler decides too."""
+    kernels = compiled("hopper", "sm_90", tmp_path)
+    assert {(k["op"], k["head_dim"]) for k in kernels} == {("hopper_fwd", dim) for dim in (64, 128, 256)}
+    for k in kernels:
+        assert k["unit"] == "wgmma" and not k["serialized"], k
+        assert k["spilled"] == 0 and k["programs"] >= 1 and k["shared"] <= LIMITS["sm_90"], k
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", LIMITS)
 def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
     kernels = compiled("pointwise", arch, tmp_path)

@@ -101,5 +101,5 @@ def test_not_without_cudnn(monkeypatch):
 
 def test_another_value_says_what_is_expected(monkeypatch):
     monkeypatch.setenv("PYCKPT_ATTENTION", "flash")
-    with pytest.raises(ValueError, match="PYCKPT_ATTENTION='flash': expected one of triton, cudnn"):
+    with pytest.raises(ValueError, match="PYCKPT_ATTENTION='flash': expected one of triton, cudnn, hopper"):
         chosen()

@@ -27,6 +27,7 @@ from .tuning import Config, Key
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+HOPPER_DIMS = (64, 128, 256)  # of the kernels of `hopper`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +101,17 @@ def forward(
     if q.shape[-2] == 0 or problem.rows == 0:
         return o, lse
     plain = options.scale > 0 and not options.softcap and options.alibi_slopes is None
-    copied = problem.copied(k, v)
+    copied = problem.copied(q, k, v)
 
     def run(config: Config) -> None:
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
+            return
+        if config.specialize and problem.arch == tuning.HOPPER:
+            problem.hopper().forward(
+                (q, k, v, o), lse, options.sinks, problem.hopper_numbers(tiles), options.scale, config,
+                programs=problem.programs(config, tiles * problem.rows), masks=problem.masks,
+            )  # fmt: skip
             return
         tma = config.tma and copied
         attention_fwd_kernel_tile[(problem.programs(config, tiles * problem.rows),)](
@@ -138,7 +145,8 @@ def forward(
             **problem.meta(config),
         )
 
-    _launch(problem.key("fwd", copied), problem.device, run, repeatable=into is None, configs=configs)
+    op = "hopper_fwd" if plain and tuning.wants_hopper() and problem.serves_hopper(copied) else "fwd"
+    _launch(problem.key(op, copied), problem.device, run, repeatable=into is None, configs=configs)
     return o, lse
 
 
@@ -375,6 +383,43 @@ class _Problem:
             and all(t.numel() and t.data_ptr() % 16 == 0 for t in tensors)
             and all(s > 0 and s * t.element_size() % 16 == 0 for t in tensors for s in t.stride()[:-1])
         )
+
+    def serves_hopper(self, copied: bool) -> bool:
+        """Whether the kernels of `hopper` take this call."""
+        dims = (self.shared["head_dim"], self.shared["value_dim"])
+        return (
+            self.arch == tuning.HOPPER
+            and self.dtype != torch.float32
+            and self.score == "plain"
+            and copied
+            and dims[0] == dims[1]
+            and dims[0] in HOPPER_DIMS
+        )
+
+    @staticmethod
+    def hopper() -> Any:
+        """Their launchers, imported where they are used: Gluon is of no use elsewhere."""
+        from .hopper import launch
+
+        return launch
+
+    def hopper_numbers(self, tiles: int) -> tuple[int, ...]:
+        """What their kernels call sizes."""
+        s = self.shared
+        section = self.section(self.sk, self.groups)
+        return (
+            self.heads,
+            self.groups,
+            self.rows,
+            tiles,
+            section,
+            *(s[n] for n in ("sq", "sk", "diagonal", "left", "right")),
+        )
+
+    @property
+    def masks(self) -> dict[str, bool]:
+        """Which sides hide keys."""
+        return {"LEFT": self.shared["LEFT"], "RIGHT": self.shared["RIGHT"]}
 
     def meta(self, config: Config) -> dict[str, Any]:
         """What a configuration decides."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ TABLE = Path(__file__).resolve().parent / "attention_tuned.json"
 INTERPRETED = "interpreter"
 _TRIES = 5
 _SPECIALIZED = ("sm_100", "sm_103")
+HOPPER = "sm_90"
 _TMA = ("sm_90", "sm_100", "sm_103", "sm_120")
 # Less shared memory than the data-centre chip before them: they take the rows for any architecture, which are small.
 _SMALL = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
@@ -38,7 +40,8 @@ class Config:
     `exact` is how exact float32 products are made: of three TF32 ones ("tf32x3"), or by the float32 units ("ieee").
     `tma` lets Hopper's copy engine bring the tiles that the loop goes through, where their layout allows it.
     `persistent` is how many programs a multiprocessor runs for the whole of a forward launch; 0: one program a tile.
-    `specialize` gives a forward kernel that uses `tma` warps for loads and products of their own (Blackwell).
+    `specialize` gives a kernel that uses `tma` warps for loads of their own: Triton's way on Blackwell, on Hopper the
+    kernels of `hopper`, whose warpgroups take 64 queries each. `overlap` leaves their products in flight for longer.
     `split` makes dK and dV in two launches.
     """
 
@@ -51,6 +54,7 @@ class Config:
     persistent: int = 0
     specialize: bool = False
     split: bool = False
+    overlap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Key:
 
     def __str__(self) -> str:
         return "/".join(str(v) for v in dataclasses.astuple(self))
+
+
+def wants_hopper() -> bool:
+    """Whether the user asks for the kernels of `hopper` where they serve, which the table does not choose yet."""
+    return os.environ.get("PYCKPT_ATTENTION") == "hopper"
 
 
 def interpreted() -> bool:
@@ -155,6 +164,8 @@ def configured(key: Key, run: Callable[[Config], None], repeatable: bool) -> Con
 def candidates(key: Key) -> list[Config]:
     """The table's choice and its neighbours."""
     first = lookup(key)
+    if key.op.startswith("hopper"):
+        return [first, *(c for c in _hopper_candidates(first, key) if c != first)]
     tiles = {(first.block_m, first.block_n)}
     tiles |= {(m, n) for m in (64, 128) for n in (32, 64, 128) if (m + n) * max(key.head_dim, key.value_dim) <= 32768}
     found = [
@@ -165,6 +176,21 @@ def candidates(key: Key) -> list[Config]:
         for way in _ways(key)
     ]
     return [first, *(c for c in found if c != first)]
+
+
+def _hopper_candidates(first: Config, key: Key) -> list[Config]:
+    """Two or three warpgroups that compute, rings as long as shared memory allows, and both orders of products."""
+    room = 220 << 10
+    found = []
+    for m, n, stages, overlap in itertools.product((128, 192), (64, 128), (2, 3, 4), (False, True)):
+        # A warpgroup of three has 160 registers a thread, of which o and the scores take so many.
+        fits = m == 128 or (key.head_dim + n) // 2 <= 96
+        if fits and (m + 2 * stages * n) * key.head_dim * 2 <= room:
+            found += [
+                dataclasses.replace(first, block_m=m, block_n=n, num_stages=stages, overlap=overlap, persistent=p)
+                for p in (0, 1)
+            ]
+    return found
 
 
 def _ways(key: Key) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 VARIABLE = "PYCKPT_ATTENTION"
-KINDS = ("triton", "cudnn")
+KINDS = ("triton", "cudnn", "hopper")
 _MAX_HEAD_DIM = 128
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import triton
 
-from . import attention, fused, loss, pointwise
+from . import attention, fused, hopper, loss, pointwise
 from .compile import ARCHS, HEADER, Case, Report, run
 
 # Each has cases(arch, quick): every kernel, dtype and configuration that ships; quick, those that matter most.
-FAMILIES = {"attention": attention, "pointwise": pointwise, "loss": loss, "fused": fused}
+FAMILIES = {"attention": attention, "hopper": hopper, "pointwise": pointwise, "loss": loss, "fused": fused}
 
 
 def cases(archs: Iterable[str] = ARCHS, quick: bool = False, families: Iterable[str] = FAMILIES) -> Iterator[Case]:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(path: Path, reports: list[Report]) -> None:
-    figures = ("registers", "spilled", "stack", "shared", "unit", "programs", "narrow")
+    figures = ("registers", "spilled", "stack", "shared", "unit", "programs", "narrow", "serialized")
     rows = [{**r.case.record(), **{f: getattr(r, f) for f in figures}} for r in reports]
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")

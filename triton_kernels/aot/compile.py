@@ -45,6 +45,7 @@ class Case(abc.ABC):
     allowed_spill = 0  # bytes a thread
     fp_fusion = True  # whether the compiler may turn a product and a sum into a fused multiply-add
     matrix_unit = False  # whether its products must run on the chip's matrix unit
+    gluon = False  # its kernel is a `gluon.jit` function
 
     @property
     @abc.abstractmethod
@@ -54,6 +55,11 @@ class Case(abc.ABC):
     @property
     @abc.abstractmethod
     def num_warps(self) -> int: ...
+
+    @property
+    def all_warps(self) -> int:
+        """Of a program, with those that a specialised kernel has beside its own."""
+        return self.num_warps
 
     @property
     def num_stages(self) -> int:
@@ -98,20 +104,21 @@ class Report:
     unit: str
     seconds: float
     narrow: int = 0  # loads and stores of 2 bytes a thread: each takes the place of one of 16
+    serialized: bool = False  # the assembler lets each product wait for the one before
 
     @property
     def programs(self) -> int:
         """Programs that fit on one multiprocessor (0 where unknown)."""
         if not self.case.arch.startswith("sm_") or not self.registers:
             return 0
-        threads = 32 * self.case.num_warps
+        threads = 32 * self.case.all_warps
         by_registers = _REGISTERS // (-(-self.registers // 8) * 8 * threads)
         return min(by_registers, SHARED[self.case.arch][1] // (self.shared + 1024), _THREADS // threads)
 
     @property
     def occupancy(self) -> float:
         """Share of a multiprocessor's threads that are in use."""
-        return self.programs * 32 * self.case.num_warps / _THREADS
+        return self.programs * 32 * self.case.all_warps / _THREADS
 
     def problems(self) -> Iterator[str]:
         """What the house does not allow."""
@@ -122,6 +129,8 @@ class Report:
             return
         if self.spilled > case.allowed_spill:
             yield f"{self.spilled} bytes spilled, {case.allowed_spill} allowed"
+        if self.serialized:
+            yield "the assembler puts products in a row that were to overlap"
         wanted = MATRIX_UNITS[case.arch]
         if case.matrix_unit and self.unit != wanted:
             yield f"runs on {self.unit or 'no matrix unit'}, not on {wanted}"
@@ -156,7 +165,7 @@ def signature(names: list[str], types: dict[str, str], constants: dict[str, Any]
 def compile_case(case: Case) -> Report:
     """Compile one kernel for its architecture."""
     kinds, constants, attrs = case.arguments()
-    source = ASTSource(case.kernel, kinds, constexprs=constants, attrs=attrs)
+    source = _source_class(case)(case.kernel, kinds, constexprs=constants, attrs=attrs)
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     options["enable_fp_fusion"] = case.fp_fusion
     start = time.perf_counter()
@@ -181,6 +190,7 @@ def compile_case(case: Case) -> Report:
         unit,
         seconds,
         len(re.findall(r"\b(?:ld|st)\.global\.[\w.]*b16\b", ptx)),
+        "wgmma.mma_async instructions are serialized" in said,
     )
 
 
@@ -192,6 +202,14 @@ def run(wanted: list[Case], workers: int | None = None) -> Iterator[Report]:
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_case, wanted, chunksize=4)
+
+
+def _source_class(case: Case) -> type[ASTSource]:
+    if not case.gluon:
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _target(arch: str) -> GPUTarget:

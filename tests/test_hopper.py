@@ -1,0 +1,213 @@
+"""The Gluon kernels for Hopper, emulated: their results, whatever the order of events, and that hazards are found.
+
+On a Hopper GPU the same launches run there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gluon_emulator
+import pytest
+import torch
+from gluon_emulator import HazardError, Launcher
+from torch import Tensor
+
+from pyckpt.triton_kernels import attention, tuning
+from pyckpt.triton_kernels.attention import Options
+from pyckpt.triton_kernels.hopper import launch
+from pyckpt.triton_kernels.tuning import Config
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+DEVICE = "cuda" if HOPPER else "cpu"
+# wgmma's smallest; the emulator takes any.
+DIM = 64 if HOPPER else 16
+emulated = pytest.mark.skipif(HOPPER, reason="what only the emulator shows")
+
+
+def config(
+    consumers: int = 2, block_n: int = 64 if HOPPER else 32, stages: int = 2, overlap: bool = True, programs: int = 1
+) -> Config:
+    """`programs` of a multiprocessor; 0: one for each tile."""
+    return Config(64 * consumers, block_n, 4, stages, tma=True, persistent=programs, specialize=True, overlap=overlap)
+
+
+@pytest.fixture(autouse=True)
+def chip(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launcher]:
+    """The kernels' launchers by name; without the chip those of the emulator, on a chip of three multiprocessors."""
+    if HOPPER:
+        return {}
+    monkeypatch.setattr(tuning, "architecture", lambda device: tuning.HOPPER)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(attention, "HOPPER_DIMS", (DIM,))
+    name = "attention_fwd_kernel_hopper"
+    launchers = {"fwd": Launcher(getattr(gluon_emulator.emulated("attention_fwd"), name))}
+    monkeypatch.setattr(launch, name, launchers["fwd"])
+    return launchers
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, **how: Any) -> tuple[Tensor, Tensor]:
+    """o and lse, with the tiles that `config` makes of `how`."""
+    return attention.forward(q, k, v, options, configs={"fwd": config(**how)})
+
+
+def truth(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """o and lse in float64."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (t.double().repeat_interleave(groups, 2) for t in (k, v))
+    s = torch.einsum("bihd,bjhd->bhij", q.double(), k) * options.scale
+    position = torch.arange(q.shape[1], device=q.device)[:, None] + options.diagonal(q.shape[1], k.shape[1])
+    key = torch.arange(k.shape[1], device=q.device)[None]
+    left, right = options.window
+    if left >= 0:
+        s = s.masked_fill(key < position - left, -math.inf)
+    if right >= 0:
+        s = s.masked_fill(key > position + right, -math.inf)
+    lse = s.logsumexp(-1)
+    if options.sinks is not None:
+        lse = torch.logaddexp(lse, options.sinks.double()[None, :, None])
+    p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    return torch.einsum("bhij,bjhd->bihd", p, v), lse
+
+
+def inputs(sq: int, sk: int, heads: int = 2, kv_heads: int = 1, batch: int = 2) -> list[Tensor]:
+    shapes = ((sq, heads), (sk, kv_heads), (sk, kv_heads))
+    return [torch.randn(batch, n, h, DIM, device=DEVICE).bfloat16() for n, h in shapes]
+
+
+def assert_right(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], v: Tensor) -> None:
+    (o, lse), (o_true, lse_true) = found, expected
+    # p and o are rounded to bfloat16, each by at most 2**-9 of what weighs values together; a quarter for all else.
+    assert float((o.double() - o_true).abs().max()) <= 1.25 * 2.0**-8 * float(v.abs().max())
+    seen = lse_true != -math.inf
+    assert torch.equal(lse != -math.inf, seen)
+    assert float((lse.double() - lse_true)[seen].abs().max() if seen.any() else 0.0) <= 1e-5
+
+
+CASES = {
+    "full": ((150, 130), Options()),
+    "causal": ((200, 200), Options(window=(-1, 0), scale=0.25)),
+    "one": ((1, 1), Options(window=(-1, 0))),
+    "even": ((128, 64), Options()),
+    "more keys": ((70, 200), Options(window=(-1, 0))),
+    "more queries": ((300, 70), Options(window=(-1, 0))),
+    "one key": ((130, 1), Options()),
+    "window": ((200, 200), Options(window=(40, 0))),
+    "window both ways": ((150, 170), Options(window=(33, 65))),
+    "narrow window": ((140, 140), Options(window=(0, 0))),
+    "ahead": ((140, 100), Options(window=(-1, 20))),
+    "from a position": ((90, 120), Options(window=(-1, 0), q_start=17)),
+}
+
+
+# A line of the kernel, and what breaks it.
+HAZARDS = {
+    "queries overwritten while o leaves": ("            tma_store_wait(0)\n", ""),
+    "no fence": ("            fence_async_shared()\n            tma_store(", "            tma_store("),
+    "keys overwritten": ("                mbarrier.wait(k_free.index(stage), free)\n", ""),
+    "values overwritten": ("                mbarrier.wait(v_free.index(stage), free)\n", ""),
+    "queries overwritten": ("                mbarrier.wait(q_free.index(c), (tiles & 1) ^ 1)\n", ""),
+    "values not released": ("            mbarrier.arrive(v_free.index((count + t - 1) % STAGES), count=1)\n", ""),
+    "keys released while read": (
+        "            s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))\n",
+        "            mbarrier.arrive(k_free.index((count + t) % STAGES), count=1)\n"
+        "            s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))\n",
+    ),
+    "scores not waited for": ("num_outstanding=1, deps=(s,)", "num_outstanding=2, deps=(s,)"),
+    "values used too early": ("            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))\n"
+                              "            mbarrier.arrive(v_free.index((count + t - 1)",
+                              "            mbarrier.arrive(v_free.index((count + t - 1)"),
+}  # fmt: skip
+
+
+class TestForward:
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("case", CASES)
+    def test_every_mask(self, case: str, overlap: bool) -> None:
+        (sq, sk), options = CASES[case]
+        q, k, v = inputs(sq, sk)
+        assert_right(attend(q, k, v, options, overlap=overlap), truth(q, k, v, options), v)
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("stages", [1, 2, 3])
+    @pytest.mark.parametrize("consumers", [2, 3])
+    def test_rings_and_warpgroups(self, consumers: int, stages: int, overlap: bool) -> None:
+        q, k, v = inputs(260, 260)
+        options = Options(window=(-1, 0), sinks=torch.randn(2, device=DEVICE), scale=0.25)
+        how = {"consumers": consumers, "stages": stages, "overlap": overlap, "block_n": 64}
+        for programs in (0, 1):
+            assert_right(attend(q, k, v, options, **how, programs=programs), truth(q, k, v, options), v)
+
+    def test_strides(self) -> None:
+        """Views of one tensor of all three, and of a batch's part."""
+        qkv = torch.randn(3, 150, 8, DIM, device=DEVICE).bfloat16()[1:]
+        q, k, v = qkv.split((4, 2, 2), dim=2)
+        options = Options(window=(-1, 0), scale=0.25)
+        assert_right(attend(q, k, v, options), truth(q, k, v, options), v)
+
+    @emulated
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_every_order_of_events_gives_the_same_bits(self, chip: dict[str, Launcher], overlap: bool) -> None:
+        q, k, v = inputs(150, 150, batch=1)
+        options = Options(window=(-1, 0))
+        first = attend(q, k, v, options, overlap=overlap)
+        for seed in range(1, 40):
+            chip["fwd"].seed = seed
+            again = attend(q, k, v, options, overlap=overlap, programs=seed % 2)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+    @pytest.mark.parametrize("dim", [64, 128, 256])
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_twenty_runs_give_the_same_bits(self, dim: int, overlap: bool) -> None:
+        q, k, v = (torch.randn(2, 3000, h, dim, device=DEVICE).bfloat16() for h in (8, 2, 2))
+        options = Options(window=(-1, 0), scale=dim**-0.5)
+        how = {"block_n": 64 if dim == 256 else 128, "overlap": overlap}
+        first = attend(q, k, v, options, **how)
+        assert_right(first, truth(q, k, v, options), v)
+        for _ in range(20):
+            assert all(torch.equal(a, b) for a, b in zip(first, attend(q, k, v, options, **how), strict=True))
+
+    def test_where_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PYCKPT_ATTENTION=hopper: for what it takes, and the other kernel for all else."""
+        calls: list[str] = []
+        right = launch.forward
+        monkeypatch.setattr(launch, "forward", lambda *a, **b: calls.append("hopper") or right(*a, **b))
+        q, k, v = inputs(90, 90)
+        options = Options(window=(-1, 0), scale=0.25)
+        attention.forward(q, k, v, options)
+        assert not calls
+        monkeypatch.setenv("PYCKPT_ATTENTION", "hopper")
+        if not HOPPER:  # the table has rows for the dims that the chip has, and tiles that a test cannot fill
+            monkeypatch.setattr(
+                tuning, "lookup", lambda key: config() if key.op == "hopper_fwd" else Config(32, 32, 4, 1)
+            )
+        assert_right(attention.forward(q, k, v, options), truth(q, k, v, options), v)
+        assert calls == ["hopper"]
+        for not_taken in (
+            Options(window=(-1, 0), softcap=3.0),
+            Options(dropout=0.5, seed=3),
+            Options(alibi_slopes=torch.ones(2, device=DEVICE)),
+            Options(scale=-1.0),
+        ):
+            attention.forward(q, k, v, not_taken)
+        attention.forward(q.float(), k.float(), v.float(), options)
+        strided = torch.randn(2, 90, 2, DIM + 1, device=DEVICE).bfloat16()[..., :DIM]
+        attention.forward(strided, k, v, options)
+        assert calls == ["hopper"]
+
+    @emulated
+    @pytest.mark.parametrize("hazard", HAZARDS)
+    def test_hazards_are_found(self, hazard: str, chip: dict[str, Launcher], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each is one line of the kernel away. Some order of events shows it."""
+        monkeypatch.setattr(tuning, "multiprocessors", lambda device: 2)
+        changed = gluon_emulator.emulated("attention_fwd", HAZARDS[hazard])
+        chip["fwd"].kernel = changed.attention_fwd_kernel_hopper
+        q, k, v = inputs(400, 400, batch=1)
+        options = Options(window=(-1, 0), scale=0.25)
+        expected = truth(q, k, v, options)
+        with pytest.raises((HazardError, AssertionError, AttributeError, TypeError)):
+            for seed in range(60):
+                chip["fwd"].seed = seed
+                assert_right(attend(q, k, v, options), expected, v)
