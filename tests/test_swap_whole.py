@@ -356,6 +356,8 @@ SOUND: dict[str, Any] = {
 # The model, options of its config, and how many of its layers run again.
 ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "Bert": ("BertForMaskedLM", SMALL, 2),
+    # Its layers are in a module that is no model of transformers, and are called like a decoder's.
+    "DistilBert": ("DistilBertForMaskedLM", {"dim": 48, "hidden_dim": 72, "n_layers": 2, "n_heads": 4}, 2),
     "T5": ("T5ForConditionalGeneration", {"d_model": 48, "d_kv": 12, "d_ff": 72, "num_layers": 2, "num_heads": 4}, 4),
     "Bart": ("BartForConditionalGeneration", {"d_model": 48, **BOTH}, 4),
     "ViT": ("ViTForImageClassification", {"image_size": 16, "patch_size": 4, **SMALL}, 2),
@@ -399,7 +401,7 @@ def seeded_step(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return step(model, batch)
 
 
-@pytest.mark.parametrize("family", a_few(ENCODERS, always=(0, 1, 3, 5)))
+@pytest.mark.parametrize("family", a_few(ENCODERS, always=(0, 1, 2, 4, 6)))
 def test_encoders_and_decoders_that_look_at_them(family):
     """The same bits with dropout, less kept, and the same tokens generated."""
     model, batch = make_encoder(family)

@@ -76,7 +76,7 @@ def swap(
         if isinstance(module, nn.TransformerEncoderLayer):
             made += _encoder_layer(name, module, save, tile, entries)
         elif layers := _decoder_layers(module):
-            made += _decoder(name, module, layers, save, segments, stream, tile, entries)
+            made += _decoder(_owner(model, name), name, module, layers, save, segments, stream, tile, entries)
         elif (layers := _other_layers(module)) and not _inside(name, entries):
             made += _others(_owner(model, name), name, layers, _apart(segments, stream), save, entries)
     made += _own(model, _apart(segments, stream), save, entries)
@@ -201,6 +201,7 @@ def _check_forward(module: nn.Module) -> None:
 
 
 def _decoder(
+    owner: nn.Module,
     name: str,
     module: Any,
     layers: list[tuple[str, nn.Module]],
@@ -219,7 +220,7 @@ def _decoder(
             _check_forward(layer)
             made = chooser.layer(layer, place)
         except UnsupportedError as reason:
-            entries.append(_refused(module, full, layer, str(reason), save, _apart(segments, stream)))
+            entries.append(_refused(owner, full, layer, str(reason), save, _apart(segments, stream)))
             refused += [layer] if entries[-1].path == CHECKPOINTED else []
             continue
         swapped.append(made)
