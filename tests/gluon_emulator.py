@@ -109,6 +109,10 @@ class Pointer:
     def __init__(self, base: Tensor, offset: Any = 0) -> None:
         self.base, self.offset = base, offset
 
+    @property
+    def dtype(self) -> Any:
+        return types.SimpleNamespace(element_ty=self.base.dtype)
+
     def __add__(self, more: Any) -> Pointer:
         return Pointer(self.base, more + self.offset if isinstance(more, Value) else self.offset + more)
 
@@ -151,6 +155,13 @@ class Shared:
 
     def read(self) -> Tensor:
         return self.view(self.slot.data)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.slots[0].data.dtype
+
+    def load(self, layout: Any) -> Value:
+        return Value(self.read().clone(), layout)
 
     def store(self, value: Value) -> None:
         self.slot.write("registers are stored")
@@ -457,7 +468,7 @@ def _load(p: Pointer, mask: Any = None, other: float = 0.0) -> Value:
 def _store(p: Pointer, value: Value, mask: Any = None) -> None:
     assert isinstance(p.offset, Value)
     seen = torch.ones_like(p.offset.data, dtype=torch.bool) if mask is None else mask.data
-    offset, found = torch.broadcast_tensors(p.offset.data, value.data)
+    offset, found, seen = torch.broadcast_tensors(p.offset.data, value.data, seen)
     p.base[offset[seen]] = found[seen].to(p.base.dtype)
 
 
@@ -505,7 +516,7 @@ def _gluon() -> types.SimpleNamespace:
     gl.load, gl.store = _load, _store
     gl.allocate_shared_memory = _allocate
     gl.warp_specialize = lambda parts, warps, registers: _now().run(parts)
-    for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"):
+    for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"):
         setattr(gl, name, lambda *args, kind=name, **kwargs: (kind, args, tuple(kwargs.items())))
     return gl
 

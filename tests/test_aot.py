@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from pyckpt.triton_kernels.aot.compile import spills_in_loops
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 ARCHS = list(LIMITS)
@@ -34,6 +36,31 @@ def compiled(family: str, arch: str, tmp_path: Path) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("kernels compiled, 0 problems")
     return json.loads((tmp_path / "kernels.json").read_text())["kernels"]
+
+
+# As nvdisasm writes it: a loop over tiles, in it one that multiplies, and a wait that failed behind the end.
+LOOPS = """
+.L_x_0:
+        /*0000*/                   LDL R8, [R1] ;
+.L_x_1:
+        /*0010*/              @!P2 BRA `(.L_x_7) ;
+.L_x_2:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        {}
+        /*0040*/               @P2 BRA `(.L_x_1) ;
+        /*0050*/                   STL [R1+0x4], R2 ;
+        /*0060*/               @P1 BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+.L_x_7:
+        /*0080*/              @!P2 BRA `(.L_x_7) ;
+        /*0090*/                   BRA `(.L_x_2) ;
+"""
+
+
+@pytest.mark.parametrize(("inside", "found"), [("", 0), ("/*0030*/ STL [R1], R8 ;", 1), ("/*0030*/ LDG.E R8 ;", 0)])
+def test_spills_in_loops(inside, found):
+    """Those around the innermost loops with products do not count."""
+    assert spills_in_loops(LOOPS.format(inside)) == found
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ On a Hopper GPU the same launches run there.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -23,6 +24,11 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 DEVICE = "cuda" if HOPPER else "cpu"
 # wgmma's smallest; the emulator takes any.
 DIM = 64 if HOPPER else 16
+KERNELS = {
+    "fwd": ("attention_fwd", "attention_fwd_kernel_hopper"),
+    "dkdv": ("attention_bwd", "attention_bwd_kernel_dkdv_hopper"),
+    "dq": ("attention_bwd", "attention_bwd_kernel_dq_hopper"),
+}
 emulated = pytest.mark.skipif(HOPPER, reason="what only the emulator shows")
 
 
@@ -40,10 +46,12 @@ def chip(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launcher]:
         return {}
     monkeypatch.setattr(tuning, "architecture", lambda device: tuning.HOPPER)
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 3)
-    monkeypatch.setattr(attention, "HOPPER_DIMS", (DIM,))
-    name = "attention_fwd_kernel_hopper"
-    launchers = {"fwd": Launcher(getattr(gluon_emulator.emulated("attention_fwd"), name))}
-    monkeypatch.setattr(launch, name, launchers["fwd"])
+    for name in ("HOPPER_DIMS", "HOPPER_BACKWARD_DIMS"):
+        monkeypatch.setattr(attention, name, (DIM,))
+    launchers = {}
+    for op, (module, name) in KERNELS.items():
+        launchers[op] = Launcher(getattr(gluon_emulator.emulated(module), name))
+        monkeypatch.setattr(launch, name, launchers[op])
     return launchers
 
 
@@ -121,6 +129,35 @@ HAZARDS = {
 }  # fmt: skip
 
 
+BACKWARD_HAZARDS = {
+    "keys and values overwritten": ("                mbarrier.wait(kv_free.index(c), (tiles & 1) ^ 1)\n", ""),
+    "queries and dO overwritten": ("                mbarrier.wait(q_free.index(c), (tiles & 1) ^ 1)\n", ""),
+    "a ring of queries overwritten": (
+        "        mbarrier.wait(free.index(stage), (((count + t) // STAGES) & 1) ^ 1)\n        mbarrier.expect(q",
+        "        mbarrier.expect(q",
+    ),
+    "lse not waited for": (
+        "q_ready.index(stage), count=2)  # the bytes, and lse and delta",
+        "q_ready.index(stage), count=1)",
+    ),
+    "lse announced too early": (
+        "        lse_smem.index(stage).store(_in_base_2(lse))\n",
+        "        mbarrier.arrive(q_ready.index(stage), count=1)\n"
+        "        mbarrier.wait(q_ready.index(stage), ((count + t) // STAGES) & 1)\n"
+        "        lse_smem.index(stage).store(_in_base_2(lse))\n",
+    ),
+    "dO not waited for": ("        mbarrier.wait(do_ready.index(stage), phase)\n", ""),
+    "values not waited for": ("        mbarrier.wait(v_ready.index(stage), phase)\n", ""),
+    "dP not waited for": ("        dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))\n", ""),
+    "keys released while read": (
+        "        dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))\n        mbarrier.arrive(free.index(stage), "
+        "count=1)\n",
+        "        mbarrier.arrive(free.index(stage), count=1)\n        dq = warpgroup_mma_wait(num_outstanding=0, "
+        "deps=(dq,))\n",
+    ),
+}
+
+
 class TestForward:
     @pytest.mark.parametrize("overlap", [False, True])
     @pytest.mark.parametrize("case", CASES)
@@ -172,8 +209,8 @@ class TestForward:
     def test_where_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """PYCKPT_ATTENTION=hopper: for what it takes, and the other kernel for all else."""
         calls: list[str] = []
-        right = launch.forward
-        monkeypatch.setattr(launch, "forward", lambda *a, **b: calls.append("hopper") or right(*a, **b))
+        right = launch.Launch.forward
+        monkeypatch.setattr(launch.Launch, "forward", lambda *a: calls.append("hopper") or right(*a))
         q, k, v = inputs(90, 90)
         options = Options(window=(-1, 0), scale=0.25)
         attention.forward(q, k, v, options)
@@ -211,3 +248,99 @@ class TestForward:
             for seed in range(60):
                 chip["fwd"].seed = seed
                 assert_right(attend(q, k, v, options), expected, v)
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, options: Options, into: bool = False, **how: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(dq, dk, dv) by the kernels, added to ones where `into` sums, and in float64 from the same lse and delta."""
+    leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    o, lse = truth(*leaves, options)
+    expected = list(torch.autograd.grad(o, leaves, do.double()))
+    sums = tuple(torch.ones(t.shape, device=t.device) for t in (q, k, v)) if into else None
+    delta = (o * do.double()).sum(-1).transpose(1, 2).float().contiguous()
+    configs = {"dkdv": config(**how), "dq": config(**how)}
+    if how.get("block_n") is None:  # tiles of keys are the warpgroups' here, and those of queries are gone through
+        configs["dkdv"] = Config(64 if HOPPER else 32, 64 * how.get("consumers", 2), 4, how.get("stages", 2), tma=True,
+                                 persistent=how.get("programs", 1), specialize=True)  # fmt: skip
+    found = attention.backward(do, q, k, v, lse.detach().float(), delta, options, into=sums, configs=configs)
+    return [t - 1.0 if into else t for t in found], [t.detach() for t in expected]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
+    for name, got, want in zip(("dq", "dk", "dv"), found, expected, strict=True):
+        error = torch.linalg.vector_norm(got.double() - want) / torch.linalg.vector_norm(want).clamp_min(1e-30)
+        # P, dS and the result are rounded to bfloat16: each by up to 2**-9, in norm by less than 2**-9 for all three.
+        assert float(error) <= 2.0**-8 or float(want.abs().max()) < 1e-12, f"{name}: {float(error):.2e}"
+
+
+class TestBackward:
+    @pytest.mark.parametrize("into", [False, True])
+    @pytest.mark.parametrize("case", CASES)
+    def test_every_mask(self, case: str, into: bool) -> None:
+        (sq, sk), options = CASES[case]
+        options = dataclasses.replace(options, scale=0.25)
+        q, k, v = inputs(sq, sk, heads=4, kv_heads=2)
+        do = torch.randn_like(q)
+        assert_near(*gradients(q, k, v, do, options, into))
+
+    @pytest.mark.parametrize("stages", [1, 2, 3])
+    def test_rings(self, stages: int) -> None:
+        q, k, v = inputs(260, 260)
+        do = torch.randn_like(q)
+        options = Options(window=(-1, 0), scale=0.25)
+        for programs in (0, 1):
+            assert_near(*gradients(q, k, v, do, options, stages=stages, programs=programs))
+
+    def test_what_sees_nothing(self) -> None:
+        """Queries without a key, and keys without a query: gradients 0, and no NaN from lse = -inf."""
+        q, k, v = inputs(150, 40)
+        do = torch.randn_like(q)
+        for options in (Options(window=(-1, 0)), Options(window=(3, 0), q_start=0), Options(window=(-1, 0), q_start=0)):
+            found, expected = gradients(q, k, v, do, dataclasses.replace(options, scale=0.25))
+            for got, want in zip(found, expected, strict=True):
+                assert bool(got.isfinite().all()) and bool((got[want == 0] == 0).all())
+
+    @emulated
+    def test_every_order_of_events_gives_the_same_bits(self, chip: dict[str, Launcher]) -> None:
+        q, k, v = inputs(150, 150, batch=1)
+        do = torch.randn_like(q)
+        first, _ = gradients(q, k, v, do, Options(window=(-1, 0), scale=0.25))
+        for seed in range(1, 30):
+            for op in ("dkdv", "dq"):
+                chip[op].seed = seed
+            again, _ = gradients(q, k, v, do, Options(window=(-1, 0), scale=0.25), programs=seed % 2)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+    @pytest.mark.parametrize("dim", [64, 128])
+    @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (500, 0)], ids=str)
+    def test_twenty_runs_give_the_same_bits(self, dim: int, window: tuple[int, int], monkeypatch) -> None:
+        """With the table's tiles."""
+        monkeypatch.setenv("PYCKPT_ATTENTION", "hopper")
+        q, k, v, do = (torch.randn(2, 2500, h, dim, device=DEVICE).bfloat16() for h in (8, 2, 2, 8))
+        options = Options(window=window, scale=dim**-0.5)
+        leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        o, lse = truth(*leaves, options)
+        expected = list(torch.autograd.grad(o, leaves, do.double()))
+        delta = (o * do.double()).sum(-1).transpose(1, 2).float().contiguous()
+        first = attention.backward(do, q, k, v, lse.detach().float(), delta, options)
+        assert_near(list(first), expected)
+        for _ in range(20):
+            again = attention.backward(do, q, k, v, lse.detach().float(), delta, options)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @emulated
+    @pytest.mark.parametrize("hazard", BACKWARD_HAZARDS)
+    def test_hazards_are_found(self, hazard: str, chip: dict[str, Launcher], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tuning, "multiprocessors", lambda device: 2)
+        changed = gluon_emulator.emulated("attention_bwd", BACKWARD_HAZARDS[hazard])
+        for op in ("dkdv", "dq"):
+            chip[op].kernel = getattr(changed, KERNELS[op][1])
+        q, k, v = inputs(400, 400, batch=1)
+        do = torch.randn_like(q)
+        with pytest.raises((HazardError, AssertionError, AttributeError, TypeError)):
+            for seed in range(60):
+                for op in ("dkdv", "dq"):
+                    chip[op].seed = seed
+                assert_near(*gradients(q, k, v, do, Options(window=(-1, 0), scale=0.25)))

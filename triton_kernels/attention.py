@@ -27,7 +27,7 @@ from .tuning import Config, Key
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-HOPPER_DIMS = (64, 128, 256)  # of the kernels of `hopper`
+HOPPER_DIMS, HOPPER_BACKWARD_DIMS = (64, 128, 256), (64, 128)  # of the kernels of `hopper`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +102,16 @@ def forward(
         return o, lse
     plain = options.scale > 0 and not options.softcap and options.alibi_slopes is None
     copied = problem.copied(q, k, v)
+    hopper = plain and into is None and problem.serves_hopper(copied, HOPPER_DIMS)
 
     def run(config: Config) -> None:
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
             return
-        if config.specialize and problem.arch == tuning.HOPPER:
-            problem.hopper().forward(
-                (q, k, v, o), lse, options.sinks, problem.hopper_numbers(tiles), options.scale, config,
-                programs=problem.programs(config, tiles * problem.rows), masks=problem.masks,
-            )  # fmt: skip
+        if config.specialize and hopper:
+            problem.hopper(config, tiles, problem.rows, problem.section(problem.sk, problem.groups), options).forward(
+                (q, k, v, o), lse, options.sinks
+            )
             return
         tma = config.tma and copied
         attention_fwd_kernel_tile[(problem.programs(config, tiles * problem.rows),)](
@@ -145,7 +145,7 @@ def forward(
             **problem.meta(config),
         )
 
-    op = "hopper_fwd" if plain and tuning.wants_hopper() and problem.serves_hopper(copied) else "fwd"
+    op = "hopper_fwd" if hopper and tuning.wants_hopper() else "fwd"
     _launch(problem.key(op, copied), problem.device, run, repeatable=into is None, configs=configs)
     return o, lse
 
@@ -223,11 +223,16 @@ def backward(
     last = (*_stat_strides(lse), _slope_stride(options.alibi_slopes), problem.heads, problem.groups, problem.sequences)
 
     queries_copied, keys_copied = problem.copied(q, do), problem.copied(k, v)
+    hopper = problem.serves_hopper(queries_copied and keys_copied, HOPPER_BACKWARD_DIMS)
 
     def run_dkdv(config: Config) -> None:
         rows = problem.rows // problem.groups
         tiles = problem.tiles(problem.sk, config.block_n)
         if tiles == 0:
+            return
+        section = problem.section(problem.sq * problem.groups, 1)
+        if config.specialize and hopper:
+            problem.hopper(config, tiles, rows, section, options).dkdv((q, k, v, do), lse, delta, dk, dv)
             return
         tma = config.tma and queries_copied
         p_q, p_do = _described((q, do), config.block_m) if tma else (q, do)
@@ -248,7 +253,7 @@ def backward(
                 *last,
                 rows,
                 tiles,
-                problem.section(problem.sq * problem.groups, 1),
+                section,
                 **problem.shared,
                 TMA=tma,
                 DK=dk_too,
@@ -259,6 +264,11 @@ def backward(
     def run_dq(config: Config) -> None:
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
+            return
+        section = problem.section(problem.sk, problem.groups)
+        if config.specialize and hopper:
+            launch = problem.hopper(config, tiles, problem.rows, section, options)
+            launch.dq((q, k, v, do), lse, delta, dq, accumulate=into is not None)
             return
         tma = config.tma and keys_copied
         attention_bwd_kernel_dq[(tiles * problem.rows,)](
@@ -274,19 +284,21 @@ def backward(
             *last,
             problem.rows,
             tiles,
-            problem.section(problem.sk, problem.groups),
+            section,
             **problem.shared,
             ACCUMULATE=into is not None,
             TMA=tma,
             **problem.meta(config),
         )
 
+    asked = "hopper_" if hopper and tuning.wants_hopper() else ""
     if "dkdv" in only:
-        _launch(problem.key("dkdv", queries_copied), problem.device, run_dkdv, repeatable=True, configs=configs)
+        key = problem.key(f"{asked}dkdv", queries_copied)
+        _launch(key, problem.device, run_dkdv, repeatable=True, configs=configs)
         if into is not None:
             torch._foreach_add_(list(into[1:]), [dk, dv])
     if "dq" in only:
-        key = problem.key("dq", keys_copied)
+        key = problem.key(f"{asked}dq", keys_copied)
         _launch(key, problem.device, run_dq, repeatable=into is None, configs=configs)
     return into or (dq, dk, dv)
 
@@ -294,6 +306,7 @@ def backward(
 # --- what the launches of one call have in common -----------------------------------------------------------
 
 
+_GEOMETRY = ("sq", "sk", "diagonal", "left", "right")
 _MORE_REGISTERS = ("SOFTCAP", "ALIBI", "DROPOUT", "RAGGED_D", "RAGGED_DV")
 
 
@@ -384,42 +397,20 @@ class _Problem:
             and all(s > 0 and s * t.element_size() % 16 == 0 for t in tensors for s in t.stride()[:-1])
         )
 
-    def serves_hopper(self, copied: bool) -> bool:
+    def serves_hopper(self, copied: bool, dims: tuple[int, ...]) -> bool:
         """Whether the kernels of `hopper` take this call."""
-        dims = (self.shared["head_dim"], self.shared["value_dim"])
-        return (
-            self.arch == tuning.HOPPER
-            and self.dtype != torch.float32
-            and self.score == "plain"
-            and copied
-            and dims[0] == dims[1]
-            and dims[0] in HOPPER_DIMS
-        )
+        head_dim, value_dim = self.shared["head_dim"], self.shared["value_dim"]
+        half = self.dtype != torch.float32
+        usual = half and self.score != "extra" and head_dim == value_dim and head_dim in dims
+        return self.arch == tuning.HOPPER and usual and copied
 
-    @staticmethod
-    def hopper() -> Any:
-        """Their launchers, imported where they are used: Gluon is of no use elsewhere."""
-        from .hopper import launch
+    def hopper(self, config: Config, tiles: int, rows: int, section: int, options: Options) -> Any:
+        """A launch of one of them. Imported where it is used: Gluon is of no use elsewhere."""
+        from .hopper.launch import Launch
 
-        return launch
-
-    def hopper_numbers(self, tiles: int) -> tuple[int, ...]:
-        """What their kernels call sizes."""
-        s = self.shared
-        section = self.section(self.sk, self.groups)
-        return (
-            self.heads,
-            self.groups,
-            self.rows,
-            tiles,
-            section,
-            *(s[n] for n in ("sq", "sk", "diagonal", "left", "right")),
-        )
-
-    @property
-    def masks(self) -> dict[str, bool]:
-        """Which sides hide keys."""
-        return {"LEFT": self.shared["LEFT"], "RIGHT": self.shared["RIGHT"]}
+        numbers = (self.heads, self.groups, rows, tiles, section, *(self.shared[n] for n in _GEOMETRY))
+        sides = (self.shared["LEFT"], self.shared["RIGHT"])
+        return Launch(config, self.programs(config, tiles * rows), numbers, *sides, options.scale)
 
     def meta(self, config: Config) -> dict[str, Any]:
         """What a configuration decides."""
@@ -437,7 +428,7 @@ class _Problem:
 
     def key(self, op: str, copied: bool) -> Key:
         dtype = "float32" if self.dtype == torch.float32 else "half"
-        score = "plain" if op == "dkdv" and self.score == "into" else self.score
+        score = "plain" if op.endswith("dkdv") and self.score == "into" else self.score
         loads = "tma" if copied else "pointers"
         return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, score, loads)
 

@@ -105,6 +105,7 @@ class Report:
     seconds: float
     narrow: int = 0  # loads and stores of 2 bytes a thread: each takes the place of one of 16
     serialized: bool = False  # the assembler lets each product wait for the one before
+    looped: int = 0  # of the spills, loads and stores inside the innermost loops with products
 
     @property
     def programs(self) -> int:
@@ -129,6 +130,8 @@ class Report:
             return
         if self.spilled > case.allowed_spill:
             yield f"{self.spilled} bytes spilled, {case.allowed_spill} allowed"
+        if self.looped and self.case.gluon:
+            yield f"{self.looped} loads and stores of spilled registers in the loops"
         if self.serialized:
             yield "the assembler puts products in a row that were to overlap"
         wanted = MATRIX_UNITS[case.arch]
@@ -179,7 +182,7 @@ def compile_case(case: Case) -> Report:
         registers, spilled = (_number(rf"\.{name}_count:\s+(\d+)", text) for name in ("vgpr", "vgpr_spill"))
         return Report(case, registers, 4 * spilled, 0, shared, "mfma" if "v_mfma" in text else "", seconds)
     ptx = kernel.asm["ptx"]
-    said = _assemble(ptx, int(case.arch[3:]))
+    said, code = _assemble(ptx, int(case.arch[3:]))
     unit = next((name for name in ("tcgen05", "wgmma") if name in ptx), "mma" if "mma.sync" in ptx else "")
     return Report(
         case,
@@ -191,7 +194,21 @@ def compile_case(case: Case) -> Report:
         seconds,
         len(re.findall(r"\b(?:ld|st)\.global\.[\w.]*b16\b", ptx)),
         "wgmma.mma_async instructions are serialized" in said,
+        spills_in_loops(code),
     )
+
+
+def spills_in_loops(code: str) -> int:
+    """Loads and stores of spilled registers in the innermost loops of a disassembled kernel that multiply matrices."""
+    lines = [line.strip() for line in code.splitlines()]
+    # What follows the end are waits that failed at first, which jump back into the loops.
+    end = max((i for i, line in enumerate(lines) if re.search(r"\*/ +EXIT\b", line)), default=0)
+    labels = {line[:-1]: i for i, line in enumerate(lines[:end]) if re.fullmatch(r"\.L\w+:", line)}
+    jumps = ((i, re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)) for i, line in enumerate(lines[:end]))
+    spans = [(labels[found[1]], i) for i, found in jumps if found and labels.get(found[1], end) < i]
+    loops = [(a, b) for a, b in spans if any("GMMA" in line for line in lines[a:b])]
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for a, b in inner for line in lines[a:b])
 
 
 def run(wanted: list[Case], workers: int | None = None) -> Iterator[Report]:
@@ -216,14 +233,20 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def _assemble(ptx: str, capability: int) -> str:
-    """What the assembler says of registers and spills."""
+def _assemble(ptx: str, capability: int) -> tuple[str, str]:
+    """What the assembler says of registers and spills, and the code that it made (of Hopper's alone)."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
+        path, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         path.write_text(ptx)
         name = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", str(path), "-o", os.devnull]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        tool = Path(get_ptxas(capability).path)
+        done = subprocess.run(
+            [tool, "-v", f"--gpu-name={name}", path, "-o", made], capture_output=True, text=True, check=True
+        )
+        if capability != 90:
+            return done.stderr, ""
+        code = subprocess.run([tool.with_name("nvdisasm"), "-c", made], capture_output=True, text=True)
+        return done.stderr, code.stdout
 
 
 def _number(pattern: str, text: str) -> int:

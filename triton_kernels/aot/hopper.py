@@ -10,12 +10,17 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 
 from .. import tuning
-from ..hopper import attention_fwd, launch
+from ..hopper import attention_bwd, attention_fwd, launch
+from ..hopper.parts import ROWS
 from ..tuning import Config, Key
 from .compile import DTYPES, Arguments, Case, signature
 
-KERNELS = {"hopper_fwd": attention_fwd.attention_fwd_kernel_hopper}
-DIMS = (64, 128, 256)
+KERNELS = {
+    "hopper_fwd": attention_fwd.attention_fwd_kernel_hopper,
+    "hopper_dkdv": attention_bwd.attention_bwd_kernel_dkdv_hopper,
+    "hopper_dq": attention_bwd.attention_bwd_kernel_dq_hopper,
+}
+DIMS = {"hopper_fwd": (64, 128, 256), "hopper_dkdv": (64, 128), "hopper_dq": (64, 128)}
 MASKS = ("full", "causal", "window")
 _TYPES = {"bfloat16": gl.bfloat16, "float16": gl.float16}
 
@@ -41,11 +46,14 @@ class HopperCase(Case):
 
     @property
     def allowed_spill(self) -> int:  # type: ignore[override]
+        # What dK and dV spill is read again once a tile, outside the loops: those may spill nothing (`Report.looped`).
+        if self.op == "hopper_dkdv":
+            return 160
         return 0 if self.head_dim <= 128 else 64
 
     @property
     def consumers(self) -> int:
-        return self.config.block_m // attention_fwd.ROWS.value
+        return (self.config.block_n if self.op == "hopper_dkdv" else self.config.block_m) // ROWS.value
 
     @property
     def name(self) -> str:
@@ -77,12 +85,17 @@ class HopperCase(Case):
 
     def arguments(self) -> Arguments:
         names = self.kernel.arg_names
+        into = "into" in self.features  # gradients in float32
+        half = () if into else ("p_dq", "p_dk", "p_dv")
         types = {n: "*fp32" if n.startswith("p_") else "fp32" if n == "scale" else "i32" for n in names}
+        types |= dict.fromkeys(half, f"*{DTYPES[self.dtype]}")
         types |= {n: self._descriptor(n) for n in names if n.endswith("_desc")}
         return signature(names, types, self._constants(), set())
 
     def _descriptor(self, name: str) -> str:
-        rows = self.config.block_n if name[0] in "kv" else attention_fwd.ROWS.value
+        keys, queries = self.config.block_n, self.config.block_m
+        of_keys, of_queries = (ROWS.value, queries) if self.op == "hopper_dkdv" else (keys, ROWS.value)
+        rows = of_keys if name[0] in "kv" else of_queries
         block = [1, rows, 1, self.head_dim]
         layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[self.dtype])
         return f"tensordesc<{DTYPES[self.dtype]}{block},{layout!r}>"
@@ -94,7 +107,9 @@ class HopperCase(Case):
             "RIGHT": self.mask != "full",
             "SINKS": sinks,
             "OVERLAP": self.config.overlap,
+            "ACCUMULATE": "into" in self.features,
             "CONSUMERS": self.consumers,
+            "BLOCK_M": self.config.block_m,
             "BLOCK_N": self.config.block_n,
             "BLOCK_D": self.head_dim,
             "BLOCK_DV": self.head_dim,
@@ -108,11 +123,16 @@ def cases(arch: str, quick: bool = False) -> Iterator[HopperCase]:
     if arch != tuning.HOPPER:
         return
     dtypes, masks = (("bfloat16",), ("causal",)) if quick else (tuple(_TYPES), MASKS)
-    for op, dim, dtype, mask in itertools.product(KERNELS, DIMS, dtypes, masks):
-        case = HopperCase(arch, op, dim, dtype, mask)
-        yield case
-        if quick:
-            continue
+    for op, dtype, mask in itertools.product(KERNELS, dtypes, masks):
+        yield from (case for dim in DIMS[op] for case in _cases(HopperCase(arch, op, dim, dtype, mask), quick))
+
+
+def _cases(case: HopperCase, quick: bool) -> Iterator[HopperCase]:
+    """Of one kernel, dim, dtype and mask."""
+    yield case
+    if quick:
+        return
+    if case.op == "hopper_fwd":
         yield dataclasses.replace(case, tried=dataclasses.replace(case.config, overlap=not case.config.overlap))
-        if dtype == "bfloat16" and mask == "causal" and op == "hopper_fwd":
-            yield dataclasses.replace(case, features=("sinks",))
+    if case.dtype == "bfloat16" and case.mask == "causal":
+        yield dataclasses.replace(case, features=("sinks",) if case.op == "hopper_fwd" else ("into",))

@@ -14,28 +14,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..attention_tile import LENGTHS, LN2, LOG2E, split_program, visible, visit_range
-
-# Triton 3.6 has other names for them.
-tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-tma_store_wait = tma.store_wait
-ROWS = gl.constexpr(64)  # queries of a warpgroup: one wgmma instruction's rows
-
-
-@gluon.jit
-def _number(turn):
-    """Of this program's tile in this turn: forwards and backwards by turns, or one would have all the longest."""
-    n_programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    if turn % 2 == 1:
-        place = n_programs - 1 - place
-    return turn * n_programs + place
+from .parts import ROWS, tile_number, tile_range, tma_load, tma_store, tma_store_wait
 
 
 @gluon.jit
@@ -44,10 +28,7 @@ def _key_tiles(i, sq, sk, diagonal, left, right, LEFT: gl.constexpr, RIGHT: gl.c
     """(first, full_first, full_last, last) key tiles of the queries from i on, as `visit_range` has them."""
     stop = gl.minimum(i + BLOCK_M, sq)
     lo, full_lo, full_hi, hi = visit_range(i, stop, diagonal, sk, left, right, LEFT, RIGHT, BLOCK_N)
-    first = lo // BLOCK_N
-    last = gl.maximum((gl.maximum(hi, 0) + BLOCK_N - 1) // BLOCK_N, first)
-    full_first = gl.minimum(full_lo // BLOCK_N, last)
-    return first, full_first, gl.maximum(gl.minimum(full_hi // BLOCK_N, last), full_first), last
+    return tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
 
 
 @gluon.jit
@@ -63,7 +44,7 @@ def _load(
     count = 0  # key tiles so far
     tiles = 0  # query tiles so far
     for turn in range(gl.cdiv(n_tiles * n_rows, gl.num_programs(0))):
-        number = _number(turn)
+        number = tile_number(turn)
         if number < n_tiles * n_rows:
             tile, row = split_program(number, n_tiles, n_rows, section, RIGHT)
             batch = row // n_heads
@@ -188,7 +169,7 @@ def _compute(
     count = 0
     tiles = 0
     for turn in range(gl.cdiv(n_tiles * n_rows, gl.num_programs(0))):
-        number = _number(turn)
+        number = tile_number(turn)
         if number < n_tiles * n_rows:
             tile, row = split_program(number, n_tiles, n_rows, section, RIGHT)
             batch = row // n_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,10 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tuning import Config
-from .attention_fwd import ROWS, attention_fwd_kernel_hopper
+from .attention_bwd import attention_bwd_kernel_dkdv_hopper, attention_bwd_kernel_dq_hopper
+from .attention_fwd import attention_fwd_kernel_hopper
+from .parts import ROWS
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 WARPS = 4  # of the warpgroup that loads; those that compute are beside it
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @functools.cache
@@ -29,39 +33,81 @@ def described(t: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, rows, 1, dim], shared_layout(rows, dim, t.dtype))
 
 
-def forward(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    lse: Tensor,
-    sinks: Tensor | None,
-    numbers: tuple[int, ...],
-    scale: float,
-    config: Config,
-    *,
-    programs: int,
-    masks: dict[str, bool],
-) -> None:
-    """Fill o and lse (B, H, S) of (q, k, v, o), (B, S, H, D) each; `numbers` are the kernel's sizes."""
-    q, k, v, o = tensors
-    dim, rows = q.shape[-1], ROWS.value
-    attention_fwd_kernel_hopper[(programs,)](
-        described(q, rows),
-        described(k, config.block_n),
-        described(v, config.block_n),
-        described(o, rows),
-        lse,
-        sinks,
-        lse.stride(0),
-        lse.stride(1),
-        *numbers,
-        scale,
-        **masks,
-        SINKS=sinks is not None,
-        OVERLAP=config.overlap,
-        CONSUMERS=config.block_m // rows,
-        BLOCK_N=config.block_n,
-        BLOCK_D=dim,
-        BLOCK_DV=dim,
-        STAGES=config.num_stages,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-    )
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: what all of them have. `numbers` are the kernels' sizes, in their order.
+
+    Tensors are (B, S, H, D), lse and delta (B, H, S) with a unit last stride.
+    """
+
+    config: Config
+    programs: int
+    numbers: tuple[int, ...]
+    left: bool
+    right: bool
+    scale: float
+
+    def forward(self, tensors: Four, lse: Tensor, sinks: Tensor | None) -> None:
+        """Fill o and lse, of (q, k, v, o)."""
+        attention_fwd_kernel_hopper[(self.programs,)](
+            *self._described(tensors, (ROWS.value, self.config.block_n, self.config.block_n, ROWS.value)),
+            lse,
+            sinks,
+            *lse.stride()[:2],
+            *self.numbers,
+            self.scale,
+            SINKS=sinks is not None,
+            OVERLAP=self.config.overlap,
+            CONSUMERS=self.config.block_m // ROWS.value,
+            BLOCK_N=self.config.block_n,
+            BLOCK_DV=tensors[2].shape[-1],
+            **self._constants(tensors[0]),
+        )
+
+    def dkdv(self, tensors: Four, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Fill dk and dv, of (q, k, v, do), in float32 too."""
+        attention_bwd_kernel_dkdv_hopper[(self.programs,)](
+            *self._described(tensors, (self.config.block_m, ROWS.value, ROWS.value, self.config.block_m)),
+            lse,
+            delta,
+            dk,
+            dv,
+            *lse.stride()[:2],
+            *dk.stride()[:3],
+            *dv.stride()[:3],
+            *self.numbers,
+            self.scale,
+            CONSUMERS=self.config.block_n // ROWS.value,
+            BLOCK_M=self.config.block_m,
+            **self._constants(tensors[0]),
+        )
+
+    def dq(self, tensors: Four, lse: Tensor, delta: Tensor, dq: Tensor, accumulate: bool) -> None:
+        """Fill dq, of (q, k, v, do), or add to it."""
+        attention_bwd_kernel_dq_hopper[(self.programs,)](
+            *self._described(tensors, (ROWS.value, self.config.block_n, self.config.block_n, ROWS.value)),
+            lse,
+            delta,
+            dq,
+            *lse.stride()[:2],
+            *dq.stride()[:3],
+            *self.numbers,
+            self.scale,
+            ACCUMULATE=accumulate,
+            CONSUMERS=self.config.block_m // ROWS.value,
+            BLOCK_N=self.config.block_n,
+            **self._constants(tensors[0]),
+        )
+
+    def _described(self, tensors: Four, rows: tuple[int, int, int, int]) -> tuple[TensorDescriptor, ...]:
+        return tuple(described(t, n) for t, n in zip(tensors, rows, strict=True))
+
+    def _constants(self, q: Tensor) -> dict[str, Any]:
+        return {
+            "LEFT": self.left,
+            "RIGHT": self.right,
+            "BLOCK_D": q.shape[-1],
+            "STAGES": self.config.num_stages,
+            "num_warps": WARPS,
+            "enable_fp_fusion": True,
+        }

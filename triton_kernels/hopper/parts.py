@@ -1,0 +1,31 @@
+"""What the kernels for Hopper share: the copy engine by its present names, and which tile a program takes next."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# Triton 3.6 has other names for them.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait
+ROWS = gl.constexpr(64)  # queries or keys of a warpgroup: the rows of one wgmma instruction
+
+
+@gluon.jit
+def tile_number(turn):
+    """Of this program's tile in this turn: forwards and backwards by turns, or one would have all the longest."""
+    n_programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if turn % 2 == 1:
+        place = n_programs - 1 - place
+    return turn * n_programs + place
+
+
+@gluon.jit
+def tile_range(lo, full_lo, full_hi, hi, BLOCK: gl.constexpr):
+    """What `visit_range` gives, as numbers of tiles: (first, full_first, full_last, last), in this order."""
+    first = lo // BLOCK
+    last = gl.maximum((gl.maximum(hi, 0) + BLOCK - 1) // BLOCK, first)
+    full_first = gl.minimum(full_lo // BLOCK, last)
+    full_last = gl.maximum(gl.minimum(full_hi // BLOCK, last), full_first)
+    return first, full_first, full_last, last
