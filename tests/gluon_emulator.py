@@ -460,6 +460,7 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
 def _load(p: Pointer, mask: Any = None, other: float = 0.0) -> Value:
     offset = p.offset.data if isinstance(p.offset, Value) else torch.tensor(int(p.offset))
     seen = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.data
+    offset, seen = torch.broadcast_tensors(offset, seen)
     found = torch.full(offset.shape, other, dtype=p.base.dtype)
     found[seen] = p.base[offset[seen]]
     return Value(found, p.offset.type.layout if isinstance(p.offset, Value) else None)
@@ -597,7 +598,7 @@ class Launcher:
 
 def _argument(x: Any) -> Any:
     if isinstance(x, Tensor):
-        return Pointer(x.view(-1))
+        return Pointer(x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0), x.storage_offset())
     if isinstance(x, int):
         return Int(x)
     if hasattr(x, "block_shape"):

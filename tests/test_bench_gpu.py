@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pyckpt.triton_kernels import tuning
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_tests, journal, own_model, stream_gpu  # noqa: E402
+from bench import gpu_tests, hopper, journal, own_model, stream_gpu  # noqa: E402
 
 # --- tests that take their process with them --------------------------------------------------------------------
 
@@ -193,3 +196,48 @@ def test_the_variants_of_own_model_give_the_same_gradients(monkeypatch):
     stored = gradients.pop("everything stored")
     for found in gradients.values():
         assert all(torch.equal(a, b) for a, b in zip(found, stored, strict=True))
+
+
+# --- the kernels for Hopper against those that the table has ----------------------------------------------------------
+
+
+def test_a_wrong_or_broken_kernel_gets_no_time(monkeypatch, capsys):
+    truth = torch.ones(8)
+    configs = [tuning.Config(64, 64), tuning.Config(64, 32), tuning.Config(32, 64)]
+
+    def run(op, config):
+        if config is configs[1]:
+            raise RuntimeError("too much shared memory\nand more")
+        return [truth + (0.001 if config is configs[0] else 0.5 if config is configs[2] else 0.0)]
+
+    case = hopper.Case.of(1024, 128, True)
+    problem = SimpleNamespace(case=case, run=run, candidates=lambda op, quick: configs)
+    monkeypatch.setattr(
+        hopper, "interleaved", lambda runs, *a, **b: {name: SimpleNamespace(median=2e-3) for name, run in runs.items()}
+    )
+    rows = hopper.measure(problem, "dkdv", False, time.monotonic() + 60)
+    assert [r["variant"] == hopper.TRITON for r in rows] == [True, False, False, False]
+    assert [("ms" in r, r.get("failed", "")) for r in rows] == [
+        (True, ""),
+        (True, ""),
+        (False, "RuntimeError: too much shared memory"),
+        (False, "wrong: it differs by 0.5"),
+    ]
+    assert rows[1]["tflops"] == pytest.approx(2 * case.flops / 2e-3 / 1e12)
+    hopper.show(rows)
+    out = capsys.readouterr().out
+    assert "best" in out and "wrong: it differs by 0.5" in out
+
+
+@pytest.mark.parametrize("op", hopper.OPS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_candidates_for_hopper_fit_its_shared_memory(op, dim):
+    problem = SimpleNamespace(case=hopper.Case.of(1024, dim, True))
+    found = hopper.Problem.candidates(problem, op, quick=False)
+    assert found[0] == hopper.Problem.candidates(problem, op, quick=True)[0]
+    assert len(found) == len(set(found)) > 4
+    for config in found:
+        owned, streamed = (config.block_n, config.block_m) if op == "dkdv" else (config.block_m, config.block_n)
+        tensors = 1 if op == "fwd" else 2  # q; k and v; q and do
+        assert (tensors * owned + 2 * config.num_stages * streamed) * dim * 2 <= 227 << 10
+        assert config.specialize and config.tma and owned % 64 == 0

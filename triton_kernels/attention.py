@@ -102,16 +102,16 @@ def forward(
         return o, lse
     plain = options.scale > 0 and not options.softcap and options.alibi_slopes is None
     copied = problem.copied(q, k, v)
-    hopper = plain and into is None and problem.serves_hopper(copied, HOPPER_DIMS)
+    hopper = plain and problem.serves_hopper(copied, HOPPER_DIMS)
 
     def run(config: Config) -> None:
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
             return
         if config.specialize and hopper:
-            problem.hopper(config, tiles, problem.rows, problem.section(problem.sk, problem.groups), options).forward(
-                (q, k, v, o), lse, options.sinks
-            )
+            section = problem.section(problem.sk, problem.groups)
+            launch = problem.hopper(config, tiles, problem.rows, section, options)
+            launch.forward((q, k, v, o), lse, options.sinks, accumulate=into is not None)
             return
         tma = config.tma and copied
         attention_fwd_kernel_tile[(problem.programs(config, tiles * problem.rows),)](

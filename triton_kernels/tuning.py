@@ -179,13 +179,18 @@ def candidates(key: Key) -> list[Config]:
 
 
 def _hopper_candidates(first: Config, key: Key) -> list[Config]:
-    """Two or three warpgroups that compute, rings as long as shared memory allows, and both orders of products."""
-    room = 220 << 10
+    """Tiles, rings as long as shared memory allows, both orders of the forward's products; by turns or all at once."""
+    bytes_of_row = 2 * key.head_dim
+    room = (220 << 10) // bytes_of_row
+    tiles = {"hopper_fwd": ((128, 192), (64, 128)), "hopper_dkdv": ((32, 64), (128,)), "hopper_dq": ((128,), (64, 128))}
+    orders = (False, True) if key.op == "hopper_fwd" else (False,)
     found = []
-    for m, n, stages, overlap in itertools.product((128, 192), (64, 128), (2, 3, 4), (False, True)):
+    for m, n, stages, overlap in itertools.product(*tiles[key.op], (2, 3, 4), orders):
         # A warpgroup of three has 160 registers a thread, of which o and the scores take so many.
-        fits = m == 128 or (key.head_dim + n) // 2 <= 96
-        if fits and (m + 2 * stages * n) * key.head_dim * 2 <= room:
+        fits = m <= 128 or (key.head_dim + n) // 2 <= 96
+        owned, streamed = (n, m) if key.op == "hopper_dkdv" else (m, n)
+        kept = owned if key.op == "hopper_fwd" else 2 * owned
+        if fits and kept + 2 * stages * streamed <= room:
             found += [
                 dataclasses.replace(first, block_m=m, block_n=n, num_stages=stages, overlap=overlap, persistent=p)
                 for p in (0, 1)

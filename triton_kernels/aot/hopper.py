@@ -41,7 +41,8 @@ class HopperCase(Case):
 
     @property
     def config(self) -> Config:
-        key = Key(self.arch, self.op, self.head_dim, self.head_dim, "half", self.mask, "plain", "tma")
+        score = "into" if "into" in self.features and self.op != "hopper_dkdv" else "plain"
+        key = Key(self.arch, self.op, self.head_dim, self.head_dim, "half", self.mask, score, "tma")
         return self.tried or tuning.lookup(key)
 
     @property
@@ -115,6 +116,7 @@ class HopperCase(Case):
             "BLOCK_DV": self.head_dim,
             "STAGES": self.config.num_stages,
             **({} if sinks else {"p_sinks": None}),
+            **({"o_desc": None} if "into" in self.features else {"p_o": None}),
         }
 
 
@@ -135,4 +137,6 @@ def _cases(case: HopperCase, quick: bool) -> Iterator[HopperCase]:
     if case.op == "hopper_fwd":
         yield dataclasses.replace(case, tried=dataclasses.replace(case.config, overlap=not case.config.overlap))
     if case.dtype == "bfloat16" and case.mask == "causal":
-        yield dataclasses.replace(case, features=("sinks",) if case.op == "hopper_fwd" else ("into",))
+        yield dataclasses.replace(case, features=("into",))
+        if case.op == "hopper_fwd":
+            yield dataclasses.replace(case, features=("sinks",))

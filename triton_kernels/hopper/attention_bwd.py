@@ -19,25 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..attention_tile import LENGTHS, LOG2E, split_program, visible, visit_range
-from .parts import ROWS, tile_number, tile_range, tma_load
+from .parts import ROWS, store_rows, tile_number, tile_range, tma_load
 
 
 @gluon.jit
 def _in_base_2(lse):
     """lse of queries, +inf where there is none."""
     return gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@gluon.jit
-def _store(p, value, o_r, width: gl.constexpr, stride, n, scale, layout: gl.constexpr, ADD: gl.constexpr):
-    """Rows o_r, those below n, of scale * value, or those added to what is there. p points to a head's first row."""
-    o_c = gl.arange(0, width, layout=gl.SliceLayout(0, layout))
-    p_tile = p + o_r.to(gl.int64)[:, None] * stride + o_c[None, :]
-    m = (o_r[:, None] < n) & (o_c[None, :] < width)
-    value = value * scale
-    if ADD:
-        value += gl.load(p_tile, mask=m, other=0.0)
-    gl.store(p_tile, value.to(p.dtype.element_ty), mask=m)
 
 
 # --- dK and dV ------------------------------------------------------------------------------------------------
@@ -224,8 +212,8 @@ def _compute_keys(
             rows = j + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, d_layout))
             p_dk_row = p_dk + (batch * stride_kb + kv_head * stride_kh)
             p_dv_row = p_dv + (batch * stride_vb + kv_head * stride_vh)
-            _store(p_dk_row, dk, rows, BLOCK_D, stride_ks, sk, scale, d_layout, False)
-            _store(p_dv_row, dv, rows, BLOCK_D, stride_vs, sk, 1.0, d_layout, False)
+            store_rows(p_dk_row, dk, rows, BLOCK_D, stride_ks, sk, scale, d_layout, False)
+            store_rows(p_dv_row, dv, rows, BLOCK_D, stride_vs, sk, 1.0, d_layout, False)
             tiles += 1
 
 
@@ -446,7 +434,7 @@ def _compute_queries(
             mbarrier.arrive(q_free.index(CONSUMER), count=1)
             rows = i + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, d_layout))
             p_dq_row = p_dq + (batch * stride_b + head * stride_h)
-            _store(p_dq_row, dq, rows, BLOCK_D, stride_s, sq, scale, d_layout, ACCUMULATE)
+            store_rows(p_dq_row, dq, rows, BLOCK_D, stride_s, sq, scale, d_layout, ACCUMULATE)
             tiles += 1
 
 

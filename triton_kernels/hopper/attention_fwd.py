@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..attention_tile import LENGTHS, LN2, LOG2E, split_program, visible, visit_range
-from .parts import ROWS, tile_number, tile_range, tma_load, tma_store, tma_store_wait
+from .parts import ROWS, load_rows, store_rows, tile_number, tile_range, tma_load, tma_store, tma_store_wait
 
 
 @gluon.jit
@@ -150,16 +150,18 @@ def _walk(
 
 @gluon.jit
 def _compute(
-    o_desc, statistics, rings, sizes, scale,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SINKS: gl.constexpr, OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    outputs, statistics, rings, sizes, scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SINKS: gl.constexpr, ACCUMULATE: gl.constexpr, OVERLAP: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """o and lse of the CONSUMER-th 64 queries of each of this program's tiles."""
+    o_desc, p_o, stride_ob, stride_os, stride_oh = outputs
     p_lse, p_sinks, stride_lb, stride_lh = statistics
     q_smem, k_smem, v_smem, q_ready, q_free, k_ready, k_free, v_ready, v_free = rings
     n_heads, _groups, n_rows, n_tiles, section, sq, sk, diagonal, left, right = sizes
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
-    dtype: gl.constexpr = o_desc.dtype
+    dtype: gl.constexpr = q_smem.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
@@ -186,6 +188,13 @@ def _compute(
                 m = gl.zeros([ROWS], gl.float32, row_layout) + gl.load(p_sinks + head).to(gl.float32) * LOG2E
                 l += 1.0
             acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
+            p_lse_row = p_lse + (batch.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh)
+            if ACCUMULATE:  # what is there is one more block of keys
+                rows = i + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout))
+                p_o_row = p_o + (batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh)
+                acc = load_rows(p_o_row, rows, BLOCK_DV, stride_os, sq, o_layout)
+                m = gl.load(p_lse_row + o_i, mask=o_i < sq, other=float("-inf")) * LOG2E
+                l = gl.where(m == float("-inf"), 0.0, 1.0)
             p = gl.zeros([ROWS, BLOCK_N], dtype, p_layout)
             mbarrier.wait(q_ready.index(CONSUMER), tiles & 1)
             done = 0
@@ -193,9 +202,11 @@ def _compute(
                 s = _scores(q, k_smem, k_ready, count, layout, BLOCK_N, BLOCK_D, STAGES)
                 s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
                 mbarrier.arrive(k_free.index(count % STAGES), count=1)
-                b_p, _alpha, m, l = _softmax(
+                b_p, alpha, m, l = _softmax(
                     s, m, l, (last - 1) * BLOCK_N, o_p, sk, left, right, factor, True, LEFT, RIGHT, BLOCK_N
                 )
+                if ACCUMULATE:
+                    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
                 p = gl.convert_layout(b_p.to(dtype), p_layout)
                 done = 1
             # Downwards: tiles that the right side or the end cuts, those that are visible whole, those that the left
@@ -229,14 +240,15 @@ def _compute(
 
             # Where no key was seen l is 0 and m is -inf: o = 0, lse = -inf.
             l = gl.where(l == 0.0, 1.0, l)
-            p_lse_row = p_lse + (batch.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh)
             gl.store(p_lse_row + o_i, m * LN2 + gl.log2(l) * LN2, mask=o_i < sq)
-            # The queries are read for the last time: o leaves through their place.
             o = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, o_layout))[:, None]
-            q.store(o.to(dtype))
-            fence_async_shared()
-            tma_store(o_desc, [batch, i + CONSUMER * ROWS, head, 0], q_smem.index(CONSUMER))
-            tma_store_wait(0)
+            if ACCUMULATE:
+                store_rows(p_o_row, o, rows, BLOCK_DV, stride_os, sq, 1.0, o_layout, False)
+            else:  # the queries are read for the last time: o leaves through their place
+                q.store(o.to(dtype))
+                fence_async_shared()
+                tma_store(o_desc, [batch, i + CONSUMER * ROWS, head, 0], q_smem.index(CONSUMER))
+                tma_store_wait(0)
             mbarrier.arrive(q_free.index(CONSUMER), count=1)
             tiles += 1
 
@@ -247,8 +259,12 @@ def attention_fwd_kernel_hopper(
     k_desc,
     v_desc,
     o_desc,
+    p_o,
     p_lse,
     p_sinks,
+    stride_ob,
+    stride_os,
+    stride_oh,
     stride_lb,
     stride_lh,
     n_heads,
@@ -265,6 +281,7 @@ def attention_fwd_kernel_hopper(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     SINKS: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
     OVERLAP: gl.constexpr,
     CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -274,6 +291,7 @@ def attention_fwd_kernel_hopper(
 ):
     """o and lse of a dense batch (B, S, H, D), whose tensors the descriptors describe by tiles of one head.
 
+    With ACCUMULATE, merged into those that are there: p_o is float32, and there is no o_desc; else it is the other way.
     Tiles of q and o have 64 rows, and as many columns as D and Dv, which are equal; those of k and v BLOCK_N. A program
     takes one tile of 64 CONSUMERS queries after another, of each num_programs.
     """
@@ -298,16 +316,17 @@ def attention_fwd_kernel_hopper(
     rings = (q_smem, k_smem, v_smem, q_ready, q_free, k_ready, k_free, v_ready, v_free)
     sizes = (n_heads, groups, n_rows, n_tiles, section, sq, sk, diagonal, left, right)
     descriptors = (q_desc, k_desc, v_desc)
+    outputs = (o_desc, p_o, stride_ob, stride_os, stride_oh)
     statistics = (p_lse, p_sinks, stride_lb, stride_lh)
     # Registers of a thread: 65,536 for 128 threads of each warpgroup, of which the loads want the least.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_load, (descriptors, rings, sizes, LEFT, RIGHT, CONSUMERS, BLOCK_N, STAGES)),
-                (_compute, (o_desc, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, OVERLAP, CONSUMERS, BLOCK_N,
-                            BLOCK_D, BLOCK_DV, STAGES, 0)),
-                (_compute, (o_desc, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, OVERLAP, CONSUMERS, BLOCK_N,
-                            BLOCK_D, BLOCK_DV, STAGES, 1)),
+                (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
+                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 0)),
+                (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
+                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 1)),
             ],
             [4, 4],
             [240, 240],
@@ -316,12 +335,12 @@ def attention_fwd_kernel_hopper(
         gl.warp_specialize(
             [
                 (_load, (descriptors, rings, sizes, LEFT, RIGHT, CONSUMERS, BLOCK_N, STAGES)),
-                (_compute, (o_desc, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, OVERLAP, CONSUMERS, BLOCK_N,
-                            BLOCK_D, BLOCK_DV, STAGES, 0)),
-                (_compute, (o_desc, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, OVERLAP, CONSUMERS, BLOCK_N,
-                            BLOCK_D, BLOCK_DV, STAGES, 1)),
-                (_compute, (o_desc, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, OVERLAP, CONSUMERS, BLOCK_N,
-                            BLOCK_D, BLOCK_DV, STAGES, 2)),
+                (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
+                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 0)),
+                (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
+                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 1)),
+                (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
+                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 2)),
             ],
             [4, 4, 4],
             [160, 160, 160],

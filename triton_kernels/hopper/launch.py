@@ -47,16 +47,22 @@ class Launch:
     right: bool
     scale: float
 
-    def forward(self, tensors: Four, lse: Tensor, sinks: Tensor | None) -> None:
-        """Fill o and lse, of (q, k, v, o)."""
+    def forward(self, tensors: Four, lse: Tensor, sinks: Tensor | None, accumulate: bool) -> None:
+        """Fill o and lse, of (q, k, v, o), or merge into those, in float32, that are there."""
+        *given, o = tensors
+        rows = (ROWS.value, self.config.block_n, self.config.block_n)
         attention_fwd_kernel_hopper[(self.programs,)](
-            *self._described(tensors, (ROWS.value, self.config.block_n, self.config.block_n, ROWS.value)),
+            *(described(t, n) for t, n in zip(given, rows, strict=True)),
+            None if accumulate else described(o, ROWS.value),
+            o if accumulate else None,
             lse,
             sinks,
+            *o.stride()[:3],
             *lse.stride()[:2],
             *self.numbers,
             self.scale,
             SINKS=sinks is not None,
+            ACCUMULATE=accumulate,
             OVERLAP=self.config.overlap,
             CONSUMERS=self.config.block_m // ROWS.value,
             BLOCK_N=self.config.block_n,

@@ -29,3 +29,28 @@ def tile_range(lo, full_lo, full_hi, hi, BLOCK: gl.constexpr):
     full_first = gl.minimum(full_lo // BLOCK, last)
     full_last = gl.maximum(gl.minimum(full_hi // BLOCK, last), full_first)
     return first, full_first, full_last, last
+
+
+@gluon.jit
+def _places(p, o_r, width: gl.constexpr, stride, n, layout: gl.constexpr):
+    """Pointers to rows o_r of a matrix of so many columns, and which of them there are: those below n."""
+    o_c = gl.arange(0, width, layout=gl.SliceLayout(0, layout))
+    p_tile = p + o_r.to(gl.int64)[:, None] * stride + o_c[None, :]
+    return p_tile, (o_r[:, None] < n) & (o_c[None, :] < width)
+
+
+@gluon.jit
+def load_rows(p, o_r, width: gl.constexpr, stride, n, layout: gl.constexpr):
+    """Rows o_r, 0 beyond the last. p points to a head's first row."""
+    p_tile, m = _places(p, o_r, width, stride, n, layout)
+    return gl.load(p_tile, mask=m, other=0.0)
+
+
+@gluon.jit
+def store_rows(p, value, o_r, width: gl.constexpr, stride, n, scale, layout: gl.constexpr, ADD: gl.constexpr):
+    """Rows o_r of scale * value, or those added to what is there. p points to a head's first row."""
+    p_tile, m = _places(p, o_r, width, stride, n, layout)
+    value = value * scale
+    if ADD:
+        value += gl.load(p_tile, mask=m, other=0.0)
+    gl.store(p_tile, value.to(p.dtype.element_ty), mask=m)
