@@ -412,6 +412,17 @@ def host() -> str:
     return "\n".join([*lines, "", *notes])
 
 
+def precision() -> str:
+    """Float32 attention's errors by how its products are made."""
+    figures = common.read("precision_cpu")
+    names = ("o", "dq", "dk", "dv")
+    lines = ["| head dim | products | o | dQ | dK | dV |", "|--:|---|--:|--:|--:|--:|"]
+    for r in figures["rows"]:
+        errors = " | ".join(f"{r[n]:.1e} ({r[f'{n}_ratio']:.2f})" for n in names)
+        lines.append(f"| {r['head_dim']} | {r['kind']} | {errors} |")
+    return "\n".join([*lines, "", source("bench/precision.py", "precision_cpu", figures)])
+
+
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
@@ -448,6 +459,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-gpu": attention_gpu,
     "norm-gpu": norm_gpu,
     "host": host,
+    "precision": precision,
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from pyckpt.triton_kernels import tuning
 from pyckpt.triton_kernels.aot.compile import spills_in_loops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,16 @@ def test_spills_in_loops(inside, found):
     assert spills_in_loops(LOOPS.format(inside)) == found
 
 
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_89", "sm_120", "gfx942"])
+def test_exact_products_keep_all_bits(arch, dim, mask):
+    """Three TF32 products keep 22 of float32's 24, which on a GPU is more than twice PyTorch's error."""
+    for op in ("fwd", "dkdv", "dq"):
+        for score in ("plain", "extra", "into"):
+            assert tuning.lookup(tuning.Key(arch, op, dim, dim, "float32", mask, score)).exact in ("bf16x6", "ieee")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_fit_the_chip(arch, tmp_path):
@@ -86,10 +97,12 @@ def test_kernels_fit_the_chip(arch, tmp_path):
 def test_the_kernels_for_hopper_fit_the_chip(tmp_path):
     """No product waits for one that it does not need, which the assembler decides too."""
     kernels = compiled("hopper", "sm_90", tmp_path)
-    assert {(k["op"], k["head_dim"]) for k in kernels} == {("hopper_fwd", dim) for dim in (64, 128, 256)}
+    expected = {("hopper_fwd", 256), *((f"hopper_{op}", dim) for op in ("fwd", "dkdv", "dq") for dim in (64, 128))}
+    assert {(k["op"], k["head_dim"]) for k in kernels} == expected
     for k in kernels:
-        assert k["unit"] == "wgmma" and not k["serialized"], k
-        assert k["spilled"] == 0 and k["programs"] >= 1 and k["shared"] <= LIMITS["sm_90"], k
+        assert k["unit"] == "wgmma" and not k["serialized"] and not k["looped"], k
+        assert k["spilled"] == 0 or k["op"] == "hopper_dkdv", k
+        assert k["programs"] >= 1 and k["shared"] <= LIMITS["sm_90"], k
 
 
 @pytest.mark.slow

@@ -418,8 +418,7 @@ class _Problem:
         return {
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            # Half precision ignores it. Else TF32 only where the user allows it for matrix products; three of them are
-            # about as accurate as float32 (as PyTorch's memory-efficient attention does it).
+            # Half precision ignores it. Else TF32 only where the user allows it for matrix products.
             "PRECISION": config.exact if exact else "tf32",
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,

@@ -37,7 +37,8 @@ _SMALL = ("sm_75", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 class Config:
     """Queries (BLOCK_M) and keys (BLOCK_N) of a tile, warps of a program, stages of its load pipeline.
 
-    `exact` is how exact float32 products are made: of three TF32 ones ("tf32x3"), or by the float32 units ("ieee").
+    `exact` is how exact float32 products are made: of six bfloat16 ones ("bf16x6"), which keep all 24 bits, of three
+    TF32 ones ("tf32x3"), which keep 22, or by the float32 units ("ieee").
     `tma` lets Hopper's copy engine bring the tiles that the loop goes through, where their layout allows it.
     `persistent` is how many programs a multiprocessor runs for the whole of a forward launch; 0: one program a tile.
     `specialize` gives a kernel that uses `tma` warps for loads of their own: Triton's way on Blackwell, on Hopper the

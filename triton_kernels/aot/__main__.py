@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(path: Path, reports: list[Report]) -> None:
-    figures = ("registers", "spilled", "stack", "shared", "unit", "programs", "narrow", "serialized")
+    figures = ("registers", "spilled", "stack", "shared", "unit", "programs", "narrow", "serialized", "looped")
     rows = [{**r.case.record(), **{f: getattr(r, f) for f in figures}} for r in reports]
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
