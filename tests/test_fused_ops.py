@@ -600,8 +600,9 @@ class TestTheKernelsAlone:
             ({"rstd": torch.zeros(3)}, r"rstd must be contiguous \(33,\)"),
             ({"weight": torch.zeros(7)}, r"the norm's weight must be contiguous \(48,\)"),
             ({"x": torch.zeros(33, 48, dtype=torch.int32)}, "x is torch.int32|dtype torch.int32"),
+            ({"x": torch.zeros(33, 0)}, "x must have at least one column to be normalised"),
         ],
-        ids=["rstd", "weight", "dtype"],
+        ids=["rstd", "weight", "dtype", "no columns"],
     )
     def test_bad_norms(self, spoil, message):
         normed = Normed(33, 48, False, torch.float32)

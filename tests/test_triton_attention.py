@@ -400,6 +400,15 @@ class TestBlindQueries:
         assert all(g.isfinite().all() for g in grads)
         assert (grads[0][:, blind] == 0).all()
 
+    @pytest.mark.parametrize("dims", [(16, 16), (192, 128), (256, 256)])
+    def test_unseen_keys_get_zero(self, dims):
+        q, k, v = (t.requires_grad_() for t in qkv(5, 150, dim=dims[0], dim_v=dims[1]).values())
+        o = pyckpt.attention(q, k, v, causal=True, window=9)
+        seen = reference.visible_keys(5, 150, (9, 0)).any(0)
+        for grad in torch.autograd.grad(o, (k, v), torch.randn_like(o)):
+            assert (grad[:, ~seen] == 0).all()
+            assert (grad[:, seen] != 0).any(-1).all()
+
     def test_see_their_sink(self):
         q, k, v = qkv(40, 0).values()
         sinks = torch.randn(2, device=DEVICE)

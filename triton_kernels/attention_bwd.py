@@ -191,8 +191,11 @@ def _keys_from_queries(
     BLOCK_DV: tl.constexpr,
     RAGGED_D: tl.constexpr,
     RAGGED_DV: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Add what the queries [lo, hi) of the heads that share these keys give to dK (not yet scaled) and dV.
+
+    WIDE promises that there are some.
 
     One loop over (head, tile), with the mask behind a branch. Loops nested, or one for each kind of tile as in
     the other kernels, keep more alive beside the two accumulators than there are registers.
@@ -200,6 +203,8 @@ def _keys_from_queries(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     n = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
+    if WIDE:
+        tl.assume(n * groups > 0)
     for t in tl.range(0, n * groups):
         head = first_head + t // n
         head_64 = head.to(tl.int64)
@@ -354,6 +359,15 @@ def attention_bwd_kernel_dkdv(
     stop = tl.minimum(j + BLOCK_N, n_k)
     # From the keys' side the query at i stands at j = i + diagonal: the sides change places.
     lo, full_lo, full_hi, hi = visit_range(j, stop, -shift, n_q, right, left, RIGHT, LEFT, BLOCK_M)
+    # Where the loop may run no times, Hopper's assembler lets no two products overlap, if the accumulators are wide:
+    # they would be zeros or a product's. Narrow ones overlap as they are, and have no register for this.
+    WIDE: tl.constexpr = BLOCK_D > 128
+    if WIDE and hi <= lo:
+        if DK:
+            store_tile(p_dk_row, dk, o_j, o_d, stride_dks, n_k, head_dim, False)
+        if DV:
+            store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, False)
+        return
     p_q_row, p_do_row, p_slopes_row = p_q, p_do, p_slopes
     if not TMA:
         p_q_row += batch * stride_qb + token * stride_qs
@@ -368,6 +382,7 @@ def attention_bwd_kernel_dkdv(
         stride_ds, stride_dh, stride_lh, lo, hi, full_lo, full_hi, first_head, groups, n_q, n_k, shift, o_j,
         left, right, scale, softcap, keep_factor, seed, threshold, sequence, k_start, head_dim, value_dim,
         LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA, DK, DV, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
+        WIDE,
     )  # fmt: skip
     if DK:
         store_tile(p_dk_row, dk * scale, o_j, o_d, stride_dks, n_k, head_dim, False)

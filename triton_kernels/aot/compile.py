@@ -105,7 +105,7 @@ class Report:
     seconds: float
     narrow: int = 0  # loads and stores of 2 bytes a thread: each takes the place of one of 16
     serialized: bool = False  # the assembler lets each product wait for the one before
-    looped: int = 0  # of the spills, loads and stores inside the innermost loops with products
+    looped: int = 0  # of a Gluon kernel's spills, loads and stores inside the innermost loops with products
 
     @property
     def programs(self) -> int:
@@ -130,7 +130,7 @@ class Report:
             return
         if self.spilled > case.allowed_spill:
             yield f"{self.spilled} bytes spilled, {case.allowed_spill} allowed"
-        if self.looped and self.case.gluon:
+        if self.looped:
             yield f"{self.looped} loads and stores of spilled registers in the loops"
         if self.serialized:
             yield "the assembler puts products in a row that were to overlap"
@@ -182,7 +182,7 @@ def compile_case(case: Case) -> Report:
         registers, spilled = (_number(rf"\.{name}_count:\s+(\d+)", text) for name in ("vgpr", "vgpr_spill"))
         return Report(case, registers, 4 * spilled, 0, shared, "mfma" if "v_mfma" in text else "", seconds)
     ptx = kernel.asm["ptx"]
-    said, code = _assemble(ptx, int(case.arch[3:]))
+    said, code = _assemble(ptx, int(case.arch[3:]), case.gluon)
     unit = next((name for name in ("tcgen05", "wgmma") if name in ptx), "mma" if "mma.sync" in ptx else "")
     return Report(
         case,
@@ -233,8 +233,8 @@ def _target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def _assemble(ptx: str, capability: int) -> tuple[str, str]:
-    """What the assembler says of registers and spills, and the code that it made (of Hopper's alone)."""
+def _assemble(ptx: str, capability: int, show: bool) -> tuple[str, str]:
+    """What the assembler says of registers and spills, and if `show` the code that it made."""
     with tempfile.TemporaryDirectory() as folder:
         path, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         path.write_text(ptx)
@@ -243,7 +243,7 @@ def _assemble(ptx: str, capability: int) -> tuple[str, str]:
         done = subprocess.run(
             [tool, "-v", f"--gpu-name={name}", path, "-o", made], capture_output=True, text=True, check=True
         )
-        if capability != 90:
+        if not show:
             return done.stderr, ""
         code = subprocess.run([tool.with_name("nvdisasm"), "-c", made], capture_output=True, text=True)
         return done.stderr, code.stdout

@@ -44,6 +44,8 @@ class Normed:
         """Raise ValueError for what the kernels cannot read."""
         tokens = self.x.shape[0]
         check_matrix("x", self.x, (tokens, self.width))
+        if self.width == 0:  # the kernels' loops over the width run at least once
+            raise ValueError(f"x must have at least one column to be normalised, got {tuple(self.x.shape)}")
         for name, t, size in (
             ("mean", self.mean, tokens),
             ("rstd", self.rstd, tokens),

@@ -55,6 +55,9 @@ def hidden(
     DTYPE: tl.constexpr = p_up_w.dtype.element_ty
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # A loop that may run no times leaves zeros or a product in the accumulators: Hopper's assembler then lets no two
+    # products overlap.
+    tl.assume(width > 0)
     for start in range(0, width, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)
         mk = o_k < width
