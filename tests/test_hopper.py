@@ -137,8 +137,8 @@ BACKWARD_HAZARDS = {
         "        mbarrier.expect(q",
     ),
     "lse not waited for": (
-        "q_ready.index(stage), count=2)  # the bytes, and lse and delta",
-        "q_ready.index(stage), count=1)",
+        "q_ready = barriers(STAGES, 2)  # the bytes, and lse and delta",
+        "q_ready = barriers(STAGES, 1)",
     ),
     "lse announced too early": (
         "        lse_smem.index(stage).store(_in_base_2(lse))\n",

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from triton.experimental.gluon import language as gl
+import torch
 
 from .. import tuning
 from ..hopper import attention_bwd, attention_fwd, launch
@@ -22,7 +22,7 @@ KERNELS = {
 }
 DIMS = {"hopper_fwd": (64, 128, 256), "hopper_dkdv": (64, 128), "hopper_dq": (64, 128)}
 MASKS = ("full", "causal", "window")
-_TYPES = {"bfloat16": gl.bfloat16, "float16": gl.float16}
+_TYPES = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +97,8 @@ class HopperCase(Case):
         keys, queries = self.config.block_n, self.config.block_m
         of_keys, of_queries = (ROWS.value, queries) if self.op == "hopper_dkdv" else (keys, ROWS.value)
         rows = of_keys if name[0] in "kv" else of_queries
-        block = [1, rows, 1, self.head_dim]
-        layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[self.dtype])
-        return f"tensordesc<{DTYPES[self.dtype]}{block},{layout!r}>"
+        layout = launch.shared_layout(rows, self.head_dim, getattr(torch, self.dtype))
+        return f"tensordesc<{DTYPES[self.dtype]}{[1, rows, 1, self.head_dim]},{layout!r}>"
 
     def _constants(self) -> dict[str, Any]:
         sinks = "sinks" in self.features
@@ -113,7 +112,6 @@ class HopperCase(Case):
             "BLOCK_M": self.config.block_m,
             "BLOCK_N": self.config.block_n,
             "BLOCK_D": self.head_dim,
-            "BLOCK_DV": self.head_dim,
             "STAGES": self.config.num_stages,
             **({} if sinks else {"p_sinks": None}),
             **({"o_desc": None} if "into" in self.features else {"p_o": None}),
@@ -124,7 +122,7 @@ def cases(arch: str, quick: bool = False) -> Iterator[HopperCase]:
     """For sm_90 alone. Quick: bf16, causal."""
     if arch != tuning.HOPPER:
         return
-    dtypes, masks = (("bfloat16",), ("causal",)) if quick else (tuple(_TYPES), MASKS)
+    dtypes, masks = (("bfloat16",), ("causal",)) if quick else (_TYPES, MASKS)
     for op, dtype, mask in itertools.product(KERNELS, dtypes, masks):
         yield from (case for dim in DIMS[op] for case in _cases(HopperCase(arch, op, dim, dtype, mask), quick))
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..attention_tile import LENGTHS, LOG2E, split_program, visible, visit_range
-from .parts import ROWS, store_rows, tile_number, tile_range, tma_load
+from .parts import ROWS, barriers, key_tiles, store_rows, tile_number, tile_range, tma_load
 
 
 @gluon.jit
@@ -264,18 +264,11 @@ def attention_bwd_kernel_dkdv_hopper(
     row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], row)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], row)
-    kv_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    kv_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(kv_ready.index(c), count=1)
-        mbarrier.init(kv_free.index(c), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(stage), count=2)  # the bytes, and lse and delta
-        mbarrier.init(do_ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=CONSUMERS)
+    kv_ready = barriers(CONSUMERS, 1)
+    kv_free = barriers(CONSUMERS, 1)
+    q_ready = barriers(STAGES, 2)  # the bytes, and lse and delta
+    do_ready = barriers(STAGES, 1)
+    free = barriers(STAGES, CONSUMERS)
     fence_async_shared()
     descriptors = (q_desc, k_desc, v_desc, do_desc)
     rings = (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, kv_ready, kv_free, q_ready, do_ready, free)
@@ -296,15 +289,6 @@ def attention_bwd_kernel_dkdv_hopper(
 
 
 # --- dQ -------------------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _key_tiles(i, sq, sk, diagonal, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr,
-               BLOCK_N: gl.constexpr):  # fmt: skip
-    """(first, full_first, full_last, last) key tiles that the queries from i on see."""
-    stop = gl.minimum(i + BLOCK_M, sq)
-    lo, full_lo, full_hi, hi = visit_range(i, stop, diagonal, sk, left, right, LEFT, RIGHT, BLOCK_N)
-    return tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
 
 
 @gluon.jit
@@ -331,7 +315,7 @@ def _load_for_queries(
                 mbarrier.expect(q_ready.index(c), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
                 tma_load(q_desc, [batch, i + c * ROWS, head, 0], q_ready.index(c), q_smem.index(c))
                 tma_load(do_desc, [batch, i + c * ROWS, head, 0], q_ready.index(c), do_smem.index(c))
-            first, _full_first, _full_last, last = _key_tiles(
+            first, _full_first, _full_last, last = key_tiles(
                 i, sq, sk, diagonal, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
             )
             for t in range(last - first):
@@ -405,7 +389,7 @@ def _compute_queries(
             batch = (row // n_heads).to(gl.int64)
             head = (row % n_heads).to(gl.int64)
             i = tile * BLOCK_M
-            first, full_first, full_last, last = _key_tiles(
+            first, full_first, full_last, last = key_tiles(
                 i, sq, sk, diagonal, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
             )
             o_i = i + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
@@ -479,18 +463,11 @@ def attention_bwd_kernel_dq_hopper(
     do_smem = gl.allocate_shared_memory(do_desc.dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_D], do_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 1, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, BLOCK_D], v_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_ready.index(c), count=1)
-        mbarrier.init(q_free.index(c), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=1)
-        mbarrier.init(v_ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=CONSUMERS)
+    q_ready = barriers(CONSUMERS, 1)
+    q_free = barriers(CONSUMERS, 1)
+    k_ready = barriers(STAGES, 1)
+    v_ready = barriers(STAGES, 1)
+    free = barriers(STAGES, CONSUMERS)
     fence_async_shared()
     descriptors = (q_desc, k_desc, v_desc, do_desc)
     rings = (q_smem, do_smem, k_smem, v_smem, q_ready, q_free, k_ready, v_ready, free)

@@ -18,17 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..attention_tile import LENGTHS, LN2, LOG2E, split_program, visible, visit_range
-from .parts import ROWS, load_rows, store_rows, tile_number, tile_range, tma_load, tma_store, tma_store_wait
-
-
-@gluon.jit
-def _key_tiles(i, sq, sk, diagonal, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr,
-               BLOCK_N: gl.constexpr):  # fmt: skip
-    """(first, full_first, full_last, last) key tiles of the queries from i on, as `visit_range` has them."""
-    stop = gl.minimum(i + BLOCK_M, sq)
-    lo, full_lo, full_hi, hi = visit_range(i, stop, diagonal, sk, left, right, LEFT, RIGHT, BLOCK_N)
-    return tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
+from ..attention_tile import LENGTHS, LN2, LOG2E, split_program, visible
+from .parts import ROWS, barriers, key_tiles, load_rows, store_rows, tile_number, tma_load, tma_store, tma_store_wait
 
 
 @gluon.jit
@@ -54,7 +45,7 @@ def _load(
                 mbarrier.wait(q_free.index(c), (tiles & 1) ^ 1)
                 mbarrier.expect(q_ready.index(c), q_desc.block_type.nbytes)
                 tma_load(q_desc, [batch, i + c * ROWS, head, 0], q_ready.index(c), q_smem.index(c))
-            first, _full_first, _full_last, last = _key_tiles(
+            first, _full_first, _full_last, last = key_tiles(
                 i, sq, sk, diagonal, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
             )
             for t in range(last - first):
@@ -83,11 +74,11 @@ def _scores(q, k_smem, k_ready, count, layout: gl.constexpr, BLOCK_N: gl.constex
 
 
 @gluon.jit
-def _add_values(acc, p, v_smem, v_ready, count, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr):
+def _add_values(acc, p, v_smem, v_ready, count, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
     """acc + p v of a tile of values, in flight."""
     stage = count % STAGES
     mbarrier.wait(v_ready.index(stage), (count // STAGES) & 1)
-    return warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
+    return warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
 
 
 @gluon.jit
@@ -110,22 +101,22 @@ def _softmax(
 
 @gluon.jit
 def _walk(
-    acc, p, m, l, q, k_smem, v_smem, k_ready, k_free, v_ready, v_free, count, j, steps, o_p, sk, left, right, factor,
+    acc, p, m, l, q, rings, count, j, steps, o_p, sk, left, right, factor,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, OVERLAP: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
-    layout: gl.constexpr, o_layout: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """So many tiles of keys downwards from j; `count` is the first one's place in the rings.
 
     With OVERLAP the product with the values of the tile before the first is still to do when this begins, and that of
     the last one when it ends: p are its probabilities.
     """
+    _q_smem, k_smem, v_smem, _q_ready, _q_free, k_ready, k_free, v_ready, v_free = rings
     p_layout: gl.constexpr = p.type.layout
     dtype: gl.constexpr = p.dtype
     for t in range(steps):
         s = _scores(q, k_smem, k_ready, count + t, layout, BLOCK_N, BLOCK_D, STAGES)
         if OVERLAP:
-            acc = _add_values(acc, p, v_smem, v_ready, count + t - 1, BLOCK_N, BLOCK_DV, STAGES)
+            acc = _add_values(acc, p, v_smem, v_ready, count + t - 1, BLOCK_N, BLOCK_D, STAGES)
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
         else:
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
@@ -142,7 +133,7 @@ def _walk(
         else:
             acc = acc * shrink
             p = gl.convert_layout(b_p.to(dtype), p_layout)
-            acc = _add_values(acc, p, v_smem, v_ready, count + t, BLOCK_N, BLOCK_DV, STAGES)
+            acc = _add_values(acc, p, v_smem, v_ready, count + t, BLOCK_N, BLOCK_D, STAGES)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             mbarrier.arrive(v_free.index((count + t) % STAGES), count=1)
     return acc, p, m, l
@@ -152,8 +143,7 @@ def _walk(
 def _compute(
     outputs, statistics, rings, sizes, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SINKS: gl.constexpr, ACCUMULATE: gl.constexpr, OVERLAP: gl.constexpr,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """o and lse of the CONSUMER-th 64 queries of each of this program's tiles."""
     o_desc, p_o, stride_ob, stride_os, stride_oh = outputs
@@ -163,7 +153,7 @@ def _compute(
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     dtype: gl.constexpr = q_smem.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     factor = scale * LOG2E
@@ -177,7 +167,7 @@ def _compute(
             batch = row // n_heads
             head = row % n_heads
             i = tile * BLOCK_M
-            first, full_first, full_last, last = _key_tiles(
+            first, full_first, full_last, last = key_tiles(
                 i, sq, sk, diagonal, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
             )
             o_i = i + CONSUMER * ROWS + gl.arange(0, ROWS, layout=row_layout)
@@ -187,12 +177,12 @@ def _compute(
             if SINKS:
                 m = gl.zeros([ROWS], gl.float32, row_layout) + gl.load(p_sinks + head).to(gl.float32) * LOG2E
                 l += 1.0
-            acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
+            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
             p_lse_row = p_lse + (batch.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh)
             if ACCUMULATE:  # what is there is one more block of keys
                 rows = i + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout))
                 p_o_row = p_o + (batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh)
-                acc = load_rows(p_o_row, rows, BLOCK_DV, stride_os, sq, o_layout)
+                acc = load_rows(p_o_row, rows, BLOCK_D, stride_os, sq, o_layout)
                 m = gl.load(p_lse_row + o_i, mask=o_i < sq, other=float("-inf")) * LOG2E
                 l = gl.where(m == float("-inf"), 0.0, 1.0)
             p = gl.zeros([ROWS, BLOCK_N], dtype, p_layout)
@@ -214,27 +204,24 @@ def _compute(
             top = last - done
             steps = gl.maximum(top - full_last, 0)
             acc, p, m, l = _walk(
-                acc, p, m, l, q, k_smem, v_smem, k_ready, k_free, v_ready, v_free, count + last - top,
-                (top - 1) * BLOCK_N, steps, o_p, sk, left, right, factor,
-                True, LEFT, RIGHT, OVERLAP, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, layout, o_layout,
+                acc, p, m, l, q, rings, count + last - top, (top - 1) * BLOCK_N, steps, o_p, sk, left, right, factor,
+                True, LEFT, RIGHT, OVERLAP, BLOCK_N, BLOCK_D, STAGES, layout, o_layout,
             )  # fmt: skip
             top -= steps
             steps = gl.maximum(top - full_first, 0)
             acc, p, m, l = _walk(
-                acc, p, m, l, q, k_smem, v_smem, k_ready, k_free, v_ready, v_free, count + last - top,
-                (top - 1) * BLOCK_N, steps, o_p, sk, left, right, factor,
-                False, LEFT, RIGHT, OVERLAP, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, layout, o_layout,
+                acc, p, m, l, q, rings, count + last - top, (top - 1) * BLOCK_N, steps, o_p, sk, left, right, factor,
+                False, LEFT, RIGHT, OVERLAP, BLOCK_N, BLOCK_D, STAGES, layout, o_layout,
             )  # fmt: skip
             if LEFT:
                 top -= steps
                 acc, p, m, l = _walk(
-                    acc, p, m, l, q, k_smem, v_smem, k_ready, k_free, v_ready, v_free, count + last - top,
-                    (top - 1) * BLOCK_N, top - first, o_p, sk, left, right, factor,
-                    True, LEFT, RIGHT, OVERLAP, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, layout, o_layout,
+                    acc, p, m, l, q, rings, count + last - top, (top - 1) * BLOCK_N, top - first, o_p, sk, left, right,
+                    factor, True, LEFT, RIGHT, OVERLAP, BLOCK_N, BLOCK_D, STAGES, layout, o_layout,
                 )  # fmt: skip
             count += last - first
             if OVERLAP and last > first:
-                acc = _add_values(acc, p, v_smem, v_ready, count - 1, BLOCK_N, BLOCK_DV, STAGES)
+                acc = _add_values(acc, p, v_smem, v_ready, count - 1, BLOCK_N, BLOCK_D, STAGES)
                 acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
                 mbarrier.arrive(v_free.index((count - 1) % STAGES), count=1)
 
@@ -243,7 +230,7 @@ def _compute(
             gl.store(p_lse_row + o_i, m * LN2 + gl.log2(l) * LN2, mask=o_i < sq)
             o = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, o_layout))[:, None]
             if ACCUMULATE:
-                store_rows(p_o_row, o, rows, BLOCK_DV, stride_os, sq, 1.0, o_layout, False)
+                store_rows(p_o_row, o, rows, BLOCK_D, stride_os, sq, 1.0, o_layout, False)
             else:  # the queries are read for the last time: o leaves through their place
                 q.store(o.to(dtype))
                 fence_async_shared()
@@ -286,7 +273,6 @@ def attention_fwd_kernel_hopper(
     CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """o and lse of a dense batch (B, S, H, D), whose tensors the descriptors describe by tiles of one head.
@@ -297,21 +283,13 @@ def attention_fwd_kernel_hopper(
     """
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 1, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, BLOCK_DV], v_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_ready.index(c), count=1)
-        mbarrier.init(q_free.index(c), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=1)
-        mbarrier.init(v_ready.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=CONSUMERS)
-        mbarrier.init(v_free.index(stage), count=CONSUMERS)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, BLOCK_D], v_desc.layout)
+    q_ready = barriers(CONSUMERS, 1)
+    q_free = barriers(CONSUMERS, 1)
+    k_ready = barriers(STAGES, 1)
+    k_free = barriers(STAGES, CONSUMERS)
+    v_ready = barriers(STAGES, 1)
+    v_free = barriers(STAGES, CONSUMERS)
     fence_async_shared()
     rings = (q_smem, k_smem, v_smem, q_ready, q_free, k_ready, k_free, v_ready, v_free)
     sizes = (n_heads, groups, n_rows, n_tiles, section, sq, sk, diagonal, left, right)
@@ -324,9 +302,9 @@ def attention_fwd_kernel_hopper(
             [
                 (_load, (descriptors, rings, sizes, LEFT, RIGHT, CONSUMERS, BLOCK_N, STAGES)),
                 (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
-                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 0)),
+                            CONSUMERS, BLOCK_N, BLOCK_D, STAGES, 0)),
                 (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
-                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 1)),
+                            CONSUMERS, BLOCK_N, BLOCK_D, STAGES, 1)),
             ],
             [4, 4],
             [240, 240],
@@ -336,11 +314,11 @@ def attention_fwd_kernel_hopper(
             [
                 (_load, (descriptors, rings, sizes, LEFT, RIGHT, CONSUMERS, BLOCK_N, STAGES)),
                 (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
-                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 0)),
+                            CONSUMERS, BLOCK_N, BLOCK_D, STAGES, 0)),
                 (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
-                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 1)),
+                            CONSUMERS, BLOCK_N, BLOCK_D, STAGES, 1)),
                 (_compute, (outputs, statistics, rings, sizes, scale, LEFT, RIGHT, SINKS, ACCUMULATE, OVERLAP,
-                            CONSUMERS, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, 2)),
+                            CONSUMERS, BLOCK_N, BLOCK_D, STAGES, 2)),
             ],
             [4, 4, 4],
             [160, 160, 160],

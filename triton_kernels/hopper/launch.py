@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +50,9 @@ class Launch:
 
     def forward(self, tensors: Four, lse: Tensor, sinks: Tensor | None, accumulate: bool) -> None:
         """Fill o and lse, of (q, k, v, o), or merge into those, in float32, that are there."""
-        *given, o = tensors
-        rows = (ROWS.value, self.config.block_n, self.config.block_n)
+        o = tensors[3]
         attention_fwd_kernel_hopper[(self.programs,)](
-            *(described(t, n) for t, n in zip(given, rows, strict=True)),
+            *_described(tensors[:3], (ROWS.value, self.config.block_n, self.config.block_n)),
             None if accumulate else described(o, ROWS.value),
             o if accumulate else None,
             lse,
@@ -66,14 +66,13 @@ class Launch:
             OVERLAP=self.config.overlap,
             CONSUMERS=self.config.block_m // ROWS.value,
             BLOCK_N=self.config.block_n,
-            BLOCK_DV=tensors[2].shape[-1],
             **self._constants(tensors[0]),
         )
 
     def dkdv(self, tensors: Four, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Fill dk and dv, of (q, k, v, do), in float32 too."""
         attention_bwd_kernel_dkdv_hopper[(self.programs,)](
-            *self._described(tensors, (self.config.block_m, ROWS.value, ROWS.value, self.config.block_m)),
+            *_described(tensors, (self.config.block_m, ROWS.value, ROWS.value, self.config.block_m)),
             lse,
             delta,
             dk,
@@ -91,7 +90,7 @@ class Launch:
     def dq(self, tensors: Four, lse: Tensor, delta: Tensor, dq: Tensor, accumulate: bool) -> None:
         """Fill dq, of (q, k, v, do), or add to it."""
         attention_bwd_kernel_dq_hopper[(self.programs,)](
-            *self._described(tensors, (ROWS.value, self.config.block_n, self.config.block_n, ROWS.value)),
+            *_described(tensors, (ROWS.value, self.config.block_n, self.config.block_n, ROWS.value)),
             lse,
             delta,
             dq,
@@ -105,9 +104,6 @@ class Launch:
             **self._constants(tensors[0]),
         )
 
-    def _described(self, tensors: Four, rows: tuple[int, int, int, int]) -> tuple[TensorDescriptor, ...]:
-        return tuple(described(t, n) for t, n in zip(tensors, rows, strict=True))
-
     def _constants(self, q: Tensor) -> dict[str, Any]:
         return {
             "LEFT": self.left,
@@ -117,3 +113,7 @@ class Launch:
             "num_warps": WARPS,
             "enable_fp_fusion": True,
         }
+
+
+def _described(tensors: Sequence[Tensor], rows: Sequence[int]) -> Iterator[TensorDescriptor]:
+    return (described(t, n) for t, n in zip(tensors, rows, strict=True))

@@ -1,14 +1,25 @@
-"""What the kernels for Hopper share: the copy engine by its present names, and which tile a program takes next."""
+"""What the kernels for Hopper share: the copy engine by its present names, barriers, a program's tiles."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from ..attention_tile import visit_range
 
 # Triton 3.6 has other names for them.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
 ROWS = gl.constexpr(64)  # queries or keys of a warpgroup: the rows of one wgmma instruction
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many barriers, each through its phase after so many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
 
 
 @gluon.jit
@@ -29,6 +40,15 @@ def tile_range(lo, full_lo, full_hi, hi, BLOCK: gl.constexpr):
     full_first = gl.minimum(full_lo // BLOCK, last)
     full_last = gl.maximum(gl.minimum(full_hi // BLOCK, last), full_first)
     return first, full_first, full_last, last
+
+
+@gluon.jit
+def key_tiles(i, sq, sk, diagonal, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr,
+              BLOCK_N: gl.constexpr):  # fmt: skip
+    """(first, full_first, full_last, last) key tiles that the queries from i on see, as `visit_range` has them."""
+    stop = gl.minimum(i + BLOCK_M, sq)
+    lo, full_lo, full_hi, hi = visit_range(i, stop, diagonal, sk, left, right, LEFT, RIGHT, BLOCK_N)
+    return tile_range(lo, full_lo, full_hi, hi, BLOCK_N)
 
 
 @gluon.jit
