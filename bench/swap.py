@@ -4,10 +4,10 @@
     python bench/swap.py --vocab 256 --repeats 1 --layers 2 --tokens 512    # less; the results say how much
 
 A Llama in fp32 with random weights, batch 1, forward and backward with labels. Once with a small vocabulary, where the
-layers are nearly all of it, once with Llama 2's, where logits matter too. "LoRA": adapters of rank 8 on q and v, the
-base frozen. All variants hold the same weights; they take turns in one process; medians. Peaks are live bytes of
-tensors above the weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes
-bench/results/swap_cpu.json.
+layers are nearly all of it, once with Llama 2's, where logits matter too. "keep_within" has all the memory that
+checkpointing takes: save sets are chosen to fill it. "LoRA": adapters of rank 8 on q and v, the base frozen. All
+variants hold the same weights; they take turns in one process; medians. Peaks are live bytes of tensors above the
+weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes bench/results/swap_cpu.json.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ import pyckpt
 from bench import common
 from pyckpt.measure.timing import interleaved
 from pyckpt.measure.units import format_bytes
+from pyckpt.save import bytes_per_token
+from pyckpt.spec import BlockSpec
 
 NAME = "swap_cpu"
 PLAIN, CHECKPOINT = "transformers", "its gradient checkpointing"
 SWAP, MID, STREAM = "swap", "swap, attention+mid", "swap, streamed"
+WITHIN = "swap, keep_within"  # checkpointing's peak
 CONFIG: dict[str, int] = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376}
 VOCABS = (256, 32000)
 AIMS = {"time over checkpointing": 0.85, "peak over checkpointing": 1.05, "peak over transformers": 0.35}
@@ -71,21 +74,45 @@ def swapped(model: nn.Module, **options: Any) -> Iterator[None]:
         pyckpt.unswap(model)
 
 
-def variants(stream: pyckpt.Stream) -> dict[str, Callable[[nn.Module], Any]]:
+@contextmanager
+def spent(model: nn.Module, memory: int, tokens: int) -> Iterator[None]:
+    with swapped(model):
+        pyckpt.keep_within(model, memory, tokens)
+        yield
+
+
+def variants(stream: pyckpt.Stream, memory: int, tokens: int) -> dict[str, Callable[[nn.Module], Any]]:
     return {
         PLAIN: lambda model: nullcontext(),
         CHECKPOINT: checkpointing,
         SWAP: swapped,
         MID: lambda model: swapped(model, save="attention+mid"),
+        WITHIN: lambda model: spent(model, memory, tokens),
         STREAM: lambda model: swapped(model, stream=stream),
     }
+
+
+def peak(model: nn.Module, way: Callable[[nn.Module], Any], ids: torch.Tensor) -> int:
+    model.zero_grad()
+    with way(model), pyckpt.measure.memory(model) as m:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return m.peak_bytes
+
+
+def memory_to_spend(model: nn.Module, ids: torch.Tensor) -> int:
+    """Bytes that blocks may keep where a step may take what it takes with checkpointing."""
+    spec = BlockSpec.make(CONFIG["hidden_size"], CONFIG["num_attention_heads"], d_ff=CONFIG["intermediate_size"])
+    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    kept = ids.numel() * layers * bytes_per_token(spec, "attention", torch.float32)  # type: ignore[operator]
+    return kept + max(0, peak(model, checkpointing, ids) - peak(model, swapped, ids))
 
 
 def measure(model: nn.Module, tokens: int, repeats: int, names: list[str] | None = None) -> list[dict[str, Any]]:
     """A row for each variant: seconds of a step, all of them, and the peak's bytes."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens))  # type: ignore[union-attr,arg-type]
     stream = pyckpt.Stream(TILE, "file")
-    ways = {n: way for n, way in variants(stream).items() if names is None or n in names}
+    memory = memory_to_spend(model, ids)
+    ways = {n: way for n, way in variants(stream, memory, tokens).items() if names is None or n in names}
 
     def step(way: Callable[[nn.Module], Any]) -> None:
         model.zero_grad()
@@ -95,10 +122,7 @@ def measure(model: nn.Module, tokens: int, repeats: int, names: list[str] | None
     timings = interleaved({n: lambda way=way: step(way) for n, way in ways.items()}, repeats, warmup=1)
     rows = []
     for name, way in ways.items():
-        model.zero_grad()
-        with way(model), pyckpt.measure.memory(model) as m:
-            model(input_ids=ids, labels=ids).loss.backward()
-        rows.append({"variant": name, "seconds": timings[name].median, "peak_bytes": m.peak_bytes})
+        rows.append({"variant": name, "seconds": timings[name].median, "peak_bytes": peak(model, way, ids)})
     return rows
 
 
@@ -106,7 +130,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Time and peak of each of our variants over transformers' two."""
     by = {r["variant"]: r for r in rows}
     found: dict[str, dict[str, float]] = {}
-    for name in (SWAP, MID, STREAM):
+    for name in (SWAP, MID, WITHIN, STREAM):
         for base, word in ((CHECKPOINT, "checkpointing"), (PLAIN, "transformers")):
             for key, what in (("seconds", "time"), ("peak_bytes", "peak")):
                 if name in by and base in by:
@@ -120,7 +144,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         print(f"  {r['variant']:28s} {r['seconds']:7.2f} s  peak {format_bytes(r['peak_bytes'])}")
     for name, found in ratios(rows).items():
         for what, value in found.items():
-            aim = f"  (aim {AIMS[what]:.2f})" if what in AIMS and name in (SWAP, MID) else ""
+            aim = f"  (aim {AIMS[what]:.2f})" if what in AIMS and name in (SWAP, MID, WITHIN) else ""
             print(f"  {name}: {what} {value:.3f}{aim}")
 
 

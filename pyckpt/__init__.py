@@ -4,6 +4,7 @@ from pyckpt import _source_tree, measure, ops  # noqa: F401 (_source_tree: its i
 from pyckpt._version import __version__
 from pyckpt.block import CkptGenericBlock, CkptTransformerBlock
 from pyckpt.functional import activation, attention, glu, layer_norm, linear_cross_entropy, rms_norm, rope
+from pyckpt.keep import Kept, keep_within
 from pyckpt.model import CkptCausalLM, CkptTransformer
 from pyckpt.save import SAVE_SETS, Save
 from pyckpt.stream import Stream
@@ -15,12 +16,14 @@ __all__ = [
     "CkptGenericBlock",
     "CkptTransformer",
     "CkptTransformerBlock",
+    "Kept",
     "Save",
     "Stream",
     "__version__",
     "activation",
     "attention",
     "glu",
+    "keep_within",
     "layer_norm",
     "linear_cross_entropy",
     "measure",

@@ -122,6 +122,8 @@ def test_the_version_and_the_doctor_in_a_process(monkeypatch: pytest.MonkeyPatch
     import pyckpt as package
 
     assert pyckpt("--version").stdout == f"pyckpt {package.__version__}\n"
+    module = subprocess.run([sys.executable, "-m", "pyckpt", "--version"], capture_output=True, text=True)
+    assert module.stdout == pyckpt("--version").stdout
     found = pyckpt("doctor")
     assert found.returncode == 0 and "torch" in found.stdout and "attention_fwd" in found.stdout
 

@@ -611,8 +611,20 @@ def test_what_is_kept_may_wait_in_a_file(text: Path, straight: train.TrainResult
     assert_same(train.run(dataclasses.replace(resume(given), place=None, place_path=None)), straight)
 
 
+def test_blocks_keep_what_the_memory_holds(text: Path, straight: train.TrainResult) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=200)
+    given = config(text, out=str(text.parent / "kept"), keep_within="1GiB")
+    assert_same(train.run(given, console=console), straight)
+    assert f"(save: {given.layers} of 'all')" in " ".join(console.file.getvalue().split())
+
+
 def test_bad_settings_of_memory(text: Path) -> None:
     for changes, message in (
+        ({"keep_within": "much"}, "keep_within='much': expected a number of bytes above 0, or text such as '20GiB'"),
+        ({"keep_within": "1GiB", "segments": 2}, "keep_within and segments were both given"),
+        ({"keep_within": "1GiB", "stream": "host"}, "keep_within and stream were both given"),
         ({"place": "x"}, "place='x': expected each tensor once, with its place"),
         ({"place": "x=host,x=file"}, "expected each tensor once"),
         ({"place": "q=host"}, "names nothing that save='attention' keeps"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
 
 def format_bytes(n: float) -> str:
     """``n`` bytes with a binary unit and three significant digits: ``"1.50 MiB"``."""
@@ -13,6 +18,17 @@ def format_bytes(n: float) -> str:
     if unit == "B":
         return f"{value:.0f} B"
     return f"{_three_digits(value)} {unit}"
+
+
+def parse_bytes(size: int | str, name: str = "size") -> int:
+    """Bytes, given as their number or as text: ``"1.5 GiB"``, ``"800MB"``. ValueError names what was called `name`."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    if isinstance(size, str):
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]i?)?b?)?", size.strip().lower())
+        if found and (given := int(float(found[1]) * _UNITS[found[2] or ""])) > 0:
+            return given
+    raise ValueError(f"{name}={size!r}: expected a number of bytes above 0, or text such as '20GiB' or '800 MB'")
 
 
 def format_seconds(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
 from pyckpt.swap.layer import Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
-from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.replaced import Replaced, replaced_in
 from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.survey import check_weights
 from pyckpt.swap.weights import Mapping
@@ -68,7 +67,7 @@ def swap(
         check_stream(stream)
     if loss not in (True, False, *losses.KINDS):
         raise ValueError(f"loss must be True, False, 'always' or 'recompute', got {loss!r}")
-    if any(True for _ in _replaced(model)):
+    if any(True for _ in replaced_in(model)):
         raise ValueError("the model is swapped already; call pyckpt.unswap(model) first to swap it with other options")
     entries: list[Entry] = []
     made: list[Replaced] = []
@@ -102,7 +101,7 @@ def unswap(model: nn.Module) -> None:
 
     Raises ValueError where the model is not swapped, RuntimeError where a forward was replaced by something else since.
     """
-    found = list(_replaced(model))
+    found = list(replaced_in(model))
     if not found:
         raise ValueError("the model is not swapped: there is nothing to undo")
     for name, replaced in found:
@@ -113,15 +112,6 @@ def unswap(model: nn.Module) -> None:
             )
     for _, replaced in found:
         replaced.remove()
-
-
-def _replaced(model: nn.Module) -> Iterator[tuple[str, Replaced]]:
-    for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        while forward is not None and not isinstance(forward, Replaced):
-            forward = getattr(forward, "__wrapped__", None)
-        if forward is not None:
-            yield name, forward
 
 
 def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -89,8 +89,11 @@ class SwappedDecoder(Replaced):
     def _breaks(self) -> bool:
         """Some layer breaks a compiled graph, or has RoPE whose frequencies are read at each call."""
         blocks = [s.block for s in self.layers]
-        alone = len(self.segments) == len(self.layers) and self.stream is None
-        return not alone or any(b.spec_text is None or b.placed or b.mapping.moving for b in blocks)
+        return self.keeps_inputs_alone or any(b.spec_text is None or b.placed or b.mapping.moving for b in blocks)
+
+    @property
+    def keeps_inputs_alone(self) -> bool:
+        return len(self.segments) != len(self.layers) or self.stream is not None
 
     @property
     def streams(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyckpt.block import run_blocks
+from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.save import Save, save_set
 from pyckpt.swap import again, generic, masks, whole
 from pyckpt.swap.block import MappedBlock
@@ -191,6 +191,10 @@ class SwappedEncoderLayer(Replaced):
         self._batch_first = module.self_attn.batch_first
         self._twice = whole.passes(generic.check_unwatched, module)
         self.blocks = blocks  # by causal
+
+    @property
+    def ways(self) -> tuple[CheckpointedBlock, ...]:
+        return tuple(self.blocks.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)

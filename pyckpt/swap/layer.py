@@ -69,6 +69,10 @@ class SwappedLayer(Replaced):
         self.block, self.place, self.twice = block, place, twice
 
     @property
+    def ways(self) -> tuple[CheckpointedBlock, ...]:
+        return (self.block,)
+
+    @property
     def apart(self) -> bool:
         """It runs by itself alone, in no segment and not streamed."""
         return False

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+from pyckpt.block import CheckpointedBlock
 
 
 class Replaced:
@@ -25,6 +28,16 @@ class Replaced:
     @property
     def module(self) -> nn.Module:
         return self._module[0]
+
+    @property
+    def ways(self) -> tuple[CheckpointedBlock, ...]:
+        """The blocks of which one runs in a call of the module; none where it runs none of its own."""
+        return ()
+
+    @property
+    def keeps_inputs_alone(self) -> bool:
+        """Blocks run together, and keep nothing but some inputs."""
+        return False
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -66,3 +79,13 @@ class Replaced:
 
     def in_place(self) -> bool:
         return self.module.__dict__.get("forward") is self
+
+
+def replaced_in(model: nn.Module) -> Iterator[tuple[str, Replaced]]:
+    """What `swap` put in the place of forwards, by the modules' names, also where something else calls it since."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        while forward is not None and not isinstance(forward, Replaced):
+            forward = getattr(forward, "__wrapped__", None)
+        if forward is not None:
+            yield name, forward

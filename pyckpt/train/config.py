@@ -45,6 +45,12 @@ class TrainConfig:
     tie_embeddings: bool = _option(False, "Model", "Share the embedding with the output head.")
 
     save: str = _option("attention", "Memory", "What each block keeps for the backward (save set).", free=True)
+    keep_within: str | None = _option(
+        None,
+        "Memory",
+        "Memory for what all blocks keep, as 20GiB: save sets are chosen to fill it (see pyckpt.keep_within).",
+        free=True,
+    )
     segments: int | str | None = _option(
         None,
         "Memory",
@@ -187,9 +193,15 @@ def _places(given: str | None) -> dict[str, str]:
 
 
 def _check_memory(config: TrainConfig) -> None:
+    from pyckpt.measure.units import parse_bytes
     from pyckpt.store import make_store
 
     config.kept()
+    if config.keep_within is not None:
+        parse_bytes(config.keep_within, "keep_within")
+        others = {"segments": config.segments, "place": config.place, "stream": config.stream}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"keep_within and {given[0]} were both given: expected one of them.")
     if config.stream is not None and config.place is not None:
         raise ValueError("place and stream were both given: a streamed run has one store, of --stream.")
     if config.stream is not None:

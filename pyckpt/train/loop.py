@@ -296,10 +296,11 @@ def _memory_rows(trainer: Trainer, memory: StepMemory) -> list[tuple[str, str]]:
     config = trainer.config
     segments = "" if config.segments is None else f", segments={config.segments!r}"
     places = "" if config.place is None else f", place={config.place!r}"
+    kept = f"save={config.save!r}" if trainer.kept is None else f"save: {trainer.kept.runs}"
     text = (
         f"a step needs {format_bytes(memory.peak_bytes)} above weights and optimiser, "
         f"{format_bytes(memory.saved_bytes)} of them kept from forward to backward "
-        f"(save={config.save!r}{segments}{places})"
+        f"({kept}{segments}{places})"
     )
     return [("Memory  ", text)]
 

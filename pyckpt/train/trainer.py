@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.keep import Kept, keep_within
 from pyckpt.stream import Stream
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train.checkpoint import Checkpoint
@@ -33,12 +34,19 @@ class Trainer:
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.model = _build(config, corpus)
+        self.kept = self._keep()
         self.optimizer = Optimizer(self.model, config)
         self.history = History()
         self.stopping: Callable[[], object] = lambda: False
         self.on_tile: Callable[[str, int, int], None] = lambda what, block, tile: None
         self.stream = self._stream()
         self._validation = validation_batches(corpus.validation, config.eval_batches, config.batch_size, config.seq_len)
+
+    def _keep(self) -> Kept | None:
+        config = self.config
+        if config.keep_within is None:
+            return None
+        return keep_within(self.model, config.keep_within, config.batch_size * config.seq_len)
 
     def _stream(self) -> Stream | None:
         config = self.config
