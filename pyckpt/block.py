@@ -82,6 +82,11 @@ class CheckpointedBlock(nn.Module):
         """Whether a forward in the present mode draws a seed for dropout."""
         return False
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many of the experts in its weights of three dims each token meets."""
+        return 1
+
     def mixes_dtypes(self, name: str) -> bool:
         """The weight of this name may have another dtype than x."""
         return False

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Given, Sink, Source, Whole
-from pyckpt.exec.estimate import Estimate, estimate
+from pyckpt.exec.estimate import Estimate, estimate, work_of
 from pyckpt.exec.lm_ends import IGNORE, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
 from pyckpt.exec.streamed import Stack, store_plan
 from pyckpt.exec.streamed_node import ENDS, Session, execute
-from pyckpt.measure.flops import attention_pairs, block_flops
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
 
@@ -65,23 +64,71 @@ class Stream:
         self.store = make_store(store, path, limit)
         self.progress = progress
 
-    def estimate(self, model: CkptCausalLM, tokens: int, batch: int = 1) -> Estimate:
-        """What `model.loss` of (batch, tokens) and its backward will take: see `pyckpt.exec.estimate.Estimate`.
+    def estimate(self, model: nn.Module, tokens: int, batch: int = 1) -> Estimate:
+        """What a step on (batch, tokens) will take, streamed: see `pyckpt.exec.estimate.Estimate`.
 
-        Raises ValueError, as the run would, where the store's limit is too small for it.
+        model: a `CkptCausalLM`, a `CkptTransformer` (whose whole x and y come beside), or a model with swapped layers,
+        whatever `swap` was told of streaming; without its loss where that cannot be streamed.
+
+        Raises ValueError, as the run would, where the store's limit is too small for it; and where the model has
+        nothing that can be streamed as one run.
         """
-        embed, head = model.model.embed_tokens.weight, model.lm_head.weight
-        blocks, segments = _blocks(model.model.layers)
+        for name, value in (("tokens", tokens), ("batch", batch)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a positive whole number")
+        parts = _parts_of(model)
         layout = Layout(batch, tokens)
-        stack = _stack(blocks, segments, layout, None, embed.new_empty(0), embed.requires_grad, self, seeded=False)
-        spec = model.spec
-        attention = 4.0 * batch * attention_pairs(tokens, causal=spec.causal, window=spec.window) * spec.d_q
-        hidden = spec.d_ff * (2 if spec.gated else 1)
-        repeated = 2.0 * layout.tokens * spec.d_model * (2 * spec.d_q + 2 * spec.d_kv + hidden)
-        flops = (block_flops(spec, tokens, batch, backward=False), repeated, attention)
-        of_ends = head.numel() + (0 if head is embed else embed.numel())
-        of_block = sum(w.numel() for w in blocks[0].weights().values())
-        return estimate(stack, self.store, of_block, of_ends, model.vocab_size, flops)
+        x, looked_up = parts.residual()
+        stack = _stack(parts.blocks, parts.segments, layout, None, x, looked_up, self, seeded=False)
+        works = [
+            work_of(plan, block.weights(), layout, block.experts_per_token)
+            for plan, block in zip(stack.plans, parts.blocks, strict=True)
+        ]
+        return estimate(stack, self.store, works, parts.trained_ends, parts.vocab)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What of a model is streamed: blocks, how many make a segment, and the weights of `Ends` where those are too."""
+
+    blocks: list[CheckpointedBlock]
+    segments: int
+    ends: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def residual(self) -> tuple[Tensor, bool]:
+        """An empty tensor like the residual stream, and whether it wants a gradient where the first block begins."""
+        embed = self.ends.get("embed")
+        if embed is not None:
+            return embed.new_empty(0), embed.requires_grad
+        weights = self.blocks[0].weights().values()
+        return next((w for w in weights if w.dim() == 2), next(iter(weights))).new_empty(0), True
+
+    @property
+    def trained_ends(self) -> int:
+        return sum({id(w): w.numel() for w in self.ends.values() if w.requires_grad}.values())
+
+    @property
+    def vocab(self) -> int:
+        return self.ends["head"].shape[0] if "head" in self.ends else 0
+
+
+def _parts_of(model: nn.Module) -> Parts:
+    from pyckpt.model import CkptCausalLM, CkptTransformer
+
+    if isinstance(model, CkptTransformer):
+        return Parts(*_blocks(model))
+    if isinstance(model, CkptCausalLM):
+        ends = {"embed": model.model.embed_tokens.weight, "head": model.lm_head.weight}
+        return Parts(*_blocks(model.model.layers), ends)
+    # Where `swap` put forwards of its own, they say it; that of the loss comes before that of the layers.
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        parts = getattr(module.__dict__.get("forward"), "streamed_parts", None)
+        if parts is not None and (found := parts()) is not None:
+            return found
+    raise ValueError(
+        f"this {type(model).__name__} has nothing that can be streamed as one run: expected a CkptCausalLM, a "
+        "CkptTransformer, or a model whose decoder layers pyckpt.swap(model) has all swapped"
+    )
 
 
 def run_loss(

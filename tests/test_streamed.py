@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -524,13 +525,47 @@ def test_estimated_flops_are_those_counted():
     """But for attention, which the counter counts without its mask, and the norms, which it doesn't count."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for options in ({}, {"segments": 3, "mlp": "gelu"}):
+    for options in ({}, {"segments": 3, "mlp": "gelu"}, {"norm_placement": "sandwich"}, {"residual": "parallel"}):
         model = pyckpt.CkptCausalLM(VOCAB, 3, 64, 4, n_kv_heads=2, d_ff=128, window=1, **options)
         with FlopCounterMode(display=False) as counter:
             model.loss(torch.randint(0, VOCAB, (1, 512)), stream=stream(128)).backward()
         counts = counter.get_flop_counts()["Global"]
         products = sum(n for op, n in counts.items() if "attention" not in str(op))
         assert stream(128).estimate(model, 512).flops == pytest.approx(products, rel=0.02)
+
+
+def test_estimates_of_a_stack():
+    stack = pyckpt.CkptTransformer([pyckpt.CkptTransformerBlock(64, 4, d_ff=128) for _ in range(3)])
+    opened, store = [], pyckpt.store.FileStore()
+    store.check = lambda plan: opened.append(plan.store_bytes)
+    kept = stream(128, store)
+    found = kept.estimate(stack, 512, 2)
+    for p in stack.parameters():
+        p.grad = torch.zeros_like(p)
+    x = torch.randn(2, 512, 64, requires_grad=True)
+    with pyckpt.measure.memory(stack) as m:
+        y = stack(x, stream=kept)
+        y.backward(torch.ones_like(y))
+    assert opened == [found.store_bytes]
+    beside = 3 * x.nbytes + sum(p.nbytes for p in stack.parameters())  # y, dy, dx, and gradients handed over
+    assert 0.3 * found.device_bytes < m.peak_bytes <= found.device_bytes + beside
+    trained, frozen = stack.requires_grad_(True), copy.deepcopy(stack).requires_grad_(False)
+    assert kept.estimate(frozen, 512).device_bytes < kept.estimate(trained, 512).device_bytes
+    assert kept.estimate(frozen, 512).flops < kept.estimate(trained, 512).flops
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((torch.nn.Linear(3, 3), 512), "this Linear has nothing that can be streamed as one run: expected a"),
+        ((None, 512), "this NoneType has nothing that can be streamed"),
+        ((None, 0), "tokens=0: expected a positive whole number"),
+        ((None, 512, 1.5), "batch=1.5: expected a positive whole number"),
+    ],
+)
+def test_estimates_of_what_cannot_be_streamed(given, message):
+    with pytest.raises(ValueError, match=message):
+        stream(128).estimate(*given)
 
 
 # --- faults ------------------------------------------------------------------------------------------------------

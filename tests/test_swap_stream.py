@@ -21,12 +21,15 @@ from swap_models import (
     InFloat64,
     assert_step_as_good,
     check,
+    make_adapted,
     make_batch,
     make_model,
     step,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyckpt
+from pyckpt.measure.flops import attention_pairs
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("no_fallback")
@@ -232,6 +235,50 @@ def test_the_peak_does_not_grow_with_the_length():
         peaks[seq] = m.peak_bytes
     # Ids, labels, and what is made of them are an int64 of every token.
     assert peaks[320] - peaks[160] <= 160 * 8 * 4
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("family", ["Llama", "Olmo2", "GPT2", "Gemma2", "Mixtral"])
+def test_estimates(family):
+    """The store's bytes are exact, the peak above weights' gradients is bounded, and products are those counted."""
+    model = make_model(family)
+    opened, store = [], pyckpt.store.FileStore()
+    store.check = lambda plan: opened.append(plan.store_bytes)
+    pyckpt.swap(model, stream=(kept := stream(16, store)))
+    ids = torch.randint(1, VOCAB, (1, 64))
+    found = kept.estimate(model, 64)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pyckpt.measure.memory(model) as m:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert opened == [found.store_bytes]
+    assert m.peak_bytes <= found.device_bytes + sum(p.nbytes for p in model.parameters())
+    # PyTorch's counter counts softcapped attention by its parts, and can't look into a backward by autograd.grad.
+    if family not in ("Gemma2", "Mixtral"):
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        counts = counter.get_flop_counts()["Global"]
+        products = sum(n for op, n in counts.items() if "attention" not in str(op))
+        attention = 2 * 3.5 * 4 * attention_pairs(64) * 48  # two layers
+        assert found.flops == pytest.approx(products + attention, rel=0.05)
+    pyckpt.unswap(model)
+    pyckpt.swap(model)  # what streaming would take
+    assert kept.estimate(model, 64) == found
+    with pytest.raises(ValueError, match="has nothing that can be streamed as one run"):
+        pyckpt.unswap(model)
+        kept.estimate(model, 64)
+
+
+def test_estimates_with_adapters_are_smaller():
+    model = make_model("Llama")
+    pyckpt.swap(model)
+    whole = stream(16).estimate(model, 64)
+    pyckpt.unswap(model)
+    adapted = make_adapted(model, target_modules=["q_proj", "v_proj"])
+    pyckpt.swap(adapted)
+    found = stream(16).estimate(adapted, 64)
+    assert found.flops < whole.flops
+    assert found.device_bytes < whole.device_bytes
 
 
 def test_without_gradients():

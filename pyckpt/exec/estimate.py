@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from pyckpt.attend.dense import Layout
 from pyckpt.attend.tiled import TiledAttend
+from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.schedule import Advance
 from pyckpt.exec.streamed import Stack, store_plan
+from pyckpt.measure.flops import attention_pairs
 from pyckpt.measure.units import format_bytes
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.store import Store
@@ -38,33 +44,67 @@ class Estimate:
         return f"{format_bytes(self.device_bytes)} on the device, {stored}"
 
 
-def estimate(
-    stack: Stack,
-    store: Store,
-    block_weights: int,
-    end_weights: int,
-    vocab: int,
-    block_flops: tuple[float, float, float],
-) -> Estimate:
-    """block_weights, end_weights: the number of one block's weights, and of embedding and head (0 for a stack).
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one block on the whole sequence: numbers that its gradients take in a backward, and FLOPs.
 
-    block_flops: of one block forward, the part of it that its backward repeats, and attention's own share of it.
+    products: of its weights, forward; weight_gradients: of those trained; repeated: what of `products` a backward makes
+    again; attention: its two products, forward.
     """
+
+    gradients: int
+    products: float
+    weight_gradients: float
+    repeated: float
+    attention: float
+
+    @property
+    def forward(self) -> float:
+        return self.products + self.attention
+
+    @property
+    def backward(self) -> float:
+        # Attention's backward has 5 products where its forward has 2.
+        return self.products + self.weight_gradients + 2.5 * self.attention + self.repeated
+
+
+def work_of(plan: BlockPlan, weights: Mapping[str, Tensor], layout: Layout, experts_per_token: int = 1) -> Work:
+    """By arithmetic. Of weights of three dims (experts, rows, columns) each token meets `experts_per_token`."""
+    attend, per_token = plan.attend, {n: _products(w, experts_per_token) for n, w in weights.items()}
+    again = {n: f for n, f in per_token.items() if n not in plan.tokenwise.made_once}
+    trained = {n: w for n, w in weights.items() if w.requires_grad}
+    left, right = attend.window
+    pairs = attention_pairs(layout.seq, causal=right == 0, window=(left, right))
+    return Work(
+        gradients=sum(w.numel() for w in trained.values()) * (2 if plan.tokenwise.by_autograd else 1),
+        products=layout.tokens * sum(per_token.values()),
+        weight_gradients=layout.tokens * sum(per_token[n] for n in trained),
+        repeated=layout.tokens * sum(again.values()),
+        attention=2.0 * layout.batch * pairs * (attend.d_q + attend.d_o),
+    )
+
+
+def _products(weight: Tensor, experts_per_token: int) -> float:
+    """FLOPs of a token's product with it."""
+    if weight.dim() == 2:
+        return 2.0 * weight.numel()
+    return 2.0 * weight.numel() / weight.shape[0] * experts_per_token if weight.dim() == 3 else 0.0
+
+
+def estimate(stack: Stack, store: Store, works: Sequence[Work], end_weights: int, vocab: int) -> Estimate:
+    """works: of each block. end_weights: trained numbers of embedding and head; 0, as `vocab`, for blocks alone."""
     plan = store_plan(stack)
     away = stack.device.type == "cuda" if store.kind == "host" else store.kind == "file"
     device = plan.buffer_bytes if away else plan.store_bytes
-    device += _scratch(stack) + (block_weights + end_weights) * acc_dtype(stack.dtype).itemsize
+    device += _scratch(stack) + (max(w.gradients for w in works) + end_weights) * acc_dtype(stack.dtype).itemsize
     device += min(plan.tile * vocab, _LOGITS.get(stack.device.type, _LOGITS["cuda"])) * 3 * 4
-    forward, repeated, attention = block_flops
-    head = 6.0 * stack.layout.tokens * stack.d_model * vocab
     steps = list(stack.schedule)
-    again = [s for s in stack.schedule.backward if isinstance(s, Advance)]
+    ahead = [s.block for s in steps if isinstance(s, Advance)]
     walked_back = [s.block for s in steps if not isinstance(s, Advance)]
-    remade = sum(not stack.plans[b].save.attention for b in walked_back)
-    # Attention's backward has 5 products where its forward has 2.
-    back = 2 * (forward - attention) + 2.5 * attention + repeated
-    flops = forward * (len(stack.plans) + len(again)) + back * len(walked_back) + attention * remade + head
-    bytes_in, bytes_out = _copies(stack, len(stack.plans) + len(again), len(walked_back)) if away else (0, 0)
+    flops = 6.0 * stack.layout.tokens * stack.d_model * vocab
+    flops += sum(works[b].forward for b in ahead) + sum(works[b].backward for b in walked_back)
+    flops += sum(works[b].attention for b in walked_back if not stack.plans[b].save.attention)
+    bytes_in, bytes_out = _copies(stack, len(ahead), len(walked_back)) if away else (0, 0)
     return Estimate(store.kind, plan.store_bytes, device, flops, bytes_in, bytes_out)
 
 

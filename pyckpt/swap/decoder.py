@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.block import CheckpointedBlock
+from pyckpt.stream import Parts
 from pyckpt.swap import masks
 from pyckpt.swap.layer import CALL, Call, Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, watched
@@ -99,6 +100,13 @@ class SwappedDecoder(Replaced):
     def streams(self) -> bool:
         """All of its layers are one streamed run, which needs nothing that the model's own forward makes."""
         return self.complete and all(not s.apart and s.block.mapping.moving is None for s in self.layers)
+
+    def streamed_parts(self) -> Parts | None:
+        """What is streamed of the layers; None where they are not all one run."""
+        if not self.streams:
+            return None
+        length = max(map(len, self.segments)) if self.stream is None else self.stream.segments
+        return Parts([s.block for s in self.layers], length)
 
     def _run(self, given: dict[str, Any]) -> Any:
         call = self.prepare(given, given.pop(CALL, None))

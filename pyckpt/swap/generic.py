@@ -190,6 +190,11 @@ class OwnModulesBlock(CheckpointedBlock):
         self.mapping = mapping
         self._layer = (layer,)
 
+    @property
+    def experts_per_token(self) -> int:
+        counts = (getattr(m, "top_k", None) for m in self._layer[0].modules())
+        return next((n for n in counts if isinstance(n, int)), 1)
+
     def mixes_dtypes(self, name: str) -> bool:
         return True  # adapters have a dtype of their own
 

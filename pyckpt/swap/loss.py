@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.exec.lm_ends import Ends, LossOptions, Targets
 from pyckpt.functional import linear_cross_entropy
+from pyckpt.stream import Parts
 from pyckpt.swap import heads
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places, ends_of
@@ -177,6 +178,16 @@ class SwappedHead(Replaced):
         head = ends.weights["head"]
         errors.check_labels(wanted.given.to(head.device), head.shape[0], wanted.ignored, head.device)
         return call.stream_loss(decoder.layers, ids, wanted.targets(ids), ends)
+
+    def streamed_parts(self) -> Parts | None:
+        """What is streamed with the loss; None where that is the layers alone, or nothing."""
+        body = heads.base_of(self.module).get_submodule(self.head.body)
+        decoder = body.__dict__.get("forward")
+        parts = decoder.streamed_parts() if isinstance(decoder, SwappedDecoder) else None
+        try:
+            return None if parts is None else dataclasses.replace(parts, ends=self.ends().weights)
+        except UnsupportedError:
+            return None
 
     @staticmethod
     def _ids(decoder: SwappedDecoder, given: dict[str, Any]) -> Tensor:

@@ -24,6 +24,8 @@ class GenericTokenwise:
     """
 
     makes_delta = False
+    made_once: frozenset[str] = frozenset()
+    by_autograd = True
 
     def __init__(self, pre: nn.Module, post: nn.Module) -> None:
         self._pre, self._post = pre, post

@@ -41,10 +41,18 @@ class Tokenwise(Protocol):
     """`pre` and `post` of a block, and their backwards. All run without autograd and write into the tensors given.
 
     `makes_delta`: `post_bwd` makes delta beside do, and the attention backward need not read o for it.
+    `made_once`: names of weights whose products no backward makes again. `by_autograd`: a tile's gradients of weights
+    stand whole beside their sums.
     """
 
     @property
     def makes_delta(self) -> bool: ...
+
+    @property
+    def made_once(self) -> frozenset[str]: ...
+
+    @property
+    def by_autograd(self) -> bool: ...
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights as the products take them, in `dtype`, and those of norms as norms take them."""

@@ -38,11 +38,16 @@ class StandardTokenwise:
     `parts`: which products are fused with what stands around them, see `fused.choose`.
     """
 
+    by_autograd = False
+
     def __init__(self, spec: BlockSpec, parts: fused.Fused = fused.NOTHING) -> None:
         self.spec, self.makes_delta = spec, "delta" in parts
         self.qkv = fused.qkv_of(spec, parts)
         self.mlp = fused.mlp_of(spec, parts)
         norms = norm_names(spec)
+        # A norm after a sublayer needs its output for its own backward, and the MLP, unless parallel, attention's.
+        once = {DOWN: not norms.after_mlp, f"{ATTENTION}.o_proj": spec.parallel and not norms.after_attention}
+        self.made_once = frozenset(f"{name}.weight" for name, is_so in once.items() if is_so)
         ends = (
             (spec, f"{ATTENTION}.o_proj", norms.after_attention, "mid", ATTENTION_SITE),
             (spec, DOWN, norms.after_mlp, "down", MLP_SITE),
