@@ -98,6 +98,12 @@ class CheckpointedBlock(nn.Module):
         """The block's parameters by name, checked to be those that its executor knows."""
         raise NotImplementedError
 
+    def like_weights(self) -> Tensor:
+        """An empty tensor of the dtype and device of its weights, of a matrix where there is one."""
+        weights = list(self.weights().values())
+        found = next((w for w in weights if w.dim() == 2), weights[0])
+        return torch.empty(0, dtype=found.dtype, device=found.device)
+
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         """How to run `tokens` tokens of `x_dtype` with products in `dtype`."""
         raise NotImplementedError

@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from pyckpt.block import CheckpointedBlock, compute_dtype
-from pyckpt.exec.resident import BlockPlan
 from pyckpt.measure.units import format_bytes, parse_bytes
 from pyckpt.model import CkptTransformer
-from pyckpt.ops.chunks import acc_dtype
-from pyckpt.save import SAVE_SETS
+from pyckpt.save import SAVE_SETS, kept_bytes
 from pyckpt.swap.replaced import replaced_in
 
 
@@ -65,8 +63,8 @@ def keep_within(model: nn.Module, memory: int | str, tokens: int, dtype: torch.d
     room = parse_bytes(memory, "memory")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"tokens={tokens!r}: expected a positive number of tokens, batch times sequence")
-    _check(model)
     blocks = _blocks(model)
+    _check(model, blocks)
     if not blocks:
         raise ValueError(
             f"this {type(model).__name__} has no blocks that keep a save set: call pyckpt.swap(model) first, or build "
@@ -92,14 +90,14 @@ def _blocks(model: nn.Module) -> list[tuple[CheckpointedBlock, ...]]:
     return found
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, blocks: list[tuple[CheckpointedBlock, ...]]) -> None:
     segmented = any(isinstance(m, CkptTransformer) and m.segment_length > 1 for m in model.modules())
     if segmented or any(r.keeps_inputs_alone for _, r in replaced_in(model)):
         raise ValueError(
             "the model's blocks run in segments or streamed, where no save set is kept: take segments=None and no "
             "stream to spend memory on fewer repetitions"
         )
-    if any(block.placed for ways in _blocks(model) for block in ways):
+    if any(block.placed for ways in blocks for block in ways):
         raise ValueError(
             "the blocks have a pyckpt.Save that places what they keep elsewhere: give them the name of a save set, "
             "save='attention', before you call keep_within"
@@ -108,8 +106,8 @@ def _check(model: nn.Module) -> None:
 
 def _options(block: CheckpointedBlock, tokens: int, dtype: torch.dtype | None) -> dict[str, int]:
     """Bytes that the block keeps of so many tokens, by the save sets that it has, from the one that keeps least."""
-    weight = next((w for w in block.weights().values() if w.dim() == 2), next(iter(block.weights().values())))
-    made_in = dtype or compute_dtype(torch.empty(0, dtype=weight.dtype, device=weight.device))
+    x = block.like_weights()
+    made_in = dtype or compute_dtype(x)
     given, found = block.save, {}
     try:
         for name in reversed(SAVE_SETS):
@@ -117,22 +115,12 @@ def _options(block: CheckpointedBlock, tokens: int, dtype: torch.dtype | None) -
                 block.save = name
             except ValueError:
                 continue
-            plan = block.plan(tokens, weight.dtype, made_in, weight.device)
-            found[name] = tokens * kept_bytes(plan, block.d_model, weight.dtype, made_in)
+            plan = block.plan(tokens, x.dtype, made_in, x.device)
+            kept = (plan.save, plan.attend, plan.post_tensors, block.d_model, x.dtype, made_in)
+            found[name] = tokens * kept_bytes(*kept)
     finally:
         block.save = given
     return found
-
-
-def kept_bytes(plan: BlockPlan, d_model: int, x_dtype: torch.dtype, dtype: torch.dtype) -> int:
-    """Bytes that a block of this plan keeps for each token, with its input."""
-    attend, saves = plan.attend, plan.save
-    residual = d_model + sum(t.width for t in plan.post_tensors if t.residual)
-    width = sum(t.width for t in plan.post_tensors if not t.residual)
-    width += attend.d_o if saves.attention else 0
-    width += attend.d_q + attend.d_k + attend.d_v if saves.qkv else 0
-    lse = attend.n_heads * acc_dtype(dtype).itemsize if saves.attention else 0
-    return residual * x_dtype.itemsize + width * dtype.itemsize + lse
 
 
 def _chosen(options: list[dict[str, int]], room: int) -> list[str]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
+from pyckpt.attend.dense import DenseAttend
+from pyckpt.ops.chunks import acc_dtype
 from pyckpt.spec import BlockSpec
 from pyckpt.store import STORES
 
@@ -144,11 +146,24 @@ def bytes_per_token(spec: BlockSpec, save: str | SaveSet, dtype: torch.dtype) ->
     Counts the input x, which is the output of the block before. lse has 4 bytes a head (8 in float64).
     """
     keeps = save_set(save)
-    width = spec.d_model
-    if keeps.attention:
-        width += spec.d_q
-    if keeps.qkv:
-        width += spec.d_q + 2 * spec.d_kv
-    width += sum(t.width for t in post_tensors(spec, keeps))
-    lse = spec.n_heads * (8 if dtype == torch.float64 else 4) if keeps.attention else 0
-    return width * dtype.itemsize + lse
+    return kept_bytes(keeps, DenseAttend.of(spec), post_tensors(spec, keeps), spec.d_model, dtype, dtype)
+
+
+def kept_bytes(
+    keeps: SaveSet,
+    attend: DenseAttend,
+    post: tuple[KeptTensor, ...],
+    d_model: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes for each token of a block with this attention whose `post` keeps these tensors.
+
+    x_dtype: of the residual stream; dtype: of the products.
+    """
+    residual = d_model + sum(t.width for t in post if t.residual)
+    width = sum(t.width for t in post if not t.residual)
+    width += attend.d_o if keeps.attention else 0
+    width += attend.d_q + attend.d_k + attend.d_v if keeps.qkv else 0
+    lse = attend.n_heads * acc_dtype(dtype).itemsize if keeps.attention else 0
+    return residual * x_dtype.itemsize + width * dtype.itemsize + lse

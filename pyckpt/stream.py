@@ -100,8 +100,7 @@ class Parts:
         embed = self.ends.get("embed")
         if embed is not None:
             return embed.new_empty(0), embed.requires_grad
-        weights = self.blocks[0].weights().values()
-        return next((w for w in weights if w.dim() == 2), next(iter(weights))).new_empty(0), True
+        return self.blocks[0].like_weights(), True
 
     @property
     def trained_ends(self) -> int:
@@ -114,17 +113,17 @@ class Parts:
 
 def _parts_of(model: nn.Module) -> Parts:
     from pyckpt.model import CkptCausalLM, CkptTransformer
+    from pyckpt.swap.replaced import replaced_in
 
     if isinstance(model, CkptTransformer):
         return Parts(*_blocks(model))
     if isinstance(model, CkptCausalLM):
         ends = {"embed": model.model.embed_tokens.weight, "head": model.lm_head.weight}
         return Parts(*_blocks(model.model.layers), ends)
-    # Where `swap` put forwards of its own, they say it; that of the loss comes before that of the layers.
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        parts = getattr(module.__dict__.get("forward"), "streamed_parts", None)
-        if parts is not None and (found := parts()) is not None:
-            return found
+    # A model's loss comes before its layers.
+    for _, replaced in replaced_in(model) if isinstance(model, nn.Module) else ():
+        if (parts := replaced.streamed_parts()) is not None:
+            return parts
     raise ValueError(
         f"this {type(model).__name__} has nothing that can be streamed as one run: expected a CkptCausalLM, a "
         "CkptTransformer, or a model whose decoder layers pyckpt.swap(model) has all swapped"

@@ -136,6 +136,17 @@ class SwappedHead(Replaced):
             return self.original(**given)
         return self._loss(given)
 
+    @property
+    def _body(self) -> nn.Module:
+        """What gives the hidden states."""
+        return heads.base_of(self.module).get_submodule(self.head.body)
+
+    @property
+    def _decoder(self) -> SwappedDecoder | None:
+        """Its forward, where that is swapped."""
+        forward = self._body.__dict__.get("forward")
+        return forward if isinstance(forward, SwappedDecoder) else None
+
     @staticmethod
     def _no_logits(keep: Any) -> bool:
         return keep is None or (isinstance(keep, int) and keep == 0)
@@ -147,14 +158,12 @@ class SwappedHead(Replaced):
             given.pop(name, None)
         as_dict = given.pop("return_dict", None)
         wanted = _Wanted.of(labels, *(given.pop(n, None) for n in _Wanted.ARGUMENTS))
-        body = heads.base_of(model).get_submodule(self.head.body)
-        decoder = body.__dict__.get("forward")
-        if isinstance(decoder, SwappedDecoder):
+        decoder, loss, outputs = self._decoder, None, None
+        if decoder is not None:
             given[CALL] = wanted.read
-        loss = self._streamed(decoder, given, wanted) if isinstance(decoder, SwappedDecoder) else None
-        outputs = None
+            loss = self._streamed(decoder, given, wanted)
         if loss is None:
-            outputs = body(**given)
+            outputs = self._body(**given)
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
         if wanted.items is not None:
             loss = loss / (wanted.items.to(loss.device) if isinstance(wanted.items, Tensor) else wanted.items)
@@ -181,9 +190,7 @@ class SwappedHead(Replaced):
 
     def streamed_parts(self) -> Parts | None:
         """What is streamed with the loss; None where that is the layers alone, or nothing."""
-        body = heads.base_of(self.module).get_submodule(self.head.body)
-        decoder = body.__dict__.get("forward")
-        parts = decoder.streamed_parts() if isinstance(decoder, SwappedDecoder) else None
+        parts = None if self._decoder is None else self._decoder.streamed_parts()
         try:
             return None if parts is None else dataclasses.replace(parts, ends=self.ends().weights)
         except UnsupportedError:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt.block import CheckpointedBlock
+from pyckpt.stream import Parts
 
 
 class Replaced:
@@ -38,6 +39,10 @@ class Replaced:
     def keeps_inputs_alone(self) -> bool:
         """Blocks run together, and keep nothing but some inputs."""
         return False
+
+    def streamed_parts(self) -> Parts | None:
+        """What a streamed run of the module has in it; None where it is none, or not one run."""
+        return None
 
     @property
     def __signature__(self) -> inspect.Signature:
