@@ -18,12 +18,12 @@ export PYCKPT_BUILD_CUDA ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
-# Changes when what is installed changes; the sources themselves are installed editable.
+# Changes when what is installed changes: the sources themselves are installed editable, the CPU kernels are compiled.
 READY := $(VENV)/ready
-SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py
+SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py csrc/build.py $(wildcard csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint aot cuda gpu bench doctor clean
+.PHONY: help setup demo test lint aot cuda cpu gpu bench doctor clean
 
 help:
 	@echo "make demo     train a small model on text, then compare memory and time (4 minutes with the set-up)"
@@ -31,6 +31,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile the Triton kernels for GPUs that are not here; registers, spills, shared memory"
 	@echo "make cuda     build the CUDA C++ extension in place, with nvcc (3 minutes; no GPU needed)"
+	@echo "make cpu      build the CPU kernels in place, as the set-up does where there is a C++ compiler (5 seconds)"
 	@echo "make gpu      on a machine with a GPU: its tests and every benchmark, quickly (8 minutes, nothing installed)"
 	@echo "make bench    the block's times against PyTorch's; on a GPU Llama-8B's block, and its memory"
 	@echo "make doctor   versions, devices, and which backend serves each op"
@@ -73,6 +74,9 @@ aot: $(READY)
 
 cuda: $(READY)
 	@$(BIN)/python csrc/build.py $(ARGS)
+
+cpu: $(READY)
+	@$(BIN)/python csrc/build.py --cpu $(ARGS)
 
 # With the machine's own Python and PyTorch: a virtual environment would hide its CUDA build.
 gpu:

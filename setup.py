@@ -1,11 +1,13 @@
-"""What pyproject.toml cannot say: where `pyckpt.triton_kernels` lies, and the optional CUDA extension."""
+"""What pyproject.toml cannot say: where `pyckpt.triton_kernels` lies, the CPU kernels and the CUDA extension."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -30,60 +32,82 @@ def load_builder() -> ModuleType:
 BUILDER = load_builder()
 
 
-def cuda_extensions() -> tuple[list[Extension], str]:
-    """The CUDA extensions to build, and the reason why there are none (or what is built).
-
-    PYCKPT_BUILD_CUDA=0 builds none, 1 demands them: then something missing is an error. Unset, they are built
-    where nvcc and PyTorch's headers are found, and never stand in an install's way.
-    """
-    wanted = os.environ.get("PYCKPT_BUILD_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise ValueError(f"PYCKPT_BUILD_CUDA is {wanted!r}; expected 0, 1 or unset")
-    if wanted == "0":
-        return [], "forbidden: PYCKPT_BUILD_CUDA=0 was set when pyckpt was installed"
-    if missing := BUILDER.missing():
-        if wanted == "1":
-            raise RuntimeError(f"PYCKPT_BUILD_CUDA=1, but {missing}; or unset it to install without the extension")
-        return [], missing
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.c*"))
-    architectures = ", ".join(map(str, BUILDER.architectures()))
-    return [Extension(BUILDER.MODULE, sources, py_limited_api=True)], f"for {architectures}"
+def wanted(variable: str) -> str:
+    """ "", "0" or "1". 0 builds none, 1 demands: then something missing is an error. Unset, what can be built is."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable} is {value!r}; expected 0, 1 or unset")
+    return value
 
 
-EXTENSIONS, REASON = cuda_extensions()
+def extensions(
+    variable: str, missing: Callable[[], str | None], module: str, pattern: str, built_for: Callable[[], str]
+) -> tuple[list[Extension], str]:
+    """The extension to build, and the reason why there is none (or what is built). It never stands in an install's way
+    unless it is demanded."""
+    if wanted(variable) == "0":
+        return [], f"forbidden: {variable}=0 was set when pyckpt was installed"
+    if reason := missing():
+        if wanted(variable) == "1":
+            raise RuntimeError(f"{variable}=1, but {reason}; or unset it to install without the extension")
+        return [], reason
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+    return [Extension(module, sources, py_limited_api=True)], built_for()
 
 
-def write_record(folder: Path, names: list[str], reason: str) -> None:
+def architectures() -> str:
+    return f"for {', '.join(map(str, BUILDER.architectures()))}"
+
+
+CUDA, CPU = "PYCKPT_BUILD_CUDA", "PYCKPT_BUILD_CPU"
+EXTENSIONS, REASON = extensions(CUDA, BUILDER.missing, BUILDER.MODULE, "*.c*", architectures)
+CPU_EXTENSIONS, CPU_REASON = extensions(
+    CPU, BUILDER.missing_cpu, BUILDER.CPU_MODULE, "cpu/*.cpp", lambda: f"for {platform.machine()}"
+)
+
+RECORD = {
+    "cuda_extensions": [extension.name for extension in EXTENSIONS],
+    "reason": REASON,
+    "cpu_extensions": [extension.name for extension in CPU_EXTENSIONS],
+    "cpu_reason": CPU_REASON,
+}
+
+
+def write_record(folder: Path) -> None:
     """Say in `folder` which extensions there are and why, for `pyckpt doctor` to show."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{BUILD_RECORD}.tmp"
-    temporary.write_text(json.dumps({"cuda_extensions": names, "reason": reason}, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(RECORD, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / BUILD_RECORD)
 
 
 class BuildPy(build_py):
-    """Records why the CUDA extension is or is not there."""
+    """Records why the extensions are or are not there."""
 
     def run(self) -> None:
         super().run()
         folder = ROOT / "pyckpt" if self.editable_mode else Path(self.build_lib) / "pyckpt"
-        write_record(folder, [extension.name for extension in EXTENSIONS], REASON)
+        write_record(folder)
 
 
 class BuildExt(build_ext):
     """Builds by csrc/build.py. What was not demanded and does not compile is left out, and the record says so."""
 
     def build_extension(self, ext: Extension) -> None:
+        is_cpu = ext.name == BUILDER.CPU_MODULE
+        build, variable = (BUILDER.build_cpu, CPU) if is_cpu else (BUILDER.build, CUDA)
         library = Path(self.get_ext_fullpath(ext.name))
         try:
-            BUILDER.build(library.parent, Path(self.build_temp), say=lambda text: print(text, flush=True))
+            build(library.parent, Path(self.build_temp) / ext.name, say=lambda text: print(text, flush=True))
         except BUILDER.BuildError as error:
-            if os.environ.get("PYCKPT_BUILD_CUDA") == "1":
+            if wanted(variable) == "1":
                 raise
-            print(f"pyckpt: installing without the CUDA extension: {error}", file=sys.stderr)
-            folder = ROOT / "pyckpt" if self.editable_mode else library.parent
+            print(f"pyckpt: installing without {ext.name}: {error}", file=sys.stderr)
             first_line = str(error).splitlines()[0]
-            write_record(folder, [], f"its build failed; PYCKPT_BUILD_CUDA=1 shows why ({first_line[:200]})")
+            names, reason = ("cpu_extensions", "cpu_reason") if is_cpu else ("cuda_extensions", "reason")
+            RECORD[names] = []
+            RECORD[reason] = f"its build failed; {variable}=1 shows why ({first_line[:200]})"
+            write_record(ROOT / "pyckpt" if self.editable_mode else library.parent)
             ext.optional = True  # or the missing file would be an error of its own
 
 
@@ -101,7 +125,7 @@ setup(
         "pyckpt.triton_kernels": ["*.json"],
         "pyckpt.triton_kernels.fused": ["*.json"],
     },
-    ext_modules=EXTENSIONS,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+    ext_modules=[*EXTENSIONS, *CPU_EXTENSIONS],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS or CPU_EXTENSIONS else {},
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -1,10 +1,15 @@
-"""Builds the CUDA extension: nvcc for each csrc/*.cu, the host compiler for the bindings, one link.
+"""Builds the CUDA extension, or the CPU kernels.
 
     python csrc/build.py [FOLDER] [--arch "9.0"] [--jobs 2] [--werror] [--emulated]
+    python csrc/build.py [FOLDER] --cpu [--jobs 2] [--werror]
 
-Without a folder it is built in place, as pyckpt/_cuda.abi3.so. setup.py calls `build`. Needs no GPU and no CUDA build
-of PyTorch: the bindings see PyTorch's stable ABI alone, and the library is linked to what every build of PyTorch has.
-Imports nothing but the standard library.
+Without a folder they are built in place, as pyckpt/_cuda.abi3.so and pyckpt/_cpu.abi3.so. setup.py calls `build` and
+`build_cpu`. Imports nothing but the standard library.
+
+- CUDA: nvcc for each csrc/*.cu, the host compiler for the bindings, one link. Needs no GPU and no CUDA build of
+  PyTorch: the bindings see PyTorch's stable ABI alone, and the library is linked to what every build of PyTorch has.
+- CPU: the host compiler, csrc/cpu/kernels.cpp once for each instruction set. Needs nothing of PyTorch: it is called
+  through ctypes.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import concurrent.futures
 import dataclasses
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -27,11 +33,20 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 MODULE = "pyckpt._cuda"
 FILE = "_cuda.abi3.so"
+CPU_MODULE = "pyckpt._cpu"
+CPU_FILE = "_cpu.abi3.so"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # The oldest Python and PyTorch that the binary serves: 3.10, and the stable ABI of 2.11.
 _PYTHON = "0x030a0000"
 _TORCH = "0x020b000000000000"
 _WARNINGS = ("-Wall", "-Wextra")
+# By platform.machine(): each instruction set's name, floats of a vector, vector registers, and the compiler's options.
+_X86_512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
+_X86 = ("-mavx2", "-mfma", "-mf16c")
+_INSTRUCTION_SETS = {
+    "x86_64": (("avx512", 16, 32, (*_X86_512, *_X86)), ("avx2", 8, 16, _X86)),
+    "aarch64": (("neon", 4, 32, ()),),
+}
 
 
 class BuildError(RuntimeError):
@@ -103,9 +118,58 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     temporary.mkdir(parents=True, exist_ok=True)
     commands = _emulated_commands(temporary) if emulated else _compile_commands(temporary, wanted, werror)
-    jobs = jobs or int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     what = "a CPU" if emulated else ", ".join(map(str, wanted))
-    say(f"building {MODULE} for {what}: {len(commands)} files, {jobs} at a time")
+    link = _link_command([target for target, _ in commands], temporary / f"{FILE}.tmp", emulated)
+    return _compile_and_link(commands, link, out / FILE, temporary, f"{MODULE} for {what}", jobs, say)
+
+
+def missing_cpu() -> str | None:
+    """What a build of the CPU kernels needs and is not here, in words, or None."""
+    if platform.machine() not in _INSTRUCTION_SETS:
+        return f"the processor is a {platform.machine()}, and there are kernels for {', '.join(_INSTRUCTION_SETS)}"
+    if _find_host_compiler() is None:
+        return "there is no C++ compiler: set CXX, or install g++"
+    return None
+
+
+def build_cpu(
+    out: Path, temporary: Path, *, jobs: int | None = None, werror: bool = False, say: Callable[[str], None] = print
+) -> Path:
+    """Build `out` / _cpu.abi3.so: the CPU kernels for every instruction set of this kind of processor. As `build`."""
+    if reason := missing_cpu():
+        raise BuildError(reason)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *_WARNINGS, *(["-Werror"] if werror else [])]
+    # A product and a sum as one instruction; and none of -ffast-math, which takes it that there is no NaN.
+    flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    compiler, sets = _host_compiler(), _INSTRUCTION_SETS[platform.machine()]
+    commands = []
+    for name, lanes, registers, options in sets:
+        target = temporary / f"kernels_{name}.o"
+        named = [f"-DPYCKPT_ISA={name}", f"-DPYCKPT_LANES={lanes}", f"-DPYCKPT_REGISTERS={registers}"]
+        source = str(CSRC / "cpu" / "kernels.cpp")
+        commands.append((target, [compiler, *flags, *options, *named, "-c", source, "-o", str(target)]))
+    target = temporary / "library.o"
+    commands.append((target, [compiler, *flags, "-c", str(CSRC / "cpu" / "library.cpp"), "-o", str(target)]))
+    objects = [str(target) for target, _ in commands]
+    link = [compiler, "-shared", "-pthread", *objects, "-o", str(temporary / f"{CPU_FILE}.tmp")]
+    what = f"{CPU_MODULE} for {', '.join(name for name, *_ in sets)}"
+    return _compile_and_link(commands, link, out / CPU_FILE, temporary, what, jobs, say)
+
+
+def _compile_and_link(
+    commands: list[tuple[Path, list[str]]],
+    link: list[str],
+    library: Path,
+    temporary: Path,
+    what: str,
+    jobs: int | None,
+    say: Callable[[str], None],
+) -> Path:
+    """Run the commands, MAX_JOBS at a time, and the link, which writes a .tmp; move that to `library`."""
+    jobs = jobs or int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    say(f"building {what}: {len(commands)} files, {jobs} at a time")
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(_run, command, target.with_suffix(".log")): target for target, command in commands}
@@ -117,9 +181,11 @@ def build(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    library, aside = out / FILE, temporary / f"{FILE}.tmp"
-    _run(_link_command([target for target, _ in commands], aside, emulated), temporary / "link.log")
-    shutil.move(aside, library)  # a process that has the old one loaded keeps it
+    _run(link, temporary / "link.log")
+    # Copied beside it and renamed: a process that has the old one loaded keeps it, and none sees half of one.
+    aside = library.with_suffix(f".{os.getpid()}.tmp")
+    shutil.move(temporary / f"{library.name}.tmp", aside)
+    os.replace(aside, library)
     say(f"built {library} in {time.monotonic() - start:.0f} s")
     return library
 
@@ -191,8 +257,12 @@ def _run(command: list[str], log: Path) -> None:
         raise BuildError(f"{shlex.join(command)}\nfailed:\n{done.stdout}")
 
 
+def _find_host_compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+
+
 def _host_compiler() -> str:
-    wanted = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+    wanted = _find_host_compiler()
     if wanted is None:
         raise BuildError("there is no C++ compiler: set CXX, or install g++")
     return wanted
@@ -227,12 +297,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--werror", action="store_true", help="warnings are errors")
     parser.add_argument("--emulated", action="store_true", help="for tests: kernels that run on CPU tensors")
+    parser.add_argument("--cpu", action="store_true", help="the CPU kernels instead")
     options = parser.parse_args(argv)
-    how = {name: getattr(options, name) for name in ("arch", "jobs", "werror", "emulated")}
+    if options.cpu and (options.arch or options.emulated):
+        parser.error("--arch and --emulated are of the CUDA extension; --cpu builds for every instruction set")
     out = options.folder or CSRC.parent / "pyckpt"
-    temporary = options.folder or CSRC.parent / "build" / "csrc"
+    temporary = options.folder or CSRC.parent / "build" / ("cpu" if options.cpu else "csrc")
+    how = {"jobs": options.jobs, "werror": options.werror}
     try:
-        build(out, temporary, **how)
+        if options.cpu:
+            build_cpu(out, temporary, **how)
+        else:
+            build(out, temporary, arch=options.arch, emulated=options.emulated, **how)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,6 +34,7 @@ _EXTRAS = {
 }
 _VARIABLES = (
     "PYCKPT_BACKEND",
+    "PYCKPT_CPU_ISA",
     "PYCKPT_ATTENTION",
     "PYCKPT_FUSED",
     "PYCKPT_AUTOTUNE",
@@ -153,36 +154,51 @@ def _gib(n: int) -> str:
 
 
 def _settings() -> Iterator[Row]:
+    yield "CPU kernels", _cpu_kernels()
     yield "CUDA extension", _cuda_extension()
     for name in _VARIABLES:
         yield name, os.environ.get(name, "not set")
 
 
+def _cpu_kernels() -> str:
+    from pyckpt.ops.cpu_library import library
+
+    if not library.problem:
+        return f"built for {', '.join(library.instruction_sets)}"
+    # Not by the import system: a source tree beside an install that is editable would be told of that one's file.
+    return _extension(
+        "cpu_extensions", "cpu_reason", "pyckpt._cpu", lambda name: library.path.is_file(), library.problem
+    )
+
+
 def _cuda_extension() -> str:
-    """Whether the extension is there, with the reason that setup.py recorded when pyckpt was installed."""
+    from pyckpt.ops import cuda_backend
+
+    def found(name: str) -> bool:
+        return importlib.util.find_spec(name) is not None
+
+    return _extension("cuda_extensions", "reason", cuda_backend.MODULE, found, cuda_backend.problem)
+
+
+def _extension(names_key: str, reason_key: str, module: str, found: Callable[[str], bool], problem: str) -> str:
+    """Whether an extension is there, with the reason that setup.py recorded when pyckpt was installed."""
     record = Path(__file__).with_name("_build.json")
+    lost = f"; it does not load: {problem}" if problem else ""
     try:
         built = json.loads(record.read_text(encoding="utf-8"))
-        names, reason = list(built["cuda_extensions"]), str(built["reason"])
+        names, reason = list(built[names_key]), str(built[reason_key])
     except FileNotFoundError:
-        if importlib.util.find_spec("pyckpt._cuda") is not None:
-            return f"built in place{_cuda_problem()}"
+        if found(module):
+            return f"built in place{lost}"
         return "not built: pyckpt was not installed, only its source tree is on the path"
     except (OSError, ValueError, KeyError, TypeError):
         return f"unknown: {record} cannot be read; install pyckpt again"
     if not names:
         return f"not built: {reason}"
-    lost = [name for name in names if importlib.util.find_spec(name) is None]
-    if lost:
-        return f"built, but {', '.join(lost)} is not found; install pyckpt again"
-    return f"built: {reason}{_cuda_problem()}"
-
-
-def _cuda_problem() -> str:
-    """What keeps an extension that was built from being used, or nothing."""
-    from pyckpt.ops import cuda_backend
-
-    return f"; it does not load: {cuda_backend.problem}" if cuda_backend.problem else ""
+    gone = [name for name in names if not found(name)]
+    if gone:
+        return f"built, but {', '.join(gone)} is not found; install pyckpt again"
+    return f"built: {reason}{lost}"
 
 
 def _ops(device_type: str) -> Iterator[Row]:

@@ -424,7 +424,10 @@ def test_any_problem_equals_the_reference(problem):
             check_exact(fn, want, inputs)
 
 
+@pytest.mark.usefixtures("cpu_backend")
 class TestPrecision:
+    """The 2x rule: our error against float64 is at most twice that of PyTorch in the same dtype."""
+
     @pytest.mark.parametrize("mask", ["window", "causal", "window-left"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_sums_over_tiles_of_queries_are_rounded_once(self, dtype, mask, monkeypatch):
@@ -440,8 +443,6 @@ class TestPrecision:
         # place: 1.1e-5 of what is summed, over 2,400 draws; three times that. Sums rounded by tile are ten times off.
         near = 0.5 * info.eps * want.abs() + 3e-5 * summed + 0.5 * info.smallest_normal * info.eps
         assert bool(((dv - want).abs() <= near).all())
-
-    """The 2x rule: our error against float64 is at most twice that of PyTorch in the same dtype."""
 
     @pytest.mark.parametrize("dtype", LOW_DTYPES)
     @pytest.mark.parametrize("mask", ["causal", "full", "window", "window-both"])
@@ -506,6 +507,7 @@ class TestPrecision:
             assert_exact(o.double(), best.to(dtype).double(), terms=10 * torch.finfo(dtype).eps / 1e-12)
 
 
+@pytest.mark.usefixtures("cpu_backend")
 class TestBlindQueries:
     """Queries that see no key: o = 0, lse = -inf, no gradient, and never NaN."""
 
@@ -551,6 +553,7 @@ class TestBlindQueries:
                 assert (g == 0).all()
 
 
+@pytest.mark.usefixtures("cpu_backend")
 class TestAutograd:
     @SOFTCAP
     def test_frozen_inputs_get_no_gradient(self, softcap):
@@ -598,6 +601,7 @@ class TestAutograd:
                 assert all(torch.equal(first[n], again[n]) for n in first)
 
 
+@pytest.mark.usefixtures("cpu_backend")
 class TestCost:
     @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"window": 64}, {"softcap": 2.0, "window": 64}], ids=str)
     def test_memory_grows_with_the_length_alone(self, options, monkeypatch):

@@ -61,6 +61,7 @@ def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(source_copy),
         cwd=source_copy,
         PYCKPT_BUILD_CUDA="0",
+        PYCKPT_BUILD_CPU="0",
     )
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = out.glob("*.whl")
@@ -92,10 +93,57 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert {"train", "hf", "bench", "dev"} == set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
 
 
-def test_wheel_records_why_there_is_no_cuda_extension(wheel: Path) -> None:
+def test_wheel_records_why_there_is_no_extension(wheel: Path) -> None:
     record = json.loads(zipfile.ZipFile(wheel).read("pyckpt/_build.json"))
-    assert record["cuda_extensions"] == []
-    assert record["reason"] == "forbidden: PYCKPT_BUILD_CUDA=0 was set when pyckpt was installed"
+    assert record == {
+        "cuda_extensions": [],
+        "reason": "forbidden: PYCKPT_BUILD_CUDA=0 was set when pyckpt was installed",
+        "cpu_extensions": [],
+        "cpu_reason": "forbidden: PYCKPT_BUILD_CPU=0 was set when pyckpt was installed",
+    }
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_wheel_with_cpu_kernels_needs_no_pytorch_to_be_built(source_copy: Path, tmp_path: Path) -> None:
+    """In a Python where PyTorch is not to be seen, as in pip's isolated builds; and it serves any later Python."""
+    hidden = "import sys; sys.modules['torch'] = None\n"
+    code = hidden + "sys.argv = ['setup.py', '-q', 'bdist_wheel', '-d', sys.argv[1]]\n"
+    code += (
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"
+    )
+    done = run_python("-c", code, str(tmp_path), cwd=source_copy, PYCKPT_BUILD_CUDA="0", PYCKPT_BUILD_CPU="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-linux_" in built.name
+    archive = zipfile.ZipFile(built)
+    assert "pyckpt/_cpu.abi3.so" in archive.namelist()
+    record = json.loads(archive.read("pyckpt/_build.json"))
+    assert record["cpu_extensions"] == ["pyckpt._cpu"] and record["cpu_reason"].startswith("for ")
+    archive.extractall(tmp_path / "unpacked")
+    code = (
+        "import pyckpt; from pyckpt.ops.cpu_library import library as l; print(l.path); assert not l.problem, l.problem"
+    )
+    done = run_python("-c", code, cwd=tmp_path / "unpacked", PYTHONPATH=str(tmp_path / "unpacked"))
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
+def test_cpu_kernels_that_do_not_compile_are_left_out_with_the_reason(source_copy: Path, tmp_path: Path) -> None:
+    """Unless they are demanded."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such processor; exit 1\n")
+    compiler.chmod(0o755)
+    command = ("setup.py", "-q", "bdist_wheel", "-d", str(tmp_path))
+    for demanded in ("1", ""):
+        env = {"PYCKPT_BUILD_CUDA": "0", "PYCKPT_BUILD_CPU": demanded, "CXX": str(compiler)}
+        done = run_python(*command, "-b", str(tmp_path / f"build{demanded}"), cwd=source_copy, **env)
+        assert (done.returncode != 0) == (demanded == "1"), done.stdout + done.stderr
+        assert "no such processor" in done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    record = json.loads(zipfile.ZipFile(built).read("pyckpt/_build.json"))
+    assert record["cpu_extensions"] == []
+    assert record["cpu_reason"].startswith("its build failed; PYCKPT_BUILD_CPU=1 shows why (")
 
 
 def test_unpacked_wheel_imports_its_kernels_package(wheel: Path, tmp_path: Path) -> None:
@@ -126,12 +174,14 @@ def test_bare_source_tree_imports_its_kernels_package(source_copy: Path, tmp_pat
     assert Path(done.stdout.strip()) == source_copy.resolve() / "triton_kernels" / "__init__.py"
 
 
+@pytest.mark.parametrize("variable", ["PYCKPT_BUILD_CUDA", "PYCKPT_BUILD_CPU"])
 @pytest.mark.parametrize(("value", "expected"), [("0", 0), ("yes", 1)])
-def test_build_variable_is_checked(source_copy: Path, value: str, expected: int) -> None:
-    done = run_python("setup.py", "--version", cwd=source_copy, PYCKPT_BUILD_CUDA=value)
+def test_build_variable_is_checked(source_copy: Path, variable: str, value: str, expected: int) -> None:
+    env = {"PYCKPT_BUILD_CUDA": "0", "PYCKPT_BUILD_CPU": "0", variable: value}
+    done = run_python("setup.py", "--version", cwd=source_copy, **env)
     assert (done.returncode != 0) == expected, done.stderr
     if expected:
-        assert "PYCKPT_BUILD_CUDA is 'yes'; expected 0, 1 or unset" in done.stderr
+        assert f"{variable} is 'yes'; expected 0, 1 or unset" in done.stderr
 
 
 def nothing_on_path(tmp_path: Path) -> dict[str, str]:
@@ -140,14 +190,16 @@ def nothing_on_path(tmp_path: Path) -> dict[str, str]:
     return {"PATH": str(tmp_path / "empty"), "CUDA_HOME": ""}
 
 
-def test_without_nvcc_there_is_no_extension_and_the_reason(source_copy: Path, tmp_path: Path) -> None:
+def test_without_compilers_there_is_no_extension_and_the_reason(source_copy: Path, tmp_path: Path) -> None:
     code = "import runpy, setuptools; setuptools.setup = lambda **k: print(k['ext_modules'])\n"
-    code += "print(runpy.run_path('setup.py')['REASON'])"
-    done = run_python("-c", code, cwd=source_copy, PYCKPT_BUILD_CUDA="", **nothing_on_path(tmp_path))
+    code += "found = runpy.run_path('setup.py'); print(found['REASON'], found['CPU_REASON'], sep='\\n')"
+    unset = {"PYCKPT_BUILD_CUDA": "", "PYCKPT_BUILD_CPU": "", "CXX": ""}
+    done = run_python("-c", code, cwd=source_copy, **unset, **nothing_on_path(tmp_path))
     assert done.returncode == 0, done.stderr
-    extensions, reason = done.stdout.splitlines()
+    extensions, reason, cpu_reason = done.stdout.splitlines()
     assert extensions == "[]"
     assert reason == "there is no nvcc on PATH or in $CUDA_HOME/bin: install the CUDA toolkit"
+    assert cpu_reason == "there is no C++ compiler: set CXX, or install g++"
 
 
 def test_demanded_without_nvcc(source_copy: Path, tmp_path: Path) -> None:

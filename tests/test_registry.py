@@ -312,13 +312,14 @@ class TestChoice:
     def test_default(self):
         for name in registry.IMPLEMENTATIONS:
             backend, reason = registry.choose(name, "cpu")
-            assert backend == "torch"
+            compiled = "cpp" in registry.IMPLEMENTATIONS[name]
+            assert backend == ("cpp" if compiled else "torch")
             assert "default on cpu" in reason
 
     @pytest.mark.parametrize("value", ["cutlass", "torch,triton", "0"])
     def test_a_backend_that_does_not_exist(self, monkeypatch, value):
         monkeypatch.setenv("PYCKPT_BACKEND", value)
-        message = f"PYCKPT_BACKEND='{value}' names no backend; expected one of torch, triton, cuda, or unset"
+        message = f"PYCKPT_BACKEND='{value}' names no backend; expected one of torch, cpp, triton, cuda, or unset"
         with pytest.raises(ValueError, match=message):
             registry.choose("rms_norm_fwd", "cpu")
         with pytest.raises(ValueError, match=message):

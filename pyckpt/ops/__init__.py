@@ -3,6 +3,7 @@
 from pyckpt.ops import (
     activation,
     attention,
+    attention_cpp,
     attention_triton,
     cuda_backend,
     dropout,
@@ -20,6 +21,7 @@ from pyckpt.ops import (
 __all__ = [
     "activation",
     "attention",
+    "attention_cpp",
     "attention_triton",
     "cuda_backend",
     "dropout",

@@ -4,12 +4,13 @@ Every kernel is reached through `torch.ops.pyckpt.<name>`. An op has one schema,
 one real implementation per backend:
 
 - ``torch``: PyTorch's own kernels; runs on every device.
+- ``cpp``: the compiled kernels of csrc/cpu, on the CPU.
 - ``triton``: the kernels of `pyckpt.triton_kernels`, on CUDA, or on the CPU under ``TRITON_INTERPRET=1``.
 - ``cuda``: the compiled extension.
 
 On CUDA an op goes to Triton where it can, unless `measured.json` names it: the ops for which the compiled extension
-was measured faster, and the file with the figures. ``PYCKPT_BACKEND=torch|triton|cuda`` forces one for every op that
-has it; see `choose`.
+was measured faster, and the file with the figures. ``PYCKPT_BACKEND=torch|cpp|triton|cuda`` forces one for every op
+that has it; see `choose`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("torch", "triton", "cuda")
+BACKENDS = ("torch", "cpp", "triton", "cuda")
 DEVICE_TYPES = ("cpu", "cuda")
-_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "cuda", "torch")}
+_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
 _CUDA_FIRST = ("cuda", "triton", "torch")
 
 # Where the extension's kernels run; tests build it for the CPU (csrc/emulator.h).
@@ -54,6 +55,8 @@ def _has_triton() -> bool:
 def _runs_on(backend: str, device_type: str) -> bool:
     if backend == "triton" and not _has_triton():
         return False
+    if backend == "cpp":
+        return device_type == "cpu"
     if backend == "cuda":
         return device_type == extension_device_type
     if device_type == "cpu":

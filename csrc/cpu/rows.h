@@ -1,0 +1,92 @@
+// Rows of a tensor into float32 and back.
+#pragma once
+
+#include <cstring>
+
+#include "attention.h"
+#include "vector.h"
+
+namespace pyckpt {
+namespace PYCKPT_ISA {
+
+typedef _Float16 Half;
+typedef uint16_t Brain;  // the upper half of a float
+
+PYCKPT_INLINE float widened(float x) { return x; }
+PYCKPT_INLINE float widened(Half x) { return static_cast<float>(x); }
+PYCKPT_INLINE float widened(Brain x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+PYCKPT_INLINE void narrow(float x, float* to) { *to = x; }
+PYCKPT_INLINE void narrow(float x, Half* to) { *to = static_cast<Half>(x); }
+PYCKPT_INLINE void narrow(float x, Brain* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  *to = static_cast<Brain>(x != x ? 0x7fc0 : rounded);
+}
+
+constexpr int64_t padded(int64_t d) { return ceil_div(d, kLanes) * kLanes; }
+
+template <class T>
+PYCKPT_INLINE const T* row_of(const View& view, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<const T*>(view.data) + batch * view.batch + row * view.seq + head * view.head;
+}
+
+PYCKPT_INLINE float* floats_of(const View& view, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<float*>(view.data) + batch * view.batch + row * view.seq + head * view.head;
+}
+
+template <class T>
+static void load_rows_as(const View& view, int64_t batch, int64_t first, int64_t rows, int64_t head, int64_t d,
+                         float* to, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = row_of<T>(view, batch, first + r, head);
+    float* row = to + r * width;
+    for (int64_t i = 0; i < d; ++i) row[i] = widened(from[i]);
+    for (int64_t i = d; i < width; ++i) row[i] = 0.0f;
+  }
+}
+
+// Rows [first, first + rows) of a head, as float32 (rows, width) with zeros beyond d.
+static void load_rows(int64_t element, const View& view, int64_t batch, int64_t first, int64_t rows, int64_t head,
+                      int64_t d, float* to, int64_t width) {
+  if (element == kFloat32)
+    load_rows_as<float>(view, batch, first, rows, head, d, to, width);
+  else if (element == kBFloat16)
+    load_rows_as<Brain>(view, batch, first, rows, head, d, to, width);
+  else
+    load_rows_as<Half>(view, batch, first, rows, head, d, to, width);
+}
+
+// rows (n, width), of which d count, as columns (d, kTile). Columns beyond n are zeros.
+static void turn_rows(const float* rows, int64_t n, int64_t d, int64_t width, float* columns) {
+  for (int64_t i = 0; i < d; ++i) {
+    float* column = columns + i * kTile;
+    for (int64_t r = 0; r < n; ++r) column[r] = rows[r * width + i];
+    for (int64_t r = n; r < kTile; ++r) column[r] = 0.0f;
+  }
+}
+
+template <class T>
+static void store_row_as(const float* from, int64_t d, void* to) {
+  T* row = static_cast<T*>(to);
+  for (int64_t i = 0; i < d; ++i) narrow(from[i], row + i);
+}
+
+static void store_row(int64_t element, const View& view, int64_t batch, int64_t row, int64_t head, int64_t d,
+                      const float* from) {
+  if (element == kFloat32)
+    store_row_as<float>(from, d, const_cast<float*>(row_of<float>(view, batch, row, head)));
+  else if (element == kBFloat16)
+    store_row_as<Brain>(from, d, const_cast<Brain*>(row_of<Brain>(view, batch, row, head)));
+  else
+    store_row_as<Half>(from, d, const_cast<Half*>(row_of<Half>(view, batch, row, head)));
+}
+
+}  // namespace PYCKPT_ISA
+}  // namespace pyckpt
