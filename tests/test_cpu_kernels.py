@@ -165,6 +165,26 @@ class TestParity:
         for top_left in (False, True):
             check(flat, mask, cu_seqlens=cu, cu_seqlens_k=of_keys, top_left=top_left)
 
+    @pytest.mark.parametrize("rate", [0.1, 0.9])
+    @pytest.mark.parametrize("mask", ["causal", "both"])
+    def test_dropout(self, rate, mask):
+        """The same are dropped as in PyTorch's products, which are tested against the published Philox."""
+        seed = random.randrange(-(2**63), 2**63)
+        cu = torch.tensor([0, 0, 19, 20, 20, 217, 230], dtype=torch.int32)
+        for batch, cu_seqlens in ((2, None), (1, cu)):
+            inputs = qkv(230, 230, batch=batch)
+            if cu_seqlens is not None:
+                inputs = {n: t[0] for n, t in inputs.items()}
+            given = (cu_seqlens, cu_seqlens, *MASKS[mask], 0.0, 0.3, torch.randn(4), torch.rand(4), rate, seed)
+            exact = {n: t.double() for n, t in inputs.items()}
+            truth, douts = step(lambda *args, given=given: ops.attention_fwd(*args, *given), exact)
+            with pytest.MonkeyPatch.context() as patch:
+                got = step(lambda *args, given=given: ops.attention_fwd(*args, *given), inputs, douts)[0]
+                patch.setenv("PYCKPT_BACKEND", "torch")
+                plain = step(lambda *args, given=given: ops.attention_fwd(*args, *given), inputs, douts)[0]
+            for name, t in got.items():
+                assert_close_to_truth(t, plain[name], truth[name], what=name, terms=1.0)
+
     @pytest.mark.parametrize("dtype", LOW_DTYPES)
     @pytest.mark.parametrize("mask", ["causal", "both"])
     def test_half_precision(self, dtype, mask):
@@ -212,6 +232,28 @@ class TestTiles:
         got = {"out 0": o, "out 1": lse} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
         for name, t in got.items():
             assert_close_to_truth(t, plain[name], exact[name], what=name, terms=1.0)
+
+    def test_tiles_drop_what_their_sequence_drops(self):
+        """Keys begin at positions that 4 does not divide, and sequences at a number of their own."""
+        q, k, v = qkv(230, 230, batch=3).values()
+        drops = None, 0.3, 77
+        o, lse = ops.attention_fwd(q, k, v, None, None, -1, 0, 0.0, 0.3, None, *drops)
+        do, grads = torch.randn_like(o), [torch.zeros(t.shape) for t in (q, k, v)]
+        want = ops.attention_bwd(do, q, k, v, o, lse, None, None, None, -1, 0, 0.0, 0.3, None, *drops)
+        delta = ops.attention_delta(do, o, None)
+        got_o, got_lse = torch.zeros_like(o), torch.full_like(lse, float("-inf"))
+        cuts = [slice(0, 5), slice(5, 118), slice(118, 230)]
+        for b, i, j in itertools.product(range(3), cuts, cuts):
+            at, to = (slice(b, b + 1), i), (slice(b, b + 1), j)
+            tile = -1, 0, 0.0, 0.3, i.start, j.start, *drops, b
+            rows = slice(b, b + 1), slice(None), i
+            ops.attention_tile_fwd_(q[at], k[to], v[to], got_o[at], got_lse[rows], *tile)
+            into = grads[0][at], grads[1][to], grads[2][to]
+            ops.attention_tile_bwd_(do[at], q[at], k[to], v[to], lse[rows], delta[rows], *into, *tile)
+        for got, expected in zip((got_o, got_lse, *grads), (o, lse, *want), strict=True):
+            assert (
+                (got - expected).norm() / expected.norm()
+            ).item() < 1e-6  # 8 units in the last place; tiles are merged
 
 
 @needs_library
@@ -321,7 +363,7 @@ class TestChoice:
 
     @needs_library
     def test_what_they_do_not_take_is_pytorchs(self, monkeypatch):
-        """Dropout and float64; bfloat16 where there is AMX."""
+        """float64; bfloat16 where there is AMX."""
         ran: list[str] = []
         run = library.run
         monkeypatch.setattr(library, "run", lambda name, argument: (ran.append(name), run(name, argument)))
@@ -329,7 +371,6 @@ class TestChoice:
         pyckpt.attention(q, k, v)
         assert ran == ["pyckpt_attention_forward"]
         pyckpt.attention(q.double(), k.double(), v.double())
-        pyckpt.attention(q, k, v, dropout=0.5, seed=3)
         assert len(ran) == 1
         for amx in (False, True):
             monkeypatch.setattr(attention_cpp, "_HAS_AMX", amx)

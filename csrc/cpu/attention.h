@@ -38,6 +38,9 @@ struct Attention {
   int64_t element, o_element;         // of q, k, v and grad_o; of o
   int64_t left, right;                // visible keys beside a query's own; -1 has no limit
   double scale, softcap;
+  int64_t drop_below, seed;           // dropout: the upper 31 bits of a word that drop, 0 for none
+  double keep_factor;                 // 1 / (1 - rate)
+  int64_t first_sequence, first_key;  // the first segment's number in the whole batch, the first key's position
   int64_t begin, threads;
 };
 

@@ -3,7 +3,7 @@
 // whichever threads compute them. Scores are (keys, queries) again, so all five products read what lies there as it lies.
 #pragma once
 
-#include "tile.h"
+#include "dropout.h"
 
 namespace pyckpt {
 namespace PYCKPT_ISA {
@@ -24,7 +24,7 @@ struct GradTile {
 
 static size_t backward_scratch(const Attention& a) {
   const size_t k_width = padded(a.d_k), v_width = padded(a.d_v), chunk = chunk_keys(a);
-  return 2 * chunk * (k_width + v_width) + 2 * kTile * kTile +
+  return 2 * chunk * (k_width + v_width) + 3 * kTile * kTile +
          kTile * (2 * k_width + a.d_k + v_width + a.d_v + 2) + v_width;
 }
 
@@ -115,8 +115,9 @@ static void differentiate_all(const Seen& seen, const GradTile& t, float* scores
   }
 }
 
+// `factors` (keys, kTile) are dropout's, or null.
 static void backward_block(const Attention& a, const Seen& seen, GradTile& t, const float* k, const float* v, float* dk,
-                           float* dv, float* scores, float* slopes) {
+                           float* dv, float* scores, float* slopes, const float* factors) {
   const int64_t k_width = padded(a.d_k), v_width = padded(a.d_v);
   const int k_vectors = static_cast<int>(k_width / kLanes), v_vectors = static_cast<int>(v_width / kLanes);
   const auto keys = [&](int q0, int q1, int, int, long& from, long& to) {
@@ -128,7 +129,9 @@ static void backward_block(const Attention& a, const Seen& seen, GradTile& t, co
   };
   products_of_pair(seen, k, a.d_k, t.q_columns, scores);
   products_of_pair(seen, v, a.d_v, t.o_columns, slopes);
+  if (factors != nullptr) multiply(seen, factors, slopes);
   differentiate_all(seen, t, scores, slopes);
+  if (factors != nullptr) multiply(seen, factors, scores);
   product<End::add>(seen.keys, v_vectors, {scores, kTile, 1}, t.grad_o, v_width, dv, v_width, nullptr, queries);
   product<End::add>(seen.keys, k_vectors, {slopes, kTile, 1}, t.q, k_width, dk, k_width, nullptr, queries);
   product<End::add>(t.queries, k_vectors, {slopes, 1, kTile}, k, k_width, t.dq, k_width, nullptr, keys);
@@ -167,7 +170,8 @@ static void backward(const Attention& a, const Unit& u, float* scratch, int32_t*
   float* scores = c.dv + size * v_width;
   float* slopes = scores + kTile * kTile;
   GradTile t;
-  t.q = slopes + kTile * kTile;
+  float* factors = slopes + kTile * kTile;
+  t.q = factors + kTile * kTile;
   t.dq = t.q + kTile * k_width;
   t.q_columns = t.dq + kTile * k_width;
   t.grad_o = t.q_columns + kTile * a.d_k;
@@ -195,8 +199,11 @@ static void backward(const Attention& a, const Unit& u, float* scratch, int32_t*
         long from, to;
         if (!seen.keys_of(0, kTile, from, to)) continue;
         t.score.distance = t.first + s.offset - c.first - first;
+        if (a.drop_below > 0)
+          draw(a, seen, a.first_sequence + u.segment, t.head, a.first_key + t.first + s.offset,
+               a.first_key + c.first + first, factors);
         backward_block(a, seen, t, c.k + first * k_width, c.v + first * v_width, c.dk + first * k_width,
-                       c.dv + first * v_width, scores, slopes);
+                       c.dv + first * v_width, scores, slopes, a.drop_below > 0 ? factors : nullptr);
       }
       int32_t* mine = turns + t.head * tiles + i;
       int waited = 0;

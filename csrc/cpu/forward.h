@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "tile.h"
+#include "dropout.h"
 
 namespace pyckpt {
 namespace PYCKPT_ISA {
@@ -20,7 +20,7 @@ struct QueryTile {
 static size_t query_tile_floats(const Attention& a) { return kTile * (a.d_k + padded(a.d_v) + 3); }
 
 static size_t forward_scratch(const Attention& a) {
-  const size_t rows = kTile * (padded(a.d_k) + padded(a.d_v) + kTile);
+  const size_t rows = kTile * (padded(a.d_k) + padded(a.d_v) + 2 * kTile);
   return rows + kPool * query_tile_floats(a) + kTile * padded(a.d_k);
 }
 
@@ -70,7 +70,9 @@ static void soften(const Seen& seen, const Score& score, int lane, float* scores
   store(t.shrink + lane, shrink);
 }
 
-static void attend(const Attention& a, const Seen& seen, QueryTile& t, const float* k, const float* v, float* scores) {
+// `factors` (keys, kTile) are dropout's, or null.
+static void attend(const Attention& a, const Seen& seen, QueryTile& t, const float* k, const float* v, float* scores,
+                   const float* factors) {
   const int64_t v_width = padded(a.d_v);
   products_of_pair(seen, k, a.d_k, t.columns, scores);
   for (int lane = 0; lane < vectors_of(t.queries) * kLanes; lane += kLanes) {
@@ -79,6 +81,8 @@ static void attend(const Attention& a, const Seen& seen, QueryTile& t, const flo
     else
       soften<false>(seen, t.score, lane, scores, t);
   }
+  // The sum has all probabilities: what dropout leaves of them is not made to add up to 1.
+  if (factors != nullptr) multiply(seen, factors, scores);
   product<End::rescale>(t.queries, static_cast<int>(v_width / kLanes), {scores, 1, kTile}, v, v_width, t.o, v_width,
                          t.shrink, [&](int q0, int q1, int, int, long& from, long& to) {
                            to = seen.keys;
@@ -121,7 +125,8 @@ static void forward(const Attention& a, const Unit& u, float* scratch) {
   float* k = scratch;
   float* v = k + kTile * k_width;
   float* scores = v + kTile * v_width;
-  float* rows = scores + kTile * kTile;
+  float* factors = scores + kTile * kTile;
+  float* rows = factors + kTile * kTile;
   float* next = rows + kTile * k_width;
   QueryTile tiles[kPool];
   int n = 0;
@@ -156,7 +161,9 @@ static void forward(const Attention& a, const Unit& u, float* scratch) {
       long from, to;
       if (!seen.keys_of(0, kTile, from, to)) continue;
       t.score.distance = t.first + s.offset - first;
-      attend(a, seen, t, k, v, scores);
+      if (a.drop_below > 0)
+        draw(a, seen, a.first_sequence + u.segment, t.head, a.first_key + t.first + s.offset, a.first_key + first, factors);
+      attend(a, seen, t, k, v, scores, a.drop_below > 0 ? factors : nullptr);
     }
   }
   for (int i = 0; i < n; ++i) end_tile(a, s, tiles[i]);

@@ -1,8 +1,8 @@
 """Attention by the compiled CPU kernels of csrc/cpu: the ``cpp`` implementation of the attention ops.
 
-They take every mask, packed batches, softcap, sinks, ALiBi, any head dims, running results and a gradient of lse, in
-float32, bfloat16 and float16; sums are float32. Dropout and float64 go to PyTorch's products, and so does bfloat16
-where the processor has matrix units for it (AMX), which PyTorch's kernels use and these do not.
+They take every mask, packed batches, softcap, sinks, ALiBi, dropout, any head dims, running results and a gradient of
+lse, in float32, bfloat16 and float16; sums are float32. float64 goes to PyTorch's products, and bfloat16 to its kernels
+where the processor has matrix units for it (AMX), which they use and these do not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.ops import philox
 from pyckpt.ops.attention_torch import Gradients, lse_like
 from pyckpt.ops.cpu_library import library
 from pyckpt.ops.registry import IMPLEMENTATIONS, implement
@@ -42,6 +43,9 @@ class _Attention(ctypes.Structure):
         *((name, _int64) for name in ("n_segments", "heads", "kv_heads", "d_k", "d_v", "element", "o_element")),
         *((name, _int64) for name in ("left", "right")),
         *((name, _double) for name in ("scale", "softcap")),
+        *((name, _int64) for name in ("drop_below", "seed")),
+        ("keep_factor", _double),
+        *((name, _int64) for name in ("first_sequence", "first_key")),
         *((name, _int64) for name in ("begin", "threads")),
     ]
 
@@ -80,6 +84,10 @@ def _problem(
     softcap: float,
     scale: float,
     slopes: Tensor | None,
+    dropout: float,
+    seed: int | None,
+    first_sequence: int = 0,
+    first_key: int = 0,
 ) -> _Problem:
     a = _Attention()
     problem = _Problem(a, [(_Segment * len(segments))(*(_Segment(*s) for s in segments))])
@@ -94,6 +102,10 @@ def _problem(
         slopes = slopes.to(torch.float32).contiguous()
         problem.held.append(slopes)
         a.slopes, a.slopes_segment = slopes.data_ptr(), slopes.shape[-1] if slopes.dim() == 2 else 0
+    if dropout:
+        assert seed is not None
+        a.drop_below, a.keep_factor, a.seed = philox.threshold(dropout), 1.0 / (1.0 - dropout), seed
+        a.first_sequence, a.first_key = first_sequence, first_key
     a.threads = torch.get_num_threads()
     return problem
 
@@ -112,8 +124,8 @@ def _segments(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, to
     return found
 
 
-def takes(q: Tensor, dropout: float) -> bool:
-    return q.dtype in _ELEMENTS and not dropout and not (q.dtype == torch.bfloat16 and _HAS_AMX)
+def takes(q: Tensor) -> bool:
+    return q.dtype in _ELEMENTS and not (q.dtype == torch.bfloat16 and _HAS_AMX)
 
 
 def _forward(problem: _Problem, o: Tensor, lse: Tensor, begin: int) -> None:
@@ -153,14 +165,14 @@ def attention_fwd(
     top_left: bool = False,
 ) -> tuple[Tensor, Tensor]:
     window = window_left, window_right
-    if not takes(q, dropout):
+    if not takes(q):
         options = (*window, softcap, scale, sinks, alibi_slopes, dropout, seed, top_left)
         return IMPLEMENTATIONS["attention_fwd"]["torch"](q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     o, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), lse_like(q)
     if sinks is not None:
         lse.copy_(sinks.view(-1, 1).expand_as(lse))
     segments = _segments(q, k, cu_seqlens_q, cu_seqlens_k, top_left)
-    problem = _problem(q, k, v, segments, window, softcap, scale, alibi_slopes)
+    problem = _problem(q, k, v, segments, window, softcap, scale, alibi_slopes, dropout, seed)
     _forward(problem, o, lse, _NOTHING if sinks is None else _SINKS)
     return o, lse
 
@@ -187,12 +199,12 @@ def attention_bwd(
     delta: Tensor | None = None,
 ) -> Gradients:
     window = window_left, window_right
-    if not takes(q, dropout):
+    if not takes(q):
         options = (*window, softcap, scale, sinks, alibi_slopes, dropout, seed, top_left, delta)
         run = IMPLEMENTATIONS["attention_bwd"]["torch"]
         return run(do, q, k, v, o, lse, dlse, cu_seqlens_q, cu_seqlens_k, *options)
     segments = _segments(q, k, cu_seqlens_q, cu_seqlens_k, top_left)
-    problem = _problem(q, k, v, segments, window, softcap, scale, alibi_slopes)
+    problem = _problem(q, k, v, segments, window, softcap, scale, alibi_slopes, dropout, seed)
     if delta is None:
         problem.set("o", _rows(o))
         problem.argument.o_element = _ELEMENTS[o.dtype]
@@ -219,11 +231,12 @@ def attention_tile_fwd_(
     first_sequence: int = 0,
 ) -> None:
     window = window_left, window_right
-    if not takes(q, dropout) or o.dtype != torch.float32 or o.stride(-1) != 1:
+    if not takes(q) or o.dtype != torch.float32 or o.stride(-1) != 1:
         options = (*window, softcap, scale, q_start, k_start, alibi_slopes, dropout, seed, first_sequence)
         IMPLEMENTATIONS["attention_tile_fwd_"]["torch"](q, k, v, o, lse, *options)
         return
-    problem = _problem(q, k, v, _pair(q, k, q_start - k_start), window, softcap, scale, alibi_slopes)
+    rest = window, softcap, scale, alibi_slopes, dropout, seed, first_sequence, k_start
+    problem = _problem(q, k, v, _pair(q, k, q_start - k_start), *rest)
     _forward(problem, o, lse, _RUNNING)
 
 
@@ -250,11 +263,12 @@ def attention_tile_bwd_(
     o: Tensor | None = None,
 ) -> None:
     window, into = (window_left, window_right), (dq, dk, dv)
-    if not takes(q, dropout) or any(t.dtype != torch.float32 or t.stride(-1) != 1 for t in into):
+    if not takes(q) or any(t.dtype != torch.float32 or t.stride(-1) != 1 for t in into):
         options = (*window, softcap, scale, q_start, k_start, alibi_slopes, dropout, seed, first_sequence, o)
         IMPLEMENTATIONS["attention_tile_bwd_"]["torch"](do, q, k, v, lse, delta, *into, *options)
         return
-    problem = _problem(q, k, v, _pair(q, k, q_start - k_start), window, softcap, scale, alibi_slopes)
+    rest = window, softcap, scale, alibi_slopes, dropout, seed, first_sequence, k_start
+    problem = _problem(q, k, v, _pair(q, k, q_start - k_start), *rest)
     _backward(problem, do.to(q.dtype), lse, delta, into)
 
 
