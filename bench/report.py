@@ -412,6 +412,29 @@ def host() -> str:
     return "\n".join([*lines, "", *notes])
 
 
+def attention_cpu() -> str:
+    """GFLOP/s of attention's forward and backward on a CPU, ours in each instruction set and PyTorch's."""
+    figures = common.read("attention_cpu")
+    variants = list(dict.fromkeys(r["variant"] for r in figures["rows"]))
+    theirs = variants[-1]
+    heads = " | ".join(f"{v}: forward | backward" for v in variants)
+    lines = [
+        f"| GFLOP/s | tokens | head dim | {heads} | ours over {theirs}'s |",
+        "|---|--:|--:|" + "--:|--:|" * len(variants) + "--:|",
+    ]
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for r in figures["rows"]:
+        cases.setdefault((r["name"], r["length"], r["dim"]), {})[r["variant"]] = r
+    for (name, length, dim), by in cases.items():
+        rates = " | ".join(f"{by[v]['forward_gflops']:.0f} | {by[v]['backward_gflops']:.0f}" for v in variants)
+        ratio = " and ".join(
+            f"{by[theirs][f'{k}_ms'] / by[variants[0]][f'{k}_ms']:.1f}" for k in ("forward", "backward")
+        )
+        lines.append(f"| {name} | {length:,} | {dim} | {rates} | {ratio} |")
+    product = f"A matrix product in the same run: {figures['product_gflops']:.0f} GFLOP/s."
+    return "\n".join([*lines, "", product, "", source("bench/attention_cpu.py", "attention_cpu", figures)])
+
+
 def precision() -> str:
     """Float32 attention's errors by how its products are made."""
     figures = common.read("precision_cpu")
@@ -456,6 +479,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loss": loss,
     "mlp": mlp,
     "stream-gpu": stream_gpu,
+    "attention-cpu": attention_cpu,
     "attention-gpu": attention_gpu,
     "norm-gpu": norm_gpu,
     "host": host,

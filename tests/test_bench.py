@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 
 import pyckpt
-from pyckpt.ops import registry
+from pyckpt.ops import reference, registry
+from pyckpt.ops.cpu_library import library
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import block, block_gpu, common, extension, gpu, loss, mlp, norm, report, steps  # noqa: E402
+from bench import attention_cpu, block, block_gpu, common, extension, gpu, loss, mlp, norm, report, steps  # noqa: E402
 from bench.steps import Variant, Work  # noqa: E402
 from pyckpt.save import bytes_per_token  # noqa: E402
 
@@ -33,6 +34,29 @@ def script(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYCKPT_BACKEND")}
     command = [sys.executable, *args]
     return subprocess.run(command, cwd=ROOT, env={**inherited, **env}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(library.problem), reason=f"CPU kernels: {library.problem}")
+def test_attention_on_a_cpu(tmp_path):
+    """Every variant of the short cases is right, and timed."""
+    assert script("bench/attention_cpu.py", "--quick").returncode == 2
+    result = tmp_path / "attention_cpu.json"
+    done = script("bench/attention_cpu.py", "--quick", "--out", str(result))
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(result.read_text())
+    assert {"commit", "date", "device", "versions", "product_gflops", "rows"} <= set(figures)
+    variants = {*library.instruction_sets, "PyTorch"}
+    assert all({r["variant"] for r in figures["rows"] if r["name"] == n} == variants for n in ("causal", "dropout"))
+    assert all(min(r["forward_gflops"], r["backward_gflops"]) > 0 for r in figures["rows"])
+
+
+def test_pairs_that_a_query_sees():
+    for window, causal in ((None, True), (None, False), (3, True), (99, True)):
+        case = attention_cpu.Case("", 10, causal=causal, window=window)
+        right = 0 if causal else -1
+        left = -1 if window is None else window
+        assert case.pairs == int(reference.visible_keys(10, 10, (left, right)).sum())
 
 
 @pytest.mark.slow
