@@ -356,9 +356,9 @@ def test_peak_of_a_block_sees_inside_our_ops(save, options):
         step()
     alloc = measure.allocator_peak(step)
     assert m.live_bytes == alloc.live_bytes == 0
-    # What is missing is PyTorch's flash attention's scratch inside its kernel: per thread, and the same for every length.
-    # (The C++ kernels' is no tensor at all.) A mode holds an op's arguments until it returns, where the op itself may let
-    # go of a tile's row statistics before: two float32 for each of 128 rows.
+    # What is missing is the scratch inside PyTorch's flash kernel: per thread, and the same for every length. (The C++
+    # kernels' is no tensor at all.) A mode holds an op's arguments until it returns, where the op itself may let go of
+    # a tile's row statistics before: two float32 for each of 128 rows.
     assert m.peak_bytes - 2 * 4 * 128 <= alloc.peak_bytes <= m.peak_bytes + 2**19
 
 
