@@ -275,7 +275,9 @@ class CkptGenericBlock(CheckpointedBlock):
         q, k, v = pre(x, positions)
         y = post(x, o)
 
-    with x and y (t, d_model), positions (t,), q and o (t, n_heads * head_dim), k and v (t, n_kv_heads * head_dim).
+    with x and y (t, d_model), positions (t,), q (t, n_heads * head_dim), k (t, n_kv_heads * head_dim),
+    v (t, n_kv_heads * v_head_dim) and o (t, n_heads * v_head_dim). `v_head_dim` is head_dim, unless given: latent
+    attention (DeepSeek-V2, section 2.1) has another.
 
     Both must treat every token by itself (they get any contiguous range of tokens) and be deterministic: they run
     again in the backward, under autograd, one tile at a time. Save sets: "attention+qkv", "attention", "input".
@@ -290,6 +292,7 @@ class CkptGenericBlock(CheckpointedBlock):
         *,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
+        v_head_dim: int | None = None,
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
@@ -298,6 +301,8 @@ class CkptGenericBlock(CheckpointedBlock):
         tile: int | None = None,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
+        if v_head_dim is not None and (not isinstance(v_head_dim, int) or v_head_dim < 1):
+            raise ValueError(f"v_head_dim must be a positive int, or None for head_dim, got {v_head_dim!r}")
         spec = BlockSpec.make(
             d_model,
             n_heads,
@@ -317,6 +322,7 @@ class CkptGenericBlock(CheckpointedBlock):
             spec.window,
             spec.softcap,
             spec.scale if scale is None else float(scale),
+            v_head_dim=None if v_head_dim == spec.head_dim else v_head_dim,
         )
 
     def _check_save(self, save: SaveSet) -> SaveSet:

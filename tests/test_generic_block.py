@@ -178,6 +178,78 @@ def test_save_sets_inside_post_are_refused(save):
         generic_twin(make_block(), save=save)
 
 
+class LatentPre(nn.Module):
+    """Latent attention (DeepSeek-V2, section 2.1), 3 heads: keys of 12 dims, of which 4 turn, values of 8."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.q, self.down, self.up = nn.Linear(d, 3 * 12), nn.Linear(d, 6 + 4), nn.Linear(6, 3 * (8 + 8))
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_still, q_turned = self.q(x).unflatten(-1, (3, 12)).split((8, 4), dim=-1)
+        latent, k_turned = self.down(x).split((6, 4), dim=-1)
+        k_still, v = self.up(latent.tanh()).unflatten(-1, (3, 16)).split((8, 8), dim=-1)
+        q_turned, k_turned = (pyckpt.rope(t, positions) for t in (q_turned, k_turned.unsqueeze(-2)))
+        k = torch.cat([k_still, k_turned.expand(-1, 3, -1)], dim=-1)
+        return torch.cat([q_still, q_turned], dim=-1).flatten(-2), k.flatten(-2), v.flatten(-2)
+
+
+class LatentPost(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.o, self.mlp = nn.Linear(3 * 8, d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        mid = x + self.o(o)
+        return mid + self.mlp(mid).tanh()
+
+
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("tile", [4, None])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("how", ["resident", "offloaded", "streamed"])
+def test_latent_attention(save, tile, causal, how):
+    """Values of another head dim than keys, whatever the executor."""
+    pre, post = LatentPre(20).double(), LatentPost(20).double()
+    kept = pyckpt.Save(save, place={"x": "host", "o": "host"} if save != "input" else {"x": "host"})
+    options = {"head_dim": 12, "v_head_dim": 8, "causal": causal, "tile": tile}
+    saved = kept if how == "offloaded" else save
+    stack = pyckpt.CkptTransformer([pyckpt.CkptGenericBlock(pre, post, 20, 3, save=saved, **options)])
+    x, dy = torch.randn(2, 17, 20, dtype=torch.float64), torch.randn(2, 17, 20, dtype=torch.float64)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = stack
+
+        def forward(self, x: Tensor, positions: Any = None, cu_seqlens: Any = None) -> Tensor:
+            if how == "streamed":
+                return stack(x, stream=pyckpt.Stream(7, "host"))
+            return stack(x)
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = stack
+
+        def forward(self, x: Tensor, positions: Any = None, cu_seqlens: Any = None) -> Tensor:
+            at = torch.arange(17).repeat(2)
+            heads = (t.view(2, 17, 3, -1).transpose(1, 2) for t in pre(x.flatten(0, 1), at))
+            o = F.scaled_dot_product_attention(*heads, is_causal=causal)
+            return post(x.flatten(0, 1), o.transpose(1, 2).reshape(2 * 17, -1)).view_as(x)
+
+    assert max(relative_errors(step(Whole(), x, dy), step(Plain(), x, dy)).values()) < 1e-12
+
+
+def test_value_head_dims():
+    for wrong in (0, -8, 8.0):
+        with pytest.raises(ValueError, match="v_head_dim must be a positive int, or None for head_dim"):
+            pyckpt.CkptGenericBlock(LatentPre(20), LatentPost(20), 20, 3, head_dim=12, v_head_dim=wrong)
+    block = pyckpt.CkptGenericBlock(LatentPre(20), LatentPost(20), 20, 3, head_dim=12, v_head_dim=12, tile=4)
+    with pytest.raises(ValueError, match=r"pre's v has shape \(4, 24\), expected \(4, 36\)"):
+        block(torch.randn(1, 8, 20))
+
+
 def test_wrong_shapes_are_named():
     class Wide(LinearPre):
         def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import pytest
@@ -28,8 +27,6 @@ from swap_models import (
 from torch import nn
 
 import pyckpt
-from pyckpt.attend.dense import DenseAttend, Layout
-from pyckpt.attend.tiled import TiledAttend
 from pyckpt.swap import rope
 
 transformers = pytest.importorskip("transformers")
@@ -90,12 +87,6 @@ def test_positions_do_not_cut_where_the_models_masks_are_not_cut():
     model.model.forward.cuts = None
     with pytest.warns(UserWarning, match=r"whether that cuts the model's masks is not known.* original forward"):
         model(**make_batch("packed"))
-
-
-def test_values_of_another_head_dim_cannot_be_streamed():
-    attend = dataclasses.replace(DenseAttend(4, 2, 12, (-1, 0), 0.0, 0.3), v_head_dim=8)
-    with pytest.raises(ValueError, match="values of another head dim than keys cannot be streamed"):
-        TiledAttend(attend, Layout(1, 8), 4)
 
 
 # --- RoPE whose frequencies depend on the length ----------------------------------------------------------------------

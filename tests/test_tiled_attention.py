@@ -32,7 +32,7 @@ def by_tiles(attend, layout, tile, q, k, v, do, seed):
     """o, dq, dk, dv and the pairs that were attended."""
     tiled, n = TiledAttend(attend, layout, tile), -(-layout.tokens // tile)
     cut = [slice(i * tile, min(i * tile + tile, layout.tokens)) for i in range(n)]
-    o, grads, pairs = torch.zeros_like(q), [torch.zeros_like(t) for t in (q, k, v)], []
+    o, grads, pairs = torch.zeros_like(do), [torch.zeros_like(t) for t in (q, k, v)], []
     for i in range(n):
         rows = cut[i]
         lse = torch.full((1, HEADS, rows.stop - rows.start), float("-inf"), dtype=q.dtype)
@@ -49,10 +49,11 @@ def by_tiles(attend, layout, tile, q, k, v, do, seed):
 @pytest.mark.parametrize("window", a_few(WINDOWS, always=(0, 2, 4)))
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("extras", [(0.0, 0.0), (2.0, 0.3)], ids=["plain", "softcap-dropout"])
-def test_pairs_of_tiles_are_the_whole(window, layout, extras):
+@pytest.mark.parametrize("v_dim", [None, 4])
+def test_pairs_of_tiles_are_the_whole(window, layout, extras, v_dim):
     softcap, dropout = extras
-    attend = DenseAttend(HEADS, KV_HEADS, DIM, window, softcap, 0.4, dropout)
-    widths = (HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM, HEADS * DIM)
+    attend = DenseAttend(HEADS, KV_HEADS, DIM, window, softcap, 0.4, dropout, v_head_dim=v_dim)
+    widths = attend.d_q, attend.d_k, attend.d_v, attend.d_o
     q, k, v, do = (torch.randn(layout.tokens, w, dtype=torch.float64) for w in widths)
     seed = 11 if dropout else None
     o, lse = attend.forward(layout, q, k, v, seed)

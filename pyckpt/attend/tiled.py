@@ -43,13 +43,10 @@ class _Sequence:
 
 
 class TiledAttend:
-    """`DenseAttend` by pairs of tiles. q, o (t, H * D), k, v (t, Hkv * D), lse and delta (1, H, t)."""
+    """`DenseAttend` by pairs of tiles. q (t, H * D), k (t, Hkv * D), v (t, Hkv * Dv), o (t, H * Dv), lse and delta
+    (1, H, t)."""
 
     def __init__(self, attend: DenseAttend, layout: Layout, tile: int) -> None:
-        if attend.v_head_dim is not None:
-            raise ValueError(
-                "attention with values of another head dim than keys cannot be streamed; run the blocks without stream="
-            )
         self._attend, self._tile, self._tokens = attend, tile, layout.tokens
         self._sequences = _sequences(layout)
         self._starts = [s.queries.start for s in self._sequences]
@@ -78,7 +75,8 @@ class TiledAttend:
         """
         for piece in self._pieces(i, j):
             rows, keys = piece.queries, piece.keys
-            qh, kh, vh, oh = (self._heads(t, s) for t, s in ((q, rows), (k, keys), (v, keys), (o, rows)))
+            qh, kh = (self._heads(t, s) for t, s in ((q, rows), (k, keys)))
+            vh, oh = (self._value_heads(t, s) for t, s in ((v, keys), (o, rows)))
             ops.attention_tile_fwd_(qh, kh, vh, oh, lse[:, :, rows], *self._options(piece, seed))
 
     def backward(
@@ -98,23 +96,30 @@ class TiledAttend:
         """Add the pair's share to dq, dk, dv: float32 or better."""
         for piece in self._pieces(i, j):
             rows, keys = piece.queries, piece.keys
-            cut = ((do, rows), (q, rows), (k, keys), (v, keys))
-            into = zip(grads, (rows, keys, keys), strict=True)
+            dq, dk, dv = grads
             ops.attention_tile_bwd_(
-                *(self._heads(t, s) for t, s in cut),
+                self._value_heads(do, rows),
+                self._heads(q, rows),
+                self._heads(k, keys),
+                self._value_heads(v, keys),
                 lse[:, :, rows],
                 delta[:, :, rows],
-                *(self._heads(t, s) for t, s in into),
+                self._heads(dq, rows),
+                self._heads(dk, keys),
+                self._value_heads(dv, keys),
                 *self._options(piece, seed),
-                self._heads(o, rows),
+                self._value_heads(o, rows),
             )
 
     def delta(self, do: Tensor, o: Tensor) -> Tensor:
         rows = slice(0, o.shape[0])
-        return ops.attention_delta(self._heads(do, rows), self._heads(o, rows), None)
+        return ops.attention_delta(self._value_heads(do, rows), self._value_heads(o, rows), None)
 
     def _heads(self, t: Tensor, rows: slice) -> Tensor:
         return t[rows].view(1, rows.stop - rows.start, -1, self._attend.head_dim)
+
+    def _value_heads(self, t: Tensor, rows: slice) -> Tensor:
+        return t[rows].view(1, rows.stop - rows.start, -1, self._attend.v_head_dim or self._attend.head_dim)
 
     def _options(self, piece: _Piece, seed: int | None) -> tuple[object, ...]:
         a = self._attend

@@ -115,8 +115,9 @@ def _scratch(stack: Stack) -> int:
     """One tile's scratch in the backward of attention, which is the most, and of the tokenwise parts."""
     acc, most = acc_dtype(stack.dtype).itemsize, 0
     for p in stack.plans:
-        own = p.d_q * (3 * stack.dtype.itemsize + 2 * acc) + stack.d_model * stack.x_dtype.itemsize
-        shares = (4 * p.d_q + 4 * p.d_kv) * acc  # a pair's own dq, dk, dv, o before they are added
+        own = (p.d_q + 2 * p.d_o) * stack.dtype.itemsize + (p.d_q + p.d_o) * acc
+        own += stack.d_model * stack.x_dtype.itemsize
+        shares = (2 * p.d_q + 2 * p.d_o + 2 * p.d_kv + 2 * p.d_v) * acc  # a pair's own, before they are added
         most = max(most, stack.tile * (own + shares) + min(p.tile, stack.tile) * p.token_bytes)
     return most
 
@@ -127,8 +128,8 @@ def _copies(stack: Stack, forwards: int, backwards: int) -> tuple[int, int]:
     tiled = TiledAttend(plan.attend, stack.layout, stack.tile)
     tokens, tile = stack.layout.tokens, stack.tile
     pairs = sum(len(tiled.keys_of(i)) for i in range(stack.n_tiles)) * tile
-    x, kv = stack.d_model * stack.x_dtype.itemsize, 2 * plan.d_kv * stack.dtype.itemsize
-    sums, o = 2 * plan.d_kv * acc, plan.d_q * stack.dtype.itemsize + plan.attend.n_heads * acc
+    x, kv = stack.d_model * stack.x_dtype.itemsize, (plan.d_kv + plan.d_v) * stack.dtype.itemsize
+    sums, o = (plan.d_kv + plan.d_v) * acc, plan.d_o * stack.dtype.itemsize + plan.attend.n_heads * acc
     into = forwards * (tokens * x + pairs * kv) + backwards * (tokens * (3 * x + o) + pairs * (kv + sums))
     out = forwards * tokens * (x + kv + o) + backwards * (tokens * (kv + x) + pairs * sums)
     return into, out

@@ -56,6 +56,14 @@ class BlockPlan:
     def d_kv(self) -> int:
         return self.attend.d_k
 
+    @property
+    def d_v(self) -> int:
+        return self.attend.d_v
+
+    @property
+    def d_o(self) -> int:
+        return self.attend.d_o
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -123,7 +131,7 @@ def block_backward(
     need_pre = need_dx or any(n in plan.pre_names for n in wanted)
     o, lse, qkv = _attention_outputs(plan, w, inp, kept, ws)
     dx = torch.empty_like(inp.x, memory_format=torch.contiguous_format) if need_dx else None
-    do = inp.empty(plan.attend.d_o) if need_pre else None
+    do = inp.empty(plan.d_o) if need_pre else None
     delta = inp.by_head(plan.attend.n_heads) if need_pre and plan.tokenwise.makes_delta else None
     for sl in tiles(inp.layout.tokens, plan.tile):
         tile = inp.tile(sl, kept, POST_NAMES)
@@ -148,7 +156,7 @@ def _rows(t: Tensor | None, sl: slice) -> Tensor | None:
 
 
 def _project(plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, ws: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = inp.empty(plan.d_q), inp.empty(plan.d_kv), inp.empty(plan.attend.d_v)
+    q, k, v = inp.empty(plan.d_q), inp.empty(plan.d_kv), inp.empty(plan.d_v)
     for sl in tiles(inp.layout.tokens, plan.tile):
         plan.tokenwise.pre(w, inp.tile(sl, kept, ("q", "k")), q[sl], k[sl], v[sl], ws)
     return q, k, v

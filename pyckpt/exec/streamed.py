@@ -67,10 +67,10 @@ class Stack:
         plan, keep = self.plans[block], self.plans[block].save
         found: dict[str, tuple[int, torch.dtype]] = {}
         if keep.attention:
-            found["o"] = (plan.d_q, self.dtype)
+            found["o"] = (plan.d_o, self.dtype)
             found["lse"] = (plan.attend.n_heads, acc_dtype(self.dtype))
         if keep.qkv:
-            found["k"] = found["v"] = (plan.d_kv, self.dtype)
+            found["k"], found["v"] = (plan.d_kv, self.dtype), (plan.d_v, self.dtype)
         found |= {t.name: (t.width, self.x_dtype if t.residual else self.dtype) for t in plan.post_tensors}
         return found
 
@@ -157,9 +157,9 @@ def _slabs(stack: Stack, most: dict[str, int], needs_back: bool) -> list[Slab]:
         "h": (stack.d_model, stack.x_dtype),
     }
     for block, plan in enumerate(stack.plans):
-        widths = {"k": (plan.d_kv, stack.dtype), "v": (plan.d_kv, stack.dtype)}
+        widths = {"k": (plan.d_kv, stack.dtype), "v": (plan.d_v, stack.dtype)}
         if needs_back:
-            widths |= {"dk": (plan.d_kv, acc), "dv": (plan.d_kv, acc)}
+            widths |= {"dk": (plan.d_kv, acc), "dv": (plan.d_v, acc)}
             if plan.attend.window[1] != 0:
                 widths["dq"] = (plan.d_q, stack.dtype)
         for name, shape in {**widths, **stack.kept(block)}.items():
@@ -378,8 +378,8 @@ class _BlockPass:
     ) -> tuple[Tensor, Tensor]:
         """o and lse of query tile i, in the store's buffers where they are kept. Tile i's own keys come last."""
         rows = self._tiles[i]
-        made = self._store.new(("o", self._at["o"], i)) if "o" in kept else self._scratch("o", rows, self._plan.d_q)
-        o = made if made.dtype == self._acc else self._scratch("o_sum", rows, self._plan.d_q, self._acc)
+        made = self._store.new(("o", self._at["o"], i)) if "o" in kept else self._scratch("o", rows, self._plan.d_o)
+        o = made if made.dtype == self._acc else self._scratch("o_sum", rows, self._plan.d_o, self._acc)
         lse = self._lse("lse" in kept, i)
         o.zero_()
         if self._sinks is None:
@@ -449,7 +449,7 @@ class _BlockPass:
         o, lse = self._kept_attention(i, x, q)
         dy = self._scratch("dy", rows, self._stack.d_model, self._stack.x_dtype)
         self._upstream(rows, h, dy)
-        do = self._scratch("do", rows, self._plan.d_q) if self._need_pre else None
+        do = self._scratch("do", rows, self._plan.d_o) if self._need_pre else None
         self._post_bwd(rows, x, views, o, dy, h if self._need_dx else None, do)
         if do is not None:
             assert q is not None
