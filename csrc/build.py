@@ -1,7 +1,7 @@
 """Builds the CUDA extension, or the CPU kernels.
 
     python csrc/build.py [FOLDER] [--arch "9.0"] [--jobs 2] [--werror] [--emulated]
-    python csrc/build.py [FOLDER] --cpu [--jobs 2] [--werror]
+    python csrc/build.py [FOLDER] --cpu [--machine aarch64] [--jobs 2] [--werror]
 
 Without a folder they are built in place, as pyckpt/_cuda.abi3.so and pyckpt/_cpu.abi3.so. setup.py calls `build` and
 `build_cpu`. Imports nothing but the standard library.
@@ -123,27 +123,38 @@ def build(
     return _compile_and_link(commands, link, out / FILE, temporary, f"{MODULE} for {what}", jobs, say)
 
 
-def missing_cpu() -> str | None:
+def missing_cpu(machine: str | None = None) -> str | None:
     """What a build of the CPU kernels needs and is not here, in words, or None."""
-    if platform.machine() not in _INSTRUCTION_SETS:
-        return f"the processor is a {platform.machine()}, and there are kernels for {', '.join(_INSTRUCTION_SETS)}"
+    machine = machine or platform.machine()
+    if machine not in _INSTRUCTION_SETS:
+        return f"the processor is a {machine}, and there are kernels for {', '.join(_INSTRUCTION_SETS)}"
     if _find_host_compiler() is None:
         return "there is no C++ compiler: set CXX, or install g++"
     return None
 
 
 def build_cpu(
-    out: Path, temporary: Path, *, jobs: int | None = None, werror: bool = False, say: Callable[[str], None] = print
+    out: Path,
+    temporary: Path,
+    *,
+    machine: str | None = None,
+    jobs: int | None = None,
+    werror: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """Build `out` / _cpu.abi3.so: the CPU kernels for every instruction set of this kind of processor. As `build`."""
-    if reason := missing_cpu():
+    """Build `out` / _cpu.abi3.so: the CPU kernels for every instruction set of this kind of processor. As `build`.
+
+    `machine`: another kind, for which CXX then has to compile.
+    """
+    machine = machine or platform.machine()
+    if reason := missing_cpu(machine):
         raise BuildError(reason)
     out.mkdir(parents=True, exist_ok=True)
     temporary.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *_WARNINGS, *(["-Werror"] if werror else [])]
     # A product and a sum as one instruction; and none of -ffast-math, which takes it that there is no NaN.
     flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    compiler, sets = _host_compiler(), _INSTRUCTION_SETS[platform.machine()]
+    compiler, sets = _host_compiler(), _INSTRUCTION_SETS[machine]
     commands = []
     for name, lanes, registers, options in sets:
         target = temporary / f"kernels_{name}.o"
@@ -298,7 +309,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--werror", action="store_true", help="warnings are errors")
     parser.add_argument("--emulated", action="store_true", help="for tests: kernels that run on CPU tensors")
     parser.add_argument("--cpu", action="store_true", help="the CPU kernels instead")
+    parser.add_argument("--machine", help="with --cpu and CXX: another kind of processor, such as aarch64")
     options = parser.parse_args(argv)
+    if options.machine and not options.cpu:
+        parser.error("--machine is of the CPU kernels: give --cpu too")
     if options.cpu and (options.arch or options.emulated):
         parser.error("--arch and --emulated are of the CUDA extension; --cpu builds for every instruction set")
     out = options.folder or CSRC.parent / "pyckpt"
@@ -306,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     how = {"jobs": options.jobs, "werror": options.werror}
     try:
         if options.cpu:
-            build_cpu(out, temporary, **how)
+            build_cpu(out, temporary, machine=options.machine, **how)
         else:
             build(out, temporary, arch=options.arch, emulated=options.emulated, **how)
     except BuildError as error:

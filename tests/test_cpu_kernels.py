@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from helpers import LOW_DTYPES, assert_close_to_truth, check_truth, step
 from torch import Tensor
 
 import pyckpt
-from pyckpt.ops import attention_cpp, cpu_library, reference, registry
+from pyckpt.ops import attention_cpp, cpu_library, philox, reference, registry
 from pyckpt.ops.cpu_library import CpuLibrary, library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +32,6 @@ ops = torch.ops.pyckpt
 
 MASKS = {"causal": (-1, 0), "full": (-1, -1), "window": (70, 0), "both": (37, 130), "right": (-1, 40), "self": (0, 0)}
 ALL_MASKS = pytest.mark.parametrize("mask", MASKS)
-DTYPES = (torch.float32, *LOW_DTYPES)
 
 needs_library = pytest.mark.skipif(bool(library.problem), reason=f"CPU kernels: {library.problem}")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -204,7 +205,7 @@ class TestParity:
 @needs_library
 @pytest.mark.usefixtures("isa")
 class TestTiles:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
     @pytest.mark.parametrize("mask", ["causal", "full", "window", "both"])
     def test_pairs_of_tiles_add_up(self, mask, dtype):
         """In any order, into views of larger tensors, from running results."""
@@ -446,3 +447,58 @@ class TestBuild:
         command = [sys.executable, "csrc/build.py", "--cpu", "--arch", "9.0"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "--arch and --emulated are of the CUDA extension" in done.stderr
+
+
+CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+
+
+@pytest.mark.skipif(not (CROSS and EMULATOR), reason="no compiler and emulator for aarch64")
+@pytest.mark.xdist_group("cpu_build")
+class TestNeon:
+    """The kernels for aarch64 in an emulator of that processor."""
+
+    @pytest.fixture(scope="class")
+    def driver(self, tmp_path_factory) -> list[str]:
+        """The command that runs a problem; see tests/cpu_driver.cpp."""
+        folder = tmp_path_factory.mktemp("neon")
+        command = [sys.executable, "csrc/build.py", str(folder), "--cpu", "--machine", "aarch64", "--werror"]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CXX": str(CROSS)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        program = folder / "driver"
+        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-Wl,-rpath,{folder}"]
+        sources = [str(ROOT / "tests" / "cpu_driver.cpp"), str(folder / cpu_library.FILE)]
+        subprocess.run([str(CROSS), *flags, *sources, "-o", str(program)], check=True)
+        return [str(EMULATOR), "-L", "/usr/aarch64-linux-gnu", str(program)]
+
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    @pytest.mark.parametrize(
+        ("mask", "softcap", "rate", "dims"),
+        [("causal", 0.0, 0.0, (24, 24)), ("both", 4.0, 0.0, (20, 33)), ("causal", 0.0, 0.3, (130, 64))],
+    )
+    def test_parity(self, driver, mask, softcap, rate, dims, dtype):
+        inputs, scale = qkv(130, 210, heads=(4, 2), dims=dims, dtype=dtype), dims[0] ** -0.5
+        seed = random.randrange(2**63)
+        options = (None, None, *MASKS[mask], softcap, scale, None, None, rate, seed)
+        do = torch.randn(1, 130, 4, dims[1]).to(dtype)
+        element = attention_cpp._ELEMENTS[dtype]
+        head = struct.pack("12q", 1, 130, 210, 4, 2, *dims, *MASKS[mask], element, philox.threshold(rate), seed)
+        head += struct.pack("3d", scale, softcap, 1 / (1 - rate))
+        data = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (*inputs.values(), do))
+        done = subprocess.run(driver, input=head + data, capture_output=True)
+        assert done.returncode == 0 and done.stderr == b"neon\n", done.stderr
+
+        def run(at: torch.dtype) -> dict[str, Tensor]:
+            douts = [do, torch.zeros(1, 4, 130)]
+            leaves = {n: t.to(at) for n, t in inputs.items()}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PYCKPT_BACKEND", "torch")
+                return step(lambda *args: ops.attention_fwd(*args, *options), leaves, douts)[0]
+
+        at, truth, plain = 0, run(torch.float64), run(dtype)
+        for name, want in truth.items():
+            kind = dtype if name == "out 0" else torch.float32
+            raw = bytearray(done.stdout[at : at + want.numel() * kind.itemsize])
+            at += len(raw)
+            got = torch.frombuffer(raw, dtype=kind).view(want.shape)
+            assert_close_to_truth(got, plain[name], want, what=name, terms=1.0)
+        assert at == len(done.stdout)

@@ -5,19 +5,6 @@
 
 #include "tile.h"
 
-#if defined(__x86_64__)
-// GCC 12 warns of what its own header leaves open on purpose.
-#if !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#if !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-#endif
-
 namespace pyckpt {
 namespace PYCKPT_ISA {
 

@@ -9,11 +9,21 @@
 namespace pyckpt {
 namespace PYCKPT_ISA {
 
-typedef _Float16 Half;
+struct Half {
+  uint16_t bits;
+};
 typedef uint16_t Brain;  // the upper half of a float
 
 PYCKPT_INLINE float widened(float x) { return x; }
-PYCKPT_INLINE float widened(Half x) { return static_cast<float>(x); }
+#if defined(__x86_64__)
+PYCKPT_INLINE float widened(Half x) { return _cvtsh_ss(x.bits); }
+#else
+PYCKPT_INLINE float widened(Half x) {
+  __fp16 y;
+  std::memcpy(&y, &x, sizeof y);
+  return static_cast<float>(y);
+}
+#endif
 PYCKPT_INLINE float widened(Brain x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float y;
@@ -22,7 +32,14 @@ PYCKPT_INLINE float widened(Brain x) {
 }
 
 PYCKPT_INLINE void narrow(float x, float* to) { *to = x; }
-PYCKPT_INLINE void narrow(float x, Half* to) { *to = static_cast<Half>(x); }
+#if defined(__x86_64__)
+PYCKPT_INLINE void narrow(float x, Half* to) { to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+PYCKPT_INLINE void narrow(float x, Half* to) {
+  const __fp16 y = static_cast<__fp16>(x);
+  std::memcpy(to, &y, sizeof y);
+}
+#endif
 PYCKPT_INLINE void narrow(float x, Brain* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

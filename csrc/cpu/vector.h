@@ -4,6 +4,19 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__)
+// GCC 12 warns of what its own header leaves open on purpose.
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
 #ifndef PYCKPT_ISA
 #error "compiled by csrc/build.py, once for each instruction set"
 #endif
