@@ -12,8 +12,6 @@ import pytest
 import torch
 from helpers import PerhapsChanceError, of_more_draws
 
-from pyckpt.ops.cpu_library import library
-
 _SEED = "PYCKPT_TEST_SEED"
 
 # Without a GPU the Triton kernels run in Triton's interpreter. It is chosen when they are first imported; ops go to
@@ -92,6 +90,8 @@ def no_fallback() -> Iterator[None]:
 @pytest.fixture(params=["torch", "cpp"])
 def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The test runs on PyTorch's own kernels and on the compiled ones, where there are any."""
+    from pyckpt.ops.cpu_library import library
+
     if request.param == "cpp" and library.problem:
         pytest.skip(f"CPU kernels: {library.problem}")
     monkeypatch.setenv("PYCKPT_BACKEND", request.param)
