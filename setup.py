@@ -33,7 +33,7 @@ BUILDER = load_builder()
 
 
 def wanted(variable: str) -> str:
-    """ "", "0" or "1". 0 builds none, 1 demands: then something missing is an error. Unset, what can be built is."""
+    """Its value: 0 builds none, 1 demands, so that something missing is an error; unset, what can be built is."""
     value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"{variable} is {value!r}; expected 0, 1 or unset")

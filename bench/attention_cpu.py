@@ -108,32 +108,17 @@ def _products(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    before = os.environ.get("PYCKPT_CPU_ISA")
-    os.environ["PYCKPT_CPU_ISA"] = name
+def chosen(variant: str) -> Iterator[None]:
+    """With the instruction set of this name, unless it is PyTorch's."""
+    before = os.environ.pop("PYCKPT_CPU_ISA", None)
+    if variant != PYTORCH:
+        os.environ["PYCKPT_CPU_ISA"] = variant
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYCKPT_CPU_ISA"]
-        else:
+        os.environ.pop("PYCKPT_CPU_ISA", None)
+        if before is not None:
             os.environ["PYCKPT_CPU_ISA"] = before
-
-
-def variants(case: Case) -> dict[str, Callable[[Callable[[], Any]], Callable[[], Any]]]:
-    """name -> what makes a run of that variant out of a run."""
-
-    def using(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-        def wrap(run: Callable[[], Any]) -> Callable[[], Any]:
-            def timed() -> None:
-                with instruction_set(name):
-                    run()
-
-            return timed
-
-        return wrap
-
-    return {name: using(name) for name in library.instruction_sets} | {PYTORCH: lambda run: run}
 
 
 def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
@@ -143,12 +128,13 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
     forwards: dict[str, Callable[[], Any]] = {}
     backwards: dict[str, Callable[[], Any]] = {}
     results = {}
-    for name, wrap in variants(case).items():
+    for name in (*library.instruction_sets, PYTORCH):
         fn = theirs if name == PYTORCH else ours
-        forwards[name] = wrap(lambda fn=fn: fn(case, *(t.detach() for t in leaves)))
-        o = fn(case, *leaves)
-        results[name] = [o.detach(), *torch.autograd.grad(o, leaves, do, retain_graph=True)]
-        backwards[name] = wrap(lambda o=o: torch.autograd.grad(o, leaves, do, retain_graph=True))
+        with chosen(name):
+            o = fn(case, *leaves)
+            results[name] = [o.detach(), *torch.autograd.grad(o, leaves, do, retain_graph=True)]
+        forwards[name] = chosen(name)(lambda fn=fn: fn(case, *(t.detach() for t in leaves)))
+        backwards[name] = chosen(name)(lambda o=o: torch.autograd.grad(o, leaves, do, retain_graph=True))
     if not case.dropout:  # which draws otherwise
         _check(case, results)
     times = [interleaved(runs, repeats, warmup=1, device="cpu") for runs in (forwards, backwards)]

@@ -115,8 +115,6 @@ def build(
     if reason := missing():
         raise BuildError(reason)
     wanted = architectures(arch)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir(parents=True, exist_ok=True)
     commands = _emulated_commands(temporary) if emulated else _compile_commands(temporary, wanted, werror)
     what = "a CPU" if emulated else ", ".join(map(str, wanted))
     link = _link_command([target for target, _ in commands], temporary / f"{FILE}.tmp", emulated)
@@ -128,8 +126,10 @@ def missing_cpu(machine: str | None = None) -> str | None:
     machine = machine or platform.machine()
     if machine not in _INSTRUCTION_SETS:
         return f"the processor is a {machine}, and there are kernels for {', '.join(_INSTRUCTION_SETS)}"
-    if _find_host_compiler() is None:
-        return "there is no C++ compiler: set CXX, or install g++"
+    try:
+        _host_compiler()
+    except BuildError as error:
+        return str(error)
     return None
 
 
@@ -149,8 +149,6 @@ def build_cpu(
     machine = machine or platform.machine()
     if reason := missing_cpu(machine):
         raise BuildError(reason)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *_WARNINGS, *(["-Werror"] if werror else [])]
     # A product and a sum as one instruction; and none of -ffast-math, which takes it that there is no NaN.
     flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -179,6 +177,8 @@ def _compile_and_link(
     say: Callable[[str], None],
 ) -> Path:
     """Run the commands, MAX_JOBS at a time, and the link, which writes a .tmp; move that to `library`."""
+    for folder in (library.parent, temporary):
+        folder.mkdir(parents=True, exist_ok=True)
     jobs = jobs or int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     say(f"building {what}: {len(commands)} files, {jobs} at a time")
     start = time.monotonic()
@@ -268,12 +268,8 @@ def _run(command: list[str], log: Path) -> None:
         raise BuildError(f"{shlex.join(command)}\nfailed:\n{done.stdout}")
 
 
-def _find_host_compiler() -> str | None:
-    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
-
-
 def _host_compiler() -> str:
-    wanted = _find_host_compiler()
+    wanted = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
     if wanted is None:
         raise BuildError("there is no C++ compiler: set CXX, or install g++")
     return wanted

@@ -18,8 +18,8 @@ struct GradTile {
   int64_t head, first;
   int queries;
   Score score;
-  float *q, *q_columns, *grad_o, *o_columns, *dq, *o_row;  // (kTile, width), and turned (d, kTile)
-  float *lse, *delta;                              // (kTile)
+  float *q, *q_columns, *grad_o, *o_columns, *dq;  // (kTile, width), and turned (d, kTile)
+  float *lse, *delta, *o_row;                      // (kTile), and a row of o (width)
 };
 
 static size_t backward_scratch(const Attention& a) {
@@ -30,7 +30,7 @@ static size_t backward_scratch(const Attention& a) {
 
 // A statistic of a tile's first query.
 PYCKPT_INLINE const float* statistic(const View& view, const Segment& s, const GradTile& t) {
-  return floats_of(view, s.batch, 0, t.head) + (s.q0 + t.first) * view.seq;
+  return row_of<float>(view, s.batch, s.q0 + t.first, t.head);
 }
 
 static void load_delta(const Attention& a, const Segment& s, GradTile& t) {
@@ -120,10 +120,6 @@ static void backward_block(const Attention& a, const Seen& seen, GradTile& t, co
                            float* dv, float* scores, float* slopes, const float* factors) {
   const int64_t k_width = padded(a.d_k), v_width = padded(a.d_v);
   const int k_vectors = static_cast<int>(k_width / kLanes), v_vectors = static_cast<int>(v_width / kLanes);
-  const auto keys = [&](int q0, int q1, int, int, long& from, long& to) {
-    to = seen.keys;
-    return !seen.partly || seen.keys_of(q0, q1, from, to);
-  };
   const auto queries = [&](int k0, int k1, int, int, long& from, long& to) {
     return seen.queries_of(k0, k1, from, to);
   };
@@ -134,13 +130,13 @@ static void backward_block(const Attention& a, const Seen& seen, GradTile& t, co
   if (factors != nullptr) multiply(seen, factors, scores);
   product<End::add>(seen.keys, v_vectors, {scores, kTile, 1}, t.grad_o, v_width, dv, v_width, nullptr, queries);
   product<End::add>(seen.keys, k_vectors, {slopes, kTile, 1}, t.q, k_width, dk, k_width, nullptr, queries);
-  product<End::add>(t.queries, k_vectors, {slopes, 1, kTile}, k, k_width, t.dq, k_width, nullptr, keys);
+  product<End::add>(t.queries, k_vectors, {slopes, 1, kTile}, k, k_width, t.dq, k_width, nullptr, KeysOfQueries{seen});
 }
 
 static void add_rows(const View& view, int64_t batch, int64_t first, int64_t rows, int64_t head, int64_t d,
                      const float* from, int64_t width, float factor) {
   for (int64_t r = 0; r < rows; ++r) {
-    float* to = floats_of(view, batch, first + r, head);
+    float* to = row_of<float>(view, batch, first + r, head);
     for (int64_t i = 0; i < d; ++i) to[i] += from[r * width + i] * factor;
   }
 }
@@ -169,9 +165,9 @@ static void backward(const Attention& a, const Unit& u, float* scratch, int32_t*
   c.dv = c.dk + size * k_width;
   float* scores = c.dv + size * v_width;
   float* slopes = scores + kTile * kTile;
+  float* factors = a.drop_below > 0 ? slopes + kTile * kTile : nullptr;
   GradTile t;
-  float* factors = slopes + kTile * kTile;
-  t.q = factors + kTile * kTile;
+  t.q = slopes + 2 * kTile * kTile;
   t.dq = t.q + kTile * k_width;
   t.q_columns = t.dq + kTile * k_width;
   t.grad_o = t.q_columns + kTile * a.d_k;
@@ -199,11 +195,11 @@ static void backward(const Attention& a, const Unit& u, float* scratch, int32_t*
         long from, to;
         if (!seen.keys_of(0, kTile, from, to)) continue;
         t.score.distance = t.first + s.offset - c.first - first;
-        if (a.drop_below > 0)
+        if (factors != nullptr)
           draw(a, seen, a.first_sequence + u.segment, t.head, a.first_key + t.first + s.offset,
                a.first_key + c.first + first, factors);
         backward_block(a, seen, t, c.k + first * k_width, c.v + first * v_width, c.dk + first * k_width,
-                       c.dv + first * v_width, scores, slopes, a.drop_below > 0 ? factors : nullptr);
+                       c.dv + first * v_width, scores, slopes, factors);
       }
       int32_t* mine = turns + t.head * tiles + i;
       int waited = 0;

@@ -84,10 +84,7 @@ static void attend(const Attention& a, const Seen& seen, QueryTile& t, const flo
   // The sum has all probabilities: what dropout leaves of them is not made to add up to 1.
   if (factors != nullptr) multiply(seen, factors, scores);
   product<End::rescale>(t.queries, static_cast<int>(v_width / kLanes), {scores, 1, kTile}, v, v_width, t.o, v_width,
-                         t.shrink, [&](int q0, int q1, int, int, long& from, long& to) {
-                           to = seen.keys;
-                           return !seen.partly || seen.keys_of(q0, q1, from, to);
-                         });
+                         t.shrink, KeysOfQueries{seen});
 }
 
 // Writes o and lse of a tile; merged with what is there already, as `begin` says.
@@ -96,7 +93,7 @@ static void end_tile(const Attention& a, const Segment& s, QueryTile& t) {
   for (int i = 0; i < t.queries; ++i) {
     const int64_t row = s.q0 + t.first + i;
     float* o = t.o + i * width;
-    float* lse = floats_of(a.lse, s.batch, 0, t.head) + row * a.lse.seq;
+    float* lse = row_of<float>(a.lse, s.batch, row, t.head);
     double whole = t.sum[i] == 0.0f ? -kInfinity : t.most[i] + ::log(static_cast<double>(t.sum[i]));
     double share = t.sum[i] == 0.0f ? 0.0 : 1.0 / t.sum[i], kept = 0.0;
     if (a.begin != kNothing) {
@@ -125,8 +122,8 @@ static void forward(const Attention& a, const Unit& u, float* scratch) {
   float* k = scratch;
   float* v = k + kTile * k_width;
   float* scores = v + kTile * v_width;
-  float* factors = scores + kTile * kTile;
-  float* rows = factors + kTile * kTile;
+  float* factors = a.drop_below > 0 ? scores + kTile * kTile : nullptr;
+  float* rows = scores + 2 * kTile * kTile;
   float* next = rows + kTile * k_width;
   QueryTile tiles[kPool];
   int n = 0;
@@ -161,9 +158,9 @@ static void forward(const Attention& a, const Unit& u, float* scratch) {
       long from, to;
       if (!seen.keys_of(0, kTile, from, to)) continue;
       t.score.distance = t.first + s.offset - first;
-      if (a.drop_below > 0)
+      if (factors != nullptr)
         draw(a, seen, a.first_sequence + u.segment, t.head, a.first_key + t.first + s.offset, a.first_key + first, factors);
-      attend(a, seen, t, k, v, scores, a.drop_below > 0 ? factors : nullptr);
+      attend(a, seen, t, k, v, scores, factors);
     }
   }
   for (int i = 0; i < n; ++i) end_tile(a, s, tiles[i]);

@@ -50,12 +50,8 @@ PYCKPT_INLINE void narrow(float x, Brain* to) {
 constexpr int64_t padded(int64_t d) { return ceil_div(d, kLanes) * kLanes; }
 
 template <class T>
-PYCKPT_INLINE const T* row_of(const View& view, int64_t batch, int64_t row, int64_t head) {
-  return static_cast<const T*>(view.data) + batch * view.batch + row * view.seq + head * view.head;
-}
-
-PYCKPT_INLINE float* floats_of(const View& view, int64_t batch, int64_t row, int64_t head) {
-  return static_cast<float*>(view.data) + batch * view.batch + row * view.seq + head * view.head;
+PYCKPT_INLINE T* row_of(const View& view, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<T*>(view.data) + batch * view.batch + row * view.seq + head * view.head;
 }
 
 template <class T>
@@ -90,19 +86,18 @@ static void turn_rows(const float* rows, int64_t n, int64_t d, int64_t width, fl
 }
 
 template <class T>
-static void store_row_as(const float* from, int64_t d, void* to) {
-  T* row = static_cast<T*>(to);
+static void store_row_as(const float* from, int64_t d, T* row) {
   for (int64_t i = 0; i < d; ++i) narrow(from[i], row + i);
 }
 
 static void store_row(int64_t element, const View& view, int64_t batch, int64_t row, int64_t head, int64_t d,
                       const float* from) {
   if (element == kFloat32)
-    store_row_as<float>(from, d, const_cast<float*>(row_of<float>(view, batch, row, head)));
+    store_row_as(from, d, row_of<float>(view, batch, row, head));
   else if (element == kBFloat16)
-    store_row_as<Brain>(from, d, const_cast<Brain*>(row_of<Brain>(view, batch, row, head)));
+    store_row_as(from, d, row_of<Brain>(view, batch, row, head));
   else
-    store_row_as<Half>(from, d, const_cast<Half*>(row_of<Half>(view, batch, row, head)));
+    store_row_as(from, d, row_of<Half>(view, batch, row, head));
 }
 
 }  // namespace PYCKPT_ISA

@@ -37,6 +37,16 @@ struct Seen {
   }
 };
 
+// The part of a sum over keys that counts for a tile of a product whose rows are queries.
+struct KeysOfQueries {
+  const Seen& seen;
+
+  inline bool operator()(int q0, int q1, int, int, long& from, long& to) const {
+    to = seen.keys;
+    return !seen.partly || seen.keys_of(q0, q1, from, to);
+  }
+};
+
 static Seen seen_by(const Sight& sight, int64_t first_query, int queries, int64_t first_key, int keys) {
   Seen seen;
   seen.keys = keys;
@@ -56,7 +66,7 @@ static Seen seen_by(const Sight& sight, int64_t first_query, int queries, int64_
 // What becomes of a product: s * scale, softcap, ALiBi.
 struct Score {
   float scale, softcap, slope;
-  bool plain;  // the scale alone
+  bool plain;        // the scale alone
   int64_t distance;  // of the first query to the first key of the pair at hand
 
   // Of the products of one key with the queries of a vector, the first of which is `lane`. `capped` becomes

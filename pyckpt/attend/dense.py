@@ -66,6 +66,11 @@ class DenseAttend:
     v_head_dim: int | None = None
 
     @property
+    def value_dim(self) -> int:
+        """Of a head's values and outputs."""
+        return self.v_head_dim or self.head_dim
+
+    @property
     def d_q(self) -> int:
         """Width of q."""
         return self.n_heads * self.head_dim
@@ -76,12 +81,12 @@ class DenseAttend:
 
     @property
     def d_v(self) -> int:
-        return self.n_kv_heads * (self.v_head_dim or self.head_dim)
+        return self.n_kv_heads * self.value_dim
 
     @property
     def d_o(self) -> int:
         """Width of the output."""
-        return self.n_heads * (self.v_head_dim or self.head_dim)
+        return self.n_heads * self.value_dim
 
     @staticmethod
     def of(spec: BlockSpec) -> DenseAttend:
@@ -139,7 +144,7 @@ class DenseAttend:
         return [layout.by_head(t, self.head_dim) for t in tensors]
 
     def _valued(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
-        return [layout.by_head(t, self.v_head_dim or self.head_dim) for t in tensors]
+        return [layout.by_head(t, self.value_dim) for t in tensors]
 
     def _options(self, layout: Layout, seed: int | None, sinks: Tensor | None) -> tuple[Any, ...]:
         options = (*layout.starts, *self.window, self.softcap, self.scale)

@@ -119,7 +119,7 @@ class TiledAttend:
         return t[rows].view(1, rows.stop - rows.start, -1, self._attend.head_dim)
 
     def _value_heads(self, t: Tensor, rows: slice) -> Tensor:
-        return t[rows].view(1, rows.stop - rows.start, -1, self._attend.v_head_dim or self._attend.head_dim)
+        return t[rows].view(1, rows.stop - rows.start, -1, self._attend.value_dim)
 
     def _options(self, piece: _Piece, seed: int | None) -> tuple[object, ...]:
         a = self._attend

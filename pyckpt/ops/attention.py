@@ -10,7 +10,8 @@ their own, and a sequence may have none of either.
 Sinks (H,) are keys without a value, one for each head. ALiBi slopes are (H,) or (B, H). Dropout draws by `philox`
 from the seed and positions alone.
 
-The ``torch`` implementation is in `attention_torch`, the ``triton`` one in `attention_triton`.
+The ``torch`` implementation is in `attention_torch`, the ``cpp`` one, with the same four functions, in `attention_cpp`:
+the ops that compute attention take either as `kernels`. The ``triton`` one is in `attention_triton`.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ def attention_fwd(
     dropout: float = 0.0,
     seed: int | None = None,
     top_left: bool = False,
+    kernels: Any = attention_torch,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse); see the module's docstring for the layouts."""
     score = Score(softcap, scale, sinks, alibi_slopes, dropout, seed)
     window = (window_left, window_right)
-    return attention_torch.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, window, score, top_left)
+    return kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, window, score, top_left)
 
 
 def _bwd_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Gradients:
@@ -95,6 +97,7 @@ def attention_bwd(
     seed: int | None = None,
     top_left: bool = False,
     delta: Tensor | None = None,
+    kernels: Any = attention_torch,
 ) -> Gradients:
     """(dq, dk, dv). Any o and lse may be given: with a global lse the result is these keys' exact share.
 
@@ -102,7 +105,7 @@ def attention_bwd(
     """
     score = Score(softcap, scale, sinks, alibi_slopes, dropout, seed)
     window = (window_left, window_right)
-    return attention_torch.backward(do, q, k, v, o, lse, dlse, cu_seqlens_q, cu_seqlens_k, window, score, top_left)
+    return kernels.backward(do, q, k, v, o, lse, dlse, cu_seqlens_q, cu_seqlens_k, window, score, top_left)
 
 
 # --- tiles of a sequence that is somewhere else -------------------------------------------------------------
@@ -142,6 +145,7 @@ def attention_tile_fwd_(
     dropout: float = 0.0,
     seed: int | None = None,
     first_sequence: int = 0,
+    kernels: Any = attention_torch,
 ) -> None:
     """Attend from queries at positions q_start... to keys at k_start..., merging into a running (o, lse).
 
@@ -150,7 +154,7 @@ def attention_tile_fwd_(
     draws by it.
     """
     score = Score(softcap, scale, None, alibi_slopes, dropout, seed, first_sequence, k_start)
-    attention_torch.tile_forward(q, k, v, o, lse, (window_left, window_right), score, q_start)
+    kernels.tile_forward(q, k, v, o, lse, (window_left, window_right), score, q_start)
 
 
 @define(
@@ -179,6 +183,7 @@ def attention_tile_bwd_(
     seed: int | None = None,
     first_sequence: int = 0,
     o: Tensor | None = None,
+    kernels: Any = attention_torch,
 ) -> None:
     """Add this pair of tiles' share to dq, dk, dv: float32 (float64 for float64 inputs), of q's, k's, v's shapes.
 
@@ -187,7 +192,7 @@ def attention_tile_bwd_(
     """
     score = Score(softcap, scale, None, alibi_slopes, dropout, seed, first_sequence, k_start)
     window = (window_left, window_right)
-    attention_torch.tile_backward(do, q, k, v, o, lse, delta, dq, dk, dv, window, score, q_start)
+    kernels.tile_backward(do, q, k, v, o, lse, delta, dq, dk, dv, window, score, q_start)
 
 
 @define(

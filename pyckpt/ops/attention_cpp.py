@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyckpt.ops import philox
-from pyckpt.ops.attention_torch import Gradients, lse_like
+from pyckpt.ops import attention as op
+from pyckpt.ops import attention_torch, philox
+from pyckpt.ops.attention_torch import Gradients, Score, lse_like
 from pyckpt.ops.cpu_library import library
-from pyckpt.ops.registry import IMPLEMENTATIONS, implement
+from pyckpt.ops.registry import implement
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_LIMIT = 1 << 60
@@ -76,18 +79,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: list[tuple[int, ...]],
-    window: tuple[int, int],
-    softcap: float,
-    scale: float,
-    slopes: Tensor | None,
-    dropout: float,
-    seed: int | None,
-    first_sequence: int = 0,
-    first_key: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, ...]], window: tuple[int, int], score: Score
 ) -> _Problem:
     a = _Attention()
     problem = _Problem(a, [(_Segment * len(segments))(*(_Segment(*s) for s in segments))])
@@ -97,15 +89,15 @@ def _problem(
     a.heads, a.kv_heads, a.d_k, a.d_v = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
     a.element = _ELEMENTS[q.dtype]
     a.left, a.right = (min(side, _NO_LIMIT) for side in window)
-    a.softcap, a.scale = softcap, scale
-    if slopes is not None:
-        slopes = slopes.to(torch.float32).contiguous()
+    a.softcap, a.scale = score.softcap, score.scale
+    if score.slopes is not None:
+        slopes = score.slopes.to(torch.float32).contiguous()
         problem.held.append(slopes)
         a.slopes, a.slopes_segment = slopes.data_ptr(), slopes.shape[-1] if slopes.dim() == 2 else 0
-    if dropout:
-        assert seed is not None
-        a.drop_below, a.keep_factor, a.seed = philox.threshold(dropout), 1.0 / (1.0 - dropout), seed
-        a.first_sequence, a.first_key = first_sequence, first_key
+    if score.dropout:
+        assert score.seed is not None
+        a.drop_below, a.keep_factor, a.seed = philox.threshold(score.dropout), score.keep_factor, score.seed
+        a.first_sequence, a.first_key = score.first_sequence, score.k_start
     a.threads = torch.get_num_threads()
     return problem
 
@@ -135,49 +127,39 @@ def _forward(problem: _Problem, o: Tensor, lse: Tensor, begin: int) -> None:
     library.run("pyckpt_attention_forward", problem.argument)
 
 
-def _backward(
-    problem: _Problem, do: Tensor, lse: Tensor, delta: Tensor | None, into: Gradients, dlse: Tensor | None = None
-) -> None:
-    """Adds to float32 dq, dk, dv. Without a delta, the problem has an o, to make it of, and of dlse."""
+def _backward(problem: _Problem, do: Tensor, lse: Tensor, into: Gradients) -> None:
+    """Adds to float32 dq, dk, dv. The problem has a delta, or an o (and a dlse) to make it of."""
     problem.set("grad_o", _rows(do))
-    for name, statistic in (("lse", lse), ("delta", delta), ("dlse", dlse)):
-        if statistic is not None:
-            problem.set(name, statistic, statistic=True)
+    problem.set("lse", lse, statistic=True)
     for name, t in zip(("dq", "dk", "dv"), into, strict=True):
         problem.set(name, t)
     library.run("pyckpt_attention_backward", problem.argument)
 
 
-def attention_fwd(
+# --- the functions of `attention_torch`, under its names ------------------------------------------------------
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    window: tuple[int, int],
+    score: Score,
     top_left: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    window = window_left, window_right
     if not takes(q):
-        options = (*window, softcap, scale, sinks, alibi_slopes, dropout, seed, top_left)
-        return IMPLEMENTATIONS["attention_fwd"]["torch"](q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        return attention_torch.forward(q, k, v, cu_q, cu_k, window, score, top_left)
     o, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), lse_like(q)
-    if sinks is not None:
-        lse.copy_(sinks.view(-1, 1).expand_as(lse))
-    segments = _segments(q, k, cu_seqlens_q, cu_seqlens_k, top_left)
-    problem = _problem(q, k, v, segments, window, softcap, scale, alibi_slopes, dropout, seed)
-    _forward(problem, o, lse, _NOTHING if sinks is None else _SINKS)
+    if score.sinks is not None:
+        lse.copy_(score.sinks.view(-1, 1).expand_as(lse))
+    problem = _problem(q, k, v, _segments(q, k, cu_q, cu_k, top_left), window, score)
+    _forward(problem, o, lse, _NOTHING if score.sinks is None else _SINKS)
     return o, lse
 
 
-def attention_bwd(
+def backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -185,91 +167,61 @@ def attention_bwd(
     o: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    window: tuple[int, int],
+    score: Score,
     top_left: bool = False,
-    delta: Tensor | None = None,
 ) -> Gradients:
-    window = window_left, window_right
     if not takes(q):
-        options = (*window, softcap, scale, sinks, alibi_slopes, dropout, seed, top_left, delta)
-        run = IMPLEMENTATIONS["attention_bwd"]["torch"]
-        return run(do, q, k, v, o, lse, dlse, cu_seqlens_q, cu_seqlens_k, *options)
-    segments = _segments(q, k, cu_seqlens_q, cu_seqlens_k, top_left)
-    problem = _problem(q, k, v, segments, window, softcap, scale, alibi_slopes, dropout, seed)
-    if delta is None:
-        problem.set("o", _rows(o))
-        problem.argument.o_element = _ELEMENTS[o.dtype]
+        return attention_torch.backward(do, q, k, v, o, lse, dlse, cu_q, cu_k, window, score, top_left)
+    problem = _problem(q, k, v, _segments(q, k, cu_q, cu_k, top_left), window, score)
+    problem.set("o", _rows(o))
+    problem.argument.o_element = _ELEMENTS[o.dtype]
+    if dlse is not None:
+        problem.set("dlse", dlse, statistic=True)
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
-    _backward(problem, do.to(q.dtype), lse, delta, (dq, dk, dv), dlse)
+    _backward(problem, do.to(q.dtype), lse, (dq, dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def attention_tile_fwd_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
-    q_start: int,
-    k_start: int,
-    alibi_slopes: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
-    first_sequence: int = 0,
+def tile_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: tuple[int, int], score: Score, q_start: int
 ) -> None:
-    window = window_left, window_right
-    if not takes(q) or o.dtype != torch.float32 or o.stride(-1) != 1:
-        options = (*window, softcap, scale, q_start, k_start, alibi_slopes, dropout, seed, first_sequence)
-        IMPLEMENTATIONS["attention_tile_fwd_"]["torch"](q, k, v, o, lse, *options)
+    if not takes(q) or not _in_place(o):
+        attention_torch.tile_forward(q, k, v, o, lse, window, score, q_start)
         return
-    rest = window, softcap, scale, alibi_slopes, dropout, seed, first_sequence, k_start
-    problem = _problem(q, k, v, _pair(q, k, q_start - k_start), *rest)
+    problem = _problem(q, k, v, _pair(q, k, q_start - score.k_start), window, score)
     _forward(problem, o, lse, _RUNNING)
 
 
-def attention_tile_bwd_(
+def tile_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     delta: Tensor,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float,
+    window: tuple[int, int],
+    score: Score,
     q_start: int,
-    k_start: int,
-    alibi_slopes: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
-    first_sequence: int = 0,
-    o: Tensor | None = None,
 ) -> None:
-    window, into = (window_left, window_right), (dq, dk, dv)
-    if not takes(q) or any(t.dtype != torch.float32 or t.stride(-1) != 1 for t in into):
-        options = (*window, softcap, scale, q_start, k_start, alibi_slopes, dropout, seed, first_sequence, o)
-        IMPLEMENTATIONS["attention_tile_bwd_"]["torch"](do, q, k, v, lse, delta, *into, *options)
+    """`o` is for `attention_torch` alone."""
+    if not takes(q) or not _in_place(dq, dk, dv):
+        attention_torch.tile_backward(do, q, k, v, o, lse, delta, dq, dk, dv, window, score, q_start)
         return
-    rest = window, softcap, scale, alibi_slopes, dropout, seed, first_sequence, k_start
-    problem = _problem(q, k, v, _pair(q, k, q_start - k_start), *rest)
-    _backward(problem, do.to(q.dtype), lse, delta, into)
+    problem = _problem(q, k, v, _pair(q, k, q_start - score.k_start), window, score)
+    problem.set("delta", delta, statistic=True)
+    _backward(problem, do.to(q.dtype), lse, (dq, dk, dv))
+
+
+def _in_place(*tensors: Tensor) -> bool:
+    """Whether the kernels can write to them."""
+    return all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors)
 
 
 def _pair(q: Tensor, k: Tensor, offset: int) -> list[tuple[int, ...]]:
@@ -279,5 +231,5 @@ def _pair(q: Tensor, k: Tensor, offset: int) -> list[tuple[int, ...]]:
 if not library.problem and library.argument_size() != ctypes.sizeof(_Attention):
     library.problem = "it was built from other sources: run make cpu, or install pyckpt again"
 if not library.problem:
-    for _op in (attention_fwd, attention_bwd, attention_tile_fwd_, attention_tile_bwd_):
-        implement(_op.__name__, "cpp")(_op)
+    for _op in (op.attention_fwd, op.attention_bwd, op.attention_tile_fwd_, op.attention_tile_bwd_):
+        implement(_op.__name__, "cpp")(functools.partial(_op, kernels=sys.modules[__name__]))
