@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import block_gpu, common, steps
 from pyckpt import compare
@@ -27,7 +28,7 @@ CONFIG = {"d_model": 1024, "n_heads": 16, "n_kv_heads": 4, "d_ff": 2816}
 AIMS = {512: (15, 1.00, 1.20), 4096: (7, 0.82, 1.08), 16384: (3, 0.70, 0.92)}
 
 
-def cpu(lengths: list[int]) -> None:
+def cpu(lengths: list[int], out: Path | None = None) -> None:
     rows: list[Row] = []
     results: Results | None = None
     for length in lengths:
@@ -45,7 +46,7 @@ def cpu(lengths: list[int]) -> None:
     results.rows = rows
     print("\n".join(table(results)))
     figures = {**common.stamp(), "aims": {str(n): aims[1:] for n, aims in AIMS.items()}, **results.to_dict()}
-    print(f"\nwritten to {common.write('block_cpu', figures).relative_to(common.ROOT)}")
+    print(f"\nwritten to {common.write_to(out or common.RESULTS / 'block_cpu.json', figures)}")
 
 
 def table(results: Results) -> list[str]:
@@ -68,7 +69,7 @@ def table(results: Results) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("lengths", type=int, nargs="*", help="tokens of the sequence")
-    gpu = parser.add_argument_group("on a GPU")
+    gpu = parser.add_argument_group("on a GPU (--out anywhere)")
     gpu.add_argument("--layers", type=int, default=1, help="blocks, one after the other")
     gpu.add_argument("--dry-run", action="store_true", help="the GPU's comparison of a small block, anywhere")
     steps.add_options(gpu, "block")
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.dry_run and options.out is None:
             parser.error("--dry-run needs --out FILE: its figures are no results")
         return block_gpu.main(options)
-    cpu(options.lengths or list(AIMS))
+    cpu(options.lengths or list(AIMS), options.out)
     return 0
 
 
