@@ -21,16 +21,29 @@ import pyckpt  # noqa: E402
 
 
 def table() -> str:
-    """A row for each family: its layer's class, the layers' path, the loss's, and the options that the test sets."""
-    lines = ["| family | layer | path | loss | options in the test |", "|---|---|---|---|---|"]
+    """A row for each family: its layer's class, the layers' path, the loss's, what of it is streamed, and the options
+    that the test sets."""
+    lines = ["| family | layer | path | loss | streamed | options in the test |", "|---|---|---|---|---|---|"]
     s = swap_models
     models = s.FAMILIES | s.MIXTURES | s.OTHERS | s.WHOLE | s.HYBRIDS
     for family, options in sorted(models.items()):
-        *layers, loss = pyckpt.swap(swap_models.make_model(family)).entries
+        model = swap_models.make_model(family)
+        *layers, loss = pyckpt.swap(model).entries
+        pyckpt.unswap(model)
         paths = ", ".join(dict.fromkeys(e.path for e in layers))
         way = "no logits" if loss.path == "standard" else "the model's own"
-        lines.append(f"| {family} | `{layers[0].kind}` | {paths} | {way} | {_shown(options)} |")
+        lines.append(f"| {family} | `{layers[0].kind}` | {paths} | {way} | {_streamed(model)} | {_shown(options)} |")
     return "\n".join(lines)
+
+
+def _streamed(model: Any) -> str:
+    try:
+        *layers, loss = pyckpt.swap(model, stream=pyckpt.Stream()).entries
+    except ValueError:
+        return "no"
+    if "; streamed from the token ids on" in loss.why:
+        return "all"
+    return "its layers" if all("; streamed by" in e.why for e in layers) else "some layers"
 
 
 def _shown(options: dict[str, Any]) -> str:

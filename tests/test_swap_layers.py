@@ -20,6 +20,7 @@ from swap_models import (
     assert_same_with_every_save_set,
     assert_step_as_good,
     check,
+    known,
     make_batch,
     make_model,
     step,
@@ -242,18 +243,20 @@ def test_a_class_without_a_table_is_the_same_with_every_save_set(family):
     assert_same_with_every_save_set(make_model(family, num_hidden_layers=1))
 
 
-def test_a_class_without_a_table_in_segments_and_in_files():
-    """Each of its layers runs by itself, which the report says. The gradients are the same bits."""
-    model, batch = make_model("Exaone4"), make_batch("padded")
-    pyckpt.swap(model, tile=10)
-    truth = step(model, batch)
-    pyckpt.unswap(model)
-    report = pyckpt.swap(model, tile=10, segments=2)
-    assert all(e.why.endswith("; not in segments") for e in report.entries[:-1])
-    assert_same_bits(truth, step(model, batch))
-    pyckpt.unswap(model)
-    pyckpt.swap(model, pyckpt.Save("attention", {"x": "file", "o": "file"}), tile=10)
-    assert_same_bits(truth, step(model, batch))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["Exaone4", "DeepseekV3"])
+def test_a_class_without_a_table_in_segments_and_in_files(family, kind):
+    """The first layer of a segment runs them all, with what the model would hand to each. The same bits."""
+    model = make_model(family, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    batch, results = known(model, make_batch(kind)), []
+    for options in ({}, {"segments": 3}, {"save": pyckpt.Save("attention", {"x": "file", "o": "file"})}):
+        report = pyckpt.swap(model, tile=10, **options)
+        assert {e.path for e in report.entries[:-1]} == {"generic"}
+        assert len(model.model.forward.segments) == (2 if "segments" in options else 4)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
 
 
 def test_copies_of_a_class_without_a_table_are_swapped_on_their_own():

@@ -17,10 +17,12 @@ from swap_models import (
     FAMILIES,
     KINDS,
     MIXTURES,
+    OTHERS,
     VOCAB,
     InFloat64,
     assert_step_as_good,
     check,
+    known,
     make_adapted,
     make_batch,
     make_model,
@@ -345,20 +347,149 @@ def test_rope_that_depends_on_the_length_needs_the_models_own_forward(kind):
 
 
 def test_layers_that_are_not_streamed_run_on_the_device():
-    """Between two runs of those that are: of a class that no table knows."""
-    model, batch = make_model("Llama", torch.float64, num_hidden_layers=5), make_batch("padded")
+    """Between two runs of those that are: of a class that mixes tokens elsewhere than in its attention."""
+    model, batch = make_model("Llama", num_hidden_layers=5), make_batch("plain")
 
     class MyDecoderLayer(type(model.model.layers[2])):  # type: ignore[misc]
-        pass
+        def forward(self, hidden_states, **options):
+            return super().forward(hidden_states + 0.1 * hidden_states.roll(1, 1), **options)
 
     model.model.layers[2].__class__ = MyDecoderLayer
     with pytest.warns(UserWarning, match="some of its layers are not streamed"):
-        assert errors_of_streaming(model, batch) < ROUNDING
+        check(model, [batch], stream=stream())
     pyckpt.unswap(model)
-    whys = [e.why for e in pyckpt.swap(model, stream=stream()).entries]
-    assert ["not streamed" in why for why in whys[:-1]] == [False, False, True, False, False]
+    report = pyckpt.swap(model, stream=stream())
+    assert ["; streamed" in e.why for e in report.entries[:-1]] == [True, True, False, True, True]
+    assert "not streamed from the token ids on: some of its layers" in report.entries[-1].why
     with pytest.raises(ValueError, match="none that can be streamed"):
-        pyckpt.swap(make_model("Phi"), stream=stream())
+        pyckpt.swap(make_model("OPT"), stream=stream())
+
+
+# --- classes that no table knows --------------------------------------------------------------------------------------
+
+# What is handed to their layers follows from positions; all but these are streamed from the token ids on.
+UNTABLED = [f for f in OTHERS if f not in ("OPT", "Qwen3Next")]
+ODD_ENDS = ("GPTBigCode", "NanoChat", "Nemotron", "Olmo")
+
+
+@pytest.mark.parametrize("family", a_few(UNTABLED, always=range(0, len(UNTABLED), 2)))
+def test_a_class_without_a_table(family):
+    if family in ODD_ENDS:
+        warnings.filterwarnings("ignore", message=".*the layers are streamed, and not what surrounds them")
+    model = make_model(family)
+    check(model, [make_batch(kind) for kind in KINDS], stream=stream())
+    pyckpt.unswap(model)
+    *layers, head = pyckpt.swap(model, stream=stream()).entries
+    assert all("; streamed by 7 tokens" in e.why for e in layers)
+    assert ("; streamed from the token ids on" in head.why) == (family not in ODD_ENDS)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Exaone4"])
+def test_a_class_without_a_table_in_bfloat16_and_in_a_file(family):
+    check(make_model(family, torch.bfloat16), [make_batch(kind) for kind in KINDS], stream=stream(11, "file"))
+
+
+@pytest.mark.parametrize("options", [{"segments": 2}, {"save": "input"}, {"save": "all"}], ids=str)
+def test_a_class_without_a_table_gives_the_same_bits_whatever_it_keeps(options):
+    model, batch, results = make_model("Glm4", num_hidden_layers=5), make_batch("padded"), []
+    for given in ({}, options):
+        pyckpt.swap(model, stream=stream(), **given)
+        results.append(step(model, batch))
+        pyckpt.unswap(model)
+    assert_same_bits(*results)
+
+
+def test_the_peak_of_a_class_without_a_table_does_not_grow_with_the_length():
+    model = make_model("DeepseekV3", max_position_embeddings=4096)
+    pyckpt.swap(model, stream=stream(32, "file"))
+    peaks = {}
+    for seq in (160, 320):
+        ids = torch.randint(1, VOCAB, (1, seq))
+        with pyckpt.measure.memory(model) as m:
+            model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+        peaks[seq] = m.peak_bytes
+    # Ids and labels, as above; which tokens meet at an expert is chance, a few rows of a tile.
+    assert peaks[320] - peaks[160] <= 160 * 8 * 4 + 4 * 32 * 48 * 4
+
+
+@pytest.mark.parametrize("how", ["autocast", "adapters", "copies", "dropout"])
+def test_a_class_without_a_table_as_it_is_used(how):
+    options = {"attention_dropout": 0.3} if how == "dropout" else {}
+    model, batch = make_model("Glm", **options), make_batch("padded")
+    if how == "adapters":
+        model = make_adapted(model, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, known(model, batch))
+    batch = known(model, batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        plain = step(model, batch)
+        pyckpt.swap(model, stream=stream())
+        if how == "dropout":
+            model.eval()
+            kept = model.train()(**batch).loss
+            torch.manual_seed(3)
+            results = [step(model, batch)]
+            pyckpt.unswap(model)
+            pyckpt.swap(model, tile=10)
+            torch.manual_seed(3)
+            results.append(step(model, batch))
+            assert max(relative_errors(*results).values()) < 1e-5 and kept != results[0]["loss"]
+            return
+        ours = step(model, batch)
+        if how == "copies":
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert_same_bits(step(twin, batch), ours)
+    assert_step_as_good(ours, plain, truth, torch.bfloat16 if how == "autocast" else torch.float32)
+
+
+def test_estimates_of_a_class_without_a_table():
+    model, opened, store = make_model("Glm"), [], pyckpt.store.FileStore()
+    store.check = lambda plan: opened.append(plan.store_bytes)
+    pyckpt.swap(model, stream=(kept := stream(16, store)))
+    found, ids = kept.estimate(model, 64), torch.randint(1, VOCAB, (1, 64))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert opened == [found.store_bytes]
+
+
+class Shifting(torch.nn.Module):
+    """A rotary embedding that counts from the first token of what it is given."""
+
+    def __init__(self, own: torch.nn.Module) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return self.own(x, position_ids - position_ids[:, :1])
+
+
+@pytest.mark.parametrize("why", ["dynamic", "shifting", "between"])
+def test_what_does_not_follow_from_positions_is_not_streamed(why):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+    model = make_model("Glm", num_hidden_layers=2, **({"rope_parameters": rope} if why == "dynamic" else {}))
+    if why == "shifting":
+        model.model.rotary_emb = Shifting(model.model.rotary_emb)
+    elif why == "between":
+        # Something is done to hidden states on their way from one layer to the next.
+        class Between(type(model.model)):  # type: ignore[misc]
+            def forward(self, **given: Any) -> Any:
+                handles = [layer.register_forward_pre_hook(self.add, with_kwargs=True) for layer in self.layers]
+                try:
+                    return super().forward(**given)
+                finally:
+                    [handle.remove() for handle in handles]
+
+            @staticmethod
+            def add(module: Any, args: Any, kwargs: Any) -> Any:
+                return (args[0] + 1.0, *args[1:]), kwargs
+
+        model.model.__class__ = Between
+    report = pyckpt.swap(model, segments=2)
+    assert all(e.why.endswith("; not in segments") for e in report.entries[:-1])
+    pyckpt.unswap(model)
+    with pytest.raises(ValueError, match="none that can be streamed"):
+        pyckpt.swap(model, stream=stream())
 
 
 @pytest.mark.slow

@@ -116,6 +116,22 @@ def test_gradients_are_those_of_before(name):
     assert_step_as_good(step(model, batch), plain, truth, torch.float32)
 
 
+@pytest.mark.parametrize("options", [{"segments": 2}, {"stream": pyckpt.Stream(7)}], ids=["segments", "stream"])
+def test_positions_of_three_axes_are_handed_to_each_layer_by_its_model(options):
+    """What is handed to layers follows from more than positions on the one axis of a tile: they run one by one."""
+    model, batch = make("Qwen3VL")
+    pyckpt.swap(model, tile=10)
+    before = step(model, batch)
+    pyckpt.unswap(model)
+    report = pyckpt.swap(model, tile=10, **options)
+    assert all(e.path == "generic" for e in report.entries if "language_model" in e.name)
+    message = "position_ids of three axes change what each layer is handed: (segments are|streaming is) not used"
+    with pytest.warns(UserWarning, match=message):
+        after = step(model, batch)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
 def test_images_that_see_themselves_have_their_layers_run_again_whole():
     """Gemma 3 hands its text model a mask of each kind, with which the tokens of an image see each other."""
     model, batch = make("Gemma3")

@@ -90,7 +90,8 @@ def swap(
     if stream is not None and not any(isinstance(r, SwappedLayer) and not r.apart for r in made):
         raise ValueError("stream= takes decoder layers of transformers, and this model has none that can be streamed")
     if loss:
-        made += _heads(model, loss, stream, entries)
+        decoders = [r for r in made if isinstance(r, SwappedDecoder)]
+        made += _heads(model, loss, stream, decoders, entries)
     for replaced in made:
         replaced.install()
     return Report(tuple(entries))
@@ -273,7 +274,9 @@ def _encoder_layer(
     return [encoder.SwappedEncoderLayer(layer, blocks)]
 
 
-def _heads(model: nn.Module, loss: bool | str, stream: Stream | None, entries: list[Entry]) -> list[Replaced]:
+def _heads(
+    model: nn.Module, loss: bool | str, stream: Stream | None, decoders: list[SwappedDecoder], entries: list[Entry]
+) -> list[Replaced]:
     """The loss of every causal language model inside."""
     made: list[Replaced] = []
     for name, module in model.named_modules():
@@ -285,7 +288,7 @@ def _heads(model: nn.Module, loss: bool | str, stream: Stream | None, entries: l
             continue
         try:
             _check_forward(module)
-            head = losses.head_of(module)
+            head = losses.head_of(module, decoders)
         except UnsupportedError as reason:
             entries.append(Entry(name or "(model)", kind, ORIGINAL, f"loss: {reason}"))
             continue
@@ -294,10 +297,11 @@ def _heads(model: nn.Module, loss: bool | str, stream: Stream | None, entries: l
         why = "loss: linear_cross_entropy, no logits with labels"
         why += ", which the backward makes again" if swapped.recompute else ""
         if stream is not None:
+            decoder = next((d for d in decoders if d.module is swapped.body), None)
             try:
-                swapped.ends()
+                swapped.check_streamed(decoder)
                 why += "; streamed from the token ids on"
             except UnsupportedError as reason:
-                why += f"; the layers alone are streamed: {reason}"
+                why += f"; not streamed from the token ids on: {reason}"
         entries.append(Entry(name or "(model)", kind, STANDARD, why))
     return made

@@ -46,6 +46,7 @@ class Chooser:
             if isinstance(handed, str):
                 raise UnsupportedError(handed)
             block = probe.traced_block(layer, handed, why, self._save, self._tile, self._alike)
+            block.handing, block.place = self._survey().handing, place
             return TracedLayer(layer, block, place, self._twice(layer))
         except UnsupportedError as reason:
             raise UnsupportedError(why if str(reason) == why else f"{why}, and {reason}") from reason

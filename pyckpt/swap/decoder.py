@@ -35,7 +35,7 @@ _KNOWN = frozenset(
     )
 )
 _FAR = 2**40  # beyond any sequence
-# What is added to hidden states between layers (Qwen3-VL).
+# What is added to hidden states between layers (Qwen3-VL): then nobody may run several at once.
 _BETWEEN = frozenset(("visual_pos_masks", "deepstack_visual_embeds"))
 
 
@@ -95,6 +95,12 @@ class SwappedDecoder(Replaced):
     @property
     def keeps_inputs_alone(self) -> bool:
         return len(self.segments) != len(self.layers) or self.stream is not None
+
+    @property
+    def paths(self) -> list[str]:
+        """Where its layers are inside the model."""
+        found = {layer: path for path, layer in self.module.named_modules()}
+        return [found[s.module] for s in self.layers]
 
     @property
     def streams(self) -> bool:
@@ -171,8 +177,9 @@ class SwappedDecoder(Replaced):
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedCallError(f"an attention_mask that is not (B, S): {shape}")
+        seen = [n for n in _BETWEEN if given.get(n) is not None]
         if self.axes and positions is not None and tuple(positions.shape) in ((3, batch, seq), (3, 1, seq)):
-            positions = None
+            positions, seen = None, [*seen, "position_ids of three axes"]
         if positions is not None and tuple(positions.shape) not in ((batch, seq), (1, seq)):
             raise UnsupportedCallError(f"position_ids of shape {tuple(positions.shape)}")
         # Where it makes a cache, transformers does not look whether positions start anew.
@@ -186,7 +193,7 @@ class SwappedDecoder(Replaced):
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
-        runs, streamed = self._runs(given)
+        runs, streamed = self._runs(given, seen)
         return Call(positions, cu_seqlens, runs, self.stream if streamed else None)
 
     def _sight(self, read: Tensor | None) -> masks.Sight:
@@ -199,8 +206,11 @@ class SwappedDecoder(Replaced):
         reaches = [_FAR if s.reach < 0 else s.reach for s in self.layers if s.reach is not None]
         return masks.Sight("before", min(reaches, default=None), read)
 
-    def _runs(self, given: dict[str, Any]) -> tuple[dict[int, list[CheckpointedBlock]], bool]:
-        """What the layer at each place runs, nothing where all run one by one; and whether it is streamed."""
+    def _runs(self, given: dict[str, Any], seen: list[str]) -> tuple[dict[int, list[CheckpointedBlock]], bool]:
+        """What the layer at each place runs, nothing where all run one by one; and whether it is streamed.
+
+        seen: arguments that change what layers are handed, each by itself.
+        """
         streamed = self.stream is not None
         segments = together(self.layers, len(self.layers)) if streamed else self.segments
         what = "streaming is" if streamed else "segments are"
@@ -208,6 +218,9 @@ class SwappedDecoder(Replaced):
             return {}, False
         if self.asks(given, "output_hidden_states"):
             self.warn(f"output_hidden_states=True asks for every layer's: {what} not used")
+            return {}, False
+        if seen:
+            self.warn(f"{', '.join(seen)} change what each layer is handed: {what} not used")
             return {}, False
         hooked = next((s for s in self.layers if watched(s.module, replaced=True)), None)
         if hooked is not None:
@@ -230,8 +243,8 @@ _run_uncompiled = torch.compiler.disable(SwappedDecoder._run)
 
 def arguments(layers: list[SwappedLayer]) -> frozenset[str]:
     """Arguments of the model that change nothing of what these layers compute from their hidden states."""
-    known = _KNOWN - {"token_type_ids"} if any(s.apart for s in layers) else _KNOWN
-    return known | _BETWEEN if all(s.apart for s in layers) else known
+    known = _KNOWN - {"token_type_ids"} if any(s.handed for s in layers) else _KNOWN
+    return known | _BETWEEN if all(s.handed for s in layers) else known
 
 
 def together(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:

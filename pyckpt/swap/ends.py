@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
-from pyckpt.swap.modules import UnsupportedError, norm_eps, watched
-from pyckpt.tokenwise.norm import LayerNorm, RmsNorm
+from pyckpt.swap import survey as surveys
+from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps, watched
+from pyckpt.tokenwise.norm import LayerNorm, Norm, RmsNorm, with_offset
 
 # Norms whose weight is one less than what it multiplies by.
 _OFFSETS = {"Gemma2RMSNorm": 1.0, "Gemma3RMSNorm": 1.0}
-_SCALED = ("Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Places:
     """Where a family's base model has its embedding and its final norm, by attribute.
 
     table: the embedding of positions that is added. multiplier: a number that multiplies the embedding. dropout: a
-    torch.nn.Dropout, or a rate, of what the first layer is given.
+    torch.nn.Dropout, or a rate, of what the first layer is given. offset: what is added to the norm's weight; None: as
+    its class is known to do.
     """
 
     embed: str = "embed_tokens"
@@ -30,6 +31,52 @@ class Places:
     table: str | None = None
     multiplier: str | None = None
     dropout: str | None = None
+    offset: float | None = None
+
+
+def find(base: nn.Module, layers: list[str]) -> Places | None:
+    """The places of a base model of any class, whose layers are at these paths; None where it has other ends.
+
+    Found by a call of its twin with a few tokens and with layers that do nothing: the first has to be handed the
+    tokens' embeddings, times an option of the model at most, and the output to be a norm of what the last one returned.
+    """
+    try:
+        ids, embedded, made = surveys.Scene(base, layers).surroundings()
+        with torch.no_grad():
+            name, multiplier = _embedding_in(base, ids, embedded)
+            norm, offset = _norm_in(base, embedded.flatten(0, 1), made.flatten(0, 1))
+    except Exception:  # of any class anything may be met
+        return None
+    return Places(name, norm, multiplier=multiplier, offset=offset)
+
+
+def _embedding_in(base: Any, ids: Tensor, made: Tensor) -> tuple[str, str | None]:
+    """The embedding's name, and that of the number that multiplies it."""
+    name = next(n for n, m in base.named_children() if m is base.get_input_embeddings())
+    embed = getattr(base, name)
+    numbers = [n for n, v in vars(base).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    for multiplier in (None, *numbers):
+        options = _options(base, Places(name, multiplier=multiplier), embed)
+        looked_up = _table(embed)[ids]
+        if torch.equal(looked_up.mul_(options.scale) if options.scale != 1.0 else looked_up, made):
+            return name, multiplier
+    raise UnsupportedError("its layers are handed something else than embeddings")
+
+
+def _norm_in(base: Any, x: Tensor, made: Tensor) -> tuple[str, float]:
+    """The final norm's name, and what is added to its weight."""
+    for name, norm in base.named_children():
+        if norm_eps(norm) is None:
+            continue
+        for offset in (0.0, 1.0):
+            kind, weights = _norm(norm), _norm_weights(norm, x[0])
+            weights["norm.weight"] = with_offset(weights["norm.weight"], offset)
+            ours = kind.forward(weights, x)[0].to(made.dtype)
+            # Roundings alone; those of float32, in which norms of transformers compute, in float64 too.
+            allowed = max(2 * torch.finfo(made.dtype).eps, 16 * torch.finfo(torch.float32).eps)
+            if float((ours - made).norm()) <= allowed * float(made.norm()):
+                return name, offset
+    raise UnsupportedError("its output is no norm of what its layers make")
 
 
 def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossOptions) -> Ends:
@@ -42,37 +89,49 @@ def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossO
     if watched(base, replaced=True):
         raise UnsupportedError(f"its {type(base).__name__} has forward hooks, which a streamed run would not run")
     embed, norm = getattr(base, places.embed), getattr(base, places.norm)
-    weights = {"embed": _table(embed), "norm.weight": norm.weight, "head": projection.weight}
+    weights = {"embed": (table := _table(embed)), **_norm_weights(norm, table[0]), "head": projection.weight}
     if projection.bias is not None:
         weights["head.bias"] = projection.bias
     if places.table is not None:
         weights["table"] = _table(getattr(base, places.table))
-    kind, eps = _norm(norm)
-    if kind is LayerNorm:
-        bias = getattr(norm, "bias", None)
-        weights["norm.bias"] = torch.zeros_like(norm.weight, requires_grad=False) if bias is None else bias
-    return Ends(weights, kind("norm", eps), _OFFSETS.get(type(norm).__name__, 0.0), _options(base, places, embed), loss)
+    offset = _OFFSETS.get(type(norm).__name__, 0.0) if places.offset is None else places.offset
+    return Ends(weights, _norm(norm), offset, _options(base, places, embed), loss)
 
 
 def _table(embedding: Any) -> Tensor:
     name = type(embedding).__name__
-    if not (type(embedding) is nn.Embedding or name in _SCALED) or watched(embedding):
+    if not (type(embedding) is nn.Embedding or _is_scaled(embedding)) or watched(embedding):
         raise UnsupportedError(f"its embedding is a {name} with hooks, or no plain nn.Embedding")
     if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
         raise UnsupportedError("its embedding has max_norm, sparse or scale_grad_by_freq")
     return embedding.weight
 
 
-def _norm(norm: Any) -> tuple[type[LayerNorm] | type[RmsNorm], float]:
+def _is_scaled(embedding: Any) -> bool:
+    """One of transformers (Gemma's and its like) that multiplies by its `scalar_embed_scale`."""
+    kind = type(embedding)
+    return kind.__name__.endswith("ScaledWordEmbedding") and is_known(kind) and issubclass(kind, nn.Embedding)
+
+
+def _norm(norm: Any) -> Norm:
     name, eps = type(norm).__name__, norm_eps(norm)
     if eps is None or watched(norm):
         raise UnsupportedError(f"its final norm is a {name} with hooks, or none that is known")
-    return (RmsNorm if name.endswith("RMSNorm") else LayerNorm), float(eps)
+    return (RmsNorm if name.endswith("RMSNorm") else LayerNorm)("norm", float(eps))
+
+
+def _norm_weights(norm: Any, like: Tensor) -> dict[str, Tensor]:
+    """Its weights; what a class lacks is what changes nothing (`like` is a row of what it reads)."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    found = {"norm.weight": torch.ones_like(like, requires_grad=False) if weight is None else weight}
+    if isinstance(_norm(norm), LayerNorm):
+        found["norm.bias"] = torch.zeros_like(found["norm.weight"], requires_grad=False) if bias is None else bias
+    return found
 
 
 def _options(base: Any, places: Places, embed: Any) -> EmbeddingOptions:
     scale = 1.0
-    if type(embed).__name__ in _SCALED:
+    if _is_scaled(embed):
         # Rounded as the class has it, on the CPU: to read its buffer would wait for a GPU.
         scale = float(torch.tensor(embed.scalar_embed_scale, device="cpu").to(embed.weight.dtype))
     if places.multiplier is not None:

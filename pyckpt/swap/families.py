@@ -14,7 +14,7 @@ from torch import nn
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic, lora
 from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
-from pyckpt.swap.rope import MovingRope, given
+from pyckpt.swap.rope import MOVING, MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import Mapping, Source, bias_of
 
@@ -38,8 +38,6 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 _PLAIN: Options = {"mlp": "swiglu", "qk_norm": True}
 # Models whose masks are not all cut where position_ids start anew.
 UNCUT = ("GptOssModel", "FSDPGptOssModel")
-# Whose frequencies depend on the length of the batch.
-_MOVING_ROPE = ("dynamic", "longrope")
 
 
 def mapping_of(layer: nn.Module, rotary: nn.Module | None, moving_of: dict[str, MovingRope] | None = None) -> Mapping:
@@ -159,7 +157,7 @@ def rope_options(
     frequencies = getattr(rotary, f"{prefix}inv_freq")
     if frequencies.is_meta:
         raise UnsupportedError("its rotary embedding is on the meta device; swap the model when it has its weights")
-    moving = moving_of.setdefault(prefix, MovingRope(rotary, prefix)) if kind in _MOVING_ROPE else None
+    moving = moving_of.setdefault(prefix, MovingRope(rotary, prefix)) if kind in MOVING else None
     options = {"rope_theta": 10000.0, "rope_scaling": given(rotary, prefix), "rope_dim": 2 * frequencies.numel()}
     return options, moving
 

@@ -72,6 +72,9 @@ class SwappedLayer(Replaced):
     def ways(self) -> tuple[CheckpointedBlock, ...]:
         return (self.block,)
 
+    handed = False
+    """It reads what the model hands to it beside hidden states and mask."""
+
     @property
     def apart(self) -> bool:
         """It runs by itself alone, in no segment and not streamed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +13,9 @@ from pyckpt import errors
 from pyckpt.exec.lm_ends import Ends, LossOptions, Targets
 from pyckpt.functional import linear_cross_entropy
 from pyckpt.stream import Parts
-from pyckpt.swap import heads
+from pyckpt.swap import ends, heads
 from pyckpt.swap.decoder import SwappedDecoder
-from pyckpt.swap.ends import Places, ends_of
+from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError, watched
@@ -74,9 +75,21 @@ HEADS = {
 }
 
 
-def head_of(model: nn.Module) -> Head:
-    """The model's `Head`. Raises `UnsupportedError` where its loss is not known to be the usual one."""
+def head_of(model: nn.Module, decoders: Sequence[SwappedDecoder] = ()) -> Head:
+    """The model's `Head`. Raises `UnsupportedError` where its loss is not known to be the usual one.
+
+    `decoders` are those of which one may be its base model.
+    """
     check(model)
+    head = _known_head(model)
+    base = heads.base_of(model)
+    if head.places is None and not head.body:
+        layers = [d.paths for d in decoders if d.module is base and d.streams]
+        return dataclasses.replace(head, places=ends.find(base, layers[0])) if layers else head
+    return head
+
+
+def _known_head(model: nn.Module) -> Head:
     kind = unsharded_class(model)
     # Another's class may have the same name.
     if kind.__name__ in HEADS and kind.__module__.startswith("transformers.models."):
@@ -137,14 +150,14 @@ class SwappedHead(Replaced):
         return self._loss(given)
 
     @property
-    def _body(self) -> nn.Module:
+    def body(self) -> nn.Module:
         """What gives the hidden states."""
         return heads.base_of(self.module).get_submodule(self.head.body)
 
     @property
     def _decoder(self) -> SwappedDecoder | None:
         """Its forward, where that is swapped."""
-        forward = self._body.__dict__.get("forward")
+        forward = self.body.__dict__.get("forward")
         return forward if isinstance(forward, SwappedDecoder) else None
 
     @staticmethod
@@ -163,7 +176,7 @@ class SwappedHead(Replaced):
             given[CALL] = wanted.read
             loss = self._streamed(decoder, given, wanted)
         if loss is None:
-            outputs = self._body(**given)
+            outputs = self.body(**given)
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
         if wanted.items is not None:
             loss = loss / (wanted.items.to(loss.device) if isinstance(wanted.items, Tensor) else wanted.items)
@@ -180,13 +193,14 @@ class SwappedHead(Replaced):
         if call is None or call.stream is None:
             return None
         try:
-            ids, ends = self._ids(decoder, given), self.ends(wanted)
+            _check_layers(decoder)
+            ids, around = self._ids(given), self.ends(wanted)
         except UnsupportedError as reason:
             self.warn(f"{reason}: the layers are streamed, and not what surrounds them")
             return None
-        head = ends.weights["head"]
+        head = around.weights["head"]
         errors.check_labels(wanted.given.to(head.device), head.shape[0], wanted.ignored, head.device)
-        return call.stream_loss(decoder.layers, ids, wanted.targets(ids), ends)
+        return call.stream_loss(decoder.layers, ids, wanted.targets(ids), around)
 
     def streamed_parts(self) -> Parts | None:
         """What is streamed with the loss; None where that is the layers alone, or nothing."""
@@ -196,10 +210,13 @@ class SwappedHead(Replaced):
         except UnsupportedError:
             return None
 
+    def check_streamed(self, decoder: SwappedDecoder | None) -> None:
+        """Raise `UnsupportedError` where the loss cannot be streamed from the token ids on, over these layers."""
+        _check_layers(decoder)
+        self.ends()
+
     @staticmethod
-    def _ids(decoder: SwappedDecoder, given: dict[str, Any]) -> Tensor:
-        if not decoder.streams:
-            raise UnsupportedError("some of its layers are not streamed, or need the model's own forward")
+    def _ids(given: dict[str, Any]) -> Tensor:
         if given.get("input_ids") is None or given.get("token_type_ids") is not None:
             raise UnsupportedError("it is called with inputs_embeds or token_type_ids")
         return given["input_ids"]
@@ -209,7 +226,7 @@ class SwappedHead(Replaced):
         model: Any = self.module
         reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
         options = LossOptions(reduction, self._softcap or 0.0, ignore_index=ignored, scale=self._scale)
-        return ends_of(heads.base_of(model), self.head.places, model.get_output_embeddings(), options)
+        return ends.ends_of(heads.base_of(model), self.head.places, model.get_output_embeddings(), options)
 
     @property
     def _softcap(self) -> float | None:
@@ -234,6 +251,11 @@ class SwappedHead(Replaced):
             softcap=self._softcap,
             recompute=self.recompute,
         )
+
+
+def _check_layers(decoder: SwappedDecoder | None) -> None:
+    if decoder is None or not decoder.streams:
+        raise UnsupportedError("some of its layers are not streamed, or need the model's own forward")
 
 
 @dataclasses.dataclass(frozen=True)

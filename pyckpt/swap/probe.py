@@ -25,11 +25,12 @@ from pyckpt.exec import node
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.generic import inner
+from pyckpt.swap.handing import MASK, Arguments
 from pyckpt.swap.modules import UnsupportedError
-from pyckpt.swap.shadow import attention_config, twin_of, untouched
-from pyckpt.swap.survey import MASK, SEQ, Handed, packed_lengths, visible
+from pyckpt.swap.shadow import attention_config, mode, twin_of, untouched
+from pyckpt.swap.survey import SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
-from pyckpt.swap.traced import Arguments, Trace, TracedBlock, TracedTokenwise
+from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise
 from pyckpt.swap.weights import Mapping
 
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
@@ -73,13 +74,13 @@ class _Probe:
         self.arguments = {kind: _widened_all(getattr(handed, kind)) for kind in ("plain", "packed")}
 
     def trace(self, alike: set[Any]) -> Trace:
-        with _mode(self.layer, training=False):
+        with mode(self.layer, training=False):
             path, called, taken, watch = self._taken()
             if taken.options.get("dropout"):
                 raise UnsupportedError("its attention drops values in eval mode")
         if watch.counted:
             raise UnsupportedError("it counts tokens by itself before its attention")
-        with _mode(self.layer, training=True):
+        with mode(self.layer, training=True):
             dropout = float(self._taken()[2].options.get("dropout") or 0.0)
         self._check_run(path)
         trace = self._put_together(path, taken, dropout)
@@ -87,7 +88,7 @@ class _Probe:
         key = (type(self.layer), trace, tuple((n, p.shape) for n, p in self.layer.named_parameters()))
         draws = False
         for training, kind in ((False, "plain"), (True, "packed")):
-            with _mode(self.layer, training), _Watch() as watch:
+            with mode(self.layer, training), _Watch() as watch:
                 self._compare(trace, kind, watch, gradients=key not in alike)
             draws = draws or watch.drops
         alike.add(key)
@@ -116,7 +117,7 @@ class _Probe:
     def _check_run(self, attention: str) -> None:
         """Raise `UnsupportedError` where a part of the layer is not run: its gradient would be 0 instead of None."""
         called: dict[str, int | None] = {}
-        with _mode(self.layer, training=False), _calls(self.eager, called), torch.no_grad():
+        with mode(self.layer, training=False), _calls(self.eager, called), torch.no_grad():
             self._layer_forward(self.x, "plain")
         run = {_unit(path, attention) for path in called}
         units = {_unit(name, attention): name for name in self.weights}
@@ -187,7 +188,7 @@ class _Probe:
     def _idle(self, trace: Trace, shapes: dict[str, Any]) -> tuple[tuple[str, int], ...]:
         """The modules before attention whose output `post` does not read."""
         o = torch.randn(SEQ, trace.n_heads, trace.v_head_dim, device=self.device)
-        with _mode(self.layer, training=False), torch.no_grad():
+        with mode(self.layer, training=False), torch.no_grad():
             whole = self._post({}, o)
             idle: dict[str, int] = {}
             for path, width in shapes.items():
@@ -356,18 +357,6 @@ def _calls(twin: nn.Module, called: dict[str, int | None]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _mode(layer: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in one mode, and afterwards each in its own."""
-    before = {module: module.training for module in layer.modules()}
-    layer.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from pyckpt.spec import BlockSpec, canonical_rope_scaling
 
+MOVING = ("dynamic", "longrope")
+"""Types of RoPE, as `rope_type` names them, of which that is true."""
+
 
 class MovingRope:
     """The frequencies of a model's rotary embedding as its last call left them.

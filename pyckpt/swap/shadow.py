@@ -51,6 +51,18 @@ def twin_of(
 
 
 @contextlib.contextmanager
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """All modules inside in one mode, and afterwards each in its own."""
+    before = {m: m.training for m in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, was in before.items():
+            m.training = was
+
+
+@contextlib.contextmanager
 def untouched(module: nn.Module) -> Iterator[list[str]]:
     """Afterwards all modules inside have the attributes and the buffers that they had.
 

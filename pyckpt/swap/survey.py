@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.swap.handing import HIDDEN, MASK, Arguments, Handing
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError
-from pyckpt.swap.shadow import attention_config, twin_of, unsharded_class, untouched
+from pyckpt.swap.rope import MOVING
+from pyckpt.swap.shadow import attention_config, mode, twin_of, unsharded_class, untouched
 
 SEQ = 11
 _LONG = 1025  # of a call in which masks alone are looked at
@@ -27,7 +29,6 @@ _SMALL = (4, 5, 6, 7, 8, 9)
 _LIMITS, _NO_LIMITS = ("window", "chunk", "local"), ("layers", "pattern", "experts", "feed_forward")  # in their names
 _PADDING = ((0, SEQ - 3), (2, SEQ))  # where the tokens of each row begin and end
 _CUTS = (4, 7)  # where each row's second sequence begins
-MASK, HIDDEN = "attention_mask", "hidden_states"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,15 @@ class Survey:
 
     `cuts`: position_ids that start anew cut the model's masks. `maskless`: the model reads its mask for nothing but the
     layers' masks, and hands one of four dims on as it is. `axes`: it takes position_ids (3, B, S), of time, height and
-    width, which cut nothing (Wang et al. 2024, Qwen2-VL, section 2.1).
+    width, which cut nothing (Wang et al. 2024, Qwen2-VL, section 2.1). `handing`: makes what is handed to the layers
+    for a tile of tokens; None where that is not known to follow from their positions.
     """
 
     handed: dict[int, Handed | str]
     cuts: bool
     maskless: bool
     axes: bool
+    handing: Handing | None = None
 
 
 def check_weights(module: nn.Module) -> None:
@@ -97,9 +100,7 @@ def survey(model: Any, paths: list[str]) -> Survey:
     Raises `UnsupportedError` where it can't be called, or where its masks are not those of causal attention.
     """
     check_weights(model)
-    if getattr(model.config, "layerdrop", 0):
-        raise UnsupportedError("its model leaves out layers at random (layerdrop)")
-    scene = _Scene(model, paths)
+    scene = Scene(model, paths)
     plain = scene.run()
     lost = [place for place, call in plain.items() if CALL not in call]
     if lost or len(plain) < len(paths):
@@ -121,7 +122,9 @@ def survey(model: Any, paths: list[str]) -> Survey:
             handed[place] = Handed(*both, windows.pop(), cuts, returns, width)
         except UnsupportedError as reason:
             handed[place] = str(reason)
-    return Survey(handed, cuts, scene.maskless(plain, padded), scene.axes(plain))
+    maskless = scene.maskless(plain, padded)
+    handing = scene.handing(plain, packed, long) if maskless else None
+    return Survey(handed, cuts, maskless, scene.axes(plain), handing)
 
 
 def packed_positions(device: torch.device) -> Tensor:
@@ -160,14 +163,18 @@ def _arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {n: value for n, value in call.items() if n not in (CALL, HIDDEN, MASK)}
 
 
-class _Scene:
+class Scene:
     """The twin of a model, whose layers write down what they are given and hand the hidden states on."""
 
     def __init__(self, model: Any, paths: list[str]) -> None:
-        self._model, self.config = model, model.config
+        self._model, self._paths, self.config = model, paths, model.config
+        if getattr(model.config, "layerdrop", 0):
+            raise UnsupportedError("its model leaves out layers at random (layerdrop)")
         self.device = next(model.parameters()).device
         self._returns: dict[int, Any] = {}
         self._calls: dict[int, dict[str, Any]] = {}
+        self._states: set[tuple[int, int]] = set()
+        self._in_a_row = True  # a layer is handed what the one before has returned, to which nobody has written
         limits = sorted(n for n, v in vars(model.config).items() if _is_limit(n, v))
         lists = [
             n for n, v in vars(model.config).items() if _names_limit(n) and isinstance(v, (list, tuple, dict)) and v
@@ -197,6 +204,7 @@ class _Scene:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
             self._calls[place] = given
+            self._states.add((id(given[HIDDEN]), given[HIDDEN]._version))
             if place not in self._returns:
                 self._returns[place] = own(twin, **{n: v for n, v in given.items() if n != CALL})
             made = self._returns[place]
@@ -207,21 +215,38 @@ class _Scene:
 
     def run(self, seq: int = SEQ, **options: Any) -> dict[int, dict[str, Any]]:
         """What each layer is given in a call of two rows with these options."""
-        self._calls = {}
+        self._calls, self._states = {}, set()
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self._vocab, (2, seq), generator=generator).to(self.device)
+        self._ids = ids = torch.randint(0, self._vocab, (2, seq), generator=generator).to(self.device)
         try:
             with torch.no_grad(), forked(self.device), untouched(self._model):
-                self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
+                self._made = self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
         except Exception as error:
             raise UnsupportedError(f"its model cannot be called for a look at it: {shown(error)}") from error
         if any(tuple(call[HIDDEN].shape[:-1]) != (2, seq) for call in self._calls.values()):
             raise UnsupportedError("its model hands hidden states of another shape to its layers")
+        self._in_a_row = self._in_a_row and len(self._states) == 1
         return self._calls
+
+    def surroundings(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a call in training mode: token ids, what the first layer is handed, and what becomes of the same after
+        the last one."""
+        self._twin.__dict__["training"] = True
+        try:
+            with mode(self._model, training=True):
+                states = {call[HIDDEN] for call in self.run().values()}
+        finally:
+            self._twin.__dict__["training"] = False
+        if not self._in_a_row:
+            raise UnsupportedError("its model does something between its layers")
+        return self._ids, states.pop(), self._made.last_hidden_state
+
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(type(self._twin).forward).parameters
 
     def packed(self, plain: dict[int, dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], bool]:
         """A call with rows of two sequences, and whether its masks are cut between them."""
-        if "position_ids" not in inspect.signature(type(self._twin).forward).parameters:
+        if not self._takes_positions():
             return plain, False
         found = self.run(position_ids=packed_positions(self.device))
         pairs = [(call.get(MASK), found[place].get(MASK)) for place, call in plain.items()]
@@ -238,6 +263,33 @@ class _Scene:
             return False
         masks = all(_equal(call.get(MASK), plain[place].get(MASK)) for place, call in three.items())
         return masks and any(not _same(one[place], call) for place, call in three.items())
+
+    def handing(self, *calls: dict[int, dict[str, Any]]) -> Handing | None:
+        """Makes what was handed to the layers in these calls, whose first was plain, the second packed."""
+        modules = self._model.modules()
+        if any(_moves(getattr(m, "rope_type", None)) for m in modules) or not self._in_a_row:
+            return None
+        try:
+            found = Handing(self._model, self._paths, [self.returned(place) for place in range(len(self._paths))])
+            with forked(self.device), untouched(self._model) as changed:
+                same = all(self._made_by(found, call, call is calls[1]) for call in calls)
+        except Exception:  # of any class anything may be met
+            return None
+        return found if same and not changed else None
+
+    def _made_by(self, handing: Handing, call: dict[int, dict[str, Any]], packed: bool) -> bool:
+        """It makes what the layers were handed in this call, for tiles of any tokens."""
+        seq = call[0][HIDDEN].shape[1]
+        positions = torch.arange(seq, device=self.device).repeat(2)
+        if packed and self._takes_positions():
+            positions = packed_positions(self.device).flatten()
+        x = call[0][HIDDEN].flatten(0, 1)
+        whole = {place: Arguments(_arguments(c), 2, seq) for place, c in call.items()}
+        for rows in (slice(seq - 1, seq + 9), slice(2 * seq - 5, 2 * seq), slice(0, 6), slice(seq - 1, seq)):
+            made = handing.of(x[rows], positions[rows])
+            if not all(_same(made[place], arguments.of(rows)) for place, arguments in whole.items()):
+                return False
+        return True
 
     def window(self, mask: Any, kind: str | None) -> int | None:
         """The layer's window, of the model's own config. Raises `UnsupportedError` for no mask of causal attention."""
@@ -272,6 +324,12 @@ class _Scene:
         except UnsupportedError:
             return False
         return all(_same(plain[i], padded[i]) and _same(plain[i], dummy[i]) for i in plain)
+
+
+def _moves(rope_type: Any) -> bool:
+    """RoPE's frequencies depend on the length of the batch, of one of the kinds of layers at least."""
+    kinds = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    return any(kind in MOVING for kind in kinds)
 
 
 def _is_limit(name: str, value: Any) -> bool:

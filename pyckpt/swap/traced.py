@@ -22,6 +22,7 @@ from pyckpt.exec.resident import BlockPlan
 from pyckpt.save import Save
 from pyckpt.spec import Window
 from pyckpt.swap.generic import SINKS, OwnModulesBlock, SeededTokenwise, precision
+from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
@@ -70,49 +71,15 @@ class Trace:
         )
 
 
-class Arguments:
-    """What a layer is called with, for any range of the flat batch's tokens. `batch` rows of `seq` tokens."""
-
-    def __init__(self, values: dict[str, Any], batch: int, seq: int) -> None:
-        self._batch, self._seq = batch, seq
-        self._values = values
-        for name, value in values.items():
-            self._map(name, value, lambda t: t)
-
-    def of(self, rows: slice) -> dict[str, Any]:
-        """The arguments for these tokens, as a batch of one."""
-        return {name: self._map(name, value, lambda t: self._cut(t, rows)) for name, value in self._values.items()}
-
-    def _map(self, name: str, value: Any, cut: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._map(name, v, cut) for v in value)
-        if not isinstance(value, Tensor):
-            if value is None or isinstance(value, (bool, int, float, str)):
-                return value
-            raise UnsupportedError(f"it is handed {name}, a {type(value).__name__}")
-        shapes = ((self._batch, self._seq), (1, self._seq))
-        if (tuple(value.shape[:2]) not in shapes and tuple(value.shape) != (self._seq,)) or value.requires_grad:
-            raise UnsupportedError(f"it is handed {name} of shape {tuple(value.shape)}, which does not go by tokens")
-        return cut(value)
-
-    def _cut(self, t: Tensor, rows: slice) -> Tensor:
-        if t.dim() == 1:
-            return self._cut(t[None], rows)[0]
-        if t.shape[0] == self._batch:
-            return t.flatten(0, 1)[rows][None]
-        first, last = rows.start % self._seq, (rows.stop - 1) % self._seq
-        if last - first == rows.stop - 1 - rows.start:  # within one row
-            return t[:, first : last + 1]
-        return t[:, torch.arange(rows.start, rows.stop, device=t.device) % self._seq]
-
-
 class TracedTokenwise(SeededTokenwise):
     """`pre` and `post` of one call, `around` each forward of the layer.
 
     What is no weight of theirs is on the meta device, so that it can't be read.
     """
 
-    def __init__(self, block: TracedBlock, arguments: Arguments, precision: AbstractContextManager[Any]) -> None:
+    def __init__(
+        self, block: TracedBlock, arguments: Arguments | Placed, precision: AbstractContextManager[Any]
+    ) -> None:
         trace = block.trace
         self._trace, self._tap, self._arguments, self.around = trace, block.tap, arguments, precision
         self.pre_names = tuple(f"pre.{n}" for n in trace.pre)
@@ -120,11 +87,11 @@ class TracedTokenwise(SeededTokenwise):
         idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
         self._pre_twin, self._post_twin = block.twin(), block.twin(idle)
         self._others = [_others(t, names) for t, names in ((self._pre_twin, trace.pre), (self._post_twin, trace.post))]
-        self._rows = slice(0, 0)
+        self._options: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def _at(self, tile: Tile, site: int) -> Iterator[None]:
-        self._rows = slice(tile.first, tile.first + tile.x.shape[0])
+        self._options = {**self._arguments.at(tile), MASK: None}
         with super()._at(tile, site):
             yield
 
@@ -140,9 +107,8 @@ class TracedTokenwise(SeededTokenwise):
         return (made[0] if isinstance(made, tuple) else made)[0]
 
     def _call(self, twin: nn.Module, values: dict[str, Tensor], x: Tensor) -> Any:
-        options = {**self._arguments.of(self._rows), "attention_mask": None}
         with self.around:
-            return functional_call(twin, values, (x[None],), options)
+            return functional_call(twin, values, (x[None],), self._options)
 
 
 def _others(twin: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -151,7 +117,14 @@ def _others(twin: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 class TracedBlock(OwnModulesBlock):
-    """A layer's own forward around our attention. It has to be told what the layer is called with (`called_with`)."""
+    """A layer's own forward around our attention.
+
+    It has to be told what the layer is called with (`called_with`), or takes what the model hands to the layer at its
+    `place`, made anew for each tile, where there is a `handing`.
+    """
+
+    handing: Handing | None = None
+    place = 0
 
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None, trace: Trace) -> None:
         super().__init__(layer, mapping, save, tile)
@@ -190,21 +163,28 @@ class TracedBlock(OwnModulesBlock):
         return weights | ({SINKS: found[self.trace.sinks]} if self.trace.sinks else {})
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
-        if self._arguments is None:
-            raise RuntimeError("this layer runs on what its model hands to it, and cannot be planned without a call")
-        tokenwise = TracedTokenwise(self, self._arguments, precision(device, x_dtype, dtype))
+        around = precision(device, x_dtype, dtype)
+        tokenwise = TracedTokenwise(self, self._handed(around), around)
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
         return generic_plan(tokenwise, self._attend(), self._save, *options)
+
+    def _handed(self, around: AbstractContextManager[Any]) -> Arguments | Placed:
+        if self._arguments is not None:
+            return self._arguments
+        if self.handing is None:
+            raise RuntimeError("this layer runs on what its model hands to it, and cannot be planned without a call")
+        return Placed(self.handing, self.place, self.trace.arguments, around)
 
 
 class TracedLayer(SwappedLayer):
     """A layer whose block takes what the layer is called with; it returns what the class returns."""
 
     block: TracedBlock
+    handed = True
 
     @property
     def apart(self) -> bool:
-        return True  # it runs on what it is itself called with
+        return self.block.handing is None  # else it runs on what it is itself called with
 
     @property
     def reach(self) -> int | None:
@@ -212,8 +192,9 @@ class TracedLayer(SwappedLayer):
 
     @torch.compiler.disable
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
+        alone = len(blocks) == 1 and (self.apart or call.stream is None)
         try:
-            with self.block.called_with(given, *x.shape[:2]):
+            with self.block.called_with(given, *x.shape[:2]) if alone else contextlib.nullcontext():
                 y = super().run(blocks, x, call, given)
         except UnsupportedError as reason:
             raise RuntimeError(
