@@ -137,6 +137,7 @@ static void add_rows(const View& view, int64_t batch, int64_t first, int64_t row
                      const float* from, int64_t width, float factor) {
   for (int64_t r = 0; r < rows; ++r) {
     float* to = row_of<float>(view, batch, first + r, head);
+    if (r + kAhead < rows) fetch(to + kAhead * view.seq, d);
     for (int64_t i = 0; i < d; ++i) to[i] += from[r * width + i] * factor;
   }
 }

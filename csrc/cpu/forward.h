@@ -24,15 +24,20 @@ static size_t forward_scratch(const Attention& a) {
   return rows + kPool * query_tile_floats(a) + kTile * padded(a.d_k);
 }
 
+// What is in o and lse already counts as one key more, of score lse and with o as its value.
 static void begin_tile(const Attention& a, const Segment& s, QueryTile& t, float* rows) {
-  const int64_t width = padded(a.d_k);
-  load_rows(a.element, a.q, s.batch, s.q0 + t.first, t.queries, t.head, a.d_k, rows, width);
-  turn_rows(rows, t.queries, a.d_k, width, t.columns);
+  const int64_t k_width = padded(a.d_k), v_width = padded(a.d_v);
+  load_rows(a.element, a.q, s.batch, s.q0 + t.first, t.queries, t.head, a.d_k, rows, k_width);
+  turn_rows(rows, t.queries, a.d_k, k_width, t.columns);
+  std::memset(t.o, 0, sizeof(float) * kTile * v_width);
+  if (a.begin == kRunning) load_rows(kFloat32, a.o, s.batch, s.q0 + t.first, t.queries, t.head, a.d_v, t.o, v_width);
+  const float* lse = row_of<float>(a.lse, s.batch, s.q0 + t.first, t.head);
   for (int i = 0; i < kTile; ++i) {
-    t.most[i] = -kInfinity;
-    t.sum[i] = 0.0f;
+    const bool some = a.begin != kNothing && i < t.queries;
+    t.most[i] = some ? lse[i * a.lse.seq] : -kInfinity;
+    t.sum[i] = t.most[i] == -kInfinity ? 0.0f : 1.0f;
+    if (t.sum[i] == 0.0f) std::memset(t.o + i * v_width, 0, sizeof(float) * v_width);
   }
-  std::memset(t.o, 0, sizeof(float) * kTile * padded(a.d_v));
 }
 
 // Turns a block's scores of one vector of queries into exp(score - maximum), and brings the statistics forward.
@@ -87,30 +92,16 @@ static void attend(const Attention& a, const Seen& seen, QueryTile& t, const flo
                          t.shrink, KeysOfQueries{seen});
 }
 
-// Writes o and lse of a tile; merged with what is there already, as `begin` says.
+// Writes o and lse of a tile.
 static void end_tile(const Attention& a, const Segment& s, QueryTile& t) {
   const int64_t width = padded(a.d_v);
   for (int i = 0; i < t.queries; ++i) {
     const int64_t row = s.q0 + t.first + i;
     float* o = t.o + i * width;
-    float* lse = row_of<float>(a.lse, s.batch, row, t.head);
-    double whole = t.sum[i] == 0.0f ? -kInfinity : t.most[i] + ::log(static_cast<double>(t.sum[i]));
-    double share = t.sum[i] == 0.0f ? 0.0 : 1.0 / t.sum[i], kept = 0.0;
-    if (a.begin != kNothing) {
-      const double old = *lse, most = old > whole ? old : whole;
-      if (most != -kInfinity) {
-        const double before = ::exp(old - most), now = ::exp(whole - most);
-        whole = most + ::log(before + now);
-        kept = before / (before + now);
-        share *= now / (before + now);
-      }
-    }
+    const double sum = t.sum[i], share = sum == 0.0 ? 0.0 : 1.0 / sum;
     for (int64_t j = 0; j < a.d_v; ++j) o[j] = static_cast<float>(o[j] * share);
-    if (a.begin == kRunning && kept != 0.0) {
-      const float* before = row_of<float>(a.o, s.batch, row, t.head);
-      for (int64_t j = 0; j < a.d_v; ++j) o[j] += static_cast<float>(before[j] * kept);
-    }
-    *lse = static_cast<float>(whole);
+    *row_of<float>(a.lse, s.batch, row, t.head) =
+        sum == 0.0 ? -kInfinity : static_cast<float>(t.most[i] + ::log(sum));
     store_row(a.o_element, a.o, s.batch, row, t.head, a.d_v, o);
   }
 }

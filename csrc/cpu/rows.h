@@ -54,11 +54,20 @@ PYCKPT_INLINE T* row_of(const View& view, int64_t batch, int64_t row, int64_t he
   return static_cast<T*>(view.data) + batch * view.batch + row * view.seq + head * view.head;
 }
 
+// A head's rows lie far apart, so that no hardware foresees the next one. kAhead rows on, it has come from the last cache.
+constexpr int64_t kAhead = 12;
+
+template <class T>
+PYCKPT_INLINE void fetch(const T* row, int64_t d) {
+  for (int64_t i = 0; i < d; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+
 template <class T>
 static void load_rows_as(const View& view, int64_t batch, int64_t first, int64_t rows, int64_t head, int64_t d,
                          float* to, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = row_of<T>(view, batch, first + r, head);
+    if (r + kAhead < rows) fetch(from + kAhead * view.seq, d);
     float* row = to + r * width;
     for (int64_t i = 0; i < d; ++i) row[i] = widened(from[i]);
     for (int64_t i = d; i < width; ++i) row[i] = 0.0f;
@@ -76,11 +85,55 @@ static void load_rows(int64_t element, const View& view, int64_t batch, int64_t 
     load_rows_as<Half>(view, batch, first, rows, head, d, to, width);
 }
 
+#if !defined(__clang__)  // which has no __builtin_shuffle
+// A square of kLanes by kLanes, turned in registers: in each step pairs of rows a distance apart exchange the halves of
+// their parts of twice that distance.
+template <int distance>
+PYCKPT_INLINE void exchange(Vec* square) {
+  Ints low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & distance ? i - distance + kLanes : i;
+    high[i] = i & distance ? i + kLanes : i + distance;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) {
+    if (r & distance) continue;
+    const Vec a = square[r], b = square[r + distance];
+    square[r] = __builtin_shuffle(a, b, low);
+    square[r + distance] = __builtin_shuffle(a, b, high);
+  }
+}
+
+PYCKPT_INLINE void turn_square(const float* from, int64_t width, float* to) {
+  Vec square[kLanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) square[r] = load(from + r * width);
+#if PYCKPT_LANES >= 16
+  exchange<8>(square);
+#endif
+#if PYCKPT_LANES >= 8
+  exchange<4>(square);
+#endif
+  exchange<2>(square);
+  exchange<1>(square);
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) store(to + r * kTile, square[r]);
+}
+
+#endif
+
 // rows (n, width), of which d count, as columns (d, kTile). Columns beyond n are zeros.
 static void turn_rows(const float* rows, int64_t n, int64_t d, int64_t width, float* columns) {
+#if defined(__clang__)
+  const int64_t whole_rows = 0, whole = 0;
+#else
+  const int64_t whole_rows = n / kLanes * kLanes, whole = d / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t r = 0; r < whole_rows; r += kLanes) turn_square(rows + r * width + i, width, columns + i * kTile + r);
+#endif
   for (int64_t i = 0; i < d; ++i) {
     float* column = columns + i * kTile;
-    for (int64_t r = 0; r < n; ++r) column[r] = rows[r * width + i];
+    for (int64_t r = i < whole ? whole_rows : 0; r < n; ++r) column[r] = rows[r * width + i];
     for (int64_t r = n; r < kTile; ++r) column[r] = 0.0f;
   }
 }
