@@ -19,8 +19,9 @@ from pyckpt.exec.lm_ends import IGNORE, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
+from pyckpt.exec.session import ENDS, Session
 from pyckpt.exec.streamed import Stack, store_plan
-from pyckpt.exec.streamed_node import ENDS, Session, execute
+from pyckpt.exec.streamed_node import execute
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pyckpt.model import CkptCausalLM, CkptTransformer
 
 MOST_TILE = 1 << 20
+GRADIENTS = ("together", "by block")
 
 
 class Stream:
@@ -44,8 +46,13 @@ class Stream:
         limit: the most bytes that one run may take of the store. Where what the blocks' save sets and `segments` keep
             does not fit, less is kept and more made again: x of every block, then of fewer and fewer blocks, by the
             schedule with the fewest repeats. Gradients are the same. A run that can't fit is refused before it starts.
+        gradients: when weights get them. "together": at the end of the backward, all at once, so that a run that ends
+            before leaves none. "by block": those of each block when it has them. Where `.grad` is there already
+            (accumulation), or an optimizer steps in `register_post_accumulate_grad_hook` and frees it, there is then no
+            second set of all gradients at any time. The same bits.
         progress: called between tiles with ("embed", "forward", "head" or "backward", block, tile). What it raises
-            ends the run and leaves no gradient: Ctrl-C between two tiles changes nothing.
+            ends the run and leaves no gradient: Ctrl-C between two tiles changes nothing. (With "by block" it leaves
+            those that were given before.)
 
     Keep a `Stream` for the whole training: it keeps the store's memory from step to step.
     """
@@ -57,12 +64,16 @@ class Stream:
         path: str | os.PathLike[str] | None = None,
         limit: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        gradients: str = "together",
     ) -> None:
+        if gradients not in GRADIENTS:
+            raise ValueError(f"gradients must be {' or '.join(map(repr, GRADIENTS))}, got {gradients!r}")
         if errors.check_tile(tile) is None or tile > MOST_TILE:
             raise ValueError(f"tile must be 1 to {MOST_TILE:,} tokens, got {tile!r}")
         self.tile = tile
         self.store = make_store(store, path, limit)
         self.progress = progress
+        self.gradients = gradients
 
     def estimate(self, model: nn.Module, tokens: int, batch: int = 1) -> Estimate:
         """What a step on (batch, tokens) will take, streamed: see `pyckpt.exec.estimate.Estimate`.
@@ -175,7 +186,8 @@ def stream_loss(
         source = ends.source(tokens, trained, lambda rows: stack.of_positions(rows).tensor)
         return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
 
-    return execute(Session(stack, stream.store, uses, make_ends, stream.progress), None, weights)
+    session = Session(stack, stream.store, uses, make_ends, stream.progress)
+    return execute(session, None, weights, stream.gradients == "by block")
 
 
 def run_stack(
@@ -208,7 +220,8 @@ def stream_blocks(
     def make_ends() -> tuple[Source, Sink]:
         return Given(flat, need_dx), Whole(layout.tokens)
 
-    return execute(Session(stack, stream.store, uses, make_ends, stream.progress), x, weights).view(x.shape)
+    session = Session(stack, stream.store, uses, make_ends, stream.progress)
+    return execute(session, x, weights, stream.gradients == "by block").view(x.shape)
 
 
 def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:

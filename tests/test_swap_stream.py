@@ -132,6 +132,23 @@ def test_segments_and_save_sets_give_the_same_bits(family, options):
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("family", ["GPT2", "Phi3", "GptOss", "DeepseekV3", "adapters"])
+def test_gradients_by_block_are_the_same_bits(family):
+    """Of weights that are parts of one matrix too, and of a loss whose layers alone are streamed."""
+    model, batch, results = make_model("Llama" if family == "adapters" else family), make_batch("padded"), []
+    if family == "adapters":
+        model = make_adapted(model, target_modules=["q_proj", "down_proj"])
+    base = {n: v for n, v in batch.items() if n != "labels"} | {"use_cache": False}
+    for kind in ("together", "by block"):
+        pyckpt.swap(model, stream=stream(gradients=kind))
+        results.append(step(model, batch))
+        model.base_model(**base)[0].square().sum().backward()
+        results[-1] |= {f"{n} of hidden states": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        pyckpt.unswap(model)
+    assert_same_bits(*results)
+
+
 def test_the_row_of_the_padding_token_learns_nothing_from_being_looked_up():
     model, batch = make_model("Llama", torch.float64), make_batch("plain")
     batch["input_ids"][0, 4:7] = 0

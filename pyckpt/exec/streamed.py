@@ -212,24 +212,40 @@ class Streamed:
 
         `need_dx`: the source wants its own.
         """
-        self._sink.take(ends, upstream)
+        self.begin_backward(ends, upstream)
         found: list[Gradients] = [{} for _ in self._stack.plans]
-        if self._sink.deferred and not self._stack.schedule.backward:
-            self._sink_alone()
         first = 0 if need_dx else next((i for i, names in enumerate(wanted) if names), len(found))
         for step in self._stack.schedule.backward:
             if isinstance(step, Back):
-                block = step.block
-                found[block] = self._back(block, wanted[block], need_dx or block > first)
-            else:
-                self._advance(step)
+                found[step.block] = self.back(step.block, wanted[step.block], need_dx or step.block > first)
+        return self.end_backward(ends, need_dx), found
+
+    # The same in parts: `begin_backward`, `back` of one block after the other from the last on, `end_backward`.
+
+    def begin_backward(self, ends: Named, upstream: Tensor) -> None:
+        self._sink.take(ends, upstream)
+        if self._sink.deferred and not self._stack.schedule.backward:
+            self._sink_alone()
+        self._left = iter(self._stack.schedule.backward)
+
+    def back(self, block: int, wanted: Collection[str], need_dx: bool) -> Gradients:
+        """The gradients of a block's weights. `need_dx`: that of its input is needed."""
+        for step in self._left:
+            if isinstance(step, Back):
+                assert step.block == block
+                return self._back(block, wanted, need_dx)
+            self._advance(step)
+        raise AssertionError(f"the schedule has no backward of block {block}")
+
+    def end_backward(self, ends: Named, need_dx: bool) -> Gradients:
+        """The gradients of the ends' weights. `need_dx`: the source wants its own."""
         if need_dx:
             for i in reversed(range(len(self._tiles))):
                 self._prefetch(HIDDEN, i - 1)
                 self._source.backward(ends, self._tiles[i], self._store.get((*HIDDEN, i)))
                 self._store.release((*HIDDEN, i))
         self._ws = Workspace(self._stack.device)
-        return {**self._sink.gradients(ends), **self._source.gradients(ends)}, found
+        return {**self._sink.gradients(ends), **self._source.gradients(ends)}
 
     def _sink_alone(self) -> None:
         """The backward of the sink where no block has one."""
