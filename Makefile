@@ -20,14 +20,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 # Changes when what is installed changes: the sources themselves are installed editable, the CPU kernels are compiled.
 READY := $(VENV)/ready
+TOOLS := $(VENV)/tools
 SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py csrc/build.py $(wildcard csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint aot cuda cpu gpu bench doctor clean
+.PHONY: help setup demo test tools lint aot cuda cpu gpu bench doctor clean
 
 help:
 	@echo "make demo     train a small model on text, then compare memory and time (4 minutes with the set-up)"
 	@echo "make test     run the tests, but for the slow ones; those: make test ARGS='-m slow'"
+	@echo "make tools    install TRL and DeepSpeed too, and run the tests with them (3 minutes)"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile the Triton kernels for GPUs that are not here; registers, spills, shared memory"
 	@echo "make cuda     build the CUDA C++ extension in place, with nvcc (3 minutes; no GPU needed)"
@@ -60,6 +62,18 @@ demo: $(READY)
 test: $(READY)
 	@echo "Running the tests: $(WORKERS) processes with $(THREADS) threads each."
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
+
+# What tests alone need, and takes longer to install than all else. DeepSpeed's set-up imports PyTorch, of which it would
+# else be given another one.
+$(TOOLS): $(READY) constraints.txt
+	@echo "Installing TRL and DeepSpeed."
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation trl deepspeed
+	@touch $@
+
+tools: $(TOOLS)
+	@echo "Running the tests with TRL and DeepSpeed."
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+		tests/test_swap_tools.py tests/test_swap_deepspeed.py tests/test_docs.py $(ARGS)
 
 lint: $(READY)
 	@echo "ruff check";  $(BIN)/ruff check .
