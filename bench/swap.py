@@ -5,14 +5,16 @@
 
 A Llama in fp32 with random weights, batch 1, forward and backward with labels. Once with a small vocabulary, where the
 layers are nearly all of it, once with Llama 2's, where logits matter too. "keep_within" has all the memory that
-checkpointing takes: save sets are chosen to fill it. "LoRA": adapters of rank 8 on q and v, the base frozen. All
-variants hold the same weights; they take turns in one process; medians. Peaks are live bytes of tensors above the
-weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes bench/results/swap_cpu.json.
+checkpointing takes: save sets are chosen to fill it. "LoRA": adapters of rank 8 on q and v, the base frozen, beside a
+swapped step that trains all weights. All variants hold the same weights; they take turns in one process; medians. Peaks
+are live bytes of tensors above the weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes
+bench/results/swap_cpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ NAME = "swap_cpu"
 PLAIN, CHECKPOINT = "transformers", "its gradient checkpointing"
 SWAP, MID, STREAM = "swap", "swap, attention+mid", "swap, streamed"
 WITHIN = "swap, keep_within"  # checkpointing's peak
+ALL = "swap, all weights trained"  # beside adapters
 CONFIG: dict[str, int] = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376}
 VOCABS = (256, 32000)
 AIMS = {"time over checkpointing": 0.85, "peak over checkpointing": 1.05, "peak over transformers": 0.35}
@@ -107,31 +110,36 @@ def memory_to_spend(model: nn.Module, ids: torch.Tensor) -> int:
     return kept + max(0, peak(model, checkpointing, ids) - peak(model, swapped, ids))
 
 
-def measure(model: nn.Module, tokens: int, repeats: int, names: list[str] | None = None) -> list[dict[str, Any]]:
-    """A row for each variant: seconds of a step, all of them, and the peak's bytes."""
+def measure(
+    model: nn.Module, tokens: int, repeats: int, names: list[str] | None = None, whole: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """A row for each variant: seconds of a step, all of them, and the peak's bytes. `whole`: another model, for ALL."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens))  # type: ignore[union-attr,arg-type]
     stream = pyckpt.Stream(TILE, "file")
     memory = memory_to_spend(model, ids) if names is None or WITHIN in names else 0
-    ways = {n: way for n, way in variants(stream, memory, tokens).items() if names is None or n in names}
+    ways = {n: (model, way) for n, way in variants(stream, memory, tokens).items() if names is None or n in names}
+    if whole is not None:
+        ways[ALL] = (whole, swapped)
 
-    def step(way: Callable[[nn.Module], Any]) -> None:
+    def step(model: nn.Module, way: Callable[[nn.Module], Any]) -> None:
         model.zero_grad()
         with way(model):
             model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
 
-    timings = interleaved({n: lambda way=way: step(way) for n, way in ways.items()}, repeats, warmup=1)
+    timings = interleaved({n: lambda both=both: step(*both) for n, both in ways.items()}, repeats, warmup=1)
     rows = []
-    for name, way in ways.items():
-        rows.append({"variant": name, "seconds": timings[name].median, "peak_bytes": peak(model, way, ids)})
+    for name, (one, way) in ways.items():
+        rows.append({"variant": name, "seconds": timings[name].median, "peak_bytes": peak(one, way, ids)})
     return rows
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Time and peak of each of our variants over transformers' two."""
+    """Time and peak of each of our variants over transformers' two, and with adapters over ALL."""
     by = {r["variant"]: r for r in rows}
     found: dict[str, dict[str, float]] = {}
     for name in (SWAP, MID, WITHIN, STREAM):
-        for base, word in ((CHECKPOINT, "checkpointing"), (PLAIN, "transformers")):
+        for base, word in ((CHECKPOINT, "checkpointing"), (PLAIN, "transformers"), (ALL, "all weights")):
             for key, what in (("seconds", "time"), ("peak_bytes", "peak")):
                 if name in by and base in by:
                     found.setdefault(name, {})[f"{what} over {word}"] = by[name][key] / by[base][key]
@@ -152,11 +160,13 @@ def run(vocab: int, layers: int, tokens: int, repeats: int) -> dict[str, Any]:
     model = make_model(vocab, layers, tokens)
     full = measure(model, tokens, repeats)
     show(f"vocabulary {vocab:,}: all weights trained", full)
+    whole = copy.deepcopy(model)
     adapted = with_adapters(model)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    lora = measure(adapted, tokens, repeats, [CHECKPOINT, SWAP])
+    lora = measure(adapted, tokens, repeats, [CHECKPOINT, SWAP], whole)
     show(f"vocabulary {vocab:,}: LoRA", lora)
-    return {"vocab": vocab, "full": full, "ratios": ratios(full), "lora": lora, "frozen_weights": frozen}
+    found = {"ratios": ratios(full), "lora_ratios": ratios(lora)}
+    return {"vocab": vocab, "full": full, "lora": lora, **found, "frozen_weights": frozen}
 
 
 def main(argv: list[str] | None = None) -> int:
