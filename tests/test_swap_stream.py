@@ -470,6 +470,39 @@ def test_estimates_of_a_class_without_a_table():
     assert opened == [found.store_bytes]
 
 
+ENDS = {
+    "a scaled embedding": (lambda self, x: x * self.embed_scale, None),
+    "dropped embeddings": (lambda self, x: torch.nn.functional.dropout(x, 0.2, self.training), None),
+    "normed embeddings": (lambda self, x: self.norm(x), None),
+    "a scaled output": (None, lambda self, y: y * 1.01),
+    "a norm of its own": (None, lambda self, y: y + 0.05 * y.square()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ENDS)
+def test_ends_are_those_that_a_call_shows(what, dtype):
+    model, batch, (before, after) = make_model("Glm", dtype), make_batch("padded"), ENDS[what]
+
+    class Odd(type(model.model)):  # type: ignore[misc]
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **given):
+            if inputs_embeds is None:
+                inputs_embeds = self.embed_tokens(input_ids)
+                inputs_embeds = before(self, inputs_embeds) if before else inputs_embeds
+            given |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            made = super().forward(inputs_embeds=inputs_embeds, **given)
+            made.last_hidden_state = after(self, made.last_hidden_state) if after else made.last_hidden_state
+            return made
+
+    model.model.__class__ = Odd
+    model.model.embed_scale = 3.0
+    found = pyckpt.swap(model, stream=stream()).entries[-1].why
+    assert ("; streamed from the token ids on" in found) == (what == "a scaled embedding")
+    pyckpt.unswap(model)
+    if what == "a scaled embedding":
+        check(model, [batch], stream=stream())
+
+
 class Shifting(torch.nn.Module):
     """A rotary embedding that counts from the first token of what it is given."""
 

@@ -71,12 +71,18 @@ def _norm_in(base: Any, x: Tensor, made: Tensor) -> tuple[str, float]:
         for offset in (0.0, 1.0):
             kind, weights = _norm(norm), _norm_weights(norm, x[0])
             weights["norm.weight"] = with_offset(weights["norm.weight"], offset)
-            ours = kind.forward(weights, x)[0].to(made.dtype)
-            # Roundings alone; those of float32, in which norms of transformers compute, in float64 too.
-            allowed = max(2 * torch.finfo(made.dtype).eps, 16 * torch.finfo(torch.float32).eps)
-            if float((ours - made).norm()) <= allowed * float(made.norm()):
+            if _same_but_for_rounding(kind.forward(weights, x)[0], made):
                 return name, offset
     raise UnsupportedError("its output is no norm of what its layers make")
+
+
+def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
+    # Norms of transformers compute in float32, also in a model of float64.
+    allowed = max(2 * torch.finfo(b.dtype).eps, 16 * torch.finfo(torch.float32).eps)
+    a, b = a.double(), b.double()
+    size, error = float(b.norm()), a - b
+    # Roundings have either sign: what is larger as a whole was multiplied by something.
+    return float(error.norm()) <= allowed * size and abs(float((error * b).sum())) <= allowed / 8 * size**2
 
 
 def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossOptions) -> Ends:
