@@ -503,6 +503,19 @@ def test_ends_are_those_that_a_call_shows(what, dtype):
         check(model, [batch], stream=stream())
 
 
+def test_a_layer_of_other_widths_is_not_streamed():
+    """The store of a run has keys and values of one width."""
+    model, batch = make_model("Glm", num_hidden_layers=3), make_batch("plain")
+    config = copy.deepcopy(model.config)
+    config.num_key_value_heads = 4
+    model.model.layers[1] = type(model.model.layers[1])(config, 1)
+    with pytest.warns(UserWarning, match="some of its layers are not streamed"):
+        check(model, [batch], stream=stream())
+    pyckpt.unswap(model)
+    layers = pyckpt.swap(model, stream=stream()).entries[:-1]
+    assert ["; streamed" in e.why for e in layers] == [True, False, True]
+
+
 class Shifting(torch.nn.Module):
     """A rotary embedding that counts from the first token of what it is given."""
 

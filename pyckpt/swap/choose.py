@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pyckpt.attend.dense import DenseAttend
 from pyckpt.save import Save
 from pyckpt.swap import families, probe, whole
 from pyckpt.swap import survey as surveys
@@ -26,6 +27,7 @@ class Chooser:
         self._seen: Survey | UnsupportedError | None = None
         self._alike: set[Any] = set()
         self._moving: dict[str, MovingRope] = {}
+        self._widths: tuple[int, ...] | None = None
 
     def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
         """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
@@ -35,6 +37,7 @@ class Chooser:
             return self._traced(layer, place, str(reason))
         except AttributeError as error:
             return self._traced(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
+        self._fits(DenseAttend.of(mapping.spec))
         block = GenericMappedBlock if mapping.why else MappedBlock
         return SwappedLayer(layer, block(layer, mapping, self._save, self._tile), place, self._twice(layer))
 
@@ -46,13 +49,21 @@ class Chooser:
             if isinstance(handed, str):
                 raise UnsupportedError(handed)
             block = probe.traced_block(layer, handed, why, self._save, self._tile, self._alike)
-            block.handing, block.place = self._survey().handing, place
+            handing = self._survey().handing
+            if handing is not None and self._fits(block.trace.attend(False)):
+                block.handing, block.place = handing, place
             return TracedLayer(layer, block, place, self._twice(layer))
         except UnsupportedError as reason:
             raise UnsupportedError(why if str(reason) == why else f"{why}, and {reason}") from reason
         except Exception as error:
             # Of any class anything may be met.
             raise UnsupportedError(f"{why}, and it cannot be tried out: {surveys.shown(error)}") from error
+
+    def _fits(self, attend: DenseAttend) -> bool:
+        """Whether a layer's keys, values and outputs are as wide as the first's: a streamed run has one store."""
+        widths = (attend.n_heads, attend.n_kv_heads * attend.head_dim, attend.d_v, attend.d_o)
+        self._widths = self._widths or widths
+        return widths == self._widths
 
     def _twice(self, layer: nn.Module) -> bool:
         return whole.passes(whole.check, self._model, layer)
