@@ -186,8 +186,7 @@ def stream_loss(
         source = ends.source(tokens, trained, lambda rows: stack.of_positions(rows).tensor)
         return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
 
-    session = Session(stack, stream.store, uses, make_ends, stream.progress)
-    return execute(session, None, weights, stream.gradients == "by block")
+    return _run(stack, stream, uses, make_ends, None, weights)
 
 
 def run_stack(
@@ -220,8 +219,19 @@ def stream_blocks(
     def make_ends() -> tuple[Source, Sink]:
         return Given(flat, need_dx), Whole(layout.tokens)
 
+    return _run(stack, stream, uses, make_ends, x, weights).view(x.shape)
+
+
+def _run(
+    stack: Stack,
+    stream: Stream,
+    uses: list[list[tuple[int, str]]],
+    make_ends: Callable[[], tuple[Source, Sink]],
+    x: Tensor | None,
+    weights: tuple[Tensor, ...],
+) -> Tensor:
     session = Session(stack, stream.store, uses, make_ends, stream.progress)
-    return execute(session, x, weights, stream.gradients == "by block").view(x.shape)
+    return execute(session, x, weights, stream.gradients == "by block")
 
 
 def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.swap.modules import UnsupportedError
-from pyckpt.swap.shadow import twin_of, unsharded_class
+from pyckpt.swap.shadow import argument_names, twin_of
 from pyckpt.tokenwise.interface import Tile
 
 HIDDEN, MASK = "hidden_states", "attention_mask"
@@ -67,8 +66,7 @@ class Handing:
     def __init__(self, model: nn.Module, paths: list[str], returns: list[int]) -> None:
         self._model = (model,)  # in a tuple: no module of what holds this
         self._paths, self._returns = tuple(paths), tuple(returns)
-        takes = inspect.signature(unsharded_class(model).forward).parameters
-        self._positions = "position_ids" in takes
+        self._positions = "position_ids" in argument_names(model)
 
     def of(self, x: Tensor, positions: Tensor) -> list[dict[str, Any]]:
         """What each layer is handed for tokens x (t, d_model) at `positions` (t,), as a batch of one. Of x no value is
@@ -91,8 +89,7 @@ class Handing:
         raise UnsupportedError("its model does not call its layers one after the other")
 
     def _recorder(self, place: int, layer: nn.Module, calls: list[dict[str, Any]]) -> nn.Module:
-        names = tuple(inspect.signature(unsharded_class(layer).forward).parameters)[1:]
-        returns = self._returns[place]
+        names, returns = argument_names(layer), self._returns[place]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -90,6 +91,11 @@ def unsharded_class(module: nn.Module) -> type[Any]:
     """The module's class; of one made by FSDP2, the class that it wraps."""
     kind = type(module)
     return kind.__bases__[1] if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2 else kind
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Of the module's own forward, in order."""
+    return tuple(inspect.signature(unsharded_class(module).forward).parameters)[1:]
 
 
 def attention_config(config: Any, implementation: str, **changes: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +19,7 @@ from pyckpt.swap.handing import HIDDEN, MASK, Arguments, Handing
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MOVING
-from pyckpt.swap.shadow import attention_config, mode, twin_of, unsharded_class, untouched
+from pyckpt.swap.shadow import argument_names, attention_config, mode, twin_of, unsharded_class, untouched
 
 SEQ = 11
 _LONG = 1025  # of a call in which masks alone are looked at
@@ -199,7 +198,7 @@ class Scene:
     def _recorder(self, place: int, layer: nn.Module) -> nn.Module:
         twin = twin_of(layer, self._config)
         own = unsharded_class(layer).forward
-        names = tuple(inspect.signature(own).parameters)[1:]
+        names = argument_names(layer)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
@@ -234,15 +233,15 @@ class Scene:
         self._twin.__dict__["training"] = True
         try:
             with mode(self._model, training=True):
-                states = {call[HIDDEN] for call in self.run().values()}
+                handed = self.run()[0][HIDDEN]
         finally:
             self._twin.__dict__["training"] = False
         if not self._in_a_row:
             raise UnsupportedError("its model does something between its layers")
-        return self._ids, states.pop(), self._made.last_hidden_state
+        return self._ids, handed, self._made.last_hidden_state
 
     def _takes_positions(self) -> bool:
-        return "position_ids" in inspect.signature(type(self._twin).forward).parameters
+        return "position_ids" in argument_names(self._twin)
 
     def packed(self, plain: dict[int, dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], bool]:
         """A call with rows of two sequences, and whether its masks are cut between them."""
