@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyckpt.exec.ends import Gradients, Named, Sink, Source
+from pyckpt.exec.ends import Given, Gradients, Named, Sink, Source
 from pyckpt.exec.schedule import Back
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
 from pyckpt.store import OpenStore, Store
@@ -148,6 +148,11 @@ class Session:
         return [
             self._sum(i, weights[i], ends, shared) if needed else None for i, needed in zip(others, need, strict=True)
         ]
+
+    def dx(self, shape: torch.Size | None) -> Tensor | None:
+        """The gradient of the x (of this shape) that was given, where one was and wants it."""
+        dx = self.source.dx if isinstance(self.source, Given) else None
+        return None if dx is None or shape is None else dx.view(shape)
 
     def close(self) -> None:
         store, self._store, self._weights.now, self._shared = self._store, None, (), {}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyckpt.exec.ends import Given
 from pyckpt.exec.session import Node, Session, check_first_order
 
 
@@ -45,8 +44,7 @@ class _Others(Node):
         session, (_, need_dx, *need) = ctx.session, ctx.needs_input_grad
         looked_up = any(n and session.reads_source(i) for n, i in zip(need, session.of_others(), strict=True))
         grads = session.end_backward(tuple(need), need_dx or looked_up)
-        dx = session.source.dx if isinstance(session.source, Given) else None
-        return None, None if dx is None else dx.view(ctx.shape), *grads
+        return None, session.dx(ctx.shape), *grads
 
 
 class _Block(Node):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyckpt.exec import streamed_chain
-from pyckpt.exec.ends import Given
 from pyckpt.exec.session import HOW_TO, Node, Session, check_first_order
 
 
@@ -42,5 +41,4 @@ class _Streamed(Node):
         need = ctx.needs_input_grad
         looked_up = any(n and session.reads_source(i) for i, n in enumerate(need[2:]))
         grads = session.backward(weights, grad_outputs[0], tuple(need[2:]), need[1] or looked_up)
-        dx = session.source.dx if isinstance(session.source, Given) else None
-        return None, None if dx is None else dx.view(ctx.shape), *grads
+        return None, session.dx(ctx.shape), *grads
