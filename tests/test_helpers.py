@@ -8,6 +8,7 @@ import pytest
 import torch
 from blocks import assert_as_good
 from helpers import PerhapsChanceError, assert_close_to_truth, assert_within, of_more_draws
+from swap_models import InFloat64
 
 pytest_plugins = ["pytester"]
 
@@ -36,6 +37,19 @@ def test_the_rules_measure_what_they_say():
             with pytest.raises(AssertionError) as caught:
                 rule(off + noise * factor * 1e-3)
             assert caught.type is raised
+
+
+@pytest.mark.parametrize("topk", [torch.topk, torch.Tensor.topk])
+def test_a_tie_between_experts_is_chance(topk):
+    scores = torch.tensor([[0.1, 3.0, -math.inf, 1.0, 1.0 + 1e-4], [2.0, 1.0, 0.0, -math.inf, -math.inf]]).double()
+    with InFloat64():
+        assert topk(scores, 2).indices.tolist() == [[1, 4], [0, 1]]
+        assert topk(scores.T, 3, dim=0).indices.shape == (3, 2)
+        assert topk(scores, 5).indices.shape == (2, 5)
+        scores[0, 3] += 1e-4 - 1e-6
+        assert topk(scores, k=1).indices.tolist() == [[1], [0]]
+        with pytest.raises(PerhapsChanceError, match="experts"):
+            topk(scores, k=2)
 
 
 def test_every_further_draw_must_pass():
