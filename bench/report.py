@@ -108,15 +108,18 @@ def swap() -> str:
     figures = common.read("swap_cpu")
     c = figures["config"]
     lines = [
-        f"| fp32, {c['layers']} layers, d_model {c['hidden_size']}, S = {c['tokens']:,} | a step | peak over weights |",
-        "|---|--:|--:|",
+        f"| fp32, {c['layers']} layers, d_model {c['hidden_size']}, S = {c['tokens']:,} | a step | peak over weights "
+        "| in training |",
+        "|---|--:|--:|--:|",
     ]
     for run in figures["rows"]:
         vocab = f"vocabulary {run['vocab']:,}"
         for what, rows in ((vocab, run["full"]), (f"{vocab}, LoRA", run["lora"])):
             for row in rows:
                 ours = row["variant"].replace("swap", "`pyckpt.swap`")
-                lines.append(f"| {what}: {ours} | {row['seconds']:.2f} s | {format_bytes(row['peak_bytes'])} |")
+                peaks = (row.get(key) for key in ("peak_bytes", "training_peak_bytes"))
+                shown = " | ".join(format_bytes(p) if p else "–" for p in peaks)
+                lines.append(f"| {what}: {ours} | {row['seconds']:.2f} s | {shown} |")
     return "\n".join([*lines, "", source("bench/swap.py", "swap_cpu", figures)])
 
 

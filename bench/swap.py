@@ -6,9 +6,11 @@
 A Llama in fp32 with random weights, batch 1, forward and backward with labels. Once with a small vocabulary, where the
 layers are nearly all of it, once with Llama 2's, where logits matter too. "keep_within" has all the memory that
 checkpointing takes: save sets are chosen to fill it. "LoRA": adapters of rank 8 on q and v, the base frozen, beside a
-swapped step that trains all weights. All variants hold the same weights; they take turns in one process; medians. Peaks
-are live bytes of tensors above the weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory). Writes
-bench/results/swap_cpu.json.
+swapped step that trains all weights, and beside the products alone that make the frozen weights' gradients in it: what
+a step with adapters has no need of. All variants hold the same weights; they take turns in one process; medians. Peaks
+are live bytes of tensors above the weights, gradients among them, from `zero_grad()` on (pyckpt.measure.memory); with
+adapters also those of training: AdamW, two micro-batches to a step, where gradients and the optimiser's state live
+through a backward. Writes bench/results/swap_cpu.json.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ PLAIN, CHECKPOINT = "transformers", "its gradient checkpointing"
 SWAP, MID, STREAM = "swap", "swap, attention+mid", "swap, streamed"
 WITHIN = "swap, keep_within"  # checkpointing's peak
 ALL = "swap, all weights trained"  # beside adapters
+GRADIENTS = "its frozen weights' gradients"  # the products alone
 CONFIG: dict[str, int] = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376}
 VOCABS = (256, 32000)
 AIMS = {"time over checkpointing": 0.85, "peak over checkpointing": 1.05, "peak over transformers": 0.35}
 TILE = 1024
+PEAKS = {"peak_bytes": "peak", "training_peak_bytes": "training peak"}
 
 
 def make_model(vocab: int, layers: int, tokens: int) -> nn.Module:
@@ -102,6 +106,32 @@ def peak(model: nn.Module, way: Callable[[nn.Module], Any], ids: torch.Tensor) -
     return m.peak_bytes
 
 
+def training_peak(model: nn.Module, way: Callable[[nn.Module], Any], ids: torch.Tensor) -> int:
+    """Of AdamW's first two steps, each of two micro-batches."""
+    model.zero_grad()
+    with way(model), pyckpt.measure.memory(model) as m:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        for _ in range(2):
+            for _ in range(2):
+                model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return m.peak_bytes
+
+
+def frozen_products(model: Any, tokens: int) -> Callable[[], None]:
+    """dW = dYᵀ X of every frozen linear layer, the head's too."""
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    shapes = [tuple(p.shape) for n, p in frozen.items() if p.dim() == 2 and "embed_tokens" not in n]
+    of_width = {width: torch.randn(tokens, width) for width in {w for shape in shapes for w in shape}}
+
+    def run() -> None:
+        for out, into in shapes:
+            torch.mm(of_width[out].t(), of_width[into])
+
+    return run
+
+
 def memory_to_spend(model: nn.Module, ids: torch.Tensor) -> int:
     """Bytes that blocks may keep where a step may take what it takes with checkpointing."""
     spec = BlockSpec.make(CONFIG["hidden_size"], CONFIG["num_attention_heads"], d_ff=CONFIG["intermediate_size"])
@@ -127,11 +157,16 @@ def measure(
             model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
 
-    timings = interleaved({n: lambda both=both: step(*both) for n, both in ways.items()}, repeats, warmup=1)
-    rows = []
+    runs: dict[str, Callable[[], None]] = {n: lambda both=both: step(*both) for n, both in ways.items()}  # type: ignore[misc]
+    if whole is not None:
+        runs[GRADIENTS] = frozen_products(model, tokens)
+    timings = interleaved(runs, repeats, warmup=1)
+    rows: list[dict[str, Any]] = []
     for name, (one, way) in ways.items():
         rows.append({"variant": name, "seconds": timings[name].median, "peak_bytes": peak(one, way, ids)})
-    return rows
+        if whole is not None:
+            rows[-1]["training_peak_bytes"] = training_peak(one, way, ids)
+    return rows + [{"variant": n, "seconds": timings[n].median} for n in runs if n not in ways]
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -140,16 +175,31 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name in (SWAP, MID, WITHIN, STREAM):
         for base, word in ((CHECKPOINT, "checkpointing"), (PLAIN, "transformers"), (ALL, "all weights")):
-            for key, what in (("seconds", "time"), ("peak_bytes", "peak")):
-                if name in by and base in by:
+            for key, what in (("seconds", "time"), *PEAKS.items()):
+                if key in by.get(name, {}) and key in by.get(base, {}):
                     found.setdefault(name, {})[f"{what} over {word}"] = by[name][key] / by[base][key]
     return found
+
+
+def below_all_weights(rows: list[dict[str, Any]], frozen: int) -> dict[str, float]:
+    """What adapters save of a step that trains everything, as shares of what frozen weights take in it.
+
+    Of time: of the products that make their gradients. Of training's peak: of their gradients and AdamW's two moments,
+    fp32. Adapters' own work and bytes are taken off; 1 is all of it.
+    """
+    by = {r["variant"]: r for r in rows}
+    saved = {key: by[ALL][key] - by[SWAP][key] for key in ("seconds", "training_peak_bytes")}
+    return {
+        "time": saved["seconds"] / by[GRADIENTS]["seconds"],
+        "training peak": saved["training_peak_bytes"] / (3 * 4 * frozen),
+    }
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{title}")
     for r in rows:
-        print(f"  {r['variant']:28s} {r['seconds']:7.2f} s  peak {format_bytes(r['peak_bytes'])}")
+        peaks = [f"{what} {format_bytes(r[key])}" for key, what in PEAKS.items() if key in r]
+        print(f"  {r['variant']:30s} {r['seconds']:7.2f} s  {', '.join(peaks)}")
     for name, found in ratios(rows).items():
         for what, value in found.items():
             aim = f"  (aim {AIMS[what]:.2f})" if what in AIMS and name in (SWAP, MID, WITHIN) else ""
@@ -165,8 +215,10 @@ def run(vocab: int, layers: int, tokens: int, repeats: int) -> dict[str, Any]:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     lora = measure(adapted, tokens, repeats, [CHECKPOINT, SWAP], whole)
     show(f"vocabulary {vocab:,}: LoRA", lora)
+    shares = below_all_weights(lora, frozen)
+    print("  saved, of what frozen weights take: " + ", ".join(f"{what} {share:.2f}" for what, share in shares.items()))
     found = {"ratios": ratios(full), "lora_ratios": ratios(lora)}
-    return {"vocab": vocab, "full": full, "lora": lora, **found, "frozen_weights": frozen}
+    return {"vocab": vocab, "full": full, "lora": lora, **found, "frozen_weights": frozen, "lora_saved": shares}
 
 
 def main(argv: list[str] | None = None) -> int:
