@@ -26,8 +26,10 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 
 def _storages_of_tensor(tensor: Any) -> Iterator[torch.UntypedStorage]:
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages_of_tensor(getattr(tensor, name))
+        # A DTensor's parts are its local tensor and, in newer PyTorch, the mesh.
+        for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+            if isinstance(part, torch.Tensor):
+                yield from _storages_of_tensor(part)
         return
     try:
         yield tensor.untyped_storage()
