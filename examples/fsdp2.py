@@ -3,8 +3,10 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py
     torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 8192 --steps 100 --checkpoint run/100
     torchrun --nproc-per-node 4 examples/fsdp2.py --text book.txt --seq-len 8192 --steps 200 --resume run/100
+    torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 1000000 --rows 8 --stream 4096
 
-On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Model and text are those of finetune_llama.py.
+On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Model and text are those of finetune_llama.py. With
+--stream neither the weights nor the sequence are on a GPU as a whole: a tile of so many tokens, and a layer's weights.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = parser_of(__doc__, steps=10)
     parser.add_argument("--rows", type=at_least(1), default=4, help="of a batch, over all processes")
     parser.add_argument("--seq-len", type=at_least(2), default=256)
+    parser.add_argument("--stream", type=at_least(1), help="tokens of a tile that is on the device; the rest waits")
     parser.add_argument("--checkpoint", type=a_new_folder, help="a folder that does not exist yet")
     parser.add_argument("--resume", type=a_checkpoint, help="the folder of a checkpoint to go on from, up to --steps")
     args = parser.parse_args(arguments)
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     torch.manual_seed(0)
     model = small_llama().to(device)
-    pyckpt.swap(model)
+    pyckpt.swap(model, stream=None if args.stream is None else pyckpt.Stream(args.stream))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)

@@ -15,6 +15,7 @@ from pyckpt.exec import compiled, node
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
+from pyckpt.exec.streamed_layers import InRun
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
@@ -108,14 +109,24 @@ class CheckpointedBlock(nn.Module):
         """How to run `tokens` tokens of `x_dtype` with products in `dtype`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        pyckpt_call: InRun | None = None,
+    ) -> Tensor:
         """y, with the shape and dtype of x.
 
         x: (B, S, d_model), or packed (T, d_model) with `cu_seqlens` (N + 1,) int32, the sequences' starts and, last,
         T. positions: (S,), (B, S) or (T,) int, for RoPE; by default they count from 0 in every sequence.
 
-        Raises ValueError on shapes, dtypes or devices that do not fit, before anything runs.
+        Raises ValueError on shapes, dtypes or devices that do not fit, before anything runs. (`pyckpt_call` is how a
+        streamed run calls a block whose weights FSDP2 gathers.)
         """
+        if pyckpt_call is not None:
+            return pyckpt_call.run.layer(pyckpt_call.block, x, self.weights)
         return run_blocks([self], x, positions, cu_seqlens)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
 from pyckpt.exec.session import ENDS, Session
 from pyckpt.exec.streamed import Stack, store_plan
+from pyckpt.exec.streamed_layers import InRun, LayerRun, gathers, hooks_of, others
 from pyckpt.exec.streamed_node import execute
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
@@ -152,13 +153,20 @@ def run_loss(
 ) -> Tensor:
     """`CkptCausalLM.loss` of checked tokens and labels, streamed."""
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
+    if hasattr(embed, "full_tensor"):  # torch.distributed's DTensor, which is not there in every build
+        raise ValueError(
+            "the embedding is sharded: FSDP2 gathers it for the model's forward, and this is another method. Call "
+            "torch.distributed.fsdp.register_fsdp_forward_method(model, 'loss') first, or wrap the loss in a forward"
+        )
     weights: dict[str, Tensor] = {"embed": embed, **{f"norm.{n}": p for n, p in norm.named_parameters()}, "head": head}
     ends = Ends(weights, norm_of(model.spec, "norm"), model.spec.norm_offset, loss=_loss_options(**options))
     if positions is not None:
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
     layout = _layout(tokens.shape, cu_seqlens)
     targets = Targets(labels, last_tokens(layout), IGNORE)
-    losses = stream_loss(*_blocks(model.model.layers), tokens, targets, ends, layout, positions, stream)
+    blocks, segments = _blocks(model.model.layers)
+    given = (tokens, targets, ends, layout, positions, stream)
+    losses = stream_loss(blocks, segments, *given, _gathered(blocks))
     return losses if losses.dim() == 0 else losses.view(tokens.shape)
 
 
@@ -171,22 +179,27 @@ def stream_loss(
     layout: Layout,
     positions: Tensor | None,
     stream: Stream,
+    layers: Sequence[nn.Module] | None = None,
 ) -> Tensor:
     """The loss of tokens, (T,) or (B, S), between these ends: a scalar, or (T,) with reduction "none".
 
-    positions: (T,) or None; all checked by the caller.
+    positions: (T,) or None; all checked by the caller. layers: the modules that the blocks' weights are gathered for,
+    where they are gathered for one at a time.
     """
-    weights, uses = _flat(ends.weights, blocks)
-    trained = [n for n, w in ends.weights.items() if torch.is_grad_enabled() and w.requires_grad]
+    x, trained = ends.weights["embed"].new_empty(0), _trained(ends)
     looked_up = not {"embed", "table"}.isdisjoint(trained)
-    stack = _stack(blocks, segments, layout, positions, ends.weights["embed"].new_empty(0), looked_up, stream)
+    stack = _stack(blocks, segments, layout, positions, x, looked_up, stream, layers)
     inward = bool(stack.schedule.backward)
 
     def make_ends() -> tuple[Source, Sink]:
         source = ends.source(tokens, trained, lambda rows: stack.of_positions(rows).tensor)
         return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
 
-    return _run(stack, stream, uses, make_ends, None, weights)
+    return _run(stack, stream, blocks, layers, make_ends, None, ends.weights)
+
+
+def _trained(ends: Ends) -> list[str]:
+    return [n for n, w in ends.weights.items() if torch.is_grad_enabled() and w.requires_grad]
 
 
 def run_stack(
@@ -198,7 +211,8 @@ def run_stack(
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if positions is not None:
         positions = errors.check_positions(positions, x)
-    return stream_blocks(*_blocks(transformer), x, positions, cu_seqlens, stream)
+    blocks, segments = _blocks(transformer)
+    return stream_blocks(blocks, segments, x, positions, cu_seqlens, stream, _gathered(blocks))
 
 
 def stream_blocks(
@@ -208,39 +222,100 @@ def stream_blocks(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     stream: Stream,
+    layers: Sequence[nn.Module] | None = None,
 ) -> Tensor:
     """y of these blocks, for checked x (B, S, d_model) or (T, d_model), positions (T,) and cu_seqlens."""
-    weights, uses = _flat({}, blocks)
-    layout = _layout(x.shape[:-1], cu_seqlens)
-    stack = _stack(blocks, segments, layout, positions, x, x.requires_grad, stream)
-    flat = x.detach().reshape(-1, x.shape[-1])
-    need_dx = torch.is_grad_enabled() and x.requires_grad
+    if layers is not None:
+        return _through(open_blocks(blocks, x, positions, cu_seqlens, stream, layers), layers)
+    stack = _stack(blocks, segments, _layout(x.shape[:-1], cu_seqlens), positions, x, x.requires_grad, stream)
+    return _run(stack, stream, blocks, None, _whole_ends(stack, x), x, {})
+
+
+def open_blocks(
+    blocks: list[CheckpointedBlock],
+    x: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    stream: Stream,
+    layers: Sequence[nn.Module],
+) -> LayerRun:
+    """The run of `stream_blocks` for layers that somebody else calls, one after the other."""
+    stack = _stack(blocks, 1, _layout(x.shape[:-1], cu_seqlens), positions, x, x.requires_grad, stream, layers)
+    return _layer_run(stack, stream, blocks, _whole_ends(stack, x), x, {})
+
+
+def _whole_ends(stack: Stack, x: Tensor) -> Callable[[], tuple[Source, Sink]]:
+    flat, need_dx = x.detach().reshape(-1, x.shape[-1]), torch.is_grad_enabled() and x.requires_grad
 
     def make_ends() -> tuple[Source, Sink]:
-        return Given(flat, need_dx), Whole(layout.tokens)
+        return Given(flat, need_dx), Whole(x.shape)
 
-    return _run(stack, stream, uses, make_ends, x, weights).view(x.shape)
+    return make_ends
 
 
 def _run(
     stack: Stack,
     stream: Stream,
-    uses: list[list[tuple[int, str]]],
+    blocks: list[CheckpointedBlock],
+    layers: Sequence[nn.Module] | None,
     make_ends: Callable[[], tuple[Source, Sink]],
     x: Tensor | None,
-    weights: tuple[Tensor, ...],
+    ends: Mapping[str, Tensor],
 ) -> Tensor:
+    """The sink's result."""
+    if layers is not None:
+        return _through(_layer_run(stack, stream, blocks, make_ends, x, ends), layers)
+    weights, uses = _flat(dict(ends), blocks)
     session = Session(stack, stream.store, uses, make_ends, stream.progress)
     return execute(session, x, weights, stream.gradients == "by block")
+
+
+def _through(run: LayerRun, layers: Sequence[nn.Module]) -> Tensor:
+    token = run.begin()
+    for i, layer in enumerate(layers):
+        token = layer(token, pyckpt_call=InRun(run, i))
+    return run.end(token)
+
+
+def _layer_run(
+    stack: Stack,
+    stream: Stream,
+    blocks: list[CheckpointedBlock],
+    make_ends: Callable[[], tuple[Source, Sink]],
+    x: Tensor | None,
+    ends: Mapping[str, Tensor],
+) -> LayerRun:
+    def check(block: int, weights: Mapping[str, Tensor]) -> None:
+        like = torch.empty(0, dtype=stack.x_dtype, device=stack.device)
+        try:
+            _check_weights(blocks[block], weights, like, stack.dtype)
+        except ValueError as reason:
+            raise ValueError(f"layer {block}: {reason}, or give layers and model one MixedPrecisionPolicy") from None
+
+    return LayerRun(stack, stream.store, x, dict(ends), make_ends, check, stream.progress)
 
 
 def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:
     return list(transformer), transformer.segment_length  # type: ignore[arg-type]
 
 
+def _gathered(blocks: list[CheckpointedBlock]) -> list[CheckpointedBlock] | None:
+    """The blocks, where their weights are gathered for one at a time."""
+    if not any(map(gathers, blocks)):
+        return None
+    for i, block in enumerate(blocks):
+        if others(hooks_of(block)):
+            raise ValueError(
+                f"block {i} has forward hooks beside FSDP2's, and in a streamed run they would see no hidden states; "
+                "remove them, or run without stream="
+            )
+    return blocks
+
+
 def _layout(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
-    batch, seq = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
-    return Layout(batch, seq, cu_seqlens)
+    if len(shape) == 1 or cu_seqlens is not None:
+        return Layout(1, shape.numel(), cu_seqlens)
+    return Layout(shape[0], shape[1], None)
 
 
 def _flat(
@@ -266,16 +341,19 @@ def _stack(
     x: Tensor,
     source_trained: bool,
     stream: Stream,
+    layers: Sequence[nn.Module] | None = None,
     seeded: bool = True,
 ) -> Stack:
-    """x has the dtype and the device of the residual stream. `seeded`: draw the seeds of what drops."""
+    """x has the dtype and the device of the residual stream. `layers`: see `stream_loss`; then no block is run again
+    for its output. `seeded`: draw the seeds of what drops.
+    """
     compute = compute_dtype(x)
-    for block in blocks:
-        for name, w in block.weights().items():
-            if w.dim() == 2 and not block.mixes_dtypes(name):
-                errors.check_matches(x, w, name, compute)
-    tile = min(stream.tile, layout.tokens)
-    first = _first_trained(blocks, source_trained)
+    if layers is None:
+        for block in blocks:
+            _check_weights(block, block.weights(), x, compute)
+    read = [b.weights().values() for b in blocks] if layers is None else [m.parameters() for m in layers]
+    first = _first_trained((any(w.requires_grad for w in weights) for weights in read), source_trained)
+    tile, length = min(stream.tile, layout.tokens), segments if layers is None else 1
     stack = Stack(
         plans=[block.plan(tile, x.dtype, compute, x.device) for block in blocks],
         layout=layout,
@@ -286,29 +364,33 @@ def _stack(
         device=x.device,
         d_model=blocks[0].d_model,
         tile=tile,
-        schedule=without_gradient(len(blocks)) if first is None else by_segments(len(blocks), segments, first),
+        schedule=without_gradient(len(blocks)) if first is None else by_segments(len(blocks), length, first),
     )
-    fitting = _fit(stack, first, stream.store.limit)
+    fitting = _fit(stack, first, stream.store.limit, again=layers is None)
     seeds = draw_seeds(blocks) if seeded else None  # last: a run that is refused draws nothing
     if seeds is None:
         return fitting
     return dataclasses.replace(fitting, seeds=[None if s == NO_SEED else s for s in seeds.tolist()])
 
 
-def _first_trained(blocks: list[CheckpointedBlock], source_trained: bool) -> int | None:
+def _check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
+    for name, w in weights.items():
+        if w.dim() == 2 and not block.mixes_dtypes(name):
+            errors.check_matches(x, w, name, compute)
+
+
+def _first_trained(trained: Iterable[bool], source_trained: bool) -> int | None:
     """The first block whose backward runs; None where none does."""
     if not torch.is_grad_enabled():
         return None
-    if source_trained:
-        return 0
-    return next((i for i, b in enumerate(blocks) if any(w.requires_grad for w in b.weights().values())), None)
+    return 0 if source_trained else next((i for i, wants in enumerate(trained) if wants), None)
 
 
-def _fit(stack: Stack, first: int | None, limit: int | None) -> Stack:
+def _fit(stack: Stack, first: int | None, limit: int | None, again: bool) -> Stack:
     """The run as its blocks want it or, where that is too much for the store, the one that repeats the least.
 
-    That is: x of every block; then of fewer and fewer blocks (`by_slots`). Raises ValueError where the least is too
-    much.
+    That is: x of every block; then, with `again`, of fewer and fewer blocks (`by_slots`). Raises ValueError where the
+    least is too much.
     """
     if limit is None or store_plan(stack).store_bytes <= limit:
         return stack
@@ -316,7 +398,7 @@ def _fit(stack: Stack, first: int | None, limit: int | None) -> Stack:
     if first is not None:
         blocks = len(stack.plans)
         bare = [dataclasses.replace(plan, save=NOTHING) for plan in stack.plans]
-        for slots in range(blocks - first, 0, -1):
+        for slots in range(blocks - first, 0 if again else blocks - first - 1, -1):
             least = dataclasses.replace(stack, plans=bare, schedule=by_slots(blocks, slots, first))
             if store_plan(least).store_bytes <= limit:
                 return least

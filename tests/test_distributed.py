@@ -24,15 +24,29 @@ def make_tokens() -> torch.Tensor:
 class Loss(torch.nn.Module):
     """The loss as a forward, which is what the wrappers hook."""
 
-    def __init__(self, model: pyckpt.CkptCausalLM) -> None:
+    def __init__(self, model: pyckpt.CkptCausalLM, stream: pyckpt.Stream | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.stream = model, stream
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.loss(tokens)
+        return self.model.loss(tokens, stream=self.stream)
 
 
-KINDS = ("ddp", "ddp-segments", "fsdp2")
+class Stack(torch.nn.Module):
+    """The same over a streamed stack alone, whose x and y are whole."""
+
+    def __init__(self, model: pyckpt.CkptCausalLM, stream: pyckpt.Stream) -> None:
+        super().__init__()
+        self.model, self.stream = model, stream
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        inner = self.model.model
+        y = inner.layers(inner.embed_tokens(tokens), stream=self.stream)
+        logits = self.model.lm_head(inner.norm(y))[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+KINDS = ("ddp", "ddp-segments", "fsdp2", "ddp-streamed", "fsdp2-streamed", "fsdp2-streamed stack")
 
 
 def worker(rank: int, path: str) -> None:
@@ -40,7 +54,9 @@ def worker(rank: int, path: str) -> None:
     for kind in KINDS:
         print(f"rank {rank}: {kind}", flush=True)
         tokens = make_tokens().chunk(WORLD)[rank]
-        model = Loss(make_model(segments=2 if kind == "ddp-segments" else None))
+        stream = pyckpt.Stream(7) if "streamed" in kind else None
+        lm = make_model(segments=2 if kind == "ddp-segments" else None)
+        model = Stack(lm, stream) if stream is not None and kind.endswith("stack") else Loss(lm, stream)
         if kind.startswith("ddp"):
             wrapped = torch.nn.parallel.DistributedDataParallel(model)
         else:

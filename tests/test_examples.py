@@ -143,13 +143,13 @@ def fsdp2(world: int, *options: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_fsdp2_trains_as_one_process_does(capsys, tmp_path):
-    """Four steps of one process; and two of two, with the rest by one from their checkpoint."""
+    """Four steps of one process; and two of two, streamed, with the rest by one from their checkpoint."""
     pytest.importorskip("transformers")
     whole, half, rest = (str(tmp_path / name) for name in ("whole", "half", "rest"))
     losses, saved = {}, {}
     for world, folder, options in (
         (1, whole, ["--steps", "4"]),
-        (2, half, ["--steps", "2"]),
+        (2, half, ["--steps", "2", "--stream", "24"]),
         (1, rest, ["--steps", "4", "--resume", half]),
     ):
         printed = fsdp2(world, "--checkpoint", folder, *options)

@@ -22,15 +22,17 @@ KINDS = {
         *("ddp", "swap, then fsdp2", "fsdp2, then swap", "fsdp2, offloaded", "mixed precision"),
         *("mixed precision, LoRA", "ddp, by its own forward", "fsdp2, by its own forward", "ddp, streamed"),
         *("ddp, again as a whole", "fsdp2, again as a whole"),
+        *("fsdp2, streamed", "fsdp2, then swap, streamed", "fsdp2, offloaded, streamed"),
+        *("fsdp2, by its own forward, streamed", "mixed precision, streamed", "mixed precision, LoRA, streamed"),
     ),
-    4: ("ddp", "swap, then fsdp2"),
+    4: ("ddp", "swap, then fsdp2", "fsdp2, streamed"),
 }
 
 
 def model_and_tokens(kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
     """By its own forward: of a class that swap has no table of, whose norm is read before and after attention."""
     torch.manual_seed(0)
-    family = "Phi" if kind.endswith("own forward") else "Lfm2" if kind.endswith("as a whole") else "Phi3"
+    family = "Phi" if "own forward" in kind else "Lfm2" if kind.endswith("as a whole") else "Phi3"
     return make_model(family, torch.float64), torch.randint(1, 61, (8, 17))
 
 
@@ -49,16 +51,16 @@ def run(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
 
     model, tokens = model_and_tokens(kind)
     tokens = tokens.chunk(world)[rank]
-    if kind != "fsdp2, then swap":
-        stream = pyckpt.Stream(7) if kind.endswith("streamed") else None
+    stream = pyckpt.Stream(7) if kind.endswith("streamed") else None
+    if "then swap" not in kind:
         assert not pyckpt.swap(model, tile=5, stream=stream).left
     if kind.startswith("ddp"):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     else:
-        policy = CPUOffloadPolicy(pin_memory=False) if kind == "fsdp2, offloaded" else OffloadPolicy()
+        policy = CPUOffloadPolicy(pin_memory=False) if "offloaded" in kind else OffloadPolicy()
         wrapped = sharded(model, offload_policy=policy)
-    if kind == "fsdp2, then swap":
-        assert not pyckpt.swap(model, tile=5).left
+    if "then swap" in kind:
+        assert not pyckpt.swap(model, tile=5, stream=stream).left
     calls = counted_hooks(wrapped)
     for i in range(2):  # a second step finds what the first left behind
         wrapped.zero_grad()
@@ -85,7 +87,7 @@ def check_mixed(rank: int, world: int, kind: str, seed: int) -> None:
 
     torch.manual_seed(seed)
     model, tokens = make_model("Llama"), torch.randint(1, 61, (4, 17))
-    if kind.endswith("LoRA"):
+    if "LoRA" in kind:
         model = make_adapted(model, target_modules="all-linear")
     with InFloat64():
         truth = step(copy.deepcopy(model).double(), {"input_ids": tokens, "labels": tokens})
@@ -94,7 +96,7 @@ def check_mixed(rank: int, world: int, kind: str, seed: int) -> None:
     for swapped in (False, True):
         trained = copy.deepcopy(model)
         if swapped:
-            assert not pyckpt.swap(trained, tile=5).left
+            assert not pyckpt.swap(trained, tile=5, stream=pyckpt.Stream(7) if "streamed" in kind else None).left
         trained = sharded(trained, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
         calls, mine = counted_hooks(trained), tokens.chunk(world)[rank]
         trained(input_ids=mine, labels=mine).loss.backward()

@@ -68,19 +68,19 @@ class Given:
 
 
 class Whole:
-    """`Sink`: y itself, (T, d_model)."""
+    """`Sink`: y itself, of this shape, (..., d_model)."""
 
     leaves = deferred = False
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = shape
         self._y: Tensor | None = None
         self._dy: Tensor | None = None
 
     def forward(self, w: Named, rows: slice, x: Tensor) -> None:
         if self._y is None:
-            self._y = x.new_empty(self._tokens, x.shape[1])
-        self._y[rows] = x
+            self._y = x.new_empty(self._shape)
+        self._y.view(-1, x.shape[1])[rows] = x
 
     def result(self) -> Tensor:
         assert self._y is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -77,15 +77,8 @@ class Session:
             self.close()
         return result
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """What fails inside ends the run."""
-        try:
-            with torch.no_grad(), _own_precision(self._stack.device):
-                yield
-        except BaseException:
-            self.close()
-            raise
+    def _at_work(self) -> AbstractContextManager[None]:
+        return at_work(self._stack.device, self.close)
 
     def backward(
         self, weights: tuple[Tensor, ...], upstream: Tensor, need: tuple[bool, ...], need_dx: bool
@@ -160,12 +153,7 @@ class Session:
             store.close()
 
     def _sum(self, i: int, like: Tensor, ends: Gradients, blocks: Mapping[int, Gradients]) -> Tensor | None:
-        total: Tensor | None = None
-        for owner, name in self.uses[i]:
-            grad = (ends if owner == ENDS else blocks.get(owner, {})).get(name)
-            if grad is not None:
-                total = grad if total is None else total.add_(grad)
-        return torch.zeros_like(like) if total is None else total.to(like.dtype)
+        return summed(((ends if owner == ENDS else blocks.get(owner, {})).get(n) for owner, n in self.uses[i]), like)
 
     def _wanted(self, need: tuple[bool, ...]) -> list[Collection[str]]:
         wanted: list[list[str]] = [[] for _ in self._stack.plans]
@@ -178,6 +166,26 @@ class Session:
     def reads_source(self, i: int) -> bool:
         """An embedding wants its gradient where one of its weights does."""
         return not {(ENDS, "embed"), (ENDS, "table")}.isdisjoint(self.uses[i])
+
+
+@contextmanager
+def at_work(device: torch.device, close: Callable[[], None]) -> Iterator[None]:
+    """Inside, a run computes. What fails there ends it."""
+    try:
+        with torch.no_grad(), _own_precision(device):
+            yield
+    except BaseException:
+        close()
+        raise
+
+
+def summed(grads: Iterable[Tensor | None], like: Tensor) -> Tensor:
+    """The gradient of a weight that is read in several places, from those of each."""
+    total: Tensor | None = None
+    for grad in grads:
+        if grad is not None:
+            total = grad if total is None else total.add_(grad)
+    return torch.zeros_like(like) if total is None else total.to(like.dtype)
 
 
 def _own_precision(device: torch.device) -> AbstractContextManager[Any]:

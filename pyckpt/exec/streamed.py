@@ -193,9 +193,27 @@ class Streamed:
 
     def forward(self, ends: Named) -> Tensor:
         """The sink's result. `ends` are the weights of source and sink."""
-        self._embed(ends)
+        self.begin_forward(ends)
         for step in self._stack.schedule.forward:
             self._advance(step)
+        return self.end_forward(ends)
+
+    # The same in parts: `begin_forward`, `advance` of one block after the other, `end_forward`.
+
+    def begin_forward(self, ends: Named) -> None:
+        place = self._places.input(0)
+        for i, rows in enumerate(self._tiles):
+            self._progress("embed", 0, i)
+            self._source.fill(ends, rows, self._store.new((*place, i)))
+            self._store.put((*place, i))
+        self._left = iter(self._stack.schedule.forward)
+
+    def advance(self, block: int) -> None:
+        step = next(self._left)
+        assert step.block == block
+        self._advance(step)
+
+    def end_forward(self, ends: Named) -> Tensor:
         for i, rows in enumerate(self._tiles):
             self._progress("head", 0, i)
             self._prefetch(HIDDEN, i + 1)
@@ -253,13 +271,6 @@ class Streamed:
             self._prefetch(HIDDEN, i - 1)
             self._sink.upstream(self._tiles[i], self._store.get((*HIDDEN, i)), None)
             self._store.release((*HIDDEN, i))
-
-    def _embed(self, ends: Named) -> None:
-        place = self._places.input(0)
-        for i, rows in enumerate(self._tiles):
-            self._progress("embed", 0, i)
-            self._source.fill(ends, rows, self._store.new((*place, i)))
-            self._store.put((*place, i))
 
     # --- one block forward ---
 

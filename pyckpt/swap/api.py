@@ -44,8 +44,8 @@ def swap(
             the input of the first is kept. Where a layer has forward hooks, which would see nothing of that (FSDP2's
             gather one layer at a time), or where hidden states are asked for, layers run one by one, with a warning.
         stream: run the decoder layers streamed, and with labels the embedding and the loss too, so that memory on the
-            device does not depend on the sequence length. Where a layer has forward hooks, or hidden states are asked
-            for, layers run one by one on the device, with a warning.
+            device does not depend on the sequence length; under FSDP2 each layer inside its own call. Where a layer has
+            other forward hooks, or hidden states are asked for, layers run one by one on the device, with a warning.
         tile: tokens that the tokenwise parts take at a time; None chooses.
         loss: True: while gradients are enabled a call with labels returns logits=None (`output_logits=True` in the call
             asks for both); "always": without gradients too; "recompute": as True, and the backward makes the logits

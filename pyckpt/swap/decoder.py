@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.block import CheckpointedBlock
+from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
 from pyckpt.swap import masks
-from pyckpt.swap.layer import CALL, Call, Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, watched
+from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.survey import packs_by_itself
 
@@ -124,6 +125,11 @@ class SwappedDecoder(Replaced):
         with _not_checkpointed([] if call.whole else self._checkpointed):
             return self.original(**{**given, "use_cache": False, CALL: call})
 
+    def stream_loss(self, call: Call, ids: Tensor, targets: Targets, ends: Ends) -> Tensor:
+        """The loss of token ids (B, S), over all layers, in a call that was prepared as streamed."""
+        with _not_checkpointed(self._checkpointed):
+            return call.stream_loss(self.layers, ids, targets, ends)
+
     def prepare(self, given: dict[str, Any], read: Tensor | None) -> Call | None:
         """What the layers are told in a call with these arguments; None where the original forward is to run.
 
@@ -193,8 +199,8 @@ class SwappedDecoder(Replaced):
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
-        runs, streamed = self._runs(given, seen)
-        return Call(positions, cu_seqlens, runs, self.stream if streamed else None)
+        runs, streamed, gathered = self._runs(given, seen)
+        return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered)
 
     def _sight(self, read: Tensor | None) -> masks.Sight:
         """What padding sees in transformers' attention functions: to flash attention it does not even come."""
@@ -206,8 +212,10 @@ class SwappedDecoder(Replaced):
         reaches = [_FAR if s.reach < 0 else s.reach for s in self.layers if s.reach is not None]
         return masks.Sight("before", min(reaches, default=None), read)
 
-    def _runs(self, given: dict[str, Any], seen: list[str]) -> tuple[dict[int, list[CheckpointedBlock]], bool]:
-        """What the layer at each place runs, nothing where all run one by one; and whether it is streamed.
+    def _runs(
+        self, given: dict[str, Any], seen: list[str]
+    ) -> tuple[dict[int, list[CheckpointedBlock]], bool, Gathered | None]:
+        """What the layer at each place runs, nothing where all run one by one; whether it is streamed, and how.
 
         seen: arguments that change what layers are handed, each by itself.
         """
@@ -215,22 +223,26 @@ class SwappedDecoder(Replaced):
         segments = together(self.layers, len(self.layers)) if streamed else self.segments
         what = "streaming is" if streamed else "segments are"
         if not streamed and len(segments) == len(self.layers):
-            return {}, False
+            return {}, False, None
         if self.asks(given, "output_hidden_states"):
             self.warn(f"output_hidden_states=True asks for every layer's: {what} not used")
-            return {}, False
+            return {}, False, None
         if seen:
             self.warn(f"{', '.join(seen)} change what each layer is handed: {what} not used")
-            return {}, False
-        hooked = next((s for s in self.layers if watched(s.module, replaced=True)), None)
-        if hooked is not None:
-            self.warn(f"a {type(hooked.module).__name__} has forward hooks: {what} not used")
-            return {}, False
+            return {}, False, None
+        hooked = [s for s in self.layers if watched(s.module, replaced=True)]
+        if self.stream is not None and hooked and all(gathers(s.module) for s in hooked):
+            if self.stream.segments > 1:
+                self.warn("FSDP2 gathers one layer at a time: streamed without segments, each layer's input is kept")
+            return {}, True, Gathered(segments)
+        if hooked:
+            self.warn(f"a {type(hooked[0].module).__name__} has forward hooks: {what} not used")
+            return {}, False, None
         runs: dict[int, list[CheckpointedBlock]] = {}
         for segment in segments:
             runs |= {s.place: [] for s in segment}
             runs[segment[0].place] = [s.block for s in segment]
-        return runs, streamed
+        return runs, streamed, None
 
     @staticmethod
     def _like(given: dict[str, Any]) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.exec.lm_ends import Ends, Targets
+from pyckpt.exec.streamed_layers import InRun, LayerRun
 from pyckpt.save import save_set
-from pyckpt.stream import Stream, stream_blocks, stream_loss
+from pyckpt.stream import Stream, open_blocks, stream_blocks, stream_loss
 from pyckpt.swap import again
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import OwnModulesBlock
@@ -34,14 +35,15 @@ class Call:
     """What a model's forward tells its layers: positions (B, S), (1, S) or None, and cu_seqlens of the flat batch.
 
     `runs`: by a layer's place, the blocks that it runs, its own first; none where an earlier layer has run it.
-    `stream`: how those are streamed, where they are. `whole`: the layers run their own forwards, and again as a whole
-    in the backward where they may.
+    `stream`: how those are streamed, where they are; `gathered`: inside their layers' own calls. `whole`: the layers
+    run their own forwards, and again as a whole in the backward where they may.
     """
 
     positions: Tensor | None
     cu_seqlens: Tensor | None
     runs: dict[int, list[CheckpointedBlock]] = dataclasses.field(default_factory=dict)
     stream: Streaming | None = None
+    gathered: Gathered | None = None
     whole: bool = False
 
     def flat_positions(self, rows: torch.Size) -> Tensor | None:
@@ -54,7 +56,36 @@ class Call:
         positions = self.flat_positions(ids.shape)
         layout = Layout(*ids.shape) if self.cu_seqlens is None else Layout(1, ids.numel(), self.cu_seqlens)
         blocks: list[CheckpointedBlock] = [s.block for s in layers]
-        return stream_loss(blocks, self.stream.segments, ids, targets, ends, layout, positions, self.stream.stream)
+        modules = None if self.gathered is None else [s.module for s in layers]
+        given = (ids, targets, ends, layout, positions, self.stream.stream, modules)
+        return stream_loss(blocks, self.stream.segments, *given)
+
+
+class Gathered:
+    """Streamed runs of a call whose layers' weights are gathered one layer at a time, each inside its layers' calls.
+
+    The first layer of a run takes hidden states, and the last one gives them; between them goes the run's token.
+    """
+
+    def __init__(self, runs: list[list[SwappedLayer]]) -> None:
+        self._runs = {s.place: (layers, i) for layers in runs for i, s in enumerate(layers)}
+        self._under_way: LayerRun | None = None
+
+    def through(self, layer: SwappedLayer, x: Tensor, call: Call) -> Tensor:
+        """What the layer gives to the next one."""
+        layers, index = self._runs[layer.place]
+        if index == 0:
+            assert call.stream is not None
+            blocks: list[CheckpointedBlock] = [s.block for s in layers]
+            how = (call.flat_positions(x.shape[:2]), call.cu_seqlens, call.stream.stream)
+            self._under_way = open_blocks(blocks, x, *how, [s.module for s in layers])
+            x = self._under_way.begin()
+        assert self._under_way is not None
+        token = self._under_way.layer(index, x, layer.block.weights)
+        if index + 1 < len(layers):
+            return token
+        run, self._under_way = self._under_way, None
+        return run.end(token)
 
 
 class SwappedLayer(Replaced):
@@ -90,16 +121,24 @@ class SwappedLayer(Replaced):
         call = kwargs.pop(CALL, None)
         if call is None:
             return self.original(*args, **kwargs)
+        if isinstance(call, InRun):
+            return call.run.layer(call.block, args[0], self.block.weights)
         if call.whole:
             if not self.twice:
                 return self.original(*args, **kwargs)
             return again.run_twice(self, args, kwargs, save_set(self.block.save))
         given = self.given(args, kwargs)
         x = given["hidden_states"]
+        if call.gathered is not None and not self.apart:
+            return self.returned(call.gathered.through(self, x, call))
         blocks = call.runs[self.place] if call.runs else [self.block]
         if not blocks:
             return x
         return self.run(blocks, x, call, given)
+
+    def returned(self, y: Tensor) -> Any:
+        """What the layer's class returns."""
+        return y
 
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
         """What the layer returns: `blocks` of x, of a call with the arguments `given`."""
@@ -109,6 +148,5 @@ class SwappedLayer(Replaced):
         positions = call.flat_positions(x.shape[:2])
         rows = x if call.cu_seqlens is None else x.flatten(0, 1)
         if call.stream is not None and streamed:
-            how = (call.stream.segments, rows, positions, call.cu_seqlens, call.stream.stream)
-            return stream_blocks(blocks, *how).view(x.shape)
+            return stream_blocks(blocks, call.stream.segments, x, positions, call.cu_seqlens, call.stream.stream)
         return run_blocks(blocks, rows, positions, call.cu_seqlens, checked=True).view(x.shape)

@@ -200,7 +200,7 @@ class SwappedHead(Replaced):
             return None
         head = around.weights["head"]
         errors.check_labels(wanted.given.to(head.device), head.shape[0], wanted.ignored, head.device)
-        return call.stream_loss(decoder.layers, ids, wanted.targets(ids), around)
+        return decoder.stream_loss(call, ids, wanted.targets(ids), around)
 
     def streamed_parts(self) -> Parts | None:
         """What is streamed with the loss; None where that is the layers alone, or nothing."""

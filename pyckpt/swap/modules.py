@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+
+from pyckpt.exec import streamed_layers
+from pyckpt.exec.streamed_layers import hooks_of
 
 
 class UnsupportedError(Exception):
@@ -29,6 +34,15 @@ def norm_eps(module: nn.Module) -> float | None:
 _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
 
 
+def gathers(module: nn.Module) -> bool:
+    """FSDP2 gathers the module's weights for each call of it, and nobody else watches it."""
+    return streamed_layers.gathers(module) and all(map(_is_harmless, streamed_layers.others(hooks_of(module))))
+
+
+def _is_harmless(hook: Any) -> bool:
+    return getattr(hook, "__name__", "") in _HARMLESS_HOOKS
+
+
 def watched(module: nn.Module, replaced: bool = False) -> bool:
     """The module has forward hooks, other than transformers' own that change no value.
 
@@ -36,5 +50,4 @@ def watched(module: nn.Module, replaced: bool = False) -> bool:
     """
     if "forward" in module.__dict__ and not replaced:
         return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(h, "__name__", "") not in _HARMLESS_HOOKS for h in hooks)
+    return not all(map(_is_harmless, hooks_of(module)))

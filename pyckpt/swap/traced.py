@@ -201,4 +201,7 @@ class TracedLayer(SwappedLayer):
                 f"a swapped {type(self.module).__name__} is called in another way than when it was tried out: "
                 f"{reason}; call pyckpt.unswap(model)"
             ) from reason
+        return self.returned(y)
+
+    def returned(self, y: Tensor) -> Any:
         return (y, *[None] * (self.block.trace.returns - 1)) if self.block.trace.returns else y

@@ -1,0 +1,319 @@
+"""Streamed runs over layers whose weights FSDP2 gathers one at a time: the bits of a run over whole weights.
+
+In a group of one process; with several: test_distributed, test_swap_distributed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from blocks import assert_same_bits
+from processes import gradients, needs_gloo
+from test_model import OPTIONS, SIZES
+
+import pyckpt
+
+pytestmark = needs_gloo
+VOCAB = 50
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Loss(torch.nn.Module):
+    """The loss as a forward, which is what FSDP2 hooks."""
+
+    def __init__(self, model: pyckpt.CkptCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, stream: pyckpt.Stream, **options: Any) -> torch.Tensor:
+        return self.model.loss(tokens, stream=stream, **options)
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        return list(self.model.model.layers)
+
+
+def make_model(n_layers: int = 3, **options: Any) -> Loss:
+    return Loss(pyckpt.CkptCausalLM(**{**SIZES, **OPTIONS, "n_layers": n_layers, **options}))
+
+
+def sharded(model: Any, layers: list[torch.nn.Module], of_layers: Any = None, **options: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers:
+        fully_shard(layer, **(options if of_layers is None else of_layers))
+    return fully_shard(model, **options)
+
+
+def tokens_of(seq: int = 61) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (1, seq))
+
+
+def stream(tile: int = 7, store: Any = "host", **options: Any) -> pyckpt.Stream:
+    return pyckpt.Stream(tile, store, **options)
+
+
+def step(model: Any, tokens: torch.Tensor, how: pyckpt.Stream, **options: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    losses = model(tokens, how, **options)
+    losses.backward(torch.linspace(1.0, 2.0, losses.numel()).view(losses.shape))
+    return gradients(model) | {"loss": losses.detach()}
+
+
+def freeze(model: Loss, what: str) -> None:
+    """All but the part of this name."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(what in name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tie_embeddings": True}, {"save": "input"}, {"save": "all"}, {"dropout": 0.2}, {"segments": 2}],
+    ids=str,
+)
+def test_the_same_bits_as_over_whole_weights(options):
+    model, tokens = make_model(**options), tokens_of()
+    expected = step(copy.deepcopy(model), tokens, stream())
+    model = sharded(model, model.layers)
+    for _ in range(2):  # the second finds what the first left behind
+        assert_same_bits(step(model, tokens, stream()), expected)
+    assert_same_bits(step(model, tokens, stream(), reduction="none"), step_of_whole(model, options, tokens))
+
+
+def step_of_whole(model: Any, options: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each token's loss, of a model with these weights that nothing shards."""
+    whole = make_model(**options)
+    whole.load_state_dict({n: t.full_tensor() for n, t in model.state_dict().items()})
+    return step(whole, tokens, stream(), reduction="none")
+
+
+@pytest.mark.parametrize("what", ["embed", "lm_head", "layers.1.", "layers", "norm"])
+def test_frozen_parts(what):
+    model, tokens = make_model(), tokens_of()
+    freeze(model, what)
+    expected = step(copy.deepcopy(model), tokens, stream())
+    assert_same_bits(step(sharded(model, model.layers), tokens, stream()), expected)
+
+
+def test_one_layers_weights_are_there_at_a_time():
+    from torch.distributed.tensor import DTensor
+
+    model, there = make_model(n_layers=4), []
+
+    def look(what: str, block: int, tile: int) -> None:
+        there.append((what, block, [not isinstance(next(m.parameters()), DTensor) for m in model.layers]))
+
+    step(sharded(model, model.layers), tokens_of(), stream(progress=look))
+    for what, block, gathered in there:
+        assert gathered == [what in ("forward", "backward") and i == block for i in range(4)], (what, block)
+    assert {what for what, _, _ in there} == {"embed", "forward", "head", "backward"}
+
+
+def test_peak_does_not_grow_with_the_length():
+    model = make_model()
+    model = sharded(model, model.layers)
+    step(model, tokens_of(64), kept := stream(16, "file"))
+    peaks = []
+    for seq in (256, 1024):
+        model.zero_grad()
+        tokens = tokens_of(seq)
+        with pyckpt.measure.memory(model) as m:
+            model(tokens, kept).backward()
+        peaks.append(m.peak_bytes)
+    assert peaks[1] <= 1.01 * peaks[0]
+
+
+def test_gradients_are_accumulated():
+    model, (first, second) = make_model(), (tokens_of(), tokens_of())
+    whole = copy.deepcopy(model)
+    for tokens in (first, second):
+        whole(tokens, stream()).backward()
+    model = sharded(model, model.layers)
+    model.set_requires_gradient_sync(False)
+    model(first, stream()).backward()
+    model.set_requires_gradient_sync(True)
+    model(second, stream()).backward()
+    assert_same_bits(gradients(model), gradients(whole))
+
+
+def test_without_gradients_nothing_is_kept():
+    model, tokens = make_model(), tokens_of()
+    with torch.no_grad():
+        expected = model(tokens, stream())
+        assert torch.equal(sharded(model, model.layers)(tokens, stream()), expected)
+
+
+def test_what_fails_leaves_the_model_as_it_was():
+    model, tokens = make_model(), tokens_of()
+    expected = step(copy.deepcopy(model), tokens, stream())
+    model = sharded(model, model.layers)
+
+    def stop(what: str, block: int, tile: int) -> None:
+        if (what, block, tile) == ("forward", 1, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens, stream(progress=stop))
+    assert not gradients(model)
+    loss = model(tokens, stream())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"has one backward.*\n?.*retain_graph"):
+        loss.backward()
+    assert_same_bits(step(model, tokens, stream()), expected)
+
+
+def test_a_limit_of_the_store_is_kept_without_running_layers_again():
+    model, tokens = make_model(n_layers=5), tokens_of()
+    expected = step(copy.deepcopy(model), tokens, stream())
+    model = sharded(model, model.layers)
+    with pytest.raises(ValueError, match=r"needs at least ([\d,]+) bytes of the store") as caught:
+        step(model, tokens, stream(limit=1000))
+    least = int(str(caught.value).split("at least ")[1].split(" ")[0].replace(",", ""))
+    assert_same_bits(step(model, tokens, stream(limit=least)), expected)
+    best = int(str(caught.value).split("(")[1].split(" ")[0].replace(",", ""))
+    assert least < best
+
+
+def test_weights_of_another_dtype_than_the_embeddings():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = make_model()
+    model = sharded(model, model.layers, of_layers={"mp_policy": MixedPrecisionPolicy(torch.bfloat16)})
+    with pytest.raises(ValueError, match=r"layer 0: .*bfloat16.* one MixedPrecisionPolicy"):
+        model(tokens_of(), stream())
+
+
+def test_hooks_of_others():
+    model = make_model()
+    model = sharded(model, model.layers)
+    model.layers[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="block 1 has forward hooks beside FSDP2's"):
+        model(tokens_of(), stream())
+
+
+def test_a_loss_outside_the_models_forward():
+    """FSDP2 gathers the embedding in the forward of the model alone, unless it is told of another method."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    model, tokens = make_model().model, tokens_of()
+    expected = model.loss(tokens, stream=stream())
+    model = sharded(model, list(model.model.layers))
+    with pytest.raises(ValueError, match=r"register_fsdp_forward_method\(model, 'loss'\)"):
+        model.loss(tokens, stream=stream())
+    register_fsdp_forward_method(model, "loss")
+    assert torch.equal(model.loss(tokens, stream=stream()), expected)
+
+
+class TestSwapped:
+    """Models of transformers."""
+
+    @pytest.fixture(autouse=True)
+    def libraries(self) -> None:
+        pytest.importorskip("transformers")
+
+    def both(self, family: str, options: Any = None, **swap: Any) -> tuple[Any, Any]:
+        """A model swapped and sharded, and one swapped alone."""
+        from swap_models import make_model
+
+        model = make_model(family, **(options or {}))
+        whole = copy.deepcopy(model)
+        pyckpt.swap(whole, tile=5, stream=stream(store="file"), **swap)
+        pyckpt.swap(model, tile=5, stream=stream(store="file"), **swap)
+        return sharded(model, list(model.base_model.layers)), whole
+
+    @pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+    @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Mixtral", "GPTNeoX"])
+    def test_the_same_bits_as_over_whole_weights(self, family, kind, no_fallback):
+        from swap_models import known, make_batch
+
+        model, whole = self.both(family)
+        batch = known(whole, make_batch(kind))
+        for m in (model, whole):
+            torch.manual_seed(1)
+            m(**batch).loss.backward()
+        assert_same_bits(gradients(model), gradients(whole))
+
+    @pytest.mark.parametrize("family", ["Phi3", "GPTNeoX"])
+    def test_no_weights_wait_for_the_backward(self, family):
+        """Of layers, whose fused projections are split, or copied by head; those of the ends do."""
+        model, _ = self.both(family, {"num_hidden_layers": 6})
+        of_layers = sum(p.nbytes for m in model.base_model.layers for p in m.parameters())
+        ids = torch.randint(1, 61, (1, 32))
+        with pyckpt.measure.memory(model) as m:
+            loss = model(input_ids=ids, labels=ids).loss
+            m.mark("forward done")
+            loss.backward()
+        assert 0 < m.marks["forward done"].live_bytes < 0.25 * of_layers
+
+    def test_segments_are_left_out_with_a_warning(self):
+        from swap_models import make_batch
+
+        model, whole = self.both("Llama", segments=2)
+        batch = make_batch("plain")
+        with pytest.warns(UserWarning, match="streamed without segments"):
+            model(**batch).loss.backward()
+        whole(**batch).loss.backward()
+        assert_same_bits(gradients(model), gradients(whole))
+
+    @pytest.mark.parametrize(
+        ("who", "told"),
+        [
+            ("another hook", "a .*LlamaDecoderLayer has forward hooks: streaming is not used"),
+            ("embedding", "embedding .* hooks.*: the layers are streamed, and not what surrounds them"),
+            ("hidden states", "output_hidden_states=True asks for every layer's: streaming is not used"),
+        ],
+    )
+    def test_what_cannot_be_streamed_so_is_told(self, who, told):
+        from swap_models import make_batch, make_model
+        from torch.distributed.fsdp import fully_shard
+
+        model, batch = make_model("Llama", torch.float64), make_batch("plain")
+        whole = copy.deepcopy(model)
+        pyckpt.swap(model, tile=5, stream=stream())
+        if who == "another hook":
+            model.model.layers[1].register_forward_hook(lambda *_: None)
+        if who == "embedding":
+            fully_shard(model.model.embed_tokens)
+        if who == "hidden states":
+            batch |= {"output_hidden_states": True}
+        model = sharded(model, list(model.model.layers))
+        with pytest.warns(UserWarning, match=told):
+            model(**batch).loss.backward()
+        whole(**batch).loss.backward()
+        expected = gradients(whole)
+        for name, grad in gradients(model).items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)  # norms in float32 there
+
+    @pytest.mark.parametrize("kind", ["plain", "padded"])
+    @pytest.mark.parametrize("family", ["Llama", "Phi"])
+    def test_hidden_states_alone(self, family, kind, no_fallback):
+        """The layers are streamed inside the model's own forward, as without FSDP2."""
+        from swap_models import make_batch
+
+        model, whole = self.both(family)
+        batch = make_batch(kind)
+        del batch["labels"]
+        results = []
+        for m in (model, whole):
+            m.zero_grad()
+            logits = m(**batch, use_cache=False).logits
+            logits.square().sum().backward()
+            results.append(gradients(m) | {"logits": logits.detach()})
+        assert_same_bits(*results)
+
+
+with contextlib.suppress(ImportError):
+    import swap_models as swap_models  # sets transformers offline before it is imported
