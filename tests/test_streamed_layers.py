@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,6 +177,21 @@ def test_what_fails_leaves_the_model_as_it_was():
     assert_same_bits(step(model, tokens, stream()), expected)
 
 
+def test_a_run_that_is_dropped_gives_its_store_back():
+    """At once, and not when the garbage collector comes by."""
+    model, kept = make_model(), stream()
+    loss = sharded(model, model.layers)(tokens_of(), kept)
+    run = weakref.ref(loss.grad_fn.run)
+    gc.collect()
+    gc.disable()
+    try:
+        assert run() is not None and kept.store._idle is None
+        del loss
+        assert run() is None and kept.store._idle is not None
+    finally:
+        gc.enable()
+
+
 def test_a_limit_of_the_store_is_kept_without_running_layers_again():
     model, tokens = make_model(n_layers=5), tokens_of()
     expected = step(copy.deepcopy(model), tokens, stream())
@@ -217,6 +234,7 @@ def test_a_loss_outside_the_models_forward():
     assert torch.equal(model.loss(tokens, stream=stream()), expected)
 
 
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module .*Layer. returned a view")
 class TestSwapped:
     """Models of transformers."""
 
@@ -246,6 +264,35 @@ class TestSwapped:
             m(**batch).loss.backward()
         assert_same_bits(gradients(model), gradients(whole))
 
+    @pytest.mark.parametrize("streamed", [True, False])
+    @pytest.mark.parametrize("groups", ["embedding", "norm and head", "both", "base model"])
+    @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+    def test_groups_around_the_layers(self, family, groups, streamed, no_fallback):
+        """Embedding, final norm and head that FSDP2 shards by themselves."""
+        from swap_models import make_batch, make_model
+        from torch.distributed.fsdp import fully_shard
+
+        model, batch = make_model(family, tie_word_embeddings=False), make_batch("packed")
+        whole = copy.deepcopy(model)
+        for m in (model, whole):
+            pyckpt.swap(m, tile=5, stream=stream() if streamed else None)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        if groups in ("embedding", "both"):
+            fully_shard(model.model.embed_tokens)
+        if groups in ("norm and head", "both"):
+            fully_shard([model.model.norm, model.lm_head])
+        if groups == "base model":
+            fully_shard(model.model)
+        fully_shard(model)
+        for _ in range(2):
+            for m in (model, whole):
+                m.zero_grad()
+                out = m(**batch)
+                assert out.logits is None
+                out.loss.backward()
+            assert_same_bits(gradients(model), gradients(whole))
+
     @pytest.mark.parametrize("family", ["Phi3", "GPTNeoX"])
     def test_no_weights_wait_for_the_backward(self, family):
         """Of layers, whose fused projections are split, or copied by head; those of the ends do."""
@@ -272,21 +319,20 @@ class TestSwapped:
         ("who", "told"),
         [
             ("another hook", "a .*LlamaDecoderLayer has forward hooks: streaming is not used"),
-            ("embedding", "embedding .* hooks.*: the layers are streamed, and not what surrounds them"),
+            ("hook on the norm", "final norm is a .* hooks.*: the layers are streamed, and not what surrounds them"),
             ("hidden states", "output_hidden_states=True asks for every layer's: streaming is not used"),
         ],
     )
     def test_what_cannot_be_streamed_so_is_told(self, who, told):
         from swap_models import make_batch, make_model
-        from torch.distributed.fsdp import fully_shard
 
         model, batch = make_model("Llama", torch.float64), make_batch("plain")
         whole = copy.deepcopy(model)
         pyckpt.swap(model, tile=5, stream=stream())
         if who == "another hook":
             model.model.layers[1].register_forward_hook(lambda *_: None)
-        if who == "embedding":
-            fully_shard(model.model.embed_tokens)
+        if who == "hook on the norm":
+            model.model.norm.register_forward_hook(lambda *_: None)
         if who == "hidden states":
             batch |= {"output_hidden_states": True}
         model = sharded(model, list(model.model.layers))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
 from pyckpt.swap import survey as surveys
-from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps, watched
+from pyckpt.swap.modules import UnsupportedError, gather, gathers, is_known, norm_eps, out_of_reach, watched
+from pyckpt.swap.shadow import unsharded_class
 from pyckpt.tokenwise.norm import LayerNorm, Norm, RmsNorm, with_offset
 
 # Norms whose weight is one less than what it multiplies by.
@@ -23,7 +24,7 @@ class Places:
 
     table: the embedding of positions that is added. multiplier: a number that multiplies the embedding. dropout: a
     torch.nn.Dropout, or a rate, of what the first layer is given. offset: what is added to the norm's weight; None: as
-    its class is known to do.
+    its class is known to do. eps: the norm's, where its class has none that is known.
     """
 
     embed: str = "embed_tokens"
@@ -32,6 +33,7 @@ class Places:
     multiplier: str | None = None
     dropout: str | None = None
     offset: float | None = None
+    eps: float | None = None
 
 
 def find(base: nn.Module, layers: list[str]) -> Places | None:
@@ -44,10 +46,10 @@ def find(base: nn.Module, layers: list[str]) -> Places | None:
         ids, embedded, made = surveys.Scene(base, layers).surroundings()
         with torch.no_grad():
             name, multiplier = _embedding_in(base, ids, embedded)
-            norm, offset = _norm_in(base, embedded.flatten(0, 1), made.flatten(0, 1))
+            norm, offset, eps = _norm_in(base, embedded.flatten(0, 1), made.flatten(0, 1))
     except Exception:  # of any class anything may be met
         return None
-    return Places(name, norm, multiplier=multiplier, offset=offset)
+    return Places(name, norm, multiplier=multiplier, offset=offset, eps=eps)
 
 
 def _embedding_in(base: Any, ids: Tensor, made: Tensor) -> tuple[str, str | None]:
@@ -63,17 +65,32 @@ def _embedding_in(base: Any, ids: Tensor, made: Tensor) -> tuple[str, str | None
     raise UnsupportedError("its layers are handed something else than embeddings")
 
 
-def _norm_in(base: Any, x: Tensor, made: Tensor) -> tuple[str, float]:
-    """The final norm's name, and what is added to its weight."""
+def _norm_in(base: Any, x: Tensor, made: Tensor) -> tuple[str, float, float | None]:
+    """The final norm's name, what is added to its weight, and its eps where its class has none that is known."""
     for name, norm in base.named_children():
-        if norm_eps(norm) is None:
+        if "Norm" not in unsharded_class(norm).__name__ or watched(norm):
             continue
+        # Rows so small that eps is most of what they are divided by.
+        small = x * (1e-3 / x.std())
+        eps = None if norm_eps(norm) is not None else _eps_of(norm, small)
         for offset in (0.0, 1.0):
-            kind, weights = _norm(norm), _norm_weights(norm, x[0])
+            kind, weights = _norm(norm, eps), _norm_weights(norm, x[0])
             weights["norm.weight"] = with_offset(weights["norm.weight"], offset)
-            if _same_but_for_rounding(kind.forward(weights, x)[0], made):
-                return name, offset
+            both = ((x, made), (small, norm(small)))
+            if all(_same_but_for_rounding(kind.forward(weights, rows)[0], theirs) for rows, theirs in both):
+                return name, offset, eps
     raise UnsupportedError("its output is no norm of what its layers make")
+
+
+def _eps_of(norm: Any, small: Tensor) -> float | None:
+    """Its attribute or, of a LayerNorm without weights, what y = (x - mean) / sqrt(variance + eps) says of it."""
+    if isinstance(getattr(norm, "eps", None), float):
+        return float(norm.eps)
+    x, y = small.double(), norm(small).double()
+    x = x - x.mean(-1, keepdim=True)
+    divisor = (x * x).sum(-1) / (x * y).sum(-1)
+    eps = float((divisor.square() - x.square().mean(-1)).median())
+    return float(f"{eps:.0e}") if eps > 0.0 else None
 
 
 def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
@@ -85,28 +102,34 @@ def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
     return float(error.norm()) <= allowed * size and abs(float((error * b).sum())) <= allowed / 8 * size**2
 
 
-def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossOptions) -> Ends:
+def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossOptions, run: bool) -> Ends:
     """The ends of a model with this base model and output projection, with the weights of now.
 
-    Raises `UnsupportedError` where something there is not what its class says.
+    run: they are to be read, and are gathered where they are sharded. Raises `UnsupportedError` where something there
+    is not what its class says.
     """
     if places is None:
         raise UnsupportedError("what surrounds the layers of this class is not known")
-    if watched(base, replaced=True):
+    if watched(base, replaced=True) and not gathers(base):
         raise UnsupportedError(f"its {type(base).__name__} has forward hooks, which a streamed run would not run")
     embed, norm = getattr(base, places.embed), getattr(base, places.norm)
-    weights = {"embed": (table := _table(embed)), **_norm_weights(norm, table[0]), "head": projection.weight}
+    if run:
+        gather(base, embed, norm, projection)
+    of_norm = _norm_weights(norm, (table := _table(embed))[0])
+    weights = {"embed": table, **of_norm, "head": projection.weight}
     if projection.bias is not None:
         weights["head.bias"] = projection.bias
     if places.table is not None:
+        if run:
+            gather(getattr(base, places.table))
         weights["table"] = _table(getattr(base, places.table))
-    offset = _OFFSETS.get(type(norm).__name__, 0.0) if places.offset is None else places.offset
-    return Ends(weights, _norm(norm), offset, _options(base, places, embed), loss)
+    offset = _OFFSETS.get(unsharded_class(norm).__name__, 0.0) if places.offset is None else places.offset
+    return Ends(weights, _norm(norm, places.eps), offset, _options(base, places, embed), loss)
 
 
 def _table(embedding: Any) -> Tensor:
     name = type(embedding).__name__
-    if not (type(embedding) is nn.Embedding or _is_scaled(embedding)) or watched(embedding):
+    if not (unsharded_class(embedding) is nn.Embedding or _is_scaled(embedding)) or out_of_reach(embedding):
         raise UnsupportedError(f"its embedding is a {name} with hooks, or no plain nn.Embedding")
     if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
         raise UnsupportedError("its embedding has max_norm, sparse or scale_grad_by_freq")
@@ -115,22 +138,24 @@ def _table(embedding: Any) -> Tensor:
 
 def _is_scaled(embedding: Any) -> bool:
     """One of transformers (Gemma's and its like) that multiplies by its `scalar_embed_scale`."""
-    kind = type(embedding)
+    kind = unsharded_class(embedding)
     return kind.__name__.endswith("ScaledWordEmbedding") and is_known(kind) and issubclass(kind, nn.Embedding)
 
 
-def _norm(norm: Any) -> Norm:
-    name, eps = type(norm).__name__, norm_eps(norm)
-    if eps is None or watched(norm):
+def _norm(norm: Any, eps: float | None = None) -> Norm:
+    """eps: where its class has none that is known."""
+    name, known = unsharded_class(norm).__name__, norm_eps(norm)
+    eps = known if eps is None else eps
+    if eps is None or out_of_reach(norm):
         raise UnsupportedError(f"its final norm is a {name} with hooks, or none that is known")
-    return (RmsNorm if name.endswith("RMSNorm") else LayerNorm)("norm", float(eps))
+    return (LayerNorm if "LayerNorm" in name else RmsNorm)("norm", float(eps))
 
 
 def _norm_weights(norm: Any, like: Tensor) -> dict[str, Tensor]:
     """Its weights; what a class lacks is what changes nothing (`like` is a row of what it reads)."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     found = {"norm.weight": torch.ones_like(like, requires_grad=False) if weight is None else weight}
-    if isinstance(_norm(norm), LayerNorm):
+    if "LayerNorm" in unsharded_class(norm).__name__:
         found["norm.bias"] = torch.zeros_like(found["norm.weight"], requires_grad=False) if bias is None else bias
     return found
 

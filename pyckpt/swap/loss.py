@@ -18,7 +18,7 @@ from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.modules import UnsupportedError, gather, out_of_reach
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import unsharded_class
 
@@ -52,6 +52,9 @@ HEADS = {
     "Cohere2ForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
     "CohereForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
     "GPT2LMHeadModel": Head(
+        output="CausalLMOutputWithCrossAttentions", places=Places("wte", "ln_f", table="wpe", dropout="drop")
+    ),
+    "GPTBigCodeForCausalLM": Head(
         output="CausalLMOutputWithCrossAttentions", places=Places("wte", "ln_f", table="wpe", dropout="drop")
     ),
     "GPTNeoXForCausalLM": Head(places=Places("embed_in", "final_layer_norm", dropout="emb_dropout")),
@@ -108,7 +111,7 @@ def check(model: nn.Module) -> None:
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError("its loss_function is not transformers' ForCausalLMLoss")
     projection = model.get_output_embeddings()  # type: ignore[operator]
-    if type(projection) is not nn.Linear or watched(projection):
+    if unsharded_class(projection) is not nn.Linear or out_of_reach(projection):
         raise UnsupportedError(
             f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
         )
@@ -226,7 +229,8 @@ class SwappedHead(Replaced):
         model: Any = self.module
         reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
         options = LossOptions(reduction, self._softcap or 0.0, ignore_index=ignored, scale=self._scale)
-        return ends.ends_of(heads.base_of(model), self.head.places, model.get_output_embeddings(), options)
+        places, run = self.head.places, wanted is not None
+        return ends.ends_of(heads.base_of(model), places, model.get_output_embeddings(), options, run)
 
     @property
     def _softcap(self) -> float | None:
@@ -239,6 +243,7 @@ class SwappedHead(Replaced):
     def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
         """The loss of hidden states (B, S, d_model)."""
         projection: Any = self.module.get_output_embeddings()  # type: ignore[operator]
+        gather(projection)
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(projection.weight.dtype)  # Mamba's residual stream is in float32
         return linear_cross_entropy(

@@ -8,6 +8,7 @@ from torch import nn
 
 from pyckpt.exec import streamed_layers
 from pyckpt.exec.streamed_layers import hooks_of
+from pyckpt.swap.shadow import unsharded_class
 
 
 class UnsupportedError(Exception):
@@ -25,7 +26,8 @@ def is_known(kind: type) -> bool:
 
 def norm_eps(module: nn.Module) -> float | None:
     """The eps of an RMSNorm or a LayerNorm of a known class; None of anything else."""
-    if not (type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and is_known(type(module))):
+    kind = unsharded_class(module)
+    if not (kind.__name__.endswith(("RMSNorm", "LayerNorm")) and is_known(kind)):
         return None
     return next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
 
@@ -37,6 +39,21 @@ _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
 def gathers(module: nn.Module) -> bool:
     """FSDP2 gathers the module's weights for each call of it, and nobody else watches it."""
     return streamed_layers.gathers(module) and all(map(_is_harmless, streamed_layers.others(hooks_of(module))))
+
+
+def gather(*modules: Any) -> None:
+    """Have FSDP2 gather the weights of those that it shards by themselves, for who reads them without a call.
+
+    They are let go at the end of the backward, as those of the outermost module are.
+    """
+    for module in modules:
+        if gathers(module):
+            module.unshard()
+
+
+def out_of_reach(module: nn.Module) -> bool:
+    """Somebody else than FSDP2 watches the module: to read its weights would not be all that a call of it does."""
+    return watched(module) and not gathers(module)
 
 
 def _is_harmless(hook: Any) -> bool:
