@@ -23,7 +23,8 @@ KINDS = {
         *("mixed precision, LoRA", "ddp, by its own forward", "fsdp2, by its own forward", "ddp, streamed"),
         *("ddp, again as a whole", "fsdp2, again as a whole"),
         *("fsdp2, streamed", "fsdp2, then swap, streamed", "fsdp2, offloaded, streamed"),
-        *("fsdp2, by its own forward, streamed", "mixed precision, streamed", "mixed precision, LoRA, streamed"),
+        *("fsdp2, in groups", "fsdp2, in groups, streamed", "fsdp2, by its own forward, streamed"),
+        *("mixed precision, streamed", "mixed precision, LoRA, streamed"),
     ),
     4: ("ddp", "swap, then fsdp2", "fsdp2, streamed"),
 }
@@ -58,6 +59,11 @@ def run(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     else:
         policy = CPUOffloadPolicy(pin_memory=False) if "offloaded" in kind else OffloadPolicy()
+        if "in groups" in kind:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model.model.embed_tokens)
+            fully_shard([model.model.norm, model.lm_head])
         wrapped = sharded(model, offload_policy=policy)
     if "then swap" in kind:
         assert not pyckpt.swap(model, tile=5, stream=stream).left
