@@ -10,6 +10,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,6 +292,46 @@ class TestSwapped:
                 out = m(**batch)
                 assert out.logits is None
                 out.loss.backward()
+            assert_same_bits(gradients(model), gradients(whole))
+
+    @pytest.mark.parametrize("streamed", [True, False])
+    @pytest.mark.parametrize("kind", ["plain", "tied", "on meta", "LoRA"])
+    @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+    def test_as_accelerate_shards_it(self, family, kind, streamed, no_fallback):
+        """Trainer and Accelerate have groups for the embedding, and for final norm and head; for all three if tied."""
+        from swap_models import make_adapted, make_batch, make_model
+
+        pytest.importorskip("peft")
+        accelerate = pytest.importorskip("accelerate")
+        utils = pytest.importorskip("accelerate.utils.fsdp_utils")
+        plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=kind == "on meta"
+        )
+        # Accelerate itself takes FSDP2 on a GPU alone.
+        on_cpu = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            mixed_precision="no",
+            is_main_process=True,
+            device=torch.device("cpu"),
+            torch_device_mesh=None,
+        )
+        model, batch = make_model(family, tie_word_embeddings=kind == "tied"), make_batch("packed")
+        if kind == "LoRA":
+            model = make_adapted(model, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
+        whole = copy.deepcopy(model)
+        for m in (model, whole):
+            pyckpt.swap(m, tile=5, stream=stream() if streamed else None)
+        model = utils.fsdp2_prepare_model(on_cpu, model)
+        sharded = {type(m).__name__ for m in model.modules() if hasattr(m, "unshard")}
+        expected = {f"FSDP{family}DecoderLayer", "FSDPLinear"}
+        assert sharded >= expected | (set() if kind == "LoRA" else {f"FSDP{family}RMSNorm"})
+        for _ in range(2):
+            for m in (model, whole):
+                m.zero_grad()
+                out = m(**batch)
+                assert out.logits is None
+                out.loss.backward()
+            assert len(gradients(whole)) == len(gradients(model))
             assert_same_bits(gradients(model), gradients(whole))
 
     @pytest.mark.parametrize("family", ["Phi3", "GPTNeoX"])
