@@ -4,9 +4,10 @@
 
 FSDP2 gathers a layer's weights before the layer is called and lets them go after, and does the same around its
 backward, which it hears of by the gradients of what the layer was given and has returned (Zhao et al. 2023, "PyTorch
-FSDP", section 4). So a layer's tiles are walked through inside the layer's own call, and the walk back is the backward
-of a node that was made there. Between the layers goes an empty token in the place of hidden states, which wait in the
-store; its gradient says that the layer behind is done.
+FSDP", section 4); so does DeepSpeed's ZeRO-3 with a layer that is one of its leaves. So a layer's tiles are walked
+through inside the layer's own call, and the walk back is the backward of a node that was made there. Between the layers
+goes an empty token in the place of hidden states, which wait in the store; its gradient says that the layer behind is
+done.
 
 Nothing can be made again of a layer but in its own backward: each layer's input is kept, and a backward is not run
 twice.
@@ -30,12 +31,12 @@ from pyckpt.store import OpenStore, Store
 
 
 def gathers(module: nn.Module) -> bool:
-    """FSDP2 gathers the module's weights for each call of it."""
+    """FSDP2, or DeepSpeed's ZeRO-3, gathers the module's weights for each call of it."""
     return any(map(_is_gathering, hooks_of(module)))
 
 
 def others(hooks: Iterable[Any]) -> list[Any]:
-    """Those of these forward hooks that are neither FSDP2's nor a measurement's of ours."""
+    """Those of these forward hooks that neither gather weights nor are a measurement's of ours."""
     return [h for h in hooks if not (_is_gathering(h) or _origin(h).startswith("pyckpt.measure."))]
 
 
@@ -45,7 +46,7 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _is_gathering(hook: Any) -> bool:
-    return _origin(hook).startswith("torch.distributed.fsdp.")
+    return _origin(hook).startswith(("torch.distributed.fsdp.", "deepspeed."))
 
 
 def _origin(hook: Any) -> str:
@@ -218,8 +219,8 @@ class _Ends(Node):
 class _Layer(Node):
     """`inward`: something before the block wants the gradient of its input.
 
-    A weight that is not the layer's parameter, or a view of one, but made of it (GPT-NeoX's by head) would outlive what
-    was gathered: it is read again.
+    A weight that is not the layer's parameter but made of it (GPT-NeoX's by head), or a view of it, would have what was
+    gathered outlive the call: it is read again.
     """
 
     @staticmethod
@@ -235,7 +236,7 @@ class _Layer(Node):
     ) -> Tensor:
         run.advance(block, dict(zip(names, weights, strict=True)))
         ctx.run, ctx.block, ctx.inward, ctx.read, ctx.names = run, block, inward, read, names
-        ctx.save_for_backward(*(None if w.grad_fn is not None and not w._is_view() else w for w in weights))
+        ctx.save_for_backward(*(w if w.is_leaf and not w._is_view() else None for w in weights))
         return torch.zeros_like(token)
 
     @staticmethod

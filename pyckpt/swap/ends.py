@@ -110,8 +110,9 @@ def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossO
     """
     if places is None:
         raise UnsupportedError("what surrounds the layers of this class is not known")
-    if watched(base, replaced=True) and not gathers(base):
-        raise UnsupportedError(f"its {type(base).__name__} has forward hooks, which a streamed run would not run")
+    for module, known in ((base, True), (projection, False)):
+        if watched(module, replaced=known) and not (gathers(module) and hasattr(module, "unshard")):
+            raise UnsupportedError(f"its {type(module).__name__} has forward hooks, which a streamed run would not run")
     embed, norm = getattr(base, places.embed), getattr(base, places.norm)
     if run:
         gather(base, embed, norm, projection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, gather, out_of_reach
+from pyckpt.swap.modules import UnsupportedError, called, gathers, watched
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import unsharded_class
 
@@ -111,7 +112,7 @@ def check(model: nn.Module) -> None:
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError("its loss_function is not transformers' ForCausalLMLoss")
     projection = model.get_output_embeddings()  # type: ignore[operator]
-    if unsharded_class(projection) is not nn.Linear or out_of_reach(projection):
+    if unsharded_class(projection) is not nn.Linear or (watched(projection) and not gathers(projection)):
         raise UnsupportedError(
             f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
         )
@@ -243,7 +244,9 @@ class SwappedHead(Replaced):
     def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
         """The loss of hidden states (B, S, d_model)."""
         projection: Any = self.module.get_output_embeddings()  # type: ignore[operator]
-        gather(projection)
+        return called(projection, functools.partial(self._of_head, projection, wanted), hidden)
+
+    def _of_head(self, projection: Any, wanted: _Wanted, hidden: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(projection.weight.dtype)  # Mamba's residual stream is in float32
         return linear_cross_entropy(

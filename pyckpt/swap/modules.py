@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyckpt.exec import streamed_layers
 from pyckpt.exec.streamed_layers import hooks_of
@@ -37,7 +38,7 @@ _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
 
 
 def gathers(module: nn.Module) -> bool:
-    """FSDP2 gathers the module's weights for each call of it, and nobody else watches it."""
+    """FSDP2 or ZeRO-3 gathers the module's weights for each call of it, and nobody else watches it."""
     return streamed_layers.gathers(module) and all(map(_is_harmless, streamed_layers.others(hooks_of(module))))
 
 
@@ -47,13 +48,29 @@ def gather(*modules: Any) -> None:
     They are let go at the end of the backward, as those of the outermost module are.
     """
     for module in modules:
-        if gathers(module):
+        if _unshards(module):
             module.unshard()
 
 
 def out_of_reach(module: nn.Module) -> bool:
-    """Somebody else than FSDP2 watches the module: to read its weights would not be all that a call of it does."""
-    return watched(module) and not gathers(module)
+    """Its weights can't be had but by a call of the module, or somebody watches that."""
+    return watched(module) and not _unshards(module)
+
+
+def _unshards(module: Any) -> bool:
+    return gathers(module) and hasattr(module, "unshard")
+
+
+def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """forward(x), in a call of the module where that is what gathers its weights."""
+    gather(module)
+    if not out_of_reach(module):
+        return forward(x)
+    module.forward = forward
+    try:
+        return module(x)
+    finally:
+        del module.forward
 
 
 def _is_harmless(hook: Any) -> bool:
