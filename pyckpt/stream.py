@@ -195,7 +195,7 @@ def stream_loss(
         source = ends.source(tokens, trained, lambda rows: stack.of_positions(rows).tensor)
         return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
 
-    return _run(stack, stream, blocks, layers, make_ends, None, ends.weights)
+    return _run(stack, stream, blocks, layers, make_ends, None, ends)
 
 
 def _trained(ends: Ends) -> list[str]:
@@ -228,7 +228,7 @@ def stream_blocks(
     if layers is not None:
         return _through(open_blocks(blocks, x, positions, cu_seqlens, stream, layers), layers)
     stack = _stack(blocks, segments, _layout(x.shape[:-1], cu_seqlens), positions, x, x.requires_grad, stream)
-    return _run(stack, stream, blocks, None, _whole_ends(stack, x), x, {})
+    return _run(stack, stream, blocks, None, _whole_ends(stack, x), x, None)
 
 
 def open_blocks(
@@ -241,7 +241,7 @@ def open_blocks(
 ) -> LayerRun:
     """The run of `stream_blocks` for layers that somebody else calls, one after the other."""
     stack = _stack(blocks, 1, _layout(x.shape[:-1], cu_seqlens), positions, x, x.requires_grad, stream, layers)
-    return _layer_run(stack, stream, blocks, _whole_ends(stack, x), x, {})
+    return _layer_run(stack, stream, blocks, _whole_ends(stack, x), x, None)
 
 
 def _whole_ends(stack: Stack, x: Tensor) -> Callable[[], tuple[Source, Sink]]:
@@ -260,12 +260,12 @@ def _run(
     layers: Sequence[nn.Module] | None,
     make_ends: Callable[[], tuple[Source, Sink]],
     x: Tensor | None,
-    ends: Mapping[str, Tensor],
+    ends: Ends | None,
 ) -> Tensor:
     """The sink's result."""
     if layers is not None:
         return _through(_layer_run(stack, stream, blocks, make_ends, x, ends), layers)
-    weights, uses = _flat(dict(ends), blocks)
+    weights, uses = _flat({} if ends is None else ends.weights, blocks)
     session = Session(stack, stream.store, uses, make_ends, stream.progress)
     return execute(session, x, weights, stream.gradients == "by block")
 
@@ -283,7 +283,7 @@ def _layer_run(
     blocks: list[CheckpointedBlock],
     make_ends: Callable[[], tuple[Source, Sink]],
     x: Tensor | None,
-    ends: Mapping[str, Tensor],
+    ends: Ends | None,
 ) -> LayerRun:
     def check(block: int, weights: Mapping[str, Tensor]) -> None:
         like = torch.empty(0, dtype=stack.x_dtype, device=stack.device)
@@ -292,7 +292,8 @@ def _layer_run(
         except ValueError as reason:
             raise ValueError(f"layer {block}: {reason}, or give layers and model one MixedPrecisionPolicy") from None
 
-    return LayerRun(stack, stream.store, x, dict(ends), make_ends, check, stream.progress)
+    start, weights = (None, {}) if ends is None else (ends.start, ends.weights)
+    return LayerRun(stack, stream.store, x, start, weights, make_ends, check, stream.progress)
 
 
 def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:

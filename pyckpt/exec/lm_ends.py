@@ -315,7 +315,8 @@ class Ends:
     """What surrounds the blocks of a causal language model: weights by name, and what is done with them.
 
     weights: "embed" (V, d_model), "head" (V, d_model) and "norm.weight"; where the model has them "norm.bias",
-    "head.bias" and "table" (positions, d_model). norm: the final one, of the name "norm".
+    "head.bias" and "table" (positions, d_model). norm: the final one, of the name "norm". start: an empty tensor whose
+    gradient tells who gathers the weights that the backward is done with them.
     """
 
     weights: Named
@@ -323,6 +324,7 @@ class Ends:
     norm_offset: float = 0.0
     embedding: EmbeddingOptions = EmbeddingOptions()
     loss: LossOptions = LossOptions()
+    start: Tensor | None = None
 
     def source(self, tokens: Tensor, wanted: Collection[str], positions: Callable[[slice], Tensor]) -> Embedding:
         """wanted: the weights that want a gradient."""

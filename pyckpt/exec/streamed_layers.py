@@ -77,9 +77,9 @@ class _Here:
 class LayerRun:
     """A streamed run whose blocks bring their weights: `begin`, `layer` of one after the other, `end`.
 
-    x: what the source is given, where it is a stack's alone. ends: the weights of source and sink, there from the
-    forward to the end of the backward; tied ones are one tensor under two names. make_ends: makes the source and the
-    sink. check: raises where weights of a block are not what the run's stack was made for.
+    x: what the source is given, where it is a stack's alone. start: see `Ends`. ends: the weights of source and sink,
+    there from the forward to the end of the backward; tied ones are one tensor under two names. make_ends: makes the
+    source and the sink. check: raises where weights of a block are not what the run's stack was made for.
     """
 
     def __init__(
@@ -87,13 +87,14 @@ class LayerRun:
         stack: Stack,
         store: Store,
         x: Tensor | None,
+        start: Tensor | None,
         ends: Named,
         make_ends: Callable[[], tuple[Source, Sink]],
         check: Callable[[int, Named], None],
         progress: Progress | None,
     ) -> None:
         assert all(isinstance(step, Back) for step in stack.schedule.backward)
-        self.stack, self.ends, self._x, self._check = stack, ends, x, check
+        self.stack, self.ends, self._x, self._start, self._check = stack, ends, x, start, check
         self._backs = frozenset(step.block for step in stack.schedule.backward)
         self._here, self._begun = _Here(), False
         self._source, sink = make_ends()
@@ -104,7 +105,7 @@ class LayerRun:
 
     def begin(self) -> Tensor:
         """The first layer's token."""
-        return _Ends.apply(self, self._x, *{id(w): w for w in self.ends.values()}.values())
+        return _Ends.apply(self, self._x, self._start, *{id(w): w for w in self.ends.values()}.values())
 
     def layer(self, block: int, token: Tensor, read: Callable[[], Named]) -> Tensor:
         """The next layer's token. `read` gives the block's weights while the layer is called, and in its backward."""
@@ -193,10 +194,10 @@ class InRun:
 
 
 class _Ends(Node):
-    """Last in the backward: what surrounds the layers. x: see `LayerRun`; weights: of the ends, each once."""
+    """Last in the backward: what surrounds the layers. x, start: see `LayerRun`; weights: of the ends, each once."""
 
     @staticmethod
-    def forward(ctx: Any, run: LayerRun, x: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, run: LayerRun, x: Tensor | None, start: Tensor | None, *weights: Tensor) -> Tensor:
         run.begin_forward()
         ctx.run, ctx.names = run, [[n for n, w in run.ends.items() if w is weight] for weight in weights]
         ctx.save_for_backward(*weights)
@@ -205,15 +206,12 @@ class _Ends(Node):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         check_first_order()
-        grads = ctx.run.end_backward()
-        return (
-            None,
-            ctx.run.dx,
-            *(
-                summed((grads.get(n) for n in names), weight) if needed else None
-                for needed, names, weight in zip(ctx.needs_input_grad[2:], ctx.names, ctx.saved_tensors, strict=True)
-            ),
-        )
+        (need_start, *need), grads = ctx.needs_input_grad[2:], ctx.run.end_backward()
+        given = [
+            summed((grads.get(n) for n in names), weight) if needed else None
+            for needed, names, weight in zip(need, ctx.names, ctx.saved_tensors, strict=True)
+        ]
+        return None, ctx.run.dx, torch.zeros_like(grad_outputs[0]) if need_start else None, *given
 
 
 class _Layer(Node):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
 from pyckpt.swap import survey as surveys
-from pyckpt.swap.modules import UnsupportedError, gather, gathers, is_known, norm_eps, out_of_reach, watched
+from pyckpt.swap.modules import UnsupportedError, foreign, is_known, norm_eps, watched
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.tokenwise.norm import LayerNorm, Norm, RmsNorm, with_offset
 
@@ -105,32 +105,34 @@ def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
 def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossOptions, run: bool) -> Ends:
     """The ends of a model with this base model and output projection, with the weights of now.
 
-    run: they are to be read, and are gathered where they are sharded. Raises `UnsupportedError` where something there
-    is not what its class says.
+    run: for a run, whose dropout draws a seed. Raises `UnsupportedError` where something there is not what its class
+    says.
     """
     if places is None:
         raise UnsupportedError("what surrounds the layers of this class is not known")
     for module, known in ((base, True), (projection, False)):
-        if watched(module, replaced=known) and not (gathers(module) and hasattr(module, "unshard")):
+        if foreign(module, replaced=known):
             raise UnsupportedError(f"its {type(module).__name__} has forward hooks, which a streamed run would not run")
     embed, norm = getattr(base, places.embed), getattr(base, places.norm)
-    if run:
-        gather(base, embed, norm, projection)
-    of_norm = _norm_weights(norm, (table := _table(embed))[0])
+    of_norm = _norm_weights(norm, (table := _table(embed)).new_ones(embed.embedding_dim))
     weights = {"embed": table, **of_norm, "head": projection.weight}
     if projection.bias is not None:
         weights["head.bias"] = projection.bias
     if places.table is not None:
-        if run:
-            gather(getattr(base, places.table))
         weights["table"] = _table(getattr(base, places.table))
     offset = _OFFSETS.get(unsharded_class(norm).__name__, 0.0) if places.offset is None else places.offset
-    return Ends(weights, _norm(norm, places.eps), offset, _options(base, places, embed), loss)
+    return Ends(weights, _norm(norm, places.eps), offset, _options(base, places, embed, run), loss)
+
+
+def modules_of(base: Any, places: Places, projection: nn.Linear) -> list[nn.Module]:
+    """Those whose weights the ends are."""
+    names = (places.embed, places.table, places.norm)
+    return [*(getattr(base, n) for n in names if n is not None), projection]
 
 
 def _table(embedding: Any) -> Tensor:
     name = type(embedding).__name__
-    if not (unsharded_class(embedding) is nn.Embedding or _is_scaled(embedding)) or out_of_reach(embedding):
+    if not (unsharded_class(embedding) is nn.Embedding or _is_scaled(embedding)) or foreign(embedding):
         raise UnsupportedError(f"its embedding is a {name} with hooks, or no plain nn.Embedding")
     if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
         raise UnsupportedError("its embedding has max_norm, sparse or scale_grad_by_freq")
@@ -147,7 +149,7 @@ def _norm(norm: Any, eps: float | None = None) -> Norm:
     """eps: where its class has none that is known."""
     name, known = unsharded_class(norm).__name__, norm_eps(norm)
     eps = known if eps is None else eps
-    if eps is None or out_of_reach(norm):
+    if eps is None or foreign(norm):
         raise UnsupportedError(f"its final norm is a {name} with hooks, or none that is known")
     return (LayerNorm if "LayerNorm" in name else RmsNorm)("norm", float(eps))
 
@@ -161,7 +163,7 @@ def _norm_weights(norm: Any, like: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _options(base: Any, places: Places, embed: Any) -> EmbeddingOptions:
+def _options(base: Any, places: Places, embed: Any, run: bool = False) -> EmbeddingOptions:
     scale = 1.0
     if _is_scaled(embed):
         # Rounded as the class has it, on the CPU: to read its buffer would wait for a GPU.
@@ -169,7 +171,7 @@ def _options(base: Any, places: Places, embed: Any) -> EmbeddingOptions:
     if places.multiplier is not None:
         scale *= float(getattr(base, places.multiplier))
     rate = _rate(base, places.dropout)
-    seed = int(torch.randint(2**62, (), device="cpu")) if rate else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if rate and run else 0
     return EmbeddingOptions(scale, embed.padding_idx, rate, seed)
 
 

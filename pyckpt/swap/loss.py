@@ -19,7 +19,7 @@ from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, called, gathers, watched
+from pyckpt.swap.modules import UnsupportedError, called, foreign, gather
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import unsharded_class
 
@@ -112,7 +112,7 @@ def check(model: nn.Module) -> None:
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError("its loss_function is not transformers' ForCausalLMLoss")
     projection = model.get_output_embeddings()  # type: ignore[operator]
-    if unsharded_class(projection) is not nn.Linear or (watched(projection) and not gathers(projection)):
+    if unsharded_class(projection) is not nn.Linear or foreign(projection):
         raise UnsupportedError(
             f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
         )
@@ -198,13 +198,26 @@ class SwappedHead(Replaced):
             return None
         try:
             _check_layers(decoder)
-            ids, around = self._ids(given), self.ends(wanted)
+            ids = self._ids(given)
+            self.ends()
         except UnsupportedError as reason:
             self.warn(f"{reason}: the layers are streamed, and not what surrounds them")
             return None
-        head = around.weights["head"]
-        errors.check_labels(wanted.given.to(head.device), head.shape[0], wanted.ignored, head.device)
-        return decoder.stream_loss(call, ids, wanted.targets(ids), around)
+        model: Any = self.module
+        base, projection = heads.base_of(model), model.get_output_embeddings()
+        device, vocab = projection.weight.device, getattr(projection.weight, "ds_shape", projection.weight.shape)[0]
+        errors.check_labels(wanted.given.to(device), vocab, wanted.ignored, device)
+
+        def run(start: Tensor) -> Tensor:
+            around = dataclasses.replace(self.ends(wanted), start=start)
+            return decoder.stream_loss(call, ids, wanted.targets(ids), around)
+
+        gather(base)
+        assert self.head.places is not None
+        for module in ends.modules_of(base, self.head.places, projection):
+            run = functools.partial(called, module, run)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+        return run(torch.zeros((), device=device, requires_grad=trained))
 
     def streamed_parts(self) -> Parts | None:
         """What is streamed with the loss; None where that is the layers alone, or nothing."""

@@ -52,9 +52,9 @@ def gather(*modules: Any) -> None:
             module.unshard()
 
 
-def out_of_reach(module: nn.Module) -> bool:
-    """Its weights can't be had but by a call of the module, or somebody watches that."""
-    return watched(module) and not _unshards(module)
+def foreign(module: nn.Module, replaced: bool = False) -> bool:
+    """The module has forward hooks other than those that gather its weights. `replaced`: as for `watched`."""
+    return watched(module, replaced) and not gathers(module)
 
 
 def _unshards(module: Any) -> bool:
@@ -64,7 +64,7 @@ def _unshards(module: Any) -> bool:
 def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """forward(x), in a call of the module where that is what gathers its weights."""
     gather(module)
-    if not out_of_reach(module):
+    if _unshards(module) or not gathers(module):
         return forward(x)
     module.forward = forward
     try:
