@@ -47,7 +47,8 @@ def check(rank: int, stage: int, kind: str) -> None:
     model, tokens = make_model(family, tie_word_embeddings=tied), torch.randint(1, 61, (4, 17))
     if "LoRA" in kind:
         model = make_adapted(model, target_modules="all-linear")
-        model.enable_input_require_grads()  # DeepSpeed's hooks on a leaf need that, with and without a swap
+        if "streamed" not in kind:
+            model.enable_input_require_grads()  # DeepSpeed's hooks on a leaf need that, with and without a swap
     batch = {"input_ids": tokens, "labels": tokens}
     with InFloat64():
         truth = step(copy.deepcopy(model).double(), batch)
