@@ -89,7 +89,12 @@ class SwappedDecoder(Replaced):
         return run(self, given)
 
     def _breaks(self) -> bool:
-        """Some layer breaks a compiled graph, or has RoPE whose frequencies are read at each call."""
+        """Some layer breaks a compiled graph, or has RoPE whose frequencies are read at each call.
+
+        So do rates of dropout that were changed: as a number that varies, one is no constant of a graph.
+        """
+        if any(s.block.mapping.has_other_rates(s.module) for s in self.layers):
+            return True
         blocks = [s.block for s in self.layers]
         return self.keeps_inputs_alone or any(b.spec_text is None or b.placed or b.mapping.moving for b in blocks)
 

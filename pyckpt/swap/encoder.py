@@ -53,6 +53,8 @@ def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mappin
         "mlp": kind,
         "dropout": rates.pop(),
     }
+    places = {"dropout": "inside", "dropout1": "dropout", "dropout2": "dropout"}
+    read = [(name, path) for path, name in places.items() if type(getattr(layer, path)) is nn.Dropout]
     last = "post_attention_layernorm" if layer.norm_first else "post_feedforward_layernorm"
     qkv = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
     sources = [
@@ -63,7 +65,7 @@ def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mappin
         Source("norm1", ("input_layernorm" if layer.norm_first else "post_attention_layernorm",)),
         Source("norm2", (last,)),
     ]
-    return finish(layer, options, sources)
+    return finish(layer, options, sources, rates=(*read, *_ATTENTION_RATE))
 
 
 def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) -> Mapping:
@@ -74,9 +76,11 @@ def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) 
     generic.check_unwatched(layer)
     # Of the spec the generic path reads what attention is; any MLP and norm stand for the layer's own.
     spec = spec_of(_options(layer, causal) | {"mlp": "gelu"}, bias=False)
-    return Mapping(spec, (), tuple((path, type(module)) for path, module in generic.inner(layer)), why)
+    classes = tuple((path, type(module)) for path, module in generic.inner(layer))
+    return Mapping(spec, (), classes, why, rates=_ATTENTION_RATE)
 
 
+_ATTENTION_RATE = (("attention_dropout", "self_attn.dropout"),)
 _NORMS, _DROPOUTS = (nn.LayerNorm, nn.RMSNorm, nn.Identity), (nn.Dropout, nn.Identity)
 # What stands where these do must treat each token by itself, or, of attention, be what its weights say.
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -16,7 +16,7 @@ from pyckpt.swap import generic, lora
 from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
 from pyckpt.swap.rope import MOVING, MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
-from pyckpt.swap.weights import Mapping, Source, bias_of
+from pyckpt.swap.weights import Mapping, Source, bias_of, read_rates
 
 ATTENTION, MLP = "self_attn", "mlp"
 OLDEST = 5  # of transformers
@@ -68,19 +68,25 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None, moving_of: dict[str, 
     else:
         options["rope_theta"] = None
     options["attention_scale"] = float(attention.scaling)
-    if "attention_dropout" not in options:
-        options["attention_dropout"] = float(attention.attention_dropout)
+    rates = _RATES.get(family_class(layer), ()) or (("attention_dropout", f"{ATTENTION}.attention_dropout"),)
+    options |= read_rates(layer, rates)
     try:
-        return finish(layer, options, sources, moving)
+        return finish(layer, options, sources, moving, rates)
     except UnsupportedError as reason:
         plain = {n: _PLAIN[n] if isinstance(v, UnsupportedError) else v for n, v in options.items()}
         try:
-            return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks, moving)
+            return generic.mapping_of(layer, spec_of(plain, bias=False), str(reason), sinks, moving, rates)
         except UnsupportedError as other:
             raise reason from other
 
 
-def finish(layer: nn.Module, options: Options, sources: list[Source], moving: MovingRope | None = None) -> Mapping:
+def finish(
+    layer: nn.Module,
+    options: Options,
+    sources: list[Source],
+    moving: MovingRope | None = None,
+    rates: tuple[tuple[str, str], ...] = (),
+) -> Mapping:
     """The mapping, after checking the modules that hold the weights and the weights themselves."""
     for value in options.values():
         if isinstance(value, UnsupportedError):
@@ -99,7 +105,7 @@ def finish(layer: nn.Module, options: Options, sources: list[Source], moving: Mo
     inside = tuple(f"{path}." for path in adapted)
     kept = {f"{path}.base_layer" for path in adapted}
     kinds = tuple((n, type(m)) for n, m in modules.items() if n in kept or not n.startswith(inside))
-    mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted))
+    mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted), rates=rates)
     mapping.check(layer)
     return mapping
 
@@ -306,7 +312,6 @@ def _starcoder2(layer: Any) -> Family:
         "norm": "layernorm",
         "norm_eps": config.norm_epsilon,
         "mlp": activation(layer.mlp.act, gated=False),
-        "dropout": float(layer.self_attn.residual_dropout),
     }
     sources = [s for s in _linears() if s.path.startswith(ATTENTION)]
     sources += [Source("mlp.c_fc", (f"{MLP}.up_proj",)), Source("mlp.c_proj", (f"{MLP}.down_proj",))]
@@ -319,7 +324,6 @@ def _phi3(layer: Any) -> Family:
     options = _heads(layer) | {
         "norm_eps": config.rms_norm_eps,
         "mlp": activation(layer.mlp.activation_fn, gated=True),
-        "dropout": _one_rate(layer.resid_attn_dropout, layer.resid_mlp_dropout),
     }
     d_q, d_kv = (options[n] * options["head_dim"] for n in ("n_heads", "n_kv_heads"))
     qkv, gate_up = (f"{ATTENTION}.{n}_proj" for n in "qkv"), (f"{MLP}.gate_proj", f"{MLP}.up_proj")
@@ -345,7 +349,6 @@ def _gpt_neox(layer: Any) -> Family:
         "norm_eps": config.layer_norm_eps,
         "mlp": activation(layer.mlp.act, gated=False),
         "residual": "parallel" if layer.use_parallel_residual else "sequential",
-        "dropout": _one_rate(layer.post_attention_dropout, layer.post_mlp_dropout),
     }
     sources = [
         Source("attention.query_key_value", tuple(f"{ATTENTION}.{n}_proj" for n in "qkv"), heads=options["n_heads"]),
@@ -372,8 +375,6 @@ def _gpt2(layer: Any) -> Family:
         "norm": "layernorm",
         "norm_eps": config.layer_norm_epsilon,
         "mlp": activation(layer.mlp.act, gated=False),
-        "dropout": _one_rate(layer.attn.resid_dropout, layer.mlp.dropout),
-        "attention_dropout": float(layer.attn.attn_dropout.p),
     }
     qkv = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
     sources = [
@@ -387,12 +388,29 @@ def _gpt2(layer: Any) -> Family:
     return options, sources
 
 
-def _one_rate(*dropouts: nn.Dropout) -> float:
-    rates = {float(d.p) for d in dropouts}
-    if len(rates) > 1:
-        raise UnsupportedError(f"dropout after attention and after the MLP differ: {sorted(rates)}")
-    return rates.pop()
-
+# Where rates of dropout are; of the other classes attention's alone.
+_RATES: dict[str, tuple[tuple[str, str], ...]] = {
+    "GPT2Block": (
+        ("dropout", "attn.resid_dropout"),
+        ("dropout", "mlp.dropout"),
+        ("attention_dropout", "attn.attn_dropout"),
+    ),
+    "GPTNeoXLayer": (
+        ("dropout", "post_attention_dropout"),
+        ("dropout", "post_mlp_dropout"),
+        ("attention_dropout", "attention.attention_dropout"),
+    ),
+    "Phi3DecoderLayer": (
+        ("dropout", "resid_attn_dropout"),
+        ("dropout", "resid_mlp_dropout"),
+        ("attention_dropout", f"{ATTENTION}.attention_dropout"),
+    ),
+    "Starcoder2DecoderLayer": (
+        ("dropout", f"{ATTENTION}.residual_dropout"),
+        ("dropout", f"{MLP}.residual_dropout"),
+        ("attention_dropout", f"{ATTENTION}.attention_dropout"),
+    ),
+}
 
 FAMILIES: dict[str, Callable[[Any], Family]] = {
     "CohereDecoderLayer": _cohere,

@@ -230,7 +230,8 @@ class GenericMappedBlock(OwnModulesBlock):
         return self._attend().dropout > 0.0 or self._drops_inside()
 
     def _attend(self) -> DenseAttend:
-        attend = dataclasses.replace(DenseAttend.of(self.mapping.spec), sinks=self.mapping.sinks and SINKS)
+        spec = self.mapping.spec_now(self._layer[0])
+        attend = dataclasses.replace(DenseAttend.of(spec), sinks=self.mapping.sinks and SINKS)
         training = self._layer[0].get_submodule(ATTENTION).training
         return attend if training else dataclasses.replace(attend, dropout=0.0)
 
@@ -251,8 +252,14 @@ class GenericMappedBlock(OwnModulesBlock):
 
 
 def mapping_of(
-    layer: nn.Module, spec: BlockSpec, why: str, sinks: str | None = None, moving: MovingRope | None = None
+    layer: nn.Module,
+    spec: BlockSpec,
+    why: str,
+    sinks: str | None = None,
+    moving: MovingRope | None = None,
+    rates: tuple[tuple[str, str], ...] = (),
 ) -> Mapping:
     """The mapping of a layer on the generic path; `why` it is not on the standard one."""
     check(layer, spec)
-    return Mapping(spec, (), tuple((path, type(module)) for path, module in inner(layer)), why, sinks, moving)
+    kinds = tuple((path, type(module)) for path, module in inner(layer))
+    return Mapping(spec, (), kinds, why, sinks, moving, rates=rates)

@@ -141,6 +141,9 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
     if not (isinstance(made, ModelOutput) and type(made).__module__.startswith("transformers.")):
         raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
+    more = sorted({n for n, value in made.items() if value is not None} - {"loss", "logits"})
+    if more:
+        raise UnsupportedError(f"it makes {', '.join(more)} beside its logits")
     return Tried(type(made), path, dropped, scaling)
 
 

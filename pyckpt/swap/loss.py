@@ -21,7 +21,7 @@ from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError, called, foreign, gather
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.shadow import unsharded_class
+from pyckpt.swap.shadow import argument_names, unsharded_class
 
 IGNORED = -100
 KINDS = ("always", "recompute")
@@ -144,6 +144,10 @@ class SwappedHead(Replaced):
             given, "output_router_logits"
         ):  # its loss has a share of the router's logits, which the layers would have to return
             return self.original(**given)
+        own = [n for n in self._own if given.get(n) is not None and given[n] is not False]
+        if own:
+            self.warn(f"{', '.join(own)} is for the model's own forward, which runs, with logits")
+            return self.original(**given)
         if given.get("labels") is None or asked or not (self.always or torch.is_grad_enabled()):
             return self.original(**given)
         try:
@@ -152,6 +156,15 @@ class SwappedHead(Replaced):
             self.warn(f"{reason}: the loss is the model's own, from logits")
             return self.original(**given)
         return self._loss(given)
+
+    @property
+    def _own(self) -> list[str]:
+        """Arguments that it takes, that are not handed on, and of which nothing else is known."""
+        handed = argument_names(self.body)
+        if "input_ids" not in handed:  # a wrapper that hands on whatever it is given
+            return []
+        known = {"labels", "logits_to_keep", "return_dict", "use_cache", *_Wanted.ARGUMENTS, *self.head.dropped}
+        return [n for n in self.names if n not in known and n not in handed and not n.startswith("output_")]
 
     @property
     def body(self) -> nn.Module:

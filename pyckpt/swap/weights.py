@@ -71,9 +71,10 @@ class Mapping:
 
     `sinks` is the name of the parameter that holds attention's, where it has any (on the generic path alone).
     `adapted`: LoRA adapters stand beside some of its linear layers. `moving` says where RoPE's frequencies are to be
-    read at each call, where they depend on it. `text`: the spec as a string. `why` it is on the generic path, where it
-    is. `kinds` are the classes of the modules that are read, by path: another class there means that the layer has
-    changed.
+    read at each call, where they depend on it. `rates`: where those of dropout are, by the spec's names of them;
+    "inside" is one that a block does not have, which has to stay 0. `text`: the spec as a string. `why` it is on the
+    generic path, where it is. `kinds` are the classes of the modules that are read, by path: another class there means
+    that the layer has changed.
     """
 
     spec: BlockSpec
@@ -83,6 +84,7 @@ class Mapping:
     sinks: str | None = None
     moving: MovingRope | None = None
     adapted: bool = False
+    rates: tuple[tuple[str, str], ...] = ()
     text: str = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +92,8 @@ class Mapping:
 
     def spec_now(self, layer: nn.Module) -> BlockSpec:
         """The spec for the call under way."""
-        spec = BlockSpec.from_string(self.text_now(layer)) if self.adapted else self.spec
+        text = self.text_now(layer)
+        spec = self.spec if text == self.text else BlockSpec.from_string(text)
         return spec if self.moving is None else self.moving.now(spec)
 
     def text_now(self, layer: nn.Module) -> str:
@@ -98,9 +101,19 @@ class Mapping:
         return self._text_with(self._adapters(layer), layer)
 
     def _text_with(self, adapters: list[tuple[LowRank, Tensor, Tensor]], layer: nn.Module) -> str:
+        text = self.text
+        if self.has_other_rates(layer):
+            text = _with_rates(text, tuple(self._rates_now(layer)))
         if not self.adapted:
-            return self.text
-        return _beside(self.text, tuple(tuple(entry) for entry, _, _ in adapters), layer.training)
+            return text
+        return _beside(text, tuple(tuple(entry) for entry, _, _ in adapters), layer.training)
+
+    def has_other_rates(self, layer: nn.Module) -> bool:
+        """Dropout's rates are others than when the mapping was made."""
+        return any(rate != getattr(self.spec, name) for name, rate in self._rates_now(layer))
+
+    def _rates_now(self, layer: nn.Module) -> list[tuple[str, float]]:
+        return [(name, rate_at(layer, path)) for name, path in self.rates if name != "inside"]
 
     def _adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
         return [found for source in self.sources for found in source.adapters(layer)] if self.adapted else []
@@ -144,7 +157,35 @@ class Mapping:
                     lora.check(path, module)
                 except UnsupportedError as reason:
                     return str(reason)
+        return self._change_of_rates(layer)
+
+    def _change_of_rates(self, layer: nn.Module) -> str | None:
+        try:
+            found = read_rates(layer, self.rates)
+        except UnsupportedError as reason:
+            return str(reason)
+        if found.get("inside") or (self.why and found.get("dropout")):
+            return "its dropout was switched on since it was swapped, where its block has none (unswap and swap again)"
         return None
+
+
+def read_rates(layer: nn.Module, rates: tuple[tuple[str, str], ...]) -> dict[str, float]:
+    """The rates of dropout now, by name. Raises `UnsupportedError` where two of one name differ."""
+    found: dict[str, float] = {}
+    for name, path in rates:
+        rate = rate_at(layer, path)
+        if found.setdefault(name, rate) != rate:
+            both = sorted((found[name], rate))
+            raise UnsupportedError(f"dropout after attention and after the MLP differ: {both}")
+    return found
+
+
+def rate_at(layer: nn.Module, path: str) -> float:
+    """Of a torch.nn.Dropout there, or a number."""
+    value: Any = layer
+    for part in path.split("."):
+        value = getattr(value, part)
+    return float(value.p if isinstance(value, nn.Dropout) else value)
 
 
 # What torch.compile need not trace: it guards what the arguments are made of, which are strings and numbers.
@@ -154,6 +195,13 @@ class Mapping:
 def _beside(text: str, low_rank: tuple[tuple[Any, ...], ...], training: bool) -> str:
     """The spec with adapters, whose dropout may be on where the layer's own is off."""
     return _cached_beside(text, low_rank, training)
+
+
+@functools.lru_cache(maxsize=256)
+def _with_rates(text: str, rates: tuple[tuple[str, float], ...]) -> str:
+    """The spec with these rates of dropout, which were others when the layer was swapped."""
+    changes: Any = dict(rates)
+    return dataclasses.replace(BlockSpec.from_string(text), **changes).to_string()
 
 
 @functools.lru_cache(maxsize=256)
