@@ -136,6 +136,7 @@ class SwappedHead(Replaced):
         self.head, self.always, self.recompute = head, kind == "always", kind == "recompute"
         self._output = _output_class(head.output)
         self._fields = tuple(f.name for f in dataclasses.fields(self._output) if f.name not in ("loss", "logits"))
+        self._own = self._names_of_its_own()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
@@ -157,8 +158,7 @@ class SwappedHead(Replaced):
             return self.original(**given)
         return self._loss(given)
 
-    @property
-    def _own(self) -> list[str]:
+    def _names_of_its_own(self) -> list[str]:
         """Arguments that it takes, that are not handed on, and of which nothing else is known."""
         handed = argument_names(self.body)
         if "input_ids" not in handed:  # a wrapper that hands on whatever it is given
