@@ -97,7 +97,8 @@ def test_a_head_of_more_than_logits_keeps_its_loss():
     head = pyckpt.swap(model).left[0]
     assert "it makes mc_logits beside its logits" in head.why
     after = model(input_ids=ids, labels=ids, **choice)
-    assert torch.equal(after.loss, before.loss) and torch.equal(after.mc_loss, before.mc_loss)
+    for name in ("loss", "mc_loss"):  # after two layers of another order of sums, in float32
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
 
 
 def test_an_argument_for_the_heads_own_forward():
