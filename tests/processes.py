@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import PerhapsChanceError
 
 needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
@@ -19,11 +20,20 @@ needs_gloo = pytest.mark.skipif(
 
 
 def run_processes(world: int, body: Callable[..., None], *args: Any) -> None:
-    """Calls body(rank, *args) in `world` processes, which are one group. What one raises is raised here."""
+    """Calls body(rank, *args) in `world` processes, which are one group. What one raises is raised here.
+
+    As `PerhapsChanceError` where it was one, for the test to draw again.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_enter, args=(world, port, body, args), nprocs=world)
+    try:
+        mp.spawn(_enter, args=(world, port, body, args), nprocs=world)
+    except mp.ProcessRaisedException as error:
+        text = str(error)
+        if PerhapsChanceError.__name__ in text:
+            raise PerhapsChanceError(text.rpartition(PerhapsChanceError.__name__)[2]) from error
+        raise
 
 
 def _enter(rank: int, world: int, port: int, body: Callable[..., None], args: tuple[Any, ...]) -> None:
