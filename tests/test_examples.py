@@ -159,9 +159,11 @@ def test_fsdp2_trains_as_one_process_does(capsys, tmp_path):
     assert len(losses[whole]) == 4 and losses[whole][-1] < losses[whole][0]
     # Sums in another order: float32 roundings of a loss of about 5, which three steps of AdamW pass on.
     assert losses[half] + losses[rest] == pytest.approx(losses[whole], rel=1e-4)
-    # Steps of AdamW at a rate of 1e-3 move each weight by some 1e-3: what was not saved would differ by that.
+    # Steps of AdamW at a rate of 1e-3 move each weight by some 1e-3: what was not saved would differ by that. Where a
+    # gradient is nearly all rounding, of sums in another order, so is a share of the step.
     for name, p in saved[whole].items():
-        torch.testing.assert_close(saved[rest][name], p, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(saved[rest][name], p, rtol=1e-4, atol=1e-4)
+        assert float((saved[rest][name] - p).abs().median()) <= 1e-6
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(SystemExit):
         fsdp2(1, "--steps", "4", "--resume", whole)
