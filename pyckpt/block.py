@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -381,9 +381,7 @@ def run_blocks(
     errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
     weights = [block.weights() for block in blocks]
     for block, part in zip(blocks, weights, strict=True):
-        for name, w in part.items():
-            if w.dim() == 2 and not block.mixes_dtypes(name):
-                errors.check_matches(x, w, name, compute)
+        check_weights(block, part, x, compute)
     if cu_seqlens is not None and not checked and not torch.compiler.is_compiling():
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if positions is not None:
@@ -402,6 +400,13 @@ def run_blocks(
     )
     execute = node.execute if placed is None else _execute_eagerly
     return execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
+
+
+def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
+    """Raise ValueError where matrices of the block are on another device than x, or of another dtype."""
+    for name, w in weights.items():
+        if w.dim() == 2 and not block.mixes_dtypes(name):
+            errors.check_matches(x, w, name, compute)
 
 
 # Copies beside compute are nothing that a compiled graph knows.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.attend.dense import Layout
-from pyckpt.block import CheckpointedBlock, compute_dtype, draw_seeds
+from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
 from pyckpt.exec.lm_ends import IGNORE, Ends, LossOptions, Targets, last_tokens
@@ -186,7 +186,8 @@ def stream_loss(
     positions: (T,) or None; all checked by the caller. layers: the modules that the blocks' weights are gathered for,
     where they are gathered for one at a time.
     """
-    x, trained = ends.weights["embed"].new_empty(0), _trained(ends)
+    x = ends.weights["embed"].new_empty(0)
+    trained = [n for n, w in ends.weights.items() if torch.is_grad_enabled() and w.requires_grad]
     looked_up = not {"embed", "table"}.isdisjoint(trained)
     stack = _stack(blocks, segments, layout, positions, x, looked_up, stream, layers)
     inward = bool(stack.schedule.backward)
@@ -196,10 +197,6 @@ def stream_loss(
         return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
 
     return _run(stack, stream, blocks, layers, make_ends, None, ends)
-
-
-def _trained(ends: Ends) -> list[str]:
-    return [n for n, w in ends.weights.items() if torch.is_grad_enabled() and w.requires_grad]
 
 
 def run_stack(
@@ -225,10 +222,9 @@ def stream_blocks(
     layers: Sequence[nn.Module] | None = None,
 ) -> Tensor:
     """y of these blocks, for checked x (B, S, d_model) or (T, d_model), positions (T,) and cu_seqlens."""
-    if layers is not None:
-        return _through(open_blocks(blocks, x, positions, cu_seqlens, stream, layers), layers)
-    stack = _stack(blocks, segments, _layout(x.shape[:-1], cu_seqlens), positions, x, x.requires_grad, stream)
-    return _run(stack, stream, blocks, None, _whole_ends(stack, x), x, None)
+    layout = _layout(x.shape[:-1], cu_seqlens)
+    stack = _stack(blocks, segments, layout, positions, x, x.requires_grad, stream, layers)
+    return _run(stack, stream, blocks, layers, _whole_ends(stack, x), x, None)
 
 
 def open_blocks(
@@ -288,7 +284,7 @@ def _layer_run(
     def check(block: int, weights: Mapping[str, Tensor]) -> None:
         like = torch.empty(0, dtype=stack.x_dtype, device=stack.device)
         try:
-            _check_weights(blocks[block], weights, like, stack.dtype)
+            check_weights(blocks[block], weights, like, stack.dtype)
         except ValueError as reason:
             raise ValueError(f"layer {block}: {reason}, or give layers and model one MixedPrecisionPolicy") from None
 
@@ -351,7 +347,7 @@ def _stack(
     compute = compute_dtype(x)
     if layers is None:
         for block in blocks:
-            _check_weights(block, block.weights(), x, compute)
+            check_weights(block, block.weights(), x, compute)
     read = [b.weights().values() for b in blocks] if layers is None else [m.parameters() for m in layers]
     first = _first_trained((any(w.requires_grad for w in weights) for weights in read), source_trained)
     tile, length = min(stream.tile, layout.tokens), segments if layers is None else 1
@@ -372,12 +368,6 @@ def _stack(
     if seeds is None:
         return fitting
     return dataclasses.replace(fitting, seeds=[None if s == NO_SEED else s for s in seeds.tolist()])
-
-
-def _check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
-    for name, w in weights.items():
-        if w.dim() == 2 and not block.mixes_dtypes(name):
-            errors.check_matches(x, w, name, compute)
 
 
 def _first_trained(trained: Iterable[bool], source_trained: bool) -> int | None:

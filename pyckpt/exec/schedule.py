@@ -41,6 +41,11 @@ class Schedule:
         yield from self.forward
         yield from self.backward
 
+    @property
+    def backward_blocks(self) -> list[int]:
+        """The blocks that have a backward, the first one first."""
+        return sorted(step.block for step in self.backward if isinstance(step, Back))
+
 
 def without_gradient(blocks: int) -> Schedule:
     return Schedule(tuple(Advance(i, keep=False, drop=True) for i in range(blocks)), ())

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyckpt.exec.ends import Given, Gradients, Named, Sink, Source
-from pyckpt.exec.schedule import Back
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
 from pyckpt.store import OpenStore, Store
 
@@ -54,8 +53,7 @@ class Session:
 
     @property
     def backward_blocks(self) -> list[int]:
-        """The blocks that have a backward, the first one first."""
-        return sorted(step.block for step in self._stack.schedule.backward if isinstance(step, Back))
+        return self._stack.schedule.backward_blocks
 
     def new_token(self) -> Tensor:
         """On the device, so that autograd runs a node on the stream of the run's forward."""
@@ -144,8 +142,7 @@ class Session:
 
     def dx(self, shape: torch.Size | None) -> Tensor | None:
         """The gradient of the x (of this shape) that was given, where one was and wants it."""
-        dx = self.source.dx if isinstance(self.source, Given) else None
-        return None if dx is None or shape is None else dx.view(shape)
+        return given_gradient(self.source, shape)
 
     def close(self) -> None:
         store, self._store, self._weights.now, self._shared = self._store, None, (), {}
@@ -177,6 +174,12 @@ def at_work(device: torch.device, close: Callable[[], None]) -> Iterator[None]:
     except BaseException:
         close()
         raise
+
+
+def given_gradient(source: Source, shape: torch.Size | None) -> Tensor | None:
+    """The gradient of the x (of this shape) that the source was given, where it was and wants it."""
+    dx = source.dx if isinstance(source, Given) else None
+    return None if dx is None or shape is None else dx.view(shape)
 
 
 def summed(grads: Iterable[Tensor | None], like: Tensor) -> Tensor:

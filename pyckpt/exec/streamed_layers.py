@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyckpt.exec.ends import Given, Gradients, Named, Sink, Source
+from pyckpt.exec.ends import Gradients, Named, Sink, Source
 from pyckpt.exec.schedule import Back
-from pyckpt.exec.session import HOW_TO, Node, at_work, check_first_order, summed
+from pyckpt.exec.session import HOW_TO, Node, at_work, check_first_order, given_gradient, summed
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
 from pyckpt.store import OpenStore, Store
 
@@ -95,7 +95,7 @@ class LayerRun:
     ) -> None:
         assert all(isinstance(step, Back) for step in stack.schedule.backward)
         self.stack, self.ends, self._x, self._start, self._check = stack, ends, x, start, check
-        self._backs = frozenset(step.block for step in stack.schedule.backward)
+        self._backs = frozenset(stack.schedule.backward_blocks)
         self._here, self._begun = _Here(), False
         self._source, sink = make_ends()
         self._store: OpenStore | None = store.open(store_plan(stack), stack.device)
@@ -173,8 +173,7 @@ class LayerRun:
     @property
     def dx(self) -> Tensor | None:
         """The gradient of the x that was given, where that wants one."""
-        dx = self._source.dx if isinstance(self._source, Given) else None
-        return None if dx is None or self._x is None else dx.view(self._x.shape)
+        return given_gradient(self._source, None if self._x is None else self._x.shape)
 
     def close(self) -> None:
         store, self._store = self._store, None

@@ -18,7 +18,7 @@ from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.weights import Mapping, Source
+from pyckpt.swap.weights import Mapping, Source, rate_at, read_rates
 
 EncoderBlock = MappedBlock | GenericMappedBlock
 _ACTIVATIONS = {F.gelu: "gelu"}
@@ -39,22 +39,20 @@ def block_of(layer: nn.TransformerEncoderLayer, causal: bool, save: str | Save, 
 
 def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mapping:
     kind = _activation(layer.activation)
-    if _rate(layer.dropout):
+    for path in ("dropout", "dropout1", "dropout2"):
+        if type(getattr(layer, path)) not in _DROPOUTS:
+            raise UnsupportedError(f"it has a {type(getattr(layer, path)).__name__} where a Dropout was expected")
+    if rate_at(layer, "dropout"):
         raise UnsupportedError("it drops values inside its MLP (dropout > 0), which a block does not")
     norms = (layer.norm1, layer.norm2)
     if not all(type(n) is nn.LayerNorm and n.elementwise_affine for n in norms) or norms[0].eps != norms[1].eps:
         raise UnsupportedError("its norms are not LayerNorms with weights and one eps")
-    rates = {_rate(d) for d in (layer.dropout1, layer.dropout2)}
-    if len(rates) > 1:
-        raise UnsupportedError(f"dropout after attention and after the MLP differ: {sorted(rates)}")
     options = _options(layer, causal) | {
         "d_ff": layer.linear1.out_features,
         "norm_eps": layer.norm1.eps,
         "mlp": kind,
-        "dropout": rates.pop(),
+        "dropout": read_rates(layer, _RATES)["dropout"],
     }
-    places = {"dropout": "inside", "dropout1": "dropout", "dropout2": "dropout"}
-    read = [(name, path) for path, name in places.items() if type(getattr(layer, path)) is nn.Dropout]
     last = "post_attention_layernorm" if layer.norm_first else "post_feedforward_layernorm"
     qkv = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
     sources = [
@@ -65,7 +63,7 @@ def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mappin
         Source("norm1", ("input_layernorm" if layer.norm_first else "post_attention_layernorm",)),
         Source("norm2", (last,)),
     ]
-    return finish(layer, options, sources, rates=(*read, *_ATTENTION_RATE))
+    return finish(layer, options, sources, rates=_RATES)
 
 
 def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) -> Mapping:
@@ -81,6 +79,7 @@ def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) 
 
 
 _ATTENTION_RATE = (("attention_dropout", "self_attn.dropout"),)
+_RATES = (("inside", "dropout"), ("dropout", "dropout1"), ("dropout", "dropout2"), *_ATTENTION_RATE)
 _NORMS, _DROPOUTS = (nn.LayerNorm, nn.RMSNorm, nn.Identity), (nn.Dropout, nn.Identity)
 # What stands where these do must treat each token by itself, or, of attention, be what its weights say.
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -105,14 +104,6 @@ def _options(layer: nn.TransformerEncoderLayer, causal: bool) -> Options:
         "causal": causal,
         "attention_dropout": float(attention.dropout),
     }
-
-
-def _rate(dropout: nn.Module) -> float:
-    if type(dropout) is nn.Identity:
-        return 0.0
-    if type(dropout) is not nn.Dropout:
-        raise UnsupportedError(f"it has a {type(dropout).__name__} where a Dropout was expected")
-    return float(dropout.p)
 
 
 def _activation(activation: Any) -> str:

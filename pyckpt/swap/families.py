@@ -68,7 +68,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None, moving_of: dict[str, 
     else:
         options["rope_theta"] = None
     options["attention_scale"] = float(attention.scaling)
-    rates = _RATES.get(family_class(layer), ()) or (("attention_dropout", f"{ATTENTION}.attention_dropout"),)
+    rates = _RATES.get(family_class(layer), (("attention_dropout", f"{ATTENTION}.attention_dropout"),))
     options |= read_rates(layer, rates)
     try:
         return finish(layer, options, sources, moving, rates)

@@ -230,7 +230,7 @@ class GenericMappedBlock(OwnModulesBlock):
         return self._attend().dropout > 0.0 or self._drops_inside()
 
     def _attend(self) -> DenseAttend:
-        spec = self.mapping.spec_now(self._layer[0])
+        spec = self.mapping.spec_but_for_rope(self._layer[0])
         attend = dataclasses.replace(DenseAttend.of(spec), sinks=self.mapping.sinks and SINKS)
         training = self._layer[0].get_submodule(ATTENTION).training
         return attend if training else dataclasses.replace(attend, dropout=0.0)

@@ -63,8 +63,8 @@ def _unshards(module: Any) -> bool:
 
 def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """forward(x), in a call of the module where that is what gathers its weights."""
-    gather(module)
-    if _unshards(module) or not gathers(module):
+    if not gathers(module) or _unshards(module):
+        gather(module)
         return forward(x)
     module.forward = forward
     try:

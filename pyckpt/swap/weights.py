@@ -92,9 +92,13 @@ class Mapping:
 
     def spec_now(self, layer: nn.Module) -> BlockSpec:
         """The spec for the call under way."""
-        text = self.text_now(layer)
-        spec = self.spec if text == self.text else BlockSpec.from_string(text)
+        spec = self.spec_but_for_rope(layer)
         return spec if self.moving is None else self.moving.now(spec)
+
+    def spec_but_for_rope(self, layer: nn.Module) -> BlockSpec:
+        """The same, with RoPE's frequencies as they were when the mapping was made: they are not read."""
+        text = self.text_now(layer)
+        return self.spec if text == self.text else BlockSpec.from_string(text)
 
     def text_now(self, layer: nn.Module) -> str:
         """The spec for the call under way, as a string, but for RoPE's frequencies: what a compiled graph can hold."""
@@ -181,10 +185,12 @@ def read_rates(layer: nn.Module, rates: tuple[tuple[str, str], ...]) -> dict[str
 
 
 def rate_at(layer: nn.Module, path: str) -> float:
-    """Of a torch.nn.Dropout there, or a number."""
+    """Of a torch.nn.Dropout there, of an Identity in the place of one, or a number."""
     value: Any = layer
     for part in path.split("."):
         value = getattr(value, part)
+    if isinstance(value, nn.Identity):
+        return 0.0
     return float(value.p if isinstance(value, nn.Dropout) else value)
 
 
