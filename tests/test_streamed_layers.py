@@ -5,7 +5,6 @@ In a group of one process; with several: test_distributed, test_swap_distributed
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import weakref
@@ -14,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import swap_models
 import torch
 import torch.distributed as dist
 from blocks import assert_same_bits
 from helpers import a_few
 from processes import gradients, needs_gloo
+from swap_models import known, make_adapted, make_batch
 from test_model import OPTIONS, SIZES
 
 import pyckpt
@@ -246,19 +247,26 @@ class TestSwapped:
 
     def both(self, family: str, options: Any = None, **swap: Any) -> tuple[Any, Any]:
         """A model swapped and sharded, and one swapped alone."""
-        from swap_models import make_model
-
-        model = make_model(family, **(options or {}))
+        model = swap_models.make_model(family, **(options or {}))
         whole = copy.deepcopy(model)
         pyckpt.swap(whole, tile=5, stream=stream(store="file"), **swap)
         pyckpt.swap(model, tile=5, stream=stream(store="file"), **swap)
         return sharded(model, list(model.base_model.layers)), whole
 
+    def assert_same_steps(self, model: Any, whole: Any, batch: Any) -> None:
+        """Two of them, without logits: the second finds what the first left behind."""
+        for _ in range(2):
+            for m in (model, whole):
+                m.zero_grad()
+                out = m(**batch)
+                assert out.logits is None
+                out.loss.backward()
+            assert len(gradients(whole)) == len(gradients(model))
+            assert_same_bits(gradients(model), gradients(whole))
+
     @pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
     @pytest.mark.parametrize("family", a_few(["Llama", "Gemma2", "Mixtral", "GPTNeoX"], always=(1,)))
     def test_the_same_bits_as_over_whole_weights(self, family, kind, no_fallback):
-        from swap_models import known, make_batch
-
         model, whole = self.both(family)
         batch = known(whole, make_batch(kind))
         for m in (model, whole):
@@ -271,10 +279,9 @@ class TestSwapped:
     @pytest.mark.parametrize("family", a_few(["Llama", "Gemma2"], always=(0,)))
     def test_groups_around_the_layers(self, family, groups, streamed, no_fallback):
         """Embedding, final norm and head that FSDP2 shards by themselves."""
-        from swap_models import make_batch, make_model
         from torch.distributed.fsdp import fully_shard
 
-        model, batch = make_model(family, tie_word_embeddings=False), make_batch("packed")
+        model, batch = swap_models.make_model(family, tie_word_embeddings=False), make_batch("packed")
         whole = copy.deepcopy(model)
         for m in (model, whole):
             pyckpt.swap(m, tile=5, stream=stream() if streamed else None)
@@ -287,21 +294,13 @@ class TestSwapped:
         if groups == "base model":
             fully_shard(model.model)
         fully_shard(model)
-        for _ in range(2):
-            for m in (model, whole):
-                m.zero_grad()
-                out = m(**batch)
-                assert out.logits is None
-                out.loss.backward()
-            assert_same_bits(gradients(model), gradients(whole))
+        self.assert_same_steps(model, whole, batch)
 
     @pytest.mark.parametrize("streamed", [True, False])
     @pytest.mark.parametrize("kind", ["plain", "tied", "on meta", "LoRA"])
     @pytest.mark.parametrize("family", a_few(["Llama", "Gemma2"], always=(0,)))
     def test_as_accelerate_shards_it(self, family, kind, streamed, no_fallback):
         """Trainer and Accelerate have groups for the embedding, and for final norm and head; for all three if tied."""
-        from swap_models import make_adapted, make_batch, make_model
-
         pytest.importorskip("peft")
         accelerate = pytest.importorskip("accelerate")
         utils = pytest.importorskip("accelerate.utils.fsdp_utils")
@@ -316,7 +315,7 @@ class TestSwapped:
             device=torch.device("cpu"),
             torch_device_mesh=None,
         )
-        model, batch = make_model(family, tie_word_embeddings=kind == "tied"), make_batch("packed")
+        model, batch = swap_models.make_model(family, tie_word_embeddings=kind == "tied"), make_batch("packed")
         if kind == "LoRA":
             model = make_adapted(model, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
         whole = copy.deepcopy(model)
@@ -326,14 +325,7 @@ class TestSwapped:
         sharded = {type(m).__name__ for m in model.modules() if hasattr(m, "unshard")}
         expected = {f"FSDP{family}DecoderLayer", "FSDPLinear"}
         assert sharded >= expected | (set() if kind == "LoRA" else {f"FSDP{family}RMSNorm"})
-        for _ in range(2):
-            for m in (model, whole):
-                m.zero_grad()
-                out = m(**batch)
-                assert out.logits is None
-                out.loss.backward()
-            assert len(gradients(whole)) == len(gradients(model))
-            assert_same_bits(gradients(model), gradients(whole))
+        self.assert_same_steps(model, whole, batch)
 
     @pytest.mark.parametrize("family", ["Phi3", "GPTNeoX"])
     def test_no_weights_wait_for_the_backward(self, family):
@@ -348,8 +340,6 @@ class TestSwapped:
         assert 0 < m.marks["forward done"].live_bytes < 0.25 * of_layers
 
     def test_segments_are_left_out_with_a_warning(self):
-        from swap_models import make_batch
-
         model, whole = self.both("Llama", segments=2)
         batch = make_batch("plain")
         with pytest.warns(UserWarning, match="streamed without segments"):
@@ -366,9 +356,7 @@ class TestSwapped:
         ],
     )
     def test_what_cannot_be_streamed_so_is_told(self, who, told):
-        from swap_models import make_batch, make_model
-
-        model, batch = make_model("Llama", torch.float64), make_batch("plain")
+        model, batch = swap_models.make_model("Llama", torch.float64), make_batch("plain")
         whole = copy.deepcopy(model)
         pyckpt.swap(model, tile=5, stream=stream())
         if who == "another hook":
@@ -389,8 +377,6 @@ class TestSwapped:
     @pytest.mark.parametrize("family", a_few(["Llama", "Phi"], always=(1,)))
     def test_hidden_states_alone(self, family, kind, no_fallback):
         """The layers are streamed inside the model's own forward, as without FSDP2."""
-        from swap_models import make_batch
-
         model, whole = self.both(family)
         batch = make_batch(kind)
         del batch["labels"]
@@ -401,7 +387,3 @@ class TestSwapped:
             logits.square().sum().backward()
             results.append(gradients(m) | {"logits": logits.detach()})
         assert_same_bits(*results)
-
-
-with contextlib.suppress(ImportError):
-    import swap_models as swap_models  # sets transformers offline before it is imported
