@@ -370,8 +370,9 @@ class TestDropout:
             wanted = residual.double() + x.double() * keep / (1 - rate)
             plain = residual.float() + x.float() * keep * (1 / (1 - rate))
             assert_close_to_truth(out, plain.to(out_dtype), wanted)
+        left = keep & (x != 0)  # torch.randn draws a zero once in 2^24 numbers
         ops.dropout_(x, None, x, rate, seed, first)
-        assert torch.equal(x != 0, keep)
+        assert torch.equal(x != 0, left)
 
     def test_the_same_bits_as_the_other_backends(self, monkeypatch):
         x, residual = randn(5, 300, dtype=torch.float16), randn(5, 300, dtype=torch.float16)
