@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyckpt import errors
+from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, Window, canonical_rope_scaling, canonical_window
 
@@ -155,6 +156,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """cross_entropy(softcap(x Wᵀ + bias), target) without ever holding the logits of all tokens.
@@ -166,6 +169,10 @@ def linear_cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap).
         z_loss: coefficient of logsumexp(logits)² (PaLM, section 5), added to each token's loss.
         label_smoothing: as in torch.nn.functional.cross_entropy.
+        token_weight: (...) floating, multiplies each token's loss, its z-loss too; "mean" is then their weighted mean,
+            divided by the sum of the weights. A constant: it gets no gradient.
+        class_weight: (V,) floating, the weight of each label, `weight` of torch.nn.functional.cross_entropy. Not
+            with label smoothing. With `token_weight` the two are multiplied.
         recompute: False: with "mean" and "sum" the gradients are computed in the forward, three products as with the
             logits stored; those of x and of the weight, the latter in float32, live until the backward. True, and with
             "none" always: the backward makes the logits again, a fourth product, and only 4 bytes a token are kept.
@@ -179,6 +186,7 @@ def linear_cross_entropy(
     x, weight, bias = _autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
     cap = _softcap(softcap)
+    weights = loss_weights(target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing)
     flat = x.reshape(-1, x.shape[-1])
     grad = torch.is_grad_enabled() and reduction != "none" and not recompute
     need = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
@@ -191,10 +199,46 @@ def linear_cross_entropy(
         cap,
         float(z_loss),
         float(label_smoothing),
+        None if weights is None else weights.reshape(-1).to(acc_dtype(x.dtype)),
         reduction,
         *need,
     )[0]
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def loss_weights(
+    target: Tensor,
+    token_weight: Tensor | None,
+    class_weight: Tensor | None,
+    vocab: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor | None:
+    """What multiplies each token's loss, in target's shape and 0 where it is ignored; None: ones."""
+    for name, t, shape in (("token_weight", token_weight, target.shape), ("class_weight", class_weight, (vocab,))):
+        if t is not None:
+            _check_weights(name, t, tuple(shape), target.device)
+    if class_weight is not None and label_smoothing:
+        raise ValueError(
+            f"class_weight goes with no label_smoothing, got {label_smoothing!r}: each class would weigh its share of "
+            "the smoothed labels, which needs another pass over the logits; leave one out"
+        )
+    ignored = target == ignore_index
+    if class_weight is not None:
+        of_labels = class_weight[target.masked_fill(ignored, 0)]
+        token_weight = of_labels if token_weight is None else token_weight * of_labels
+    return None if token_weight is None else token_weight.masked_fill(ignored, 0.0)
+
+
+def _check_weights(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    errors.check_tensor(name, t)
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
+    _check_floating(name, t)
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, the labels are on {device}; move one with .to(...)")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f'{name} gets no gradient: pass {name}.detach(), or multiply the losses of reduction="none"')
 
 
 def _check_loss(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
 from pyckpt.exec.tiling import TILE_BYTES
-from pyckpt.functional import layer_norm, linear_cross_entropy, rms_norm
+from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, rms_norm
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import Window
 from pyckpt.stream import Stream, check_stream, run_loss, run_stack
@@ -258,24 +258,31 @@ class CkptCausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         stream: Stream | None = None,
+        token_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Mean next-token cross-entropy in nats, a float32 scalar, without the logits of all tokens.
 
         labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
         i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
-        included. stream: run streamed, with memory on the device that does not depend on the sequence length. options:
-        `softcap`, `z_loss`, `label_smoothing`, `reduction` of `linear_cross_entropy`, and, not streamed, `recompute`.
+        included. stream: run streamed, with memory on the device that does not depend on the sequence length.
+        token_weight: floating, in the labels' shape and aligned with them; class_weight (vocab_size,): as in
+        `linear_cross_entropy`. options: its `softcap`, `z_loss`, `label_smoothing`, `reduction`, and, not streamed,
+        `recompute`.
 
         Raises ValueError for tokens or labels out of range, and for sequences too short to predict anything.
         """
         labels = self._labels(tokens, labels, cu_seqlens)
+        smoothing = options.get("label_smoothing", 0.0)
+        weights = loss_weights(labels, token_weight, class_weight, self.vocab_size, -100, smoothing)
         if stream is not None:
             check_stream(stream)
-            return run_loss(self, tokens, labels, positions, cu_seqlens, stream, options)
+            return run_loss(self, tokens, labels, weights, positions, cu_seqlens, stream, options)
         targets = _targets(labels, cu_seqlens)
         hidden = self.hidden(tokens, positions, cu_seqlens)
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, **options)
+        weights = None if weights is None else _next(weights, 0.0)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, token_weight=weights, **options)
 
     def _labels(self, tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """The labels, default the tokens, after a check of all three."""
@@ -335,12 +342,16 @@ class CkptCausalLM(nn.Module):
 
 def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """What the token at each place is to predict."""
-    targets = torch.full_like(labels, -100)
-    targets[..., :-1] = labels[..., 1:]
+    targets = _next(labels, -100)
     if cu_seqlens is not None:
         ends = cu_seqlens[1:].long() - 1
         targets[ends[ends >= 0]] = -100
     return targets
+
+
+def _next(values: Tensor, last: float) -> Tensor:
+    """Of each place the value of the next one, of the last place `last`."""
+    return nn.functional.pad(values[..., 1:], (0, 1), value=last)
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -146,12 +146,13 @@ def run_loss(
     model: CkptCausalLM,
     tokens: Tensor,
     labels: Tensor,
+    label_weights: Tensor | None,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     stream: Stream,
     options: dict[str, Any],
 ) -> Tensor:
-    """`CkptCausalLM.loss` of checked tokens and labels, streamed."""
+    """`CkptCausalLM.loss` of checked tokens, labels and the labels' weights, streamed."""
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
     if hasattr(embed, "full_tensor"):  # torch.distributed's DTensor, which is not there in every build
         raise ValueError(
@@ -163,7 +164,7 @@ def run_loss(
     if positions is not None:
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
     layout = _layout(tokens.shape, cu_seqlens)
-    targets = Targets(labels, last_tokens(layout), IGNORE)
+    targets = Targets(labels, last_tokens(layout), IGNORE, label_weights)
     blocks, segments = _blocks(model.model.layers)
     given = (tokens, targets, ends, layout, positions, stream)
     losses = stream_loss(blocks, segments, *given, _gathered(blocks))

@@ -501,7 +501,7 @@ class TestLoss:
         for bad in (7, -1, 2**40):
             target = torch.tensor([1, bad, 3, 0], device=DEVICE)
             options = (-100, 0.0, 0.0, 0.0)
-            loss = ops.linear_cross_entropy_fwd(x, w, None, target, *options, "none", False, False, False)[0]
+            loss = ops.linear_cross_entropy_fwd(x, w, None, target, *options, None, "none", False, False, False)[0]
             assert loss.isnan().tolist() == [False, True, False, False]
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

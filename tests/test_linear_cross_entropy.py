@@ -170,6 +170,47 @@ class TestExact:
             for n in want:
                 assert_exact(got[n], want[n], n)
 
+    @REDUCTIONS
+    @pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["plain", "all"])
+    def test_token_weights(self, options, reduction, chunking):
+        target, weights = labels(41, 13), torch.rand(41).double()
+        target[0], weights[1], weights[target == -100] = 3, 0.0, float("nan")
+        options = {**options, "reduction": reduction, "token_weight": weights}
+        check_exact(ours(target, **options), truth(target, **options), make(41, 7, 13, True))
+
+    @REDUCTIONS
+    def test_class_weights(self, reduction, chunking):
+        target, weights, more = labels(41, 13), torch.rand(13).double(), torch.rand(41).double()
+        target[0] = 3
+
+        def pytorchs(x: Tensor, weight: Tensor) -> Tensor:
+            return F.cross_entropy(x @ weight.t(), target, weights, reduction=plain(reduction))
+
+        inputs = make(41, 7, 13)
+        check_exact(ours(target, reduction, class_weight=weights), pytorchs, inputs)
+        of_labels = weights[target.clamp_min(0)]
+        got = ours(target, reduction, class_weight=weights, token_weight=more)
+        check_exact(got, truth(target, reduction, token_weight=of_labels * more), inputs)
+
+    def test_weights_that_are_all_zero(self, chunking):
+        target, inputs = labels(20, 9), make(20, 5, 9)
+        for reduction in _REDUCTIONS:
+            got, _ = step(ours(target, reduction, token_weight=torch.zeros(20)), inputs)
+            assert got["out 0"].isnan() if plain(reduction) == "mean" else (got["out 0"] == 0).all()
+            assert (got["dx"] == 0).all()
+
+    @REDUCTIONS
+    @pytest.mark.parametrize("dtype", LOW_DTYPES)
+    def test_weights_in_any_precision(self, dtype, reduction):
+        """Weights of half precision, which the loss multiplies in float32; a model's are float32 beside bfloat16."""
+        target, inputs = labels(60, 13, 0.0), make(60, 8, 13, dtype=dtype)
+        for weights in (torch.rand(60), torch.rand(60).bfloat16(), torch.rand(60).double()):
+            got = ours(target, reduction, token_weight=weights)(**inputs)
+            each = ours(target, "none")(**inputs) * weights.float()
+            want = {"none": each, "sum": each.sum(), "mean": each.sum() / weights.float().sum()}[plain(reduction)]
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
     def test_no_tokens(self):
         inputs = make(0, 5, 9)
         target = torch.zeros(0, dtype=torch.int64)
@@ -445,8 +486,20 @@ class TestBadInput:
             ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
             ({"label_smoothing": float("nan")}, r"label_smoothing must be in \[0, 1\], got nan"),
             ({"softcap": -2.0}, "softcap must be None or a positive number, got -2.0"),
+            ({"token_weight": torch.ones(3)}, r"token_weight has shape \(3,\), expected \(4,\)"),
+            ({"token_weight": torch.ones(4, dtype=torch.int64)}, "token_weight has dtype torch.int64, expected one of"),
+            ({"token_weight": torch.ones(4, device="meta")}, "token_weight is on meta, the labels are on cpu"),
+            (
+                {"token_weight": torch.ones(4, requires_grad=True)},
+                "token_weight gets no gradient: pass",
+            ),
+            ({"class_weight": torch.ones(4)}, r"class_weight has shape \(4,\), expected \(9,\)"),
+            (
+                {"class_weight": torch.ones(9), "label_smoothing": 0.1},
+                "class_weight goes with no label_smoothing",
+            ),
         ],
-        ids=range(17),
+        ids=range(23),
     )
     def test_values(self, change, message):
         good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}
@@ -455,6 +508,6 @@ class TestBadInput:
 
     def test_types(self):
         good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}
-        for name in (*good, "bias"):
+        for name in (*good, "bias", "token_weight", "class_weight"):
             with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got list"):
                 pyckpt.linear_cross_entropy(**good | {name: [1.0]})

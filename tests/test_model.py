@@ -134,6 +134,19 @@ def test_loss_options_reach_the_head():
         assert_exact(found, wanted)
 
 
+def test_weights_belong_to_labels():
+    model = make_lm()
+    tokens, weights, classes = torch.randint(0, 50, (2, 19)), torch.rand(2, 19).double(), torch.rand(50).double()
+    losses = model.loss(tokens, reduction="none")[:, :-1]
+    expected = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+    assert float(model.loss(tokens, token_weight=weights)) == pytest.approx(float(expected), rel=1e-12)
+    logits = model(tokens)[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, tokens[:, 1:].flatten(), classes)
+    assert float(model.loss(tokens, class_weight=classes)) == pytest.approx(float(expected), rel=1e-12)
+    with pytest.raises(ValueError, match=r"token_weight has shape \(2, 18\), expected \(2, 19\)"):
+        model.loss(tokens, token_weight=weights[:, 1:])
+
+
 def test_names_are_those_of_a_llama():
     names = set(make_lm().state_dict())
     layer = {

@@ -120,15 +120,16 @@ def loss_samples(reductions: tuple[str, ...], grad: bool) -> Iterator[tuple[Any,
     for reduction, options in itertools.product(reductions, ((0.0, 0.0, 0.0), (2.0, 0.1, 0.1))):
         x, weight, bias = randn(4, 5, grad=grad), randn(7, 5, grad=grad), randn(7, grad=grad)
         needs = (grad and reduction != "none",) * 3
-        yield x, weight, bias, target, -100, *options, reduction, *needs
-        yield x.detach(), weight, None, target, -100, *options, reduction, False, needs[1], False
-        yield x, weight.detach(), None, target, -100, *options, reduction, needs[0], False, False
+        tokens = torch.rand(4).masked_fill(target == -100, 0.0)
+        yield x, weight, bias, target, -100, *options, None, reduction, *needs
+        yield x.detach(), weight, None, target, -100, *options, tokens, reduction, False, needs[1], False
+        yield x, weight.detach(), None, target, -100, *options, tokens, reduction, needs[0], False, False
 
 
 def loss_bwd_samples() -> Iterator[Sample]:
     for x, weight, bias, target, *options in loss_samples(("none",), False):
         lse = ops.linear_cross_entropy_fwd(x, weight, bias, target, *options)[1]
-        options = options[: -len(("reduction", "dx", "dw", "db"))]
+        options = options[: -len(("weights", "reduction", "dx", "dw", "db"))]
         for needs in ((True, True, True), (False, True, False), (True, False, False)):
             for dloss in (torch.randn(4), torch.randn(())):
                 yield dloss, lse, x, weight, bias, target, *options, *needs
@@ -141,7 +142,7 @@ def loss_tile_samples() -> Iterator[Sample]:
             grads = [
                 torch.zeros_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)
             ]
-            yield x, weight, bias, target, *options[:-4], torch.rand(4) if needs[0] else None, *grads
+            yield x, weight, bias, target, *options[:-5], torch.rand(4) if needs[0] else None, *grads
 
 
 def block_samples(grad: bool) -> Iterator[Sample]:

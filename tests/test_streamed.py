@@ -93,11 +93,14 @@ def test_a_language_model_equals_the_resident_one(tie, options):
     packed = {"cu_seqlens": torch.tensor([0, 4, 4, 5, 19, 38], dtype=torch.int32)}
     positions = {"positions": torch.randint(0, 99, (2, 19))}
     extras = {"softcap": 5.0, "z_loss": 1e-3, "label_smoothing": 0.1, "reduction": "sum"}
+    weighed = {"token_weight": torch.rand(2, 19), "class_weight": torch.rand(VOCAB)}
+    flat = {"token_weight": torch.rand(38)}
     for args, kwargs in (
         ((tokens,), {}),
         ((tokens, labels), extras),
+        ((tokens, labels), weighed),
         ((tokens,), positions),
-        ((tokens.flatten(), labels.flatten()), packed),
+        ((tokens.flatten(), labels.flatten()), packed | flat),
     ):
         want = loss_and_grads(model, *args, **kwargs)
         for tile in (7, 19, 64):
@@ -355,6 +358,7 @@ def test_losses_of_single_tokens(trained):
     labels = tokens.clone()
     labels[0, 3:7] = -100
     upstream, options = torch.randn(2, 19, dtype=torch.float64), {"softcap": 5.0, "z_loss": 1e-3, "reduction": "none"}
+    options["token_weight"] = torch.rand(2, 19)
 
     def results(**kwargs):
         model.zero_grad()

@@ -237,7 +237,7 @@ class TestLoss:
         for bad in (7, -1, 2**40):
             target = torch.tensor([1, bad, 3, 0], device=DEVICE)
             options = (-100, 0.0, 0.0, 0.0)
-            loss = ops.linear_cross_entropy_fwd(x, w, None, target, *options, "none", False, False, False)[0]
+            loss = ops.linear_cross_entropy_fwd(x, w, None, target, *options, None, "none", False, False, False)[0]
             assert loss.isnan().tolist() == [False, True, False, False]
 
 
@@ -270,8 +270,8 @@ class TestOps:
         }
         target, options = torch.tensor([1, -100, 3, 0, 4], device=DEVICE), (-100, 3.0, 0.01, 0.1)
         head = (x, randn(7, 6, dtype=torch.float32), None, target, *options)
-        lse = ops.linear_cross_entropy_fwd(*head, "none", False, False, False)[1]
-        samples["linear_cross_entropy_fwd"] = (*head, "mean", True, True, False)
+        lse = ops.linear_cross_entropy_fwd(*head, None, "none", False, False, False)[1]
+        samples["linear_cross_entropy_fwd"] = (*head, None, "mean", True, True, False)
         samples["linear_cross_entropy_bwd"] = (randn(5, dtype=torch.float32), lse, *head, True, False, False)
         for name, args in samples.items():
             torch.library.opcheck(getattr(ops, name).default, args)

@@ -14,6 +14,7 @@ from pyckpt.attend.dense import Layout
 from pyckpt.exec.ends import Gradients, Named
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.direct import ops
+from pyckpt.ops.linear_cross_entropy import counted
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.norm import Norm, with_offset
 
@@ -100,7 +101,8 @@ class Embedding:
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """Of `linear_cross_entropy`; "mean" divides by the number of labels that are not ignored. `scale` multiplies what
+    """Of `linear_cross_entropy`; "mean" divides by the number of labels that are not ignored, or by the sum of their
+    weights. `scale` multiplies what
     the head reads."""
 
     reduction: str = "mean"
@@ -115,10 +117,14 @@ class Targets:
     """What each token is to predict: the label after it, none (`ignore_index`) where the token is one of `ends`.
 
     labels: (T,) int64. ends: sorted, the last token of each sequence; None: the labels are the targets.
+    weights: (T,), what the loss of each label is multiplied by, 0 where it is ignored; None: ones.
     """
 
-    def __init__(self, labels: Tensor, ends: Sequence[int] | None, ignore_index: int) -> None:
+    def __init__(
+        self, labels: Tensor, ends: Sequence[int] | None, ignore_index: int, weights: Tensor | None = None
+    ) -> None:
         self._labels, self._ends, self._ignore = labels.reshape(-1), ends, ignore_index
+        self._weights = None if weights is None else weights.reshape(-1)
 
     def of(self, rows: slice) -> Tensor:
         if self._ends is None:
@@ -131,6 +137,17 @@ class Targets:
             ends = [end - rows.start for end in self._ends[low:high]]
             target.index_fill_(0, torch.tensor(ends, device=target.device), self._ignore)
         return target
+
+    def weights_of(self, rows: slice, target: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Of the targets `of` these rows."""
+        if self._weights is None:
+            return None
+        if self._ends is None:
+            return self._weights[rows].to(dtype)
+        weights = torch.zeros(target.shape, dtype=dtype, device=target.device)
+        after = self._weights[rows.start + 1 : rows.stop + 1]
+        weights[: after.shape[0]] = after
+        return weights.masked_fill_(target == self._ignore, 0.0)
 
 
 def last_tokens(layout: Layout) -> Sequence[int]:
@@ -244,13 +261,15 @@ class ReducedLoss:
 
     def forward(self, w: Named, rows: slice, x: Tensor) -> None:
         target = self._targets.of(rows)
+        weights = self._targets.weights_of(rows, target, acc_dtype(x.dtype))
         if self._trained:
-            losses, dx = self._head.losses_and_gradients(w, x, target, None)
+            losses, dx = self._head.losses_and_gradients(w, x, target, weights)
             if dx is not None:
                 x.copy_(dx)
         else:
             losses = self._head.losses(w, x, target)
-        loss, count = losses.sum(), (target != self._ignore).sum()
+        loss = losses.sum() if weights is None else (losses * weights).sum()
+        count = counted(target, weights, self._ignore)
         self._loss = loss if self._loss is None else self._loss + loss
         self._count = count if self._count is None else self._count + count
 
@@ -260,7 +279,7 @@ class ReducedLoss:
 
     def take(self, w: Named, upstream: Tensor) -> None:
         assert self._count is not None
-        self._scale = upstream / self._count.clamp_min(1) if self._mean else upstream
+        self._scale = upstream / self._count.masked_fill(self._count == 0, 1) if self._mean else upstream
 
     def upstream(self, rows: slice, left: Tensor, out: Tensor | None) -> None:
         assert self._scale is not None and out is not None
@@ -284,7 +303,11 @@ class TokenLosses:
         self._given: tuple[Named, Tensor] | None = None
 
     def forward(self, w: Named, rows: slice, x: Tensor) -> None:
-        losses = self._head.losses(w, x, self._targets.of(rows))
+        target = self._targets.of(rows)
+        losses = self._head.losses(w, x, target)
+        weights = self._targets.weights_of(rows, target, losses.dtype)
+        if weights is not None:
+            losses *= weights
         if self._losses is None:
             self._losses = losses.new_empty(self._tokens)
         self._losses[rows] = losses
@@ -299,8 +322,11 @@ class TokenLosses:
 
     def upstream(self, rows: slice, left: Tensor, out: Tensor | None) -> None:
         assert self._given is not None
-        w, dloss = self._given
-        dx = self._head.losses_and_gradients(w, left, self._targets.of(rows), dloss[rows])[1]
+        w, dloss = self._given[0], self._given[1][rows]
+        target = self._targets.of(rows)
+        weights = self._targets.weights_of(rows, target, dloss.dtype)
+        dloss = dloss if weights is None else dloss * weights
+        dx = self._head.losses_and_gradients(w, left, target, dloss)[1]
         if out is not None:
             assert dx is not None
             out.copy_(dx)

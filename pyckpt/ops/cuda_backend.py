@@ -119,9 +119,9 @@ class _Head(InPlaceHead):
 def _loss_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
     if x.dtype not in DTYPES:
         return linear_cross_entropy_triton.linear_cross_entropy_fwd(x, weight, bias, target, *args)
-    *options, reduction, need_dx, need_dw, need_db = args
+    *options, token_weight, reduction, need_dx, need_dw, need_db = args
     head = _Head(weight, bias, *options)
-    return linear_cross_entropy.forward(head, x, target, reduction, need_dx, need_dw, need_db)
+    return linear_cross_entropy.forward(head, x, target, token_weight, reduction, need_dx, need_dw, need_db)
 
 
 def _loss_bwd(

@@ -7,7 +7,8 @@ For token i with logits z = softcap(x W^T + b), lse = logsumexp(z), label t and 
 
     loss_i = lse - (1 - e) z_t - e mean(z) + z_loss * lse²
 
-("mean" divides by the number of labels that are not `ignore_index`.) With "mean" and "sum" the gradients are
+("mean" divides by the number of labels that are not `ignore_index`; a token's weight multiplies its loss, and the mean
+then divides by their sum.) With "mean" and "sum" the gradients are
 computed in the forward, while a chunk's logits exist: three products of T x D x V, as storing the logits
 would take. They are those of the sum, and the backward scales them: divided by the number of labels sooner,
 float16 gradients would vanish before a loss scale can lift them. Where the forward is asked for none, the backward
@@ -61,6 +62,7 @@ def _fwd_fake(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
+    token_weight: Tensor | None,
     reduction: str,
     need_dx: bool,
     need_dw: bool,
@@ -76,7 +78,7 @@ def _fwd_fake(
 
 
 @define(
-    f"linear_cross_entropy_fwd({_ARGS}, str reduction, bool need_dx, bool need_dw, bool need_db) "
+    f"linear_cross_entropy_fwd({_ARGS}, Tensor? token_weight, str reduction, bool need_dx, bool need_dw, bool need_db) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
 )
@@ -89,6 +91,7 @@ def linear_cross_entropy_fwd(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
+    token_weight: Tensor | None,
     reduction: str,
     need_dx: bool,
     need_dw: bool,
@@ -96,11 +99,14 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, lse, dx, dw, db): x (T, D), weight (V, D), bias (V,), target (T,) int64; lse is 0 where ignored.
 
+    token_weight (T,), in lse's dtype and 0 where ignored, multiplies each token's loss; "mean" then divides by its
+    sum. It gets no gradient.
+
     Gradients are of the sum of the tokens' losses, also with "mean"; dw and db in the accumulation dtype; those
     not needed are empty. None may be needed with reduction "none". If none is, `linear_cross_entropy_bwd` makes them.
     """
     head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
-    return forward(head, x, target, reduction, need_dx, need_dw, need_db)
+    return forward(head, x, target, token_weight, reduction, need_dx, need_dw, need_db)
 
 
 def _tile_fake(
@@ -236,6 +242,7 @@ def forward(
     head: Head,
     x: Tensor,
     target: Tensor,
+    token_weight: Tensor | None,
     reduction: str,
     need_dx: bool,
     need_dw: bool,
@@ -243,11 +250,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `linear_cross_entropy_fwd` gives."""
     grads = _Gradients.of(head, x, need_dx, need_dw, need_db)
-    losses, lse = _losses(head, x, target, grads)
+    losses, lse = _losses(head, x, target, grads, token_weight)
+    if token_weight is not None:
+        losses *= token_weight
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
-        loss = loss / (target != head.ignore_index).sum()
+        loss = loss / counted(target, token_weight, head.ignore_index)
     return loss, lse, *grads.results()
+
+
+def counted(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides by: the number of labels that are not ignored, or the sum of the weights."""
+    return (target != ignore_index).sum() if token_weight is None else token_weight.sum()
 
 
 def tile(
@@ -420,33 +434,36 @@ class _TorchHead(Head):
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, target, *ctx.options = inputs[:8]
-    ctx.reduction = inputs[8]
+    token_weight, ctx.reduction = inputs[8:10]
     _, lse, dx, dw, db = output
     ctx.mark_non_differentiable(lse, dx, dw, db)
     ctx.set_materialize_grads(False)
     ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, weight.dtype)
-    ctx.made = any(inputs[9:12])
+    ctx.made = any(inputs[10:13])
     if ctx.made:
-        ctx.save_for_backward(dx, dw, db, target)
+        ctx.save_for_backward(dx, dw, db, target, token_weight)
     else:
-        ctx.save_for_backward(lse, x, weight, bias, target)
+        ctx.save_for_backward(lse, x, weight, bias, target, token_weight)
 
 
 def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 9
+    nothing = (None,) * 10
     need = ctx.needs_input_grad[:3]
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
     if dloss is None:
         return None, None, None, *nothing
-    saved = ctx.saved_tensors  # read once: inside torch.utils.checkpoint a second reading is an error
+    *saved, token_weight = ctx.saved_tensors  # read once: inside torch.utils.checkpoint a second reading is an error
     if ctx.reduction == "mean":
-        dloss = dloss / (saved[-1] != ctx.options[0]).sum().clamp_min(1)
+        count = counted(saved[-1], token_weight, ctx.options[0])
+        dloss = dloss / count.masked_fill(count == 0, 1)
     if ctx.made:
         # A factor of one dimension, or it would be rounded to the gradient's dtype before the product. Scaled and
         # rounded in one pass on CUDA: a scaled float32 copy of dW alone takes 2 GB at Llama 3's vocabulary.
         factor, sums = dloss.view(1), saved[:3]
         grads = tuple(torch.mul(g, factor, out=torch.empty_like(g, dtype=d)) for g, d in zip(sums, dtypes, strict=True))
     else:
+        if token_weight is not None:
+            dloss = dloss * token_weight
         grads = ops.linear_cross_entropy_bwd(dloss, *saved, *ctx.options, *need)
     out = tuple(g if n else None for g, n in zip(grads, (*need[:2], need[2] and ctx.has_bias), strict=True))
     return *out, *nothing

@@ -65,13 +65,14 @@ def linear_cross_entropy_fwd(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
+    token_weight: Tensor | None,
     reduction: str,
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = InPlaceHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
-    return _op.forward(head, x, target, reduction, need_dx, need_dw, need_db)
+    return _op.forward(head, x, target, token_weight, reduction, need_dx, need_dw, need_db)
 
 
 @implement("linear_cross_entropy_bwd", "triton")

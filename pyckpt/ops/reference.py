@@ -183,12 +183,13 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
 ) -> Tensor:
     """-Σ_c w_c log p_c + z_loss * log²Z of each token, p = softmax(x Wᵀ + b), Z its normaliser.
 
     w is 1 - e at the label, plus e / V everywhere (label smoothing e: Szegedy et al. 2016, section 7; z-loss:
     PaLM, section 5). x (T, D), weight (V, D), target (T,). Tokens whose target is `ignore_index` count for
-    nothing; "mean" is over the others.
+    nothing; "mean" is over the others. token_weight (T,) multiplies the losses; the mean is then over its sum.
     """
     logits = x @ weight.t() if bias is None else x @ weight.t() + bias
     if softcap:
@@ -198,7 +199,8 @@ def linear_cross_entropy(
     one_hot = torch.nn.functional.one_hot(target.masked_fill(~keep, 0), weight.shape[0]).to(x.dtype)
     wanted = (1.0 - label_smoothing) * one_hot + label_smoothing / weight.shape[0]
     losses = -(wanted * (logits - log_z)).sum(-1) + z_loss * log_z.squeeze(-1) ** 2
-    losses = losses.masked_fill(~keep, 0.0)
+    counts = keep.to(losses.dtype) if token_weight is None else token_weight.masked_fill(~keep, 0.0)
+    losses = losses.masked_fill(~keep, 0.0) * counts
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / keep.sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
