@@ -9,6 +9,7 @@ from pyckpt.model import CkptCausalLM, CkptTransformer
 from pyckpt.save import SAVE_SETS, Save
 from pyckpt.stream import Stream
 from pyckpt.swap import swap, unswap
+from pyckpt.token_losses import token_losses
 
 __all__ = [
     "SAVE_SETS",
@@ -31,5 +32,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "swap",
+    "token_losses",
     "unswap",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.exec.lm_ends import Ends, LossOptions, Targets
-from pyckpt.functional import linear_cross_entropy
+from pyckpt.functional import linear_cross_entropy, loss_weights
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
 from pyckpt.swap.decoder import SwappedDecoder
@@ -129,6 +129,9 @@ class SwappedHead(Replaced):
 
     `kind`: True, or one of `KINDS`. "always": without gradients too, where the original would return logits beside the
     loss; "recompute": the backward makes the logits again.
+
+    A call may also ask for what the original does not have: `reduction="none"`, the losses (B, S) of the single tokens,
+    and `token_weight` (B, S), see `linear_cross_entropy`. They are never left to the original.
     """
 
     def __init__(self, module: nn.Module, head: Head, kind: bool | str) -> None:
@@ -144,19 +147,32 @@ class SwappedHead(Replaced):
         if self.asks(
             given, "output_router_logits"
         ):  # its loss has a share of the router's logits, which the layers would have to return
-            return self.original(**given)
+            return self._by_itself(given, "output_router_logits asks for the router's loss")
         own = [n for n in self._own if given.get(n) is not None and given[n] is not False]
         if own:
             self.warn(f"{', '.join(own)} is for the model's own forward, which runs, with logits")
-            return self.original(**given)
-        if given.get("labels") is None or asked or not (self.always or torch.is_grad_enabled()):
+            return self._by_itself(given, f"{', '.join(own)} is for that")
+        if given.get("labels") is None or asked:
+            return self._by_itself(given, "logits are asked for" if asked else "there are no labels")
+        if not (self.always or torch.is_grad_enabled() or self._asks_ours(given)):
             return self.original(**given)
         try:
             check(self.module)
         except UnsupportedError as reason:
             self.warn(f"{reason}: the loss is the model's own, from logits")
-            return self.original(**given)
+            return self._by_itself(given, str(reason))
         return self._loss(given)
+
+    @staticmethod
+    def _asks_ours(given: dict[str, Any]) -> list[str]:
+        return [n for n in _Wanted.OURS if given.get(n) is not None]
+
+    def _by_itself(self, given: dict[str, Any], why: str) -> Any:
+        """The original. Raises ValueError where the call asks for what it does not have."""
+        ours = self._asks_ours(given)
+        if ours:
+            raise ValueError(f"{', '.join(ours)} can't be had of the model's own forward, which has to run: {why}")
+        return self.original(**{n: v for n, v in given.items() if n not in _Wanted.OURS})
 
     def _names_of_its_own(self) -> list[str]:
         """Arguments that it takes, that are not handed on, and of which nothing else is known."""
@@ -195,6 +211,8 @@ class SwappedHead(Replaced):
         if loss is None:
             outputs = self.body(**given)
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
+        elif loss.dim():
+            loss = loss.view(labels.shape)
         if wanted.items is not None:
             loss = loss / (wanted.items.to(loss.device) if isinstance(wanted.items, Tensor) else wanted.items)
         made = self._output(loss=loss, logits=None, **{n: getattr(outputs, n, None) for n in self._fields})
@@ -282,6 +300,7 @@ class SwappedHead(Replaced):
             bias=projection.bias,
             ignore_index=wanted.ignored,
             reduction=wanted.reduction,
+            token_weight=wanted.weights(hidden.device, hidden.shape[:-1]),
             softcap=self._softcap,
             recompute=self.recompute,
         )
@@ -296,23 +315,35 @@ def _check_layers(decoder: SwappedDecoder | None) -> None:
 class _Wanted:
     """What a call asks for: labels (B, S), each token's the label after it; `shift_labels` are those of each token.
 
-    items: what the sum is divided by, instead of the number of labels.
+    items: what the sum is divided by, instead of the number of labels. asked: the reduction, where the call names one.
+    token_weight: (B, S), of each label.
     """
 
-    ARGUMENTS: ClassVar = ("num_items_in_batch", "shift_labels", "ignore_index")
+    OURS: ClassVar = ("reduction", "token_weight")
+    ARGUMENTS: ClassVar = ("num_items_in_batch", "shift_labels", "ignore_index", *OURS)
 
     labels: Tensor
-    items: Any
-    shift_labels: Tensor | None
-    ignored: int
+    items: Any = None
+    shift_labels: Tensor | None = None
+    ignored: int = IGNORED
+    asked: str | None = None
+    token_weight: Tensor | None = None
 
     @staticmethod
-    def of(labels: Tensor, items: Any, shift_labels: Tensor | None, ignore_index: int | None) -> _Wanted:
-        return _Wanted(labels, items, shift_labels, IGNORED if ignore_index is None else ignore_index)
+    def of(labels: Tensor, items: Any, shift_labels: Tensor | None, ignored: int | None, *ours: Any) -> _Wanted:
+        wanted = _Wanted(labels, items, shift_labels, IGNORED if ignored is None else ignored, *ours)
+        if wanted.asked not in (None, "mean", "sum", "none"):
+            raise ValueError(f"reduction={wanted.asked!r} does not exist; expected one of mean, sum, none")
+        if wanted.asked is not None and items is not None:
+            raise ValueError("num_items_in_batch divides the sum of the losses: leave out it or reduction")
+        if wanted.token_weight is not None:
+            # For its errors, before anything runs.
+            loss_weights(wanted.given, wanted.token_weight.to(wanted.given.device), None, 0, wanted.ignored, 0.0)
+        return wanted
 
     @property
     def reduction(self) -> str:
-        return "mean" if self.items is None else "sum"
+        return self.asked or ("mean" if self.items is None else "sum")
 
     @property
     def given(self) -> Tensor:
@@ -324,15 +355,28 @@ class _Wanted:
         return self.shifted() != self.ignored
 
     def shifted(self) -> Tensor:
+        return self._next(self.given, self.ignored)
+
+    def weights(self, device: torch.device, shape: torch.Size) -> Tensor | None:
+        """Of `shifted`, in this shape."""
+        if self.token_weight is None:
+            return None
+        return self._next(self.token_weight, 0.0).to(device).reshape(shape)
+
+    def _next(self, values: Tensor, last: float) -> Tensor:
+        """What is given for each token, of values that are given for each label."""
         if self.shift_labels is not None:
-            return self.shift_labels
-        return nn.functional.pad(self.labels, (0, 1), value=self.ignored)[..., 1:]
+            return values
+        return nn.functional.pad(values, (0, 1), value=last)[..., 1:]
 
     def targets(self, ids: Tensor) -> Targets:
         """Of a streamed run over ids (B, S), which shifts the labels tile by tile."""
+        labels, weights = self.given.to(ids.device), self.token_weight
+        if weights is not None:
+            weights = weights.to(ids.device).masked_fill(labels == self.ignored, 0.0)
         if self.shift_labels is not None:
-            return Targets(self.shift_labels.to(ids.device), None, self.ignored)
-        if self.labels.shape != ids.shape:
-            raise ValueError(f"labels have shape {tuple(self.labels.shape)}, expected {tuple(ids.shape)} as input_ids")
+            return Targets(labels, None, self.ignored, weights)
+        if labels.shape != ids.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {tuple(ids.shape)} as input_ids")
         seq = ids.shape[1]
-        return Targets(self.labels.to(ids.device), range(seq - 1, ids.numel(), seq), self.ignored)
+        return Targets(labels, range(seq - 1, ids.numel(), seq), self.ignored, weights)
