@@ -280,6 +280,28 @@ class TestTiles:
         ):
             assert_close_to_truth(got.to(one.dtype), one, want, what=name, terms=24**0.5)
 
+    def test_dropout_draws_by_the_sequences_number(self, monkeypatch):
+        """A tile of a later sequence drops what the whole batch does, by the kernels too, as streams need it."""
+        for name in ("tile_forward", "tile_backward"):
+            monkeypatch.delattr(in_torch.attention_torch, name)
+        inputs = {n: t.to(LOW) for n, t in qkv(40, 40, batch=3).items()}
+        q, k, v = inputs.values()
+        options, extras = (-1, 0, 0.0, 0.3), (None, 0.4, 7)
+        o, lse = ops.attention_fwd(q, k, v, None, None, *options, None, *extras)
+        do = torch.randn_like(o)
+        delta = ops.attention_delta(do, o, None)
+        whole = ops.attention_bwd(do, q, k, v, o, lse, None, None, None, *options, None, *extras)
+        near = {"rtol": 2 * torch.finfo(LOW).eps, "atol": 1e-6}  # the same sums, perhaps rounded to the other side
+        for first, rows in ((1, slice(1, 2)), (1, slice(1, 3)), (2, slice(2, 3))):
+            got_o, got_lse = torch.zeros_like(o[rows], dtype=torch.float32), torch.full_like(lse[rows], -torch.inf)
+            ops.attention_tile_fwd_(q[rows], k[rows], v[rows], got_o, got_lse, *options, 0, 0, *extras, first)
+            torch.testing.assert_close(got_o.to(LOW), o[rows], **near)
+            grads = [torch.zeros_like(t[rows], dtype=torch.float32) for t in (q, k, v)]
+            given = (t[rows] for t in (do, q, k, v, lse, delta))
+            ops.attention_tile_bwd_(*given, *grads, *options, 0, 0, *extras, first)
+            for got, want in zip(grads, whole, strict=True):
+                torch.testing.assert_close(got.to(LOW), want[rows], **near)
+
     def test_a_global_lse_gives_each_tile_of_keys_its_share(self):
         q, k, v = qkv(40, 70).values()
         do, options = torch.randn_like(q), (-1, -1, 0.0, 0.3)

@@ -36,7 +36,7 @@ class Options:
 
     `window` is (left, right), -1 for no limit. `start` is the position of the first query on the keys' axis
     less that of the first key, and that of the first key (for dropout); None aligns both ends (bottom-right),
-    or with `top_left` both starts.
+    or with `top_left` both starts. `first_sequence` is the number of the first sequence (for dropout).
     """
 
     window: tuple[int, int] = (-1, -1)
@@ -50,6 +50,7 @@ class Options:
     seed: int | None = None
     q_start: int | None = None
     k_start: int = 0
+    first_sequence: int = 0
     top_left: bool = False
 
     @property
@@ -340,6 +341,7 @@ class _Problem:
             # Packed, each sequence has its own, and this tells how they are aligned.
             "diagonal": int(not options.top_left) if options.packed else offset,
             "k_start": options.k_start,
+            "first_sequence": options.first_sequence,
             "left": max(left, 0),
             "right": max(right, 0),
             "head_dim": head_dim,

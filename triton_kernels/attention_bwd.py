@@ -174,6 +174,7 @@ def _keys_from_queries(
     seed,
     threshold,
     sequence,
+    drawn,  # the sequence's number, by which dropout draws
     k_start,
     head_dim,
     value_dim,
@@ -239,7 +240,7 @@ def _keys_from_queries(
         )  # [BM, BDV]
         dropped = p
         if DROPOUT:
-            m_kept = kept(seed, sequence, head, (k_start + o_p)[None, :], (k_start + o_j)[:, None], threshold)
+            m_kept = kept(seed, drawn, head, (k_start + o_p)[None, :], (k_start + o_j)[:, None], threshold)
             dropped = tl.where(m_kept, p * keep_factor, 0.0)
         # See `_masked`: with descriptors the accumulators fit if this comes early, with pointers if it comes late.
         if DK and TMA:
@@ -304,6 +305,7 @@ def attention_bwd_kernel_dkdv(
     sk,
     diagonal,
     k_start,
+    first_sequence,
     left,
     right,
     head_dim,
@@ -380,7 +382,8 @@ def attention_bwd_kernel_dkdv(
     dk, dv = _keys_from_queries(
         dk, dv, b_k, b_v, p_q_row, p_do_row, p_lse_row, p_delta_row, p_slopes_row, stride_qs, stride_qh,
         stride_ds, stride_dh, stride_lh, lo, hi, full_lo, full_hi, first_head, groups, n_q, n_k, shift, o_j,
-        left, right, scale, softcap, keep_factor, seed, threshold, sequence, k_start, head_dim, value_dim,
+        left, right, scale, softcap, keep_factor, seed, threshold, sequence, first_sequence + sequence, k_start,
+        head_dim, value_dim,
         LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA, DK, DV, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         WIDE,
     )  # fmt: skip
@@ -417,6 +420,7 @@ def _queries_from_keys(
     seed,
     threshold,
     sequence,
+    drawn,  # the sequence's number, by which dropout draws
     head,
     kv_head,
     k_start,
@@ -455,7 +459,7 @@ def _queries_from_keys(
             p = tl.where(visible(o_p[:, None], o_j[None, :], sk, left, right, LEFT, RIGHT), p, 0.0)
         dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
         if DROPOUT:
-            m_kept = kept(seed, sequence, head, (k_start + o_p)[:, None], (k_start + o_j)[None, :], threshold)
+            m_kept = kept(seed, drawn, head, (k_start + o_p)[:, None], (k_start + o_j)[None, :], threshold)
             dp = tl.where(m_kept, dp * keep_factor, 0.0)
         ds = p * (dp - b_delta[:, None])
         if SOFTCAP:
@@ -504,6 +508,7 @@ def attention_bwd_kernel_dq(
     sk,
     diagonal,
     k_start,
+    first_sequence,
     left,
     right,
     head_dim,
@@ -559,6 +564,7 @@ def attention_bwd_kernel_dq(
     slope = 0.0
     if ALIBI:
         slope = tl.load(p_slopes + sequence * stride_slopes + head)
+    drawn = first_sequence + sequence
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     stop = tl.minimum(i + BLOCK_M, n_q)
@@ -566,19 +572,19 @@ def attention_bwd_kernel_dq(
     if LEFT:
         dq = _queries_from_keys(
             dq, b_q, b_do, b_lse, b_delta, p_k_row, p_v_row, stride_ks, stride_vs, lo, tl.minimum(full_lo, hi),
-            n_k, o_p, left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head,
+            n_k, o_p, left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, drawn, head, kv_head,
             k_start, head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
             BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         )  # fmt: skip
     dq = _queries_from_keys(
         dq, b_q, b_do, b_lse, b_delta, p_k_row, p_v_row, stride_ks, stride_vs, full_lo, full_hi, n_k, o_p,
-        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
+        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, drawn, head, kv_head, k_start,
         head_dim, value_dim, False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
     dq = _queries_from_keys(
         dq, b_q, b_do, b_lse, b_delta, p_k_row, p_v_row, stride_ks, stride_vs, full_hi, hi, n_k, o_p,
-        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, head, kv_head, k_start,
+        left, right, scale, softcap, slope, keep_factor, seed, threshold, sequence, drawn, head, kv_head, k_start,
         head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip

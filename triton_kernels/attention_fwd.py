@@ -46,6 +46,7 @@ def _attend(
     seed,
     threshold,
     sequence,
+    drawn,  # the sequence's number, by which dropout draws
     head,
     kv_head,
     k_start,
@@ -96,7 +97,7 @@ def _attend(
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if DROPOUT:
-            m_kept = kept(seed, sequence, head, (k_start + o_p)[:, None], (k_start + o_j)[None, :], threshold)
+            m_kept = kept(seed, drawn, head, (k_start + o_p)[:, None], (k_start + o_j)[None, :], threshold)
             p = tl.where(m_kept, p, 0.0)
         b_v = load_rows(
             p_v, sequence, j, kv_head, o_j, o_dv, stride_vs, sk, value_dim, MASKED, RAGGED_DV, TMA, BLOCK_N, BLOCK_DV
@@ -134,12 +135,14 @@ def _attend_tile(
         p_q, p_k, p_v, p_o, p_lse, p_sinks, p_slopes, p_cu_q, p_cu_k, stride_qb, stride_qs, stride_qh,
         stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
         stride_lb, stride_lh, stride_slopes, n_heads, groups, n_sequences, n_rows, n_tiles, section, sq, sk,
-        diagonal, k_start, left, right, head_dim, value_dim, scale, softcap, keep_factor, threshold, seed,
+        diagonal, k_start, first_sequence, left, right, head_dim, value_dim, scale, softcap, keep_factor,
+        threshold, seed,
     ) = given  # fmt: skip
     tile, row = split_program(pid, n_tiles, n_rows, section, RIGHT)
     head, sequence, i, n_q, n_k, shift, batch, token, key = locate(
         tile, row, n_heads, p_cu_q, p_cu_k, n_sequences, sq, sk, diagonal, PACKED, False, BLOCK_M
     )
+    drawn = first_sequence + sequence
     if i < n_q:
         head_64 = head.to(tl.int64)
         kv_head = head // groups
@@ -176,20 +179,20 @@ def _attend_tile(
         if LEFT:
             acc, m, l = _attend(
                 acc, m, l, b_q, p_k_row, p_v_row, stride_ks, stride_vs, lo, tl.minimum(full_lo, hi), n_k,
-                o_p, left, right, scale, softcap, slope, seed, threshold, sequence, head, kv_head, k_start,
+                o_p, left, right, scale, softcap, slope, seed, threshold, sequence, drawn, head, kv_head, k_start,
                 head_dim, value_dim,
                 True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION, TMA, SPECIALIZE,
                 BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
             )  # fmt: skip
         acc, m, l = _attend(
             acc, m, l, b_q, p_k_row, p_v_row, stride_ks, stride_vs, full_lo, full_hi, n_k, o_p, left, right,
-            scale, softcap, slope, seed, threshold, sequence, head, kv_head, k_start, head_dim, value_dim,
+            scale, softcap, slope, seed, threshold, sequence, drawn, head, kv_head, k_start, head_dim, value_dim,
             False, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION, TMA, SPECIALIZE,
             BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         )  # fmt: skip
         acc, m, l = _attend(
             acc, m, l, b_q, p_k_row, p_v_row, stride_ks, stride_vs, full_hi, hi, n_k, o_p, left, right,
-            scale, softcap, slope, seed, threshold, sequence, head, kv_head, k_start, head_dim, value_dim,
+            scale, softcap, slope, seed, threshold, sequence, drawn, head, kv_head, k_start, head_dim, value_dim,
             True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PLAIN_SCALE, PRECISION, TMA, SPECIALIZE,
             BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         )  # fmt: skip
@@ -237,6 +240,7 @@ def attention_fwd_kernel_tile(
     sk,
     diagonal,
     k_start,
+    first_sequence,
     left,
     right,
     head_dim,
@@ -276,7 +280,8 @@ def attention_fwd_kernel_tile(
         p_q, p_k, p_v, p_o, p_lse, p_sinks, p_slopes, p_cu_q, p_cu_k, stride_qb, stride_qs, stride_qh,
         stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
         stride_lb, stride_lh, stride_slopes, n_heads, groups, n_sequences, n_rows, n_tiles, section, sq, sk,
-        diagonal, k_start, left, right, head_dim, value_dim, scale, softcap, keep_factor, threshold, seed,
+        diagonal, k_start, first_sequence, left, right, head_dim, value_dim, scale, softcap, keep_factor,
+        threshold, seed,
     )  # fmt: skip
     if PERSISTENT:
         n_programs = tl.num_programs(0)

@@ -27,6 +27,7 @@ LENGTHS = [
     "sk",
     "diagonal",
     "k_start",
+    "first_sequence",
     "left",
     "right",
     "threshold",

@@ -69,11 +69,8 @@ def _tile_options(
     first_sequence: int = 0,
     o: Tensor | None = None,
 ) -> Any:
-    """None where dropout draws by a sequence's number that the kernels can't be told: they count from 0."""
-    if dropout and first_sequence:
-        return None
     options = _options(None, None, window_left, window_right, softcap, scale, None, alibi_slopes, dropout, seed)
-    return dataclasses.replace(options, q_start=q_start, k_start=k_start)
+    return dataclasses.replace(options, q_start=q_start, k_start=k_start, first_sequence=first_sequence)
 
 
 @implement("attention_fwd", "triton")
@@ -138,12 +135,11 @@ def attention_merge_(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -
 
 @implement("attention_tile_fwd_", "triton")
 def attention_tile_fwd_(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any) -> None:
-    tile = _tile_options(*options)
-    if tile is None or not _served(q, v):
+    if not _served(q, v):
         return op.attention_tile_fwd_(q, k, v, o, lse, *options)
     if rounds_badly(q):
         q, k, v = _float(q, k, v)
-    kernels("attention").forward(q, k, v, tile, into=(o, lse))
+    kernels("attention").forward(q, k, v, _tile_options(*options), into=(o, lse))
     return None
 
 
@@ -160,10 +156,9 @@ def attention_tile_bwd_(
     dv: Tensor,
     *options: Any,
 ) -> None:
-    tile = _tile_options(*options)
-    if tile is None or not _served(q, v):
+    if not _served(q, v):
         return op.attention_tile_bwd_(do, q, k, v, lse, delta, dq, dk, dv, *options)
     if rounds_badly(q):
         do, q, k, v = _float(do, q, k, v)
-    kernels("attention").backward(do, q, k, v, lse, delta, tile, into=(dq, dk, dv))
+    kernels("attention").backward(do, q, k, v, lse, delta, _tile_options(*options), into=(dq, dk, dv))
     return None
