@@ -6,8 +6,8 @@
 
 "flat": a small causal language model, forward and backward with the store in a file, each length in a process of its
 own. Live bytes are those of pyckpt.measure.memory, above weights, gradients and token ids. Resident memory is the
-process's own high-water mark (ru_maxrss): the file is read and written by offset, so that its pages are the kernel's
-cache and not the process's. "time": the stack that the aim names, both executors in turn in one process, medians, by
+process's own high-water mark (ru_maxrss), in which the file's pages count while they are in the process's page table:
+16 MiB of them at most here. "time": the stack that the aim names, both executors in turn in one process, medians, by
 the clock and by CPU time, which other processes on the machine disturb less.
 Writes bench/results/stream_cpu.json.
 """

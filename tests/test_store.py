@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gc
 import os
@@ -9,13 +10,15 @@ import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from lanes import DelayedLanes, MemoryBacking
 from torch import Tensor
 
-from pyckpt.store import STORES, DeviceStore, FileStore, HostStore, Plan, Slab, Store, make_store
+from pyckpt.store import STORES, DeviceStore, FileStore, HostStore, Plan, Slab, Store, make_store, mapped
+from pyckpt.store.file import ScratchFile
 from pyckpt.store.lanes import ThreadLanes
 from pyckpt.store.staged import Staged
 
@@ -33,6 +36,11 @@ PLAN = Plan(
 
 def made(name: str, tmp_path) -> Store:
     return make_store(name, tmp_path if name == "file" else None)
+
+
+def by_threads(tmp_path, done=lambda: None) -> Staged:
+    """A file as a GPU's tiles have it: read and written by threads."""
+    return Staged(PLAN, CPU, ScratchFile(PLAN, str(tmp_path), CPU), ThreadLanes(CPU), done)
 
 
 def random_program(store, seed: int, fill, check) -> None:
@@ -78,6 +86,44 @@ def test_what_is_put_is_got(name, tmp_path, seed):
         random_program(store, seed, lambda t, v: t.copy_(pattern(t, v)), assert_holds)
 
 
+def test_what_is_put_in_a_file_is_got_by_threads(tmp_path, seed):
+    with by_threads(tmp_path) as store:
+        random_program(store, seed, lambda t, v: t.copy_(pattern(t, v)), assert_holds)
+
+
+@pytest.mark.parametrize("way", ["pages leave all the time", "an old kernel"])
+def test_what_is_put_in_a_mapped_file_is_got(way, tmp_path, seed, monkeypatch):
+    """While its pages come and go, and on kernels that enter them one by one."""
+    monkeypatch.setattr(mapped, "_RESIDENT", 0)
+    monkeypatch.setattr(mapped, "available_bytes", lambda: 0)
+    if way == "an old kernel":
+        monkeypatch.setattr(mapped, "_POPULATE_WRITE", 999)
+    plan = dataclasses.replace(PLAN, slabs=tuple(dataclasses.replace(s, buffers=0) for s in PLAN.slabs))
+    with FileStore(tmp_path).open(plan, CPU) as store:
+        random_program(store, seed, lambda t, v: t.copy_(pattern(t, v)), assert_holds)
+
+
+@pytest.mark.skipif(not mapped.USABLE, reason="files are not mapped here")
+def test_a_mapped_file_is_not_resident(tmp_path):
+    """128 MiB of it, written and read, of which 16 may be, and as much again while the kernel counts."""
+    plan = Plan(32768, 256, (Slab("x", 1024, torch.float32, buffers=4),))
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGESIZE")
+
+    before, most = resident(), 0
+    with FileStore(tmp_path).open(plan, CPU) as store:
+        for kind in ("put", "release"):
+            for tile in range(plan.n_tiles):
+                t = store.new(("x", 0, tile)).fill_(tile) if kind == "put" else store.get(("x", 0, tile))
+                assert t[0, 0] == t[-1, -1] == tile
+                getattr(store, kind)(("x", 0, tile))
+                most = max(most, resident())
+    assert most - before < 2 * 16 * 2**20
+    assert resident() - before < 2**20
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_no_copy_races_compute_that_is_queued(seed):
     """As on a GPU: compute, copies in and copies out run whenever the events given let them, in any order else."""
@@ -111,7 +157,7 @@ def test_a_tile_that_was_never_put_cannot_be_read(tmp_path):
 
 
 def test_more_loans_than_buffers(tmp_path):
-    with made("file", tmp_path).open(PLAN, CPU) as store:
+    with by_threads(tmp_path) as store:
         for tile in (0, 1):
             store.new(("x", 0, tile))
         store.prefetch(("x", 0, 3))  # no buffer is free: nothing happens
@@ -150,6 +196,8 @@ def test_a_full_disk_is_a_clear_error_before_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=rf"scratch file of {PLAN.store_bytes:,} bytes in .* has [\d,]+ free"):
+        by_threads(tmp_path)
+    with pytest.raises(OSError, match=r"scratch file of [\d,]+ bytes in .* has [\d,]+ free"):
         FileStore(tmp_path).open(PLAN, CPU)
     assert os.listdir(tmp_path) == []
 
@@ -201,9 +249,9 @@ def test_memory_is_kept_for_the_next_run_of_the_same_plan(tmp_path):
     store.open(PLAN, CPU).close()
     first = store._idle[1]
     opened = store.open(PLAN, CPU)
-    assert opened._backing is first
+    assert opened._file is first
     second = store.open(PLAN, CPU)  # two runs at a time
-    assert second._backing is not first
+    assert second._file is not first
     opened.close()
     second.close()
     store.open(Plan(9, 3, PLAN.slabs), CPU).close()
@@ -212,7 +260,7 @@ def test_memory_is_kept_for_the_next_run_of_the_same_plan(tmp_path):
 
 def test_a_dropped_store_ends_its_threads(tmp_path):
     before = threading.active_count()
-    opened = FileStore(tmp_path).open(PLAN, CPU)
+    opened = by_threads(tmp_path)
     assert threading.active_count() == before + 2
     del opened
     gc.collect()
@@ -235,9 +283,8 @@ def test_a_copy_that_fails_is_raised_where_it_is_waited_for():
 
 def test_a_run_that_is_dropped_while_it_copies_is_closed_by_its_last_copy(tmp_path):
     """Which runs in a thread of the store's own: that one can't wait for itself."""
-    store = FileStore(tmp_path)
-    before, slow, go = set(threading.enumerate()), threading.Event(), threading.Event()
-    opened = store.open(PLAN, CPU)
+    before, slow, go, done = set(threading.enumerate()), threading.Event(), threading.Event(), []
+    opened = by_threads(tmp_path, lambda: done.append(True))
     name = PLAN.slabs[0].name
     opened.new((name, 0, 0))
     opened.put((name, 0, 0))
@@ -250,9 +297,9 @@ def test_a_run_that_is_dropped_while_it_copies_is_closed_by_its_last_copy(tmp_pa
     slow.wait()
     del opened, last
     gc.collect()
-    assert store._idle is None
+    assert not done
     go.set()
     while ours := set(threading.enumerate()) - before:  # the last of them is started by another one
         for thread in ours:
             thread.join()
-    assert store._idle is not None
+    assert done

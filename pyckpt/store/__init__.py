@@ -2,7 +2,8 @@
 
 `plan` says what there will be and its bytes; `interface` how tiles come and go; `memory` keeps them in the memory of
 one device; `staged` moves them through a ring of device buffers, by the `lanes` that copy beside compute, from and to a
-`backing`: pinned host memory or a scratch file. `kinds` are the stores that users choose from.
+`backing`: pinned host memory or a scratch file; `mapped` lends a CPU the tiles of a scratch file where they are.
+`kinds` are the stores that users choose from.
 """
 
 from pyckpt.store.interface import OpenStore, Store

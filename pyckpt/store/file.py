@@ -1,8 +1,8 @@
-"""A scratch file behind the tiles, for a machine whose memory is the limit.
+"""A scratch file, for a machine whose memory is the limit.
 
 It is reserved whole before the run, so that a full disk shows then and not in the middle. It has no name from the
-start: nothing is left of it when the process ends, however it ends. Tiles are read and written by offset, not mapped:
-their pages are the kernel's cache and never resident in the process.
+start: nothing is left of it when the process ends, however it ends. Tiles of a GPU are read and written by offset, not
+mapped: their pages are the kernel's cache and never resident in the process. Those of a CPU: see `mapped`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import errno
 import os
 import tempfile
 import threading
+import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,12 +54,9 @@ class Scratch:
 
     def __init__(self, nbytes: int, folder: str, staging: Staging | None) -> None:
         self.nbytes, self._staging = nbytes, staging
-        self._file = _unnamed(folder)
-        try:
-            _reserve(self._file, nbytes, folder)
-        except BaseException:
-            self.close()
-            raise
+        with scratch_file(nbytes, folder) as file:
+            self._file = os.dup(file)
+        self.close = weakref.finalize(self, os.close, self._file)
 
     def read(self, into: Tensor, offset: int = 0) -> None:
         host = into if self._staging is None else self._staging.like(into)
@@ -71,14 +70,6 @@ class Scratch:
             host = self._staging.like(source)
             self._staging.copy(host, source)
         _all(os.pwritev, self._file, host, offset)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.close(self._file)
-        self._file = -1
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class Staging(threading.local):
@@ -104,6 +95,18 @@ class Staging(threading.local):
         with torch.cuda.stream(self._stream):
             into.copy_(source, non_blocking=True)
         self._stream.synchronize()
+
+
+@contextlib.contextmanager
+def scratch_file(nbytes: int, folder: str) -> Iterator[int]:
+    """A file of this folder that has no name, and so many bytes; closed at the end. Raises OSError where the disk has
+    not enough room."""
+    file = _unnamed(folder)
+    try:
+        _reserve(file, nbytes, folder)
+        yield file
+    finally:
+        os.close(file)
 
 
 def _unnamed(folder: str) -> int:

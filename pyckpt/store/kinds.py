@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pyckpt.store import mapped
 from pyckpt.store.file import ScratchFile
 from pyckpt.store.host import HostMemory, check_available
 from pyckpt.store.interface import OpenStore, Store
@@ -86,6 +87,9 @@ class FileStore(_Reusing):
     def open(self, plan: Plan, device: torch.device) -> OpenStore:
         self.check(plan)
         kind = (plan, device)
+        if device.type == "cpu" and mapped.USABLE:
+            file = self._memory(kind, lambda: mapped.MappedFile(plan, self.path))
+            return mapped.Mapped(plan, device, file, lambda: self._keep(kind, file))
         scratch = self._memory(kind, lambda: ScratchFile(plan, self.path, device))
         return Staged(plan, device, scratch, ThreadLanes(device), lambda: self._keep(kind, scratch))
 
