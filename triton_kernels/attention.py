@@ -36,7 +36,7 @@ class Options:
 
     `window` is (left, right), -1 for no limit. `start` is the position of the first query on the keys' axis
     less that of the first key, and that of the first key (for dropout); None aligns both ends (bottom-right),
-    or with `top_left` both starts. `first_sequence` is the number of the first sequence (for dropout).
+    or with `top_left` both starts. `first_sequence` is the number of a dense batch's first sequence (for dropout).
     """
 
     window: tuple[int, int] = (-1, -1)
@@ -132,7 +132,7 @@ def forward(
             _slope_stride(options.alibi_slopes),
             problem.heads,
             problem.groups,
-            problem.sequences,
+            problem.sequences or options.first_sequence,
             problem.rows,
             tiles,
             problem.section(problem.sk, problem.groups),
@@ -221,7 +221,8 @@ def backward(
         return into or (dq, dk, dv)
     strides = [s for t in (q, k, v, do) for s in _strides(t)]
     tables = (options.alibi_slopes, options.cu_seqlens_q, options.keys_cu)
-    last = (*_stat_strides(lse), _slope_stride(options.alibi_slopes), problem.heads, problem.groups, problem.sequences)
+    sequences = problem.sequences or options.first_sequence
+    last = (*_stat_strides(lse), _slope_stride(options.alibi_slopes), problem.heads, problem.groups, sequences)
 
     queries_copied, keys_copied = problem.copied(q, do), problem.copied(k, v)
     hopper = problem.serves_hopper(queries_copied and keys_copied, HOPPER_BACKWARD_DIMS)
@@ -341,7 +342,6 @@ class _Problem:
             # Packed, each sequence has its own, and this tells how they are aligned.
             "diagonal": int(not options.top_left) if options.packed else offset,
             "k_start": options.k_start,
-            "first_sequence": options.first_sequence,
             "left": max(left, 0),
             "right": max(right, 0),
             "head_dim": head_dim,

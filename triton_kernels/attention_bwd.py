@@ -19,6 +19,7 @@ from .attention_tile import (
     load_rows,
     load_tile,
     locate,
+    number,
     split_program,
     store_tile,
     unit,
@@ -305,7 +306,6 @@ def attention_bwd_kernel_dkdv(
     sk,
     diagonal,
     k_start,
-    first_sequence,
     left,
     right,
     head_dim,
@@ -382,8 +382,8 @@ def attention_bwd_kernel_dkdv(
     dk, dv = _keys_from_queries(
         dk, dv, b_k, b_v, p_q_row, p_do_row, p_lse_row, p_delta_row, p_slopes_row, stride_qs, stride_qh,
         stride_ds, stride_dh, stride_lh, lo, hi, full_lo, full_hi, first_head, groups, n_q, n_k, shift, o_j,
-        left, right, scale, softcap, keep_factor, seed, threshold, sequence, first_sequence + sequence, k_start,
-        head_dim, value_dim,
+        left, right, scale, softcap, keep_factor, seed, threshold, sequence, number(sequence, n_sequences, PACKED),
+        k_start, head_dim, value_dim,
         LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA, DK, DV, BLOCK_M, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
         WIDE,
     )  # fmt: skip
@@ -508,7 +508,6 @@ def attention_bwd_kernel_dq(
     sk,
     diagonal,
     k_start,
-    first_sequence,
     left,
     right,
     head_dim,
@@ -564,7 +563,7 @@ def attention_bwd_kernel_dq(
     slope = 0.0
     if ALIBI:
         slope = tl.load(p_slopes + sequence * stride_slopes + head)
-    drawn = first_sequence + sequence
+    drawn = number(sequence, n_sequences, PACKED)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     stop = tl.minimum(i + BLOCK_M, n_q)

@@ -16,6 +16,7 @@ from .attention_tile import (
     load_rows,
     load_tile,
     locate,
+    number,
     split_program,
     store_tile,
     unit,
@@ -135,14 +136,13 @@ def _attend_tile(
         p_q, p_k, p_v, p_o, p_lse, p_sinks, p_slopes, p_cu_q, p_cu_k, stride_qb, stride_qs, stride_qh,
         stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
         stride_lb, stride_lh, stride_slopes, n_heads, groups, n_sequences, n_rows, n_tiles, section, sq, sk,
-        diagonal, k_start, first_sequence, left, right, head_dim, value_dim, scale, softcap, keep_factor,
-        threshold, seed,
+        diagonal, k_start, left, right, head_dim, value_dim, scale, softcap, keep_factor, threshold, seed,
     ) = given  # fmt: skip
     tile, row = split_program(pid, n_tiles, n_rows, section, RIGHT)
     head, sequence, i, n_q, n_k, shift, batch, token, key = locate(
         tile, row, n_heads, p_cu_q, p_cu_k, n_sequences, sq, sk, diagonal, PACKED, False, BLOCK_M
     )
-    drawn = first_sequence + sequence
+    drawn = number(sequence, n_sequences, PACKED)
     if i < n_q:
         head_64 = head.to(tl.int64)
         kv_head = head // groups
@@ -240,7 +240,6 @@ def attention_fwd_kernel_tile(
     sk,
     diagonal,
     k_start,
-    first_sequence,
     left,
     right,
     head_dim,
@@ -280,8 +279,7 @@ def attention_fwd_kernel_tile(
         p_q, p_k, p_v, p_o, p_lse, p_sinks, p_slopes, p_cu_q, p_cu_k, stride_qb, stride_qs, stride_qh,
         stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
         stride_lb, stride_lh, stride_slopes, n_heads, groups, n_sequences, n_rows, n_tiles, section, sq, sk,
-        diagonal, k_start, first_sequence, left, right, head_dim, value_dim, scale, softcap, keep_factor,
-        threshold, seed,
+        diagonal, k_start, left, right, head_dim, value_dim, scale, softcap, keep_factor, threshold, seed,
     )  # fmt: skip
     if PERSISTENT:
         n_programs = tl.num_programs(0)

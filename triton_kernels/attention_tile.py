@@ -27,7 +27,6 @@ LENGTHS = [
     "sk",
     "diagonal",
     "k_start",
-    "first_sequence",
     "left",
     "right",
     "threshold",
@@ -227,6 +226,15 @@ def capped(s, scale, softcap, PRECISION: tl.constexpr):
     """softcap * tanh(s * scale / softcap), and its derivative by s * scale."""
     t = tanh(s * (scale / softcap), PRECISION)
     return softcap * t, 1.0 - t * t
+
+
+@triton.jit
+def number(sequence, n_sequences, PACKED: tl.constexpr):
+    """A sequence's number, by which dropout draws. In a dense batch `n_sequences` is that of the first one.
+
+    An argument of its own would change every kernel: which products overlap hangs on less.
+    """
+    return sequence if PACKED else sequence + n_sequences
 
 
 @triton.jit
