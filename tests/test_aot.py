@@ -93,6 +93,32 @@ def test_kernels_fit_the_chip(arch, tmp_path):
     assert any("pointers" in k["features"] for k in kernels) == with_tma
 
 
+FEATURES = """
+from pyckpt.triton_kernels.aot.__main__ import cases, run
+
+def main():
+    wanted = [c for c in cases(["sm_90"], families=["attention"]) if c.op == "dkdv" and c.key.head_dim == 128]
+    reports = list(run([c for c in wanted if c.features and c.dtype == "bfloat16"]))
+    assert len(reports) >= 8, wanted
+    assert not [(r.line(), p) for r in reports for p in r.problems()]
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_products_overlap_with_every_feature(tmp_path):
+    """In dK/dV's kernel on Hopper, where the assembler may run them one after the other."""
+    script = tmp_path / "features.py"  # a file: the compilers are processes of their own
+    script.write_text(FEATURES)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYCKPT_"))}
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_the_kernels_for_hopper_fit_the_chip(tmp_path):
     """No product waits for one that it does not need, which the assembler decides too."""

@@ -362,8 +362,9 @@ def attention_bwd_kernel_dkdv(
     # From the keys' side the query at i stands at j = i + diagonal: the sides change places.
     lo, full_lo, full_hi, hi = visit_range(j, stop, -shift, n_q, right, left, RIGHT, LEFT, BLOCK_M)
     # Where the loop may run no times, Hopper's assembler lets no two products overlap, if the accumulators are wide:
-    # they would be zeros or a product's. Narrow ones overlap as they are, and have no register for this.
-    WIDE: tl.constexpr = BLOCK_D > 128
+    # they would be zeros or a product's. Narrow ones overlap as they are, and have no register for this; so do 128
+    # columns without a mask, or with descriptors.
+    WIDE: tl.constexpr = BLOCK_D > 128 or (BLOCK_D > 64 and RIGHT and not TMA)
     if WIDE and hi <= lo:
         if DK:
             store_tile(p_dk_row, dk, o_j, o_d, stride_dks, n_k, head_dim, False)
