@@ -170,6 +170,7 @@ def test_fused_products_fit_the_chip(arch, tmp_path):
         assert k["programs"] >= 1, k
 
 
+@pytest.mark.slow
 def test_a_spill_is_a_problem():
     code = """
 from pyckpt.triton_kernels.aot.attention import AttentionCase

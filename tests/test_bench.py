@@ -82,6 +82,7 @@ def test_attention_measures_and_plots(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_wrong_result_gets_no_time():
     code = """
 import torch
@@ -294,6 +295,7 @@ def test_the_truth_of_the_loss_notices_a_missing_softmax():
         loss.gate(work, target).check({}, work.run(without), steps.PEER)
 
 
+@pytest.mark.slow
 def test_mlp_counts_its_products_and_keeps_only_x(tmp_path, capsys):
     result = tmp_path / "mlp_test.json"
     assert mlp.main(["--quick", "--no-compile", "--repeats", "1", "--out", str(result)]) == 0
@@ -334,6 +336,7 @@ def test_block_measures_every_save_set_against_the_plain_ones(tmp_path, capsys):
     assert all(len(line) <= 118 for line in capsys.readouterr().out.splitlines()[:-1])
 
 
+@pytest.mark.slow
 def test_a_wrong_save_set_is_not_timed(monkeypatch):
     right = block_gpu.Models._ours
 
@@ -349,6 +352,7 @@ def test_a_wrong_save_set_is_not_timed(monkeypatch):
     assert steps.count_wrong(figures, pyckpt.SAVE_SETS) == 1
 
 
+@pytest.mark.slow
 def test_a_block_without_memory_for_plain_goes_on(monkeypatch):
     right = block_gpu.Models._plain
 
@@ -397,6 +401,7 @@ def test_a_dry_run_of_the_block_writes_no_result():
 # --- the tables of what they write --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_come_from_the_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "ceiling", lambda device: 1.0)
@@ -497,6 +502,7 @@ class TestGpuScript:
     def test_a_crash_before_anything_is_written(self, tmp_path, monkeypatch):
         assert self._run(tmp_path, monkeypatch, "sys.exit(3)") == {"rows": [], "broke": "exit status 3"}
 
+    @pytest.mark.slow
     def test_one_that_hangs_is_ended(self, tmp_path, monkeypatch):
         body = 'json.dump({"rows": [1]}, open(path, "w")); time.sleep(600)'
         found = self._run(tmp_path, monkeypatch, body, left=5.0)
@@ -524,6 +530,7 @@ def test_streaming_measures_memory():
     assert figures["rss_bytes"] > figures["live_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_the_streamed_schedule_waits_for_slow_copies_and_not_for_fast_ones():
     code = """
 from bench.stream_schedule import Rates, simulate

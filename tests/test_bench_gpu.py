@@ -51,6 +51,7 @@ def fake(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_crash_a_hang_and_a_lost_device_cost_one_test_each(fake, capsys):
     found, failures = fake(FAKE)
     assert (found["collected"], found["passed"], found["failed"], found["skipped"], found["not_run"]) == (7, 2, 4, 1, 0)
@@ -63,6 +64,7 @@ def test_a_crash_a_hang_and_a_lost_device_cost_one_test_each(fake, capsys):
     assert "tests: 2 passed, 4 failed, 1 skipped of 7" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_after_a_lost_device_the_rest_has_another_process(fake):
     source = """
 import os
@@ -77,6 +79,7 @@ def test_rest(): assert not ours
     assert found["passed"] == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_stops_importing_fails_all_its_tests(fake):
     source = """
 import os

@@ -169,6 +169,7 @@ def test_inputs_without_grad_hold_no_input_gradient():
     assert peaks[True] - peaks[False] == pytest.approx(tokens * 256 * 4, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_loss_does_not_hold_the_logits():
     """Peak of CkptCausalLM.loss over the length: nothing as wide as the vocabulary."""
     vocab, peaks = 8192, []

@@ -118,6 +118,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(missing: str, mon
     )
 
 
+@pytest.mark.slow
 def test_the_version_and_the_doctor_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import pyckpt as package
 

@@ -105,6 +105,7 @@ def test_wheel_records_why_there_is_no_extension(wheel: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.slow
 def test_a_wheel_with_cpu_kernels_needs_no_pytorch_to_be_built(source_copy: Path, tmp_path: Path) -> None:
     """In a Python where PyTorch is not to be seen, as in pip's isolated builds; and it serves any later Python."""
     hidden = "import sys; sys.modules['torch'] = None\n"

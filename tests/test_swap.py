@@ -585,6 +585,7 @@ def test_an_older_transformers_is_refused(monkeypatch):
         pyckpt.swap(model)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_a_swap_reports():
     assert swap_table.filled(swap_table.PAGE.read_text()) == swap_table.PAGE.read_text(), (
         "run python docs/swap_table.py"
@@ -641,7 +642,7 @@ def test_copies_are_swapped_on_their_own():
     assert_copies_are_swapped_on_their_own(make_model("Llama"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", a_few(KINDS, always=(1,)))
 def test_compiles_without_a_break(kind):
     """Padding and packing too: another batch, cut into more sequences, takes the same graph."""
     model, graphs = make_model("Llama", attn_implementation="sdpa"), []

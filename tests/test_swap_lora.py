@@ -214,6 +214,7 @@ def test_several_adapters_at_once_and_one_after_the_other():
     assert len({round(float(v), 4) for n, v in before.items() if "loss" in n or n == "off"}) == 5
 
 
+@pytest.mark.slow
 def test_lora_compiles_without_a_break(drawn):
     """And anew where another adapter is chosen, or none."""
     model = make_model("Llama", attn_implementation="sdpa", num_hidden_layers=1)

@@ -303,6 +303,7 @@ def test_another_mask_beside_hooks_that_were_put_in_since():
     assert len(runs) == 1
 
 
+@pytest.mark.slow
 def test_another_mask_in_a_compiled_model():
     model, batch = make_model("Llama", attn_implementation="sdpa"), make_batch("plain") | {"attention_mask": odd_mask()}
     assert_compiles(model, batch)

@@ -573,6 +573,7 @@ class TestDispatch:
         q, k, v = (t.double() for t in qkv(5, 5).values())
         torch.testing.assert_close(pyckpt.attention(q, k, v), reference.attention(q, k, v, window=(-1, 0))[0])
 
+    @pytest.mark.slow
     def test_opcheck(self):
         q, k, v = (t.requires_grad_() for t in qkv(9, 9, heads=4, kv_heads=2).values())
         options = (None, None, -1, 0, 0.0, 0.3, torch.randn(4, device=DEVICE), torch.rand(4, device=DEVICE), 0.2, 5)
@@ -616,6 +617,7 @@ LOOKUP = tuning.lookup  # before any test replaces it
 
 
 class TestTable:
+    @pytest.mark.slow
     def test_every_kind_of_call_has_a_row(self):
         archs = (
             "sm_75",

@@ -242,6 +242,7 @@ class TestLoss:
 
 
 class TestOps:
+    @pytest.mark.slow
     def test_opcheck(self):
         x, w, b, dy = (randn(*s, dtype=torch.float32) for s in ((5, 6), (6,), (6,), (5, 6)))
         _, rstd = ops.rms_norm_fwd(x, w, EPS)
