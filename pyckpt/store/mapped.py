@@ -5,6 +5,7 @@ competes with those that compute. The pages of tiles that were lent are taken ou
 are more than a ring of buffers would hold, so that neither live tensors nor resident memory grow with the file. (Taken
 out one by one as tiles are given back, they would stop the other threads each time.) When pages are written to the
 disk, and which stay in memory, is the kernel's business; where memory may not hold them all, `prefetch` asks for them.
+A disk that is full is found out when the file is reserved; one that fails to read ends the process (SIGBUS).
 What each of these costs: bench/NOTES.md, "A mapped file".
 """
 
