@@ -121,7 +121,7 @@ def test_a_mapped_file_is_not_resident(tmp_path):
                 getattr(store, kind)(("x", 0, tile))
                 most = max(most, resident())
     assert most - before < 2 * 16 * 2**20
-    assert resident() - before < 2**20
+    assert resident() - before < 8 * 2**20  # the last 16 of them are not there either
 
 
 @pytest.mark.parametrize("seed", range(200))
