@@ -24,6 +24,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 # Sums in another order, of gradients that nearly cancel, in float64.
 ROUNDING = 1e-10
+# A router's softmax is in float32 where the backward runs it again: `InFloat64` is not on there.
+ROUTED = 1e-5
 
 
 def from_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -44,10 +46,10 @@ def gradients(model: Any, losses: torch.Tensor, upstream: torch.Tensor) -> dict[
     return found
 
 
-def assert_near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+def assert_near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], rounding: float = ROUNDING) -> None:
     assert got.keys() == want.keys()
     for name in want:
-        assert (got[name] - want[name]).norm() <= ROUNDING * want[name].norm(), name
+        assert (got[name] - want[name]).norm() <= rounding * want[name].norm(), name
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -64,7 +66,7 @@ def test_are_those_of_the_logits(family, way):
             pyckpt.swap(model, **WAYS[way])
             got = pyckpt.token_losses(model, **batch)
             assert got.shape == batch["labels"].shape
-            assert_near(gradients(model, got, upstream), want)
+            assert_near(gradients(model, got, upstream), want, ROUTED if family == "Mixtral" else ROUNDING)
         pyckpt.unswap(model)
 
 
