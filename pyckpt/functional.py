@@ -223,11 +223,14 @@ def loss_weights(
             f"class_weight goes with no label_smoothing, got {label_smoothing!r}: each class would weigh its share of "
             "the smoothed labels, which needs another pass over the logits; leave one out"
         )
+    if token_weight is None and class_weight is None:
+        return None
     ignored = target == ignore_index
     if class_weight is not None:
         of_labels = class_weight[target.masked_fill(ignored, 0)]
         token_weight = of_labels if token_weight is None else token_weight * of_labels
-    return None if token_weight is None else token_weight.masked_fill(ignored, 0.0)
+    assert token_weight is not None
+    return token_weight.masked_fill(ignored, 0.0)
 
 
 def _check_weights(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

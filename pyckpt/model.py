@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
+from pyckpt.exec.lm_ends import following
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, rms_norm
 from pyckpt.save import Save, SaveSet
@@ -281,7 +282,7 @@ class CkptCausalLM(nn.Module):
             return run_loss(self, tokens, labels, weights, positions, cu_seqlens, stream, options)
         targets = _targets(labels, cu_seqlens)
         hidden = self.hidden(tokens, positions, cu_seqlens)
-        weights = None if weights is None else _next(weights, 0.0)
+        weights = None if weights is None else following(weights, 0.0)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, token_weight=weights, **options)
 
     def _labels(self, tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -342,16 +343,11 @@ class CkptCausalLM(nn.Module):
 
 def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """What the token at each place is to predict."""
-    targets = _next(labels, -100)
+    targets = following(labels, -100)
     if cu_seqlens is not None:
         ends = cu_seqlens[1:].long() - 1
         targets[ends[ends >= 0]] = -100
     return targets
-
-
-def _next(values: Tensor, last: float) -> Tensor:
-    """Of each place the value of the next one, of the last place `last`."""
-    return nn.functional.pad(values[..., 1:], (0, 1), value=last)
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

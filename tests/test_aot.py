@@ -24,13 +24,18 @@ ARCHS = list(LIMITS)
 UNITS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
-def compiled(family: str, arch: str, tmp_path: Path) -> list[dict[str, Any]]:
+def environment() -> dict[str, str]:
+    """Of a process that compiles, whatever this one has set."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYCKPT_"))}
+    return {**env, "PYTHONPATH": str(ROOT)}
+
+
+def compiled(family: str, arch: str, tmp_path: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "pyckpt.triton_kernels.aot", "--quick", "--json", "kernels.json"]
     done = subprocess.run(
         [*command, "--family", family, "--arch", arch],
         cwd=tmp_path,
-        env={**env, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -112,10 +117,7 @@ def test_products_overlap_with_every_feature(tmp_path):
     """In dK/dV's kernel on Hopper, where the assembler may run them one after the other."""
     script = tmp_path / "features.py"  # a file: the compilers are processes of their own
     script.write_text(FEATURES)
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYCKPT_"))}
-    done = subprocess.run(
-        [sys.executable, str(script)], env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(script)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -132,7 +132,7 @@ def forward(
             _slope_stride(options.alibi_slopes),
             problem.heads,
             problem.groups,
-            problem.sequences or options.first_sequence,
+            problem.n_sequences,
             problem.rows,
             tiles,
             problem.section(problem.sk, problem.groups),
@@ -221,8 +221,8 @@ def backward(
         return into or (dq, dk, dv)
     strides = [s for t in (q, k, v, do) for s in _strides(t)]
     tables = (options.alibi_slopes, options.cu_seqlens_q, options.keys_cu)
-    sequences = problem.sequences or options.first_sequence
-    last = (*_stat_strides(lse), _slope_stride(options.alibi_slopes), problem.heads, problem.groups, sequences)
+    sizes = problem.heads, problem.groups, problem.n_sequences
+    last = (*_stat_strides(lse), _slope_stride(options.alibi_slopes), *sizes)
 
     queries_copied, keys_copied = problem.copied(q, do), problem.copied(k, v)
     hopper = problem.serves_hopper(queries_copied and keys_copied, HOPPER_BACKWARD_DIMS)
@@ -323,6 +323,7 @@ class _Problem:
     heads: int
     groups: int
     sequences: int  # packed sequences; 0 for a dense batch
+    n_sequences: int  # what kernels are told: the same, or of a dense batch the first one's number
     sq: int
     sk: int
     row_bytes: int  # of one token's key and value of one head
@@ -336,6 +337,7 @@ class _Problem:
         sk, kv_heads, value_dim = v.shape[-3:]
         offset = options.diagonal(sq, sk)
         left, right = _limits(options.window, sq, sk, offset, options.packed)
+        sequences = 0 if options.cu_seqlens_q is None else options.cu_seqlens_q.numel() - 1
         shared = {
             "sq": sq,
             "sk": sk,
@@ -366,7 +368,8 @@ class _Problem:
             rows=heads * (1 if options.packed else q.shape[0]),
             heads=heads,
             groups=heads // kv_heads,
-            sequences=0 if options.cu_seqlens_q is None else options.cu_seqlens_q.numel() - 1,
+            sequences=sequences,
+            n_sequences=sequences or options.first_sequence,
             sq=sq,
             sk=sk,
             row_bytes=(head_dim + value_dim) * q.element_size(),

@@ -102,8 +102,7 @@ class Embedding:
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
     """Of `linear_cross_entropy`; "mean" divides by the number of labels that are not ignored, or by the sum of their
-    weights. `scale` multiplies what
-    the head reads."""
+    weights. `scale` multiplies what the head reads."""
 
     reduction: str = "mean"
     softcap: float = 0.0
@@ -127,11 +126,9 @@ class Targets:
         self._weights = None if weights is None else weights.reshape(-1)
 
     def of(self, rows: slice) -> Tensor:
+        target = self._next(self._labels, rows, self._ignore)
         if self._ends is None:
-            return self._labels[rows]
-        target = torch.full((rows.stop - rows.start,), self._ignore, dtype=torch.int64, device=self._labels.device)
-        after = self._labels[rows.start + 1 : rows.stop + 1]
-        target[: after.shape[0]] = after
+            return target
         low, high = (bisect.bisect_left(self._ends, token) for token in (rows.start, rows.stop))
         if low < high:
             ends = [end - rows.start for end in self._ends[low:high]]
@@ -142,12 +139,21 @@ class Targets:
         """Of the targets `of` these rows."""
         if self._weights is None:
             return None
+        return self._next(self._weights, rows, 0.0).to(dtype).masked_fill(target == self._ignore, 0.0)
+
+    def _next(self, values: Tensor, rows: slice, last: float) -> Tensor:
+        """What is given for each of these tokens, of values that are given for each label."""
         if self._ends is None:
-            return self._weights[rows].to(dtype)
-        weights = torch.zeros(target.shape, dtype=dtype, device=target.device)
-        after = self._weights[rows.start + 1 : rows.stop + 1]
-        weights[: after.shape[0]] = after
-        return weights.masked_fill_(target == self._ignore, 0.0)
+            return values[rows]
+        found = values.new_full((rows.stop - rows.start,), last)
+        after = values[rows.start + 1 : rows.stop + 1]
+        found[: after.shape[0]] = after
+        return found
+
+
+def following(values: Tensor, last: float) -> Tensor:
+    """Of each place (..., S) the value of the next one, of the last place `last`."""
+    return torch.nn.functional.pad(values[..., 1:], (0, 1), value=last)
 
 
 def last_tokens(layout: Layout) -> Sequence[int]:

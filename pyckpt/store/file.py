@@ -27,21 +27,28 @@ class ScratchFile:
     """`Backing` in a scratch file of `folder`."""
 
     def __init__(self, plan: Plan, folder: str, device: torch.device) -> None:
-        self._plan = plan
-        self._offsets, total = {}, 0
-        for s in plan.slabs:
-            for i in range(s.count):
-                self._offsets[s.name, i] = total
-                total += plan.tokens * s.token_bytes
-        self._scratch = Scratch(total, folder, Staging.of(device))
+        self._places = Places(plan)
+        self._scratch = Scratch(self._places.total, folder, Staging.of(device))
 
     def read(self, key: Key, into: Tensor) -> None:
-        self._scratch.read(into, self._offset(key))
+        self._scratch.read(into, self._places.start(key))
 
     def write(self, key: Key, source: Tensor) -> None:
-        self._scratch.write(source, self._offset(key))
+        self._scratch.write(source, self._places.start(key))
 
-    def _offset(self, key: Key) -> int:
+
+class Places:
+    """Where each tile is in a file of `total` bytes, one tensor after the other, each at a multiple of `aligned`."""
+
+    def __init__(self, plan: Plan, aligned: int = 1) -> None:
+        self._plan, self.total = plan, 0
+        self._offsets: dict[tuple[str, int], int] = {}
+        for s in plan.slabs:
+            for i in range(s.count):
+                self._offsets[s.name, i] = self.total
+                self.total += -(-plan.tokens * s.token_bytes // aligned) * aligned
+
+    def start(self, key: Key) -> int:
         name, index, tile = key
         return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
 

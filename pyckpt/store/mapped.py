@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyckpt.store.file import scratch_file
+from pyckpt.store.file import Places, scratch_file
 from pyckpt.store.host import available_bytes
 from pyckpt.store.interface import OpenStore
 from pyckpt.store.plan import Key, Plan
@@ -33,13 +33,8 @@ class MappedFile:
     """An unnamed scratch file of `folder`, reserved and mapped whole. Raises OSError where the disk has no room."""
 
     def __init__(self, plan: Plan, folder: str) -> None:
-        self._plan = plan
-        self._offsets: dict[tuple[str, int], int] = {}
-        total = 0
-        for s in plan.slabs:
-            for i in range(s.count):
-                self._offsets[s.name, i] = total
-                total += -(-plan.tokens * s.token_bytes // _ALIGNED) * _ALIGNED
+        self._plan, self._places = plan, Places(plan, _ALIGNED)
+        total = self._places.total
         with scratch_file(total, folder) as file:
             self._map = mmap.mmap(file, max(1, total))
         available = available_bytes()
@@ -55,7 +50,7 @@ class MappedFile:
         count = shape[0] * shape[1]
         if count == 0:
             return made.view(shape)
-        there = torch.frombuffer(self._map, dtype=slab.dtype, count=count, offset=self._start(key))
+        there = torch.frombuffer(self._map, dtype=slab.dtype, count=count, offset=self._places.start(key))
         # frombuffer is no op that a dispatch mode sees: one that counts memory would take the tile for an old tensor.
         return made.set_(there.untyped_storage(), 0, shape, (slab.width, 1))
 
@@ -96,12 +91,8 @@ class MappedFile:
 
     def _span(self, key: Key) -> tuple[int, int]:
         """The tile's bytes in the file."""
-        rows, start = self._plan.rows(key[2]), self._start(key)
+        rows, start = self._plan.rows(key[2]), self._places.start(key)
         return start, start + (rows.stop - rows.start) * self._plan.slab(key[0]).token_bytes
-
-    def _start(self, key: Key) -> int:
-        name, index, tile = key
-        return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
 
 
 class Mapped(OpenStore):

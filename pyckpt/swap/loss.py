@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
-from pyckpt.exec.lm_ends import Ends, LossOptions, Targets
+from pyckpt.exec.lm_ends import Ends, LossOptions, Targets, following
 from pyckpt.functional import linear_cross_entropy, loss_weights
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
@@ -155,7 +155,7 @@ class SwappedHead(Replaced):
         if given.get("labels") is None or asked:
             return self._by_itself(given, "logits are asked for" if asked else "there are no labels")
         if not (self.always or torch.is_grad_enabled() or self._asks_ours(given)):
-            return self.original(**given)
+            return self._by_itself(given, "gradients are off")
         try:
             check(self.module)
         except UnsupportedError as reason:
@@ -365,9 +365,7 @@ class _Wanted:
 
     def _next(self, values: Tensor, last: float) -> Tensor:
         """What is given for each token, of values that are given for each label."""
-        if self.shift_labels is not None:
-            return values
-        return nn.functional.pad(values, (0, 1), value=last)[..., 1:]
+        return following(values, last) if self.shift_labels is None else values
 
     def targets(self, ids: Tensor) -> Targets:
         """Of a streamed run over ids (B, S), which shifts the labels tile by tile."""
