@@ -195,12 +195,13 @@ def cuda_kernels() -> str:
     """What nvcc made of the CUDA C++ kernels, and the bytes they keep in flight, for bench/NOTES.md."""
     figures = common.read("cuda_static")
     lines = [
-        "| bf16 on sm_90 | registers | threads | blocks on an SM | in flight | over what is needed |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| bf16 on sm_90 | registers | threads | blocks on an SM | in flight | over what is needed | issuing |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for k in figures["rows"]:
         cells = (k["registers"], k["threads"], k["blocks"], f"{k['bytes_in_flight'] / 1024:.0f} KiB")
-        lines.append(f"| {k['what']} | {' | '.join(map(str, cells))} | {k['over_needed']:.1f} |")
+        issue = "" if k["issue"] is None else f"{k['issue']:.0%}"
+        lines.append(f"| {k['what']} | {' | '.join(map(str, cells))} | {k['over_needed']:.1f} | {issue} |")
     return "\n".join([*lines, "", source("bench/cuda_static.py", "cuda_static", figures)])
 
 
@@ -363,19 +364,19 @@ def norm_gpu() -> str:
     """Norms on a GPU as shares of a copy's bandwidth, for bench/NOTES.md."""
     figures = common.read("norm_h200")
     variants = {"pyckpt": "Triton", "pyckpt-cuda": "CUDA C++", "eager": "eager", "compiled": "compiled"}
-    by_case: dict[tuple[str, int], dict[str, Any]] = {}
+    by_case: dict[tuple[str, int, int], dict[str, Any]] = {}
     for row in figures["rows"]:
-        by_case.setdefault((row["op"], row["width"]), {})[row["variant"]] = row
+        by_case.setdefault((row["op"], row["tokens"], row["width"]), {})[row["variant"]] = row
     names = list(variants.values())
     columns = [*names, *(f"{name}, backward" for name in names)]
-    lines = [f"| op | width | {' | '.join(columns)} |", f"|---|--:|{'--:|' * len(columns)}"]
-    for (op, width), found in by_case.items():
+    lines = [f"| op | tokens | width | {' | '.join(columns)} |", f"|---|--:|--:|{'--:|' * len(columns)}"]
+    for (op, tokens, width), found in by_case.items():
         cells = [
             f"{found[v][f'{part}_of_copy']:.0%}" if f"{part}_of_copy" in found.get(v, {}) else "–"
             for part in ("forward", "backward")
             for v in variants
         ]
-        lines.append(f"| {op} | {width:,} | {' | '.join(cells)} |")
+        lines.append(f"| {op} | {tokens:,} | {width:,} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", source("bench/norm.py", "norm_h200", figures)])
 
 

@@ -461,8 +461,9 @@ std::tuple<Tensor, Tensor> norm_backward_into(const Tensor& dy, const Tensor& x,
   if (need_db) a.db_shares = a.dw_shares + blocks * width;
   norm_backward(a, like.dtype, device, launch.stream);
   launch.check();
-  sum_shares(a.dw_shares, blocks, width, static_cast<float*>(dw.mutable_data_ptr()), launch.stream);
-  if (need_db) sum_shares(a.db_shares, blocks, width, static_cast<float*>(db.mutable_data_ptr()), launch.stream);
+  NormShares sums{blocks, width, a.dw_shares, a.db_shares, static_cast<float*>(dw.mutable_data_ptr()), nullptr};
+  if (need_db) sums.db = static_cast<float*>(db.mutable_data_ptr());
+  sum_shares(sums, launch.stream);
   launch.check();
   return {dw, db};
 }

@@ -66,8 +66,14 @@ struct NormBackward {
 // How many blocks, hence shares, norm_backward will have on this device.
 int64_t norm_backward_blocks(const NormBackward& a, Dtype dtype, int device);
 void norm_backward(const NormBackward& a, Dtype dtype, int device, cudaStream_t stream);
-// out (width) = the sum of shares (blocks, width), in one order.
-void sum_shares(const float* shares, int64_t blocks, int64_t width, float* out, cudaStream_t stream);
+
+// dw and db (width), which may be null, are the sums of their shares (blocks, width), in one order.
+struct NormShares {
+  int64_t blocks, width;
+  const float *dw_shares, *db_shares;
+  float *dw, *db;
+};
+void sum_shares(const NormShares& a, cudaStream_t stream);
 
 // Tokens of heads; in and out may be the same.
 struct Heads {

@@ -221,12 +221,14 @@ struct Normal {
   }
 };
 
-__device__ __forceinline__ void copy_16_bytes(uint4* to, const void* from) {
+// 16 bytes, or zeros; `from` is not read then.
+__device__ __forceinline__ void copy_16_bytes(uint4* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  const int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 #else
-  *to = *static_cast<const uint4*>(from);
+  *to = there ? *static_cast<const uint4*>(from) : uint4{};
 #endif
 }
 
@@ -269,81 +271,140 @@ __device__ __forceinline__ void write_share(float (&sums)[kVectors][N], float* s
   __syncthreads();
 }
 
-template <class T, bool CENTERED, bool BLOCK>
+// What the weights are: none, of x's dtype, or float32 where x is not.
+enum class Weight { none, same, floats };
+
+template <class T, Weight W, int N>
+__device__ __forceinline__ void load_weight(const void* p, int c, float (&out)[N]) {
+  if constexpr (W == Weight::none) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = 1.0f;
+  } else {
+    using S = std::conditional_t<W == Weight::same, T, float>;
+    unpack(load<S, N>(static_cast<const S*>(p) + c), out);
+  }
+}
+
+// Sum of g xhat and, with a mean, of g over the threads of a row.
+template <bool CENTERED, bool BLOCK>
+__device__ __forceinline__ Sums over_row(Sums sums, Sums* shared, int lanes) {
+  if constexpr (CENTERED) return BLOCK ? over_block(sums, AddBoth(), shared) : over_lanes(sums, AddBoth(), lanes);
+  float* parts = reinterpret_cast<float*>(shared);
+  return {BLOCK ? over_block(sums.a, Add(), parts) : over_lanes(sums.a, Add(), lanes), 0.0f};
+}
+
+// What counts here is how many instructions a value takes: at 42 of them, with a branch around every vector and 64-bit
+// products for every address, an H200 was busy issuing them. So what lies beyond a row's end comes in as zeros and is
+// computed like the rest, a row's address is the last one's and a step, and no vector has a branch of its own.
+template <class T, Weight W, bool CENTERED, bool BLOCK>
 __global__ void __launch_bounds__(BLOCK ? kBackwardMost : kPart, BLOCK ? 1 : kResident / kPart)
     norm_bwd_kernel(const NormBackward a, const int lanes, const int vectors) {
   constexpr int N = kWide<T>;
-  PYCKPT_DYNAMIC_SHARED(uint4, buffer);  // [stage][dy or x][vectors][threads]
+  constexpr bool EARLY = !CENTERED;  // dx's old values come before the reduction; with db there are no registers for it
+  PYCKPT_DYNAMIC_SHARED(uint4, buffer);  // [stage][dy or x][kVectors][threads]
   __shared__ Sums parts[2][BLOCK ? kBackwardMost / 32 : 1];
-  const int across = BLOCK ? blockDim.x : lanes;
+  const int threads = BLOCK ? blockDim.x : kPart, plane = kVectors * threads;
+  const int across = BLOCK ? threads : lanes;
   const int lane = BLOCK ? threadIdx.x : threadIdx.x & (lanes - 1);
   const int groups = BLOCK ? 1 : kPart / lanes;
+  const int width = static_cast<int>(a.width);
   const int64_t step = static_cast<int64_t>(gridDim.x) * groups;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * groups + (BLOCK ? 0 : threadIdx.x / lanes);
-  const int trips = static_cast<int>((a.rows + step - 1) / step);  // the same for all, for the sake of the shuffles
-  const auto column = [&](int i) { return (lane + static_cast<int64_t>(i) * across) * N; };
-  const auto slot = [&](int stage, int which, int i) {
-    return buffer + ((stage * 2 + which) * vectors + i) * blockDim.x + threadIdx.x;
-  };
+  // The same for all lanes of a warp, for the sake of the shuffles: some have no row in the last one.
+  const int trips = static_cast<int>((a.rows - static_cast<int64_t>(blockIdx.x) * groups + step - 1) / step);
+  const auto column = [&](int i) { return (lane + i * across) * N; };
+  uint4* const mine = buffer + threadIdx.x;
+
+  float rstd_ahead, mean_ahead = 0.0f;
   const auto fetch = [&](int64_t row, int stage) {
-    if (row < a.rows) {
-      const T* dy = at<T>(a.dy, row);
-      const T* x = at<T>(a.x, row);
+    uint4* to = mine + stage * 2 * plane;
+    const bool there = row < a.rows;
+    const T *dy = at<T>(a.dy, row), *x = at<T>(a.x, row);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (column(i) < a.width) {
-          copy_16_bytes(slot(stage, 0, i), dy + column(i));
-          copy_16_bytes(slot(stage, 1, i), x + column(i));
-        }
-      }
+    for (int i = 0; i < kVectors; ++i) {
+      const bool inside = there && column(i) < width;
+      copy_16_bytes(to + i * threads, dy + column(i), inside);
+      copy_16_bytes(to + plane + i * threads, x + column(i), inside);
     }
     end_of_copies();
-  };
-  const auto fetched = [&](int stage, int which, int i) {
-    return load<T, N>(reinterpret_cast<const T*>(slot(stage, which, i)));
+    rstd_ahead = there ? a.rstd[row] : 0.0f;
+    if constexpr (CENTERED) mean_ahead = there ? a.mean[row] : 0.0f;
   };
 
   float dw[kVectors][N] = {}, db[CENTERED ? kVectors : 1][N] = {};
   fetch(first, 0);
-  float next_rstd = first < a.rows ? a.rstd[first] : 0.0f;
-  float next_mean = CENTERED && first < a.rows ? a.mean[first] : 0.0f;
-  for (int trip = 0; trip < trips; ++trip) {
-    const int64_t row = first + trip * step;
+  int64_t row = first;
+  for (int trip = 0; trip < trips; ++trip, row += step) {
     const int stage = trip & 1;
-    const int64_t width = row < a.rows ? a.width : 0;
-    const float rstd = next_rstd, mean = next_mean;
+    const float rstd = rstd_ahead, mean = mean_ahead;
     fetch(row + step, stage ^ 1);
-    if (row + step < a.rows) {
-      next_rstd = a.rstd[row + step];
-      if constexpr (CENTERED) next_mean = a.mean[row + step];
+    const int end = BLOCK || row < a.rows ? width : 0;
+    T* dx = at<T>(a.dx, row);
+    Vector<T, N> before[EARLY ? kVectors : 1];
+    if (EARLY && a.add) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (column(i) < end) before[i] = load<T, N>(dx + column(i));
+      }
     }
     wait_for_copies_before();
 
+    const T* own = reinterpret_cast<const T*>(mine + stage * 2 * plane);
+    const auto fetched = [&](int which, int i) { return load<T, N>(own + (which * plane + i * threads) * N); };
+    const auto weight = [&](int i, float(&w)[N]) { load_weight<T, W>(a.weight, column(i) < width ? column(i) : 0, w); };
     Sums sums{0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (column(i) < width) {
-        const Normal<T, N> n(a, fetched(stage, 0, i), fetched(stage, 1, i), column(i), mean, rstd);
-        n.add_to(sums);
-        if (a.dw_shares) {
+      if (i >= vectors) continue;
+      float dy[N], hat[N], w[N];
+      unpack(fetched(0, i), dy);
+      unpack(fetched(1, i), hat);
+      weight(i, w);
 #pragma unroll
-          for (int j = 0; j < N; ++j) {
-            dw[i][j] += n.dy[j] * n.hat[j];
-            if constexpr (CENTERED) db[i][j] += n.dy[j];
-          }
-        }
+      for (int j = 0; j < N; ++j) {
+        hat[j] = (CENTERED ? hat[j] - mean : hat[j]) * rstd;
+        dw[i][j] += dy[j] * hat[j];
+        if constexpr (CENTERED) db[i][j] += dy[j];
+        const float g = dy[j] * w[j];
+        sums.a += g * hat[j];
+        if constexpr (CENTERED) sums.b += g;
       }
     }
-    sums = BLOCK ? over_block(sums, AddBoth(), parts[stage]) : over_lanes(sums, AddBoth(), lanes);
-    const float dot = sums.a / static_cast<float>(a.width);
-    const float shift = CENTERED ? sums.b / static_cast<float>(a.width) : 0.0f;
+    sums = over_row<CENTERED, BLOCK>(sums, parts[stage], lanes);
+    const float slope = sums.a / static_cast<float>(width) * rstd;
+    const float shift = CENTERED ? sums.b / static_cast<float>(width) : 0.0f;
 
-    T* dx = at<T>(a.dx, row);
+    const auto gradient = [&](int i, float(&out)[N]) {
+      float dy[N], w[N];
+      unpack(fetched(0, i), dy);
+      unpack(fetched(1, i), out);
+      weight(i, w);
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (column(i) < width) {
-        const Normal<T, N> n(a, fetched(stage, 0, i), fetched(stage, 1, i), column(i), mean, rstd);
-        n.write(a, dx, column(i), dot, shift, rstd);
+      for (int j = 0; j < N; ++j) {
+        const float g = CENTERED ? dy[j] * w[j] - shift : dy[j] * w[j];
+        out[j] = (g - (CENTERED ? out[j] - mean : out[j]) * slope) * rstd;
+      }
+    };
+    if (a.add) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (i >= vectors) continue;
+        float out[N], old[N];
+        gradient(i, out);
+        if (column(i) < end) {
+          unpack(EARLY ? before[i] : load<T, N>(dx + column(i)), old);
+#pragma unroll
+          for (int j = 0; j < N; ++j) out[j] += old[j];
+          store(dx + column(i), pack<T>(out));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (i >= vectors) continue;
+        float out[N];
+        gradient(i, out);
+        if (column(i) < end) store(dx + column(i), pack<T>(out));
       }
     }
   }
@@ -404,21 +465,25 @@ __global__ void __launch_bounds__(kPieces, kResidentPieces / kPieces) norm_bwd_k
   }
 }
 
-// A block adds up 32 columns: each of its warps every 32nd share, then the first warp the warps' sums.
-__global__ void __launch_bounds__(1024) sum_shares_kernel(const float* shares, int64_t blocks, int64_t width, float* out) {
+// A block adds up 32 columns: each of its warps every 32nd share, then the first warp the warps' sums. The first half of
+// the blocks has dw, the second, if there is one, db.
+__global__ void __launch_bounds__(1024) sum_shares_kernel(const NormShares a) {
   __shared__ float sums[32][32];
+  const int64_t parts = (a.width + 31) / 32;
+  const bool second = blockIdx.x >= parts;
+  const float* shares = second ? a.db_shares : a.dw_shares;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  const int64_t c = (blockIdx.x - (second ? parts : 0)) * 32 + lane;
   float sum = 0.0f;
-  if (c < width) {
+  if (c < a.width) {
 #pragma unroll 8
-    for (int64_t i = warp; i < blocks; i += 32) sum += shares[i * width + c];
+    for (int64_t i = warp; i < a.blocks; i += 32) sum += shares[i * a.width + c];
   }
   sums[warp][lane] = sum;
   __syncthreads();
-  if (warp == 0 && c < width) {
+  if (warp == 0 && c < a.width) {
     for (int i = 1; i < 32; ++i) sum += sums[i][lane];
-    out[c] = sum;
+    (second ? a.db : a.dw)[c] = sum;
   }
 }
 
@@ -430,18 +495,15 @@ struct Division {
   bool block;
 };
 
-Division divide(int64_t width, int n, int most) {
-  const int64_t vectors = width / n;
+// Rows of so many vectors. Narrow ones: `each` vectors to a lane, or more where a warp has no more lanes.
+Division divide(int64_t vectors, int most, int each) {
   if (vectors > static_cast<int64_t>(most) * kVectors) return {0, 0, 0, true};
-  if (vectors <= 32 * kVectors) {
-    const int lanes = vectors < 32 ? power_of_two(vectors) : 32;
-    return {kPart, lanes, static_cast<int>(ceil_div(vectors, lanes)), false};
-  }
-  const int threads = static_cast<int>(ceil_div(ceil_div(vectors, kVectors), 32) * 32);
-  return {threads < kPart ? kPart : threads, 32, kVectors, true};
+  if (vectors > 32 * kVectors) return {static_cast<int>(ceil_div(vectors, 32 * kVectors) * 32), 32, kVectors, true};
+  const int lanes = ceil_div(vectors, each) < 32 ? power_of_two(ceil_div(vectors, each)) : 32;
+  return {kPart, lanes, static_cast<int>(ceil_div(vectors, lanes)), false};
 }
 
-size_t buffer_bytes(const Division& d) { return static_cast<size_t>(d.threads) * d.vectors * 4 * sizeof(uint4); }
+size_t buffer_bytes(const Division& d) { return static_cast<size_t>(d.threads) * kVectors * 4 * sizeof(uint4); }
 
 struct BackwardPlan {
   Division division;  // 0 threads: in pieces
@@ -454,7 +516,7 @@ BackwardPlan plan(const NormBackward& a, Dtype dtype, int device) {
   const Rows weight(Input{a.weight, 0}, size);
   BackwardPlan p{};
   p.vectors = wide(a.width * size, {{a.dy, size}, {a.x, size}, {a.dx, size}, weight});
-  if (p.vectors) p.division = divide(a.width, 16 / size, kBackwardMost);
+  if (p.vectors) p.division = divide(a.width * size / 16, kBackwardMost, kVectors);
   const size_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (buffer_bytes(p.division) > most) p.division = {};
   const int threads = p.division.threads ? p.division.threads : kPieces;
@@ -478,6 +540,18 @@ void with_norm(Dtype dtype, bool centered, F f) {
   });
 }
 
+// f(W) for the weights of a backward.
+template <class T, class F>
+void with_weight(const NormBackward& a, F f) {
+  if (!a.weight) {
+    f(std::integral_constant<Weight, Weight::none>{});
+  } else if (sizeof(T) == 4 || !a.float_weights) {
+    f(std::integral_constant<Weight, Weight::same>{});
+  } else if constexpr (sizeof(T) != 4) {
+    f(std::integral_constant<Weight, Weight::floats>{});
+  }
+}
+
 }  // namespace
 
 void norm_forward(const NormForward& a, Dtype dtype, cudaStream_t stream) {
@@ -487,7 +561,7 @@ void norm_forward(const NormForward& a, Dtype dtype, cudaStream_t stream) {
   with_norm(dtype, a.mean != nullptr, [&](auto t, auto centered) {
     using T = decltype(t);
     constexpr bool C = centered.value;
-    const Division d = vectors ? divide(a.width, kWide<T>, kForwardMost) : Division{};
+    const Division d = vectors ? divide(a.width / kWide<T>, kForwardMost, 1) : Division{};
     if (!vectors) {
       launch(norm_fwd_kernel_pieces<T, 1, C>, a.rows, kPieces, 0, stream, a);
     } else if (!d.threads) {
@@ -508,19 +582,21 @@ void norm_backward(const NormBackward& a, Dtype dtype, int device, cudaStream_t 
   with_norm(dtype, a.mean != nullptr, [&](auto t, auto centered) {
     using T = decltype(t);
     constexpr bool C = centered.value;
-    const auto kernel = d.block ? norm_bwd_kernel<T, C, true> : norm_bwd_kernel<T, C, false>;
     if (!p.vectors) {
       launch(norm_bwd_kernel_pieces<T, 1, C>, p.blocks, kPieces, 0, stream, a);
     } else if (!d.threads) {
       launch(norm_bwd_kernel_pieces<T, kWide<T>, C>, p.blocks, kPieces, 0, stream, a);
     } else {
-      launch(kernel, p.blocks, d.threads, buffer_bytes(d), stream, a, d.lanes, d.vectors);
+      with_weight<T>(a, [&](auto w) {
+        const auto kernel = d.block ? norm_bwd_kernel<T, w.value, C, true> : norm_bwd_kernel<T, w.value, C, false>;
+        launch(kernel, p.blocks, d.threads, buffer_bytes(d), stream, a, d.lanes, d.vectors);
+      });
     }
   });
 }
 
-void sum_shares(const float* shares, int64_t blocks, int64_t width, float* out, cudaStream_t stream) {
-  launch(sum_shares_kernel, ceil_div(width, 32), 1024, 0, stream, shares, blocks, width, out);
+void sum_shares(const NormShares& a, cudaStream_t stream) {
+  launch(sum_shares_kernel, ceil_div(a.width, 32) * (a.db ? 2 : 1), 1024, 0, stream, a);
 }
 
 }  // namespace pyckpt

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace pyckpt {
@@ -40,6 +41,16 @@ template <>
 struct Word<8> {
   using type = uint2;
 };
+
+__device__ __forceinline__ float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
 
 }  // namespace detail
 
@@ -88,8 +99,17 @@ __device__ __forceinline__ bfloat16 from_float<bfloat16>(float v) {
 // As float32.
 template <class T, int N>
 __device__ __forceinline__ void unpack(const Vector<T, N>& v, float (&out)[N]) {
+  if constexpr (N % 2 == 0 && std::is_same_v<T, bfloat16>) {  // a bfloat16 is the upper half of a float
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(v.v);
 #pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = to_float(v.v[i]);
+    for (int i = 0; i < N; i += 2) {
+      out[i] = detail::float_of(words[i / 2] << 16);
+      out[i + 1] = detail::float_of(words[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = to_float(v.v[i]);
+  }
 }
 
 template <class T, int N>

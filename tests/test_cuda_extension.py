@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import extension  # noqa: E402
+from bench import cuda_static, extension, sass  # noqa: E402
 
 ARCHITECTURE = "9.0"
 
@@ -70,6 +70,18 @@ def test_no_kernel_spills(built: Path) -> None:
             assert kernel["arch"] == "sm_90"
             assert kernel["stack"] == kernel["spilled"] == 0, kernel
             assert kernel["registers"] >= 12, kernel  # fewer, and the compiler took the work away
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="needs cuobjdump")
+def test_a_norms_backward_waits_for_memory_not_for_instructions(built):
+    """An H200 made 67% of a copy's bandwidth of kernels whose instructions took 0.8 of the memory's time to issue."""
+    logs = {path.stem: extension.builder().kernels(path.read_text()) for path in built.glob("*.log")}
+    found = {row["what"]: row["issue"] for row in cuda_static.rows(logs, cuda_static.counted(built))}
+    backward = {what: share for what, share in found.items() if "backward" in what}
+    assert (
+        len(backward) == 7 and max(backward.values()) < 0.8
+    )  # with branches for what is added, which many do not take
+    assert max(share for what, share in backward.items() if "Layer" not in what) < 0.7
 
 
 def test_every_op_has_a_schema_a_fake_and_kernels(built: Path) -> None:

@@ -99,7 +99,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["dense", "gaps", "misaligned"])
 
 # Parts of a warp, whole warps, blocks of every size, pieces; odd ones, which go without vectors; more rows than blocks.
 SHAPES = [(1, 1), (9, 8), (70, 64), (67, 96), (35, 128), (9, 520), (7, 1000), (3, 1024), (5, 1032), (3, 2048)]
-SHAPES += [(5, 4096), (3, 5120), (2, 16384), (2, 20000), (11, 33), (5, 4097)]
+SHAPES += [(19, 4096), (13, 5120), (5, 16384), (2, 20000), (11, 33), (5, 4097)]
 
 
 def norms(kind: str) -> tuple[Any, Any, Any]:
@@ -168,6 +168,18 @@ class TestNorm:
             exact = total.double() + dx.double()
             assert_close_to_truth(into, (total + dx), exact, terms=1.0)
             assert all(t.numel() == 0 for t in (add_dw if centered else (add_dw,)))
+
+    @NORMS
+    @pytest.mark.parametrize("width", [33, 128, 3072, 20000])
+    def test_weights_in_float32_and_none(self, width, kind):
+        """The same bits as from the weights in x's dtype, and as from ones."""
+        x, dy, w = (randn(*shape, dtype=torch.bfloat16) for shape in ((7, width), (7, width), (width,)))
+        centered = kind == "layer"
+        stats = (ops.layer_norm_fwd(x, w, None, EPS) if centered else ops.rms_norm_fwd(x, w, EPS))[1:]
+        bwd = ops.layer_norm_bwd if centered else ops.rms_norm_bwd
+        for a, b in ((w, w.float()), (torch.ones_like(w), None)):
+            for got, want in zip(bwd(dy, x, a, *stats, True), bwd(dy, x, b, *stats, True), strict=True):
+                assert torch.equal(got, want)
 
     @NORMS
     @LOW
