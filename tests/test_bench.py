@@ -435,7 +435,7 @@ def test_the_aims_stand_beside_the_row_they_are_about():
 
 def test_an_op_is_named_for_cuda_only_where_it_is_faster_in_every_case():
     def row(variant: str, width: int, forward: float, backward: float) -> dict[str, Any]:
-        return {"op": "rms_norm", "width": width, "variant": variant} | {
+        return {"op": "rms_norm", "tokens": 9, "width": width, "variant": variant} | {
             "forward_seconds": forward,
             "backward_seconds": backward,
         }
@@ -444,7 +444,7 @@ def test_an_op_is_named_for_cuda_only_where_it_is_faster_in_every_case():
     assert norm.faster_in_cuda(rows) == []
     rows += [row("pyckpt-cuda", 1024, 0.9, 0.9), row("pyckpt-cuda", 4096, 3.0, 3.99)]
     assert norm.faster_in_cuda(rows) == ["add_rms_norm_fwd", "rms_norm_fwd"]
-    rows.append({"op": "rms_norm", "width": 8192, "variant": "pyckpt-cuda", "failed": "wrong"})
+    rows.append({"op": "rms_norm", "tokens": 9, "width": 8192, "variant": "pyckpt-cuda", "failed": "wrong"})
     assert norm.faster_in_cuda(rows) == []
     for name in (n for sides in norm._STANDS_FOR.values() for names in sides for n in names):
         assert name in registry.IMPLEMENTATIONS

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks import OPTIONS, assert_as_good, assert_same_bits, make_block, make_input, plain_twin, step
-from helpers import a_few, assert_exact, check_exact, check_truth
+from helpers import a_few, assert_close_to_truth, assert_exact, check_exact, check_truth
 from torch import Tensor
 
 import pyckpt
@@ -21,7 +21,7 @@ from pyckpt.ops.rope import rope_tables
 from pyckpt.save import SAVE_SETS
 from pyckpt.spec import GATED_MLPS, MLPS
 
-norm = triton_backend.kernels("norm")
+norm, norm_bwd = triton_backend.kernels("norm"), triton_backend.kernels("norm_bwd")
 ops = torch.ops.pyckpt
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -75,7 +75,7 @@ class TestNorm:
 
     @NORMS
     @pytest.mark.parametrize("dtype", a_few(LOW, always=(1,)))
-    @pytest.mark.parametrize(("rows", "width"), [(65, 1000), (9, 20001)])
+    @pytest.mark.parametrize(("rows", "width"), [(65, 1000), (9, 20001), (19, 4096), (9, 16384)])
     def test_against_pytorch(self, rows, width, dtype, kind):
         ours, formula, plain = norms(kind)
         # A weight's gradient sums over the rows, in another order than PyTorch's.
@@ -102,12 +102,29 @@ class TestNorm:
         x, dy, w = base[:, width:], randn(9, width + 3)[:, 3:], randn(width)
         _, _, mean, rstd = norm.forward(x, w, None, EPS, centered=kind == "layer")
         want = torch.empty_like(x)
-        dw, _ = norm.backward(dy, x, w, mean, rstd, want, add=False, need_dw=True)
+        dw, _ = norm_bwd.backward(dy, x, w, mean, rstd, want, add=False, need_dw=True)
         for over in (dy.clone(), base.clone()[:, width:]):
             a, b = (over, x) if over.is_contiguous() else (dy, over)
-            again, _ = norm.backward(a, b, w, mean, rstd, over, add=False, need_dw=True)
+            again, _ = norm_bwd.backward(a, b, w, mean, rstd, over, add=False, need_dw=True)
             assert_exact(over, want)
             assert torch.equal(dw, again)
+
+    @NORMS
+    @pytest.mark.parametrize("dtype", LOW)
+    @pytest.mark.parametrize(("rows", "width"), [(67, 96), (65, 1000), (19, 4096), (13, 5120), (9, 16384)])
+    def test_adding_to_a_gradient(self, rows, width, dtype, kind):
+        """Whatever way the rows go, what was there and what comes to it are rounded once, together."""
+        x, dy, w, before = (randn(*s, dtype=dtype) for s in ((rows, width), (rows, width), (width,), (rows, width)))
+        exact = [t.double() for t in (x, dy, w, before)]
+        dx, total, truth = torch.empty_like(x), before.clone(), exact[3].clone()
+        _, _, mean, rstd = norm.forward(exact[0], exact[2], None, EPS, centered=kind == "layer")
+        norm_bwd.backward(exact[1], exact[0], exact[2], mean, rstd, truth, add=True, need_dw=False)
+        stats = (None if mean is None else mean.float(), rstd.float())
+        dw = norm_bwd.backward(dy, x, w, *stats, dx, add=False, need_dw=True)
+        again = norm_bwd.backward(dy, x, w, *stats, total, add=True, need_dw=True)
+        assert_close_to_truth(total, before + dx, truth)
+        for a, b in zip(dw, again, strict=True):  # the sums of as many rows, in an order that may differ
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * rows**0.5)
 
     @NORMS
     def test_the_same_bits_every_time(self, kind):

@@ -1,12 +1,7 @@
-"""RMSNorm (Zhang & Sennrich 2019, eq. 4) and LayerNorm (Ba et al. 2016): one pass over memory each way.
+"""RMSNorm (Zhang & Sennrich 2019, eq. 4) and LayerNorm (Ba et al. 2016): one pass over memory. `norm_bwd` goes back.
 
-Forward: a tile of rows lies in registers from the load to the store. Backward: every program walks through rows
-and sums its share of the weight gradients in registers; the shares are added up in a fixed order, so the result is
-the same every time. Rows wider than a tile are gone through in pieces, twice, the second time from the L2 cache.
-
-x̂ = (x - mean) rstd (RMSNorm: mean 0), y = x̂ w + b, and with g = dy w, D columns:
-
-    dx = rstd (g - x̂ Σ(g x̂)/D - Σg/D)     (RMSNorm: without the last term)
+A tile of rows lies in registers from the load to the store. Rows wider than a tile are gone through in pieces, from the
+L2 cache after the first time. x̂ = (x - mean) rstd (RMSNorm: mean 0), y = x̂ w + b.
 """
 
 from __future__ import annotations
@@ -16,16 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from .rows import check_device, on, rows_of, rows_to_write, warps
+from .rows import check_device, on, rows_of, warps
 from .sizes import cdiv, next_power_of_2
 
-# Columns that a program holds at once.
-FORWARD_COLUMNS = 16384
-BACKWARD_COLUMNS = 8192
-_TILE = 4096
-_PIECE = 2048
-_PROGRAMS = 4  # of the backward, for each multiprocessor
+FORWARD_COLUMNS = 16384  # that a program holds at once
+TILE = 4096  # values
+_PIECE = 2048  # columns
 
 
 @triton.jit
@@ -142,124 +133,12 @@ def norm_fwd_kernel_rows(
         tl.store(p_mean + o_r, mean, mask=mr)
 
 
-@triton.jit
-def _normalised(
-    p_dy, p_x, p_w, mean, rstd, o_r, o_c, stride_dy, stride_x, mr, mc, CENTERED: tl.constexpr, ACC: tl.constexpr
-):
-    """dy, x̂ and g of a tile; 0 outside."""
-    m = mr[:, None] & mc[None, :]
-    dy = _load(p_dy, o_r, o_c, stride_dy, m, ACC)
-    x = _load(p_x, o_r, o_c, stride_x, m, ACC)
-    if CENTERED:
-        x = tl.where(m, x - mean[:, None], 0.0)
-    hat = x * rstd[:, None]
-    g = dy
-    if p_w is not None:
-        g = dy * tl.load(p_w + o_c, mask=mc, other=0.0).to(ACC)[None, :]
-    return dy, hat, g
-
-
-@triton.jit
-def _input_gradient(g, hat, dot, shift, rstd, p_dx, o_r, o_c, stride_dx, m, ADD: tl.constexpr, ACC: tl.constexpr):
-    t = (g - hat * dot[:, None] - shift[:, None]) * rstd[:, None]
-    if ADD:
-        t += _load(p_dx, o_r, o_c, stride_dx, m, ACC)
-    _store(p_dx, t, o_r, o_c, stride_dx, m)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def norm_bwd_kernel_rows(
-    p_dy,
-    p_x,
-    p_w,
-    p_mean,
-    p_rstd,
-    p_dx,
-    p_dw,
-    p_db,
-    rows,
-    width,
-    stride_dy,
-    stride_x,
-    stride_dx,
-    CENTERED: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """dx of every n-th tile of rows, added to what is there if ADD; this program's share of dw and db [width]."""
-    ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0)
-    o_c = tl.arange(0, COLUMNS)
-    step = tl.num_programs(0) * ROWS
-    share = pid.to(tl.int64) * width
-    if not WIDE:
-        mc = o_c < width
-        dw = tl.zeros([ROWS, COLUMNS], ACC)
-        db = tl.zeros([ROWS, COLUMNS], ACC)
-        for start in range(pid * ROWS, rows, step):
-            o_r = start + tl.arange(0, ROWS)
-            mr = o_r < rows
-            m = mr[:, None] & mc[None, :]
-            rstd = tl.load(p_rstd + o_r, mask=mr, other=0.0)
-            mean = rstd
-            if CENTERED:
-                mean = tl.load(p_mean + o_r, mask=mr, other=0.0)
-            dy, hat, g = _normalised(p_dy, p_x, p_w, mean, rstd, o_r, o_c, stride_dy, stride_x, mr, mc, CENTERED, ACC)
-            dot = tl.sum(g * hat, 1) / width
-            shift = tl.zeros([ROWS], ACC)
-            if CENTERED:
-                shift = tl.sum(g, 1) / width
-            _input_gradient(g, hat, dot, shift, rstd, p_dx, o_r, o_c, stride_dx, m, ADD, ACC)
-            if p_dw is not None:
-                dw += dy * hat
-                if CENTERED:
-                    db += dy
-        if p_dw is not None:
-            tl.store(p_dw + share + o_c, tl.sum(dw, 0), mask=mc)
-            if CENTERED:
-                tl.store(p_db + share + o_c, tl.sum(db, 0), mask=mc)
-    else:
-        for start in range(pid * ROWS, rows, step):
-            o_r = start + tl.arange(0, ROWS)
-            mr = o_r < rows
-            rstd = tl.load(p_rstd + o_r, mask=mr, other=0.0)
-            mean = rstd
-            if CENTERED:
-                mean = tl.load(p_mean + o_r, mask=mr, other=0.0)
-            dots = tl.zeros([ROWS, COLUMNS], ACC)
-            shifts = tl.zeros([ROWS, COLUMNS], ACC)
-            for first in range(0, width, COLUMNS):
-                c = first + o_c
-                mc = c < width
-                dy, hat, g = _normalised(p_dy, p_x, p_w, mean, rstd, o_r, c, stride_dy, stride_x, mr, mc, CENTERED, ACC)
-                dots += g * hat
-                if CENTERED:
-                    shifts += g
-            dot = tl.sum(dots, 1) / width
-            shift = tl.sum(shifts, 1) / width
-            for first in range(0, width, COLUMNS):
-                c = first + o_c
-                mc = c < width
-                m = mr[:, None] & mc[None, :]
-                dy, hat, g = _normalised(p_dy, p_x, p_w, mean, rstd, o_r, c, stride_dy, stride_x, mr, mc, CENTERED, ACC)
-                _input_gradient(g, hat, dot, shift, rstd, p_dx, o_r, c, stride_dx, m, ADD, ACC)
-                if p_dw is not None:
-                    # This program's own row of the shares, which the launcher filled with zeros.
-                    before = tl.load(p_dw + share + c, mask=mc, other=0.0)
-                    tl.store(p_dw + share + c, before + tl.sum(dy * hat, 0), mask=mc)
-                    if CENTERED:
-                        before = tl.load(p_db + share + c, mask=mc, other=0.0)
-                        tl.store(p_db + share + c, before + tl.sum(dy, 0), mask=mc)
-
-
 def tile(width: int, most: int) -> tuple[int, int, bool]:
     """(ROWS, COLUMNS, WIDE) for rows of `width` values where a program holds at most `most` columns."""
     columns = next_power_of_2(max(1, width))
     if columns > most:
         return 1, _PIECE, True
-    return max(1, min(64, _TILE // columns)), columns, False
+    return max(1, min(64, TILE // columns)), columns, False
 
 
 def forward(
@@ -289,8 +168,8 @@ def forward(
             norm_fwd_kernel_rows[(cdiv(rstd.numel(), count),)](
                 flat,
                 res,
-                _vector(weight),
-                _vector(bias),
+                vector(weight),
+                vector(bias),
                 y,
                 total,
                 mean,
@@ -310,65 +189,5 @@ def forward(
     return y, total, mean, rstd
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    dx: Tensor,
-    *,
-    add: bool,
-    need_dw: bool,
-) -> tuple[Tensor, Tensor]:
-    """Write dx (..., D), or add it to what is there; returns dw and db (D,) in rstd's dtype, empty unless `need_dw`.
-
-    LayerNorm if there is a mean. dx may be dy, or x.
-    """
-    check_device(x)
-    width, n = x.shape[-1], rstd.numel()
-    flat_dy, flat_x, flat_dx = rows_of(dy), rows_of(x), rows_to_write(dx)
-    count, columns, wide = tile(width, BACKWARD_COLUMNS)
-    programs = backward_programs(cdiv(n, count), x.device)
-    make = rstd.new_zeros if wide or n == 0 else rstd.new_empty
-    dw = make(programs if need_dw else 0, width)
-    db = make(programs if need_dw and mean is not None else 0, width)
-    if n:
-        with on(x.device):
-            norm_bwd_kernel_rows[(programs,)](
-                flat_dy,
-                flat_x,
-                _vector(weight),
-                None if mean is None else mean.reshape(-1),
-                rstd.reshape(-1),
-                flat_dx,
-                dw if need_dw else None,
-                db if db.numel() else None,
-                n,
-                width,
-                flat_dy.stride(0),
-                flat_x.stride(0),
-                flat_dx.stride(0),
-                CENTERED=mean is not None,
-                ADD=add,
-                ROWS=count,
-                COLUMNS=columns,
-                WIDE=wide,
-                num_warps=warps(count * columns),
-                enable_fp_fusion=True,
-            )
-    return added_up(dw), added_up(db)
-
-
-def backward_programs(tiles: int, device: torch.device) -> int:
-    """How many programs go through the tiles of a backward, each with a share of the weights' gradients."""
-    return max(1, min(tiles, _PROGRAMS * tuning.multiprocessors(device)))
-
-
-def added_up(shares: Tensor) -> Tensor:
-    """The sum over programs; empty where there are none. Nothing is launched for what nobody asked for."""
-    return shares.sum(0) if shares.shape[0] else shares.new_empty(0)
-
-
-def _vector(t: Tensor | None) -> Tensor | None:
+def vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()

@@ -72,7 +72,7 @@ def _norm_bwd(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     def run(dy: Tensor, x: Tensor, weight: Tensor | None, dx: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels("norm").backward(dy, x, weight, mean, rstd, dx, add=add, need_dw=need_dw)
+        return kernels("norm_bwd").backward(dy, x, weight, mean, rstd, dx, add=add, need_dw=need_dw)
 
     return _exact(run, dy, x, weight, dx, writes=1)
 

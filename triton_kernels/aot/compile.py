@@ -65,6 +65,11 @@ class Case(abc.ABC):
     def num_stages(self) -> int:
         return 1
 
+    @property
+    def resident(self) -> int:
+        """Programs that must fit on one multiprocessor, since so many are started; 0 where it does not count."""
+        return 0
+
     @abc.abstractmethod
     def arguments(self) -> Arguments:
         """Types by name, constants by name, and attributes by position: see `signature`."""
@@ -134,6 +139,8 @@ class Report:
             yield f"{self.looped} loads and stores of spilled registers in the loops"
         if self.serialized:
             yield "the assembler puts products in a row that were to overlap"
+        if self.programs < case.resident:
+            yield f"{self.programs} programs fit on a multiprocessor; {case.resident} are started"
         wanted = MATRIX_UNITS[case.arch]
         if case.matrix_unit and self.unit != wanted:
             yield f"runs on {self.unit or 'no matrix unit'}, not on {wanted}"

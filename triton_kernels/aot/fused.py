@@ -97,6 +97,11 @@ class FusedCase(Case):
         c = self.config
         return f"{c.block_m}x{c.block_n}x{c.block_k} {c.num_warps}w{c.num_stages}"
 
+    @property
+    def resident(self) -> int:
+        size = 4 if self.dtype == "float32" else 2
+        return qk_finish_bwd.resident(size, self.head_dim) if self.op == "qk_bwd" else 0
+
     def arguments(self) -> Arguments:
         names = self.kernel.arg_names
         pointer = f"*{DTYPES[self.dtype]}"

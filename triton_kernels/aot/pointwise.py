@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from .. import activation, attention_merge, dropout, norm, rope
+from .. import activation, attention_merge, dropout, norm, norm_bwd, rope
 from ..rows import warps
 from .compile import DTYPES, Arguments, Case, signature
 
-# Head dims of QK-norm, widths of models, the widest a program holds at once, and one that it does not.
-WIDTHS = (64, 128, 1024, 4096, 5120, 8192, 16384, 32768)
+# Head dims of QK-norm, widths of models, the widest a program holds at once, and some that it does not.
+WIDTHS = (64, 128, 1024, 4096, 5120, 8192, 12288, 16384, 32768)
 HEAD_DIMS = (64, 80, 128, 256)
 # (φ, gated): SwiGLU, GeGLU and its tanh form, GELU and its tanh form, ReLU²
 MLPS = (("silu", True), ("gelu", True), ("gelu_tanh", True), ("gelu", False), ("gelu_tanh", False), ("relu2", False))
@@ -46,33 +46,34 @@ class NormCase(Case):
 
     @property
     def kernel(self) -> Any:
-        return norm.norm_bwd_kernel_rows if self.backward else norm.norm_fwd_kernel_rows
+        return norm_bwd.norm_bwd_kernel_rows if self.backward else norm.norm_fwd_kernel_rows
 
     @property
-    def _tile(self) -> tuple[int, int, bool]:
-        return norm.tile(self.width, norm.BACKWARD_COLUMNS if self.backward else norm.FORWARD_COLUMNS)
+    def _plan(self) -> dict[str, Any]:
+        size = 4 if self.dtype == "float32" else 2
+        if self.backward:
+            return norm_bwd.plan_of(self.width, size, self.centered, self.residual, self.arch).constants()
+        names = ("ROWS", "COLUMNS", "WIDE")
+        plan = dict(zip(names, norm.tile(self.width, norm.FORWARD_COLUMNS), strict=True))
+        return plan | {"num_warps": warps(plan["ROWS"] * plan["COLUMNS"])}
 
     @property
     def num_warps(self) -> int:
-        return warps(self._tile[0] * self._tile[1])
+        return self._plan["num_warps"]
+
+    @property
+    def resident(self) -> int:
+        return norm_bwd.WARPS // self.num_warps if self.backward else 0
 
     @property
     def tile(self) -> str:
-        return f"{self._tile[0]}x{self._tile[1]} {self.num_warps}w"
+        return f"{self._plan['ROWS']}x{self._plan['COLUMNS']} {self.num_warps}w"
 
     def arguments(self) -> Arguments:
         names = self.kernel.arg_names
         kinds = _types(names, self.dtype)
         kinds |= dict.fromkeys(_STATISTICS, "*fp32")
-        count, columns, wide = self._tile
-        constants: dict[str, Any] = {
-            "EPS": 1e-5,
-            "CENTERED": self.centered,
-            "ADD": self.residual,
-            "ROWS": count,
-            "COLUMNS": columns,
-            "WIDE": wide,
-        }
+        constants: dict[str, Any] = {"EPS": 1e-5, "CENTERED": self.centered, "ADD": self.residual, **self._plan}
         if not self.centered:
             constants |= {"p_b": None, "p_mean": None, "p_db": None}
         if not self.residual:

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..norm import added_up, backward_programs, reciprocal_root
+from ..norm import reciprocal_root
+from ..norm_bwd import added_up, programs_for
 from ..rows import on
 from ..sizes import cdiv
 from .matrices import check_matrix
@@ -99,6 +100,13 @@ def qk_finish_bwd_kernel_heads(
         tl.store(p_share + col_b, tl.sum(dwb, 0), mask=mn)
 
 
+def resident(size: int, head_dim: int) -> int:
+    """Programs of a multiprocessor whose registers suffice, for values of `size` bytes."""
+    if size != 2:
+        return 2
+    return 4 if head_dim <= 128 else 3
+
+
 def tokens_of(half: int) -> int:
     """Tokens of a tile whose heads have so many (padded) pairs."""
     return max(1, _TILE // half)
@@ -116,9 +124,9 @@ def backward(d: Tensor, raw: Tensor, weight: Tensor, after: Finish, *, need_dw: 
     heads, pairing = after.heads(columns), after.pairing()
     block_m = tokens_of(pairing["HALF"])
     tiles = cdiv(tokens, block_m) * cdiv(heads, HEADS)
-    programs = backward_programs(tiles, d.device)
+    programs = programs_for(tiles, resident(d.element_size(), after.head_dim), d.device)
     make = d.new_empty if tiles else d.new_zeros
-    shares = make(programs if need_dw else 0, after.head_dim, dtype=torch.float32)
+    shares = make(programs, after.head_dim, dtype=torch.float32) if need_dw else None
     if tiles:
         with on(d.device):
             qk_finish_bwd_kernel_heads[(programs,)](
@@ -127,7 +135,7 @@ def backward(d: Tensor, raw: Tensor, weight: Tensor, after: Finish, *, need_dw: 
                 weight,
                 after.cos,
                 after.sin,
-                shares if need_dw else None,
+                shares,
                 tokens,
                 heads,
                 d.stride(0),
@@ -138,4 +146,4 @@ def backward(d: Tensor, raw: Tensor, weight: Tensor, after: Finish, *, need_dw: 
                 enable_fp_fusion=False,
                 **pairing,
             )
-    return added_up(shares)
+    return d.new_empty(0, dtype=torch.float32) if shares is None else added_up(shares)
