@@ -34,7 +34,7 @@ REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 227 << 10
 class Launch:
     """A kernel as it is launched for bf16: part of its mangled name, threads, bytes a thread asks for, shared bytes.
 
-    `moves`: bytes that a thread reads and writes with the instructions that are counted; 0 where that is no one loop.
+    `moves`: bytes that a thread reads and writes, in all or in a turn of its longest loop; 0 where it is neither.
     """
 
     what: str
@@ -43,6 +43,7 @@ class Launch:
     threads: int
     asks: int
     moves: int = 0
+    loops: bool = False
     shared: int = 0
     resident: int = THREADS  # the launcher starts no more threads on a multiprocessor
 
@@ -52,10 +53,10 @@ def _norms() -> list[Launch]:
     dtype, same = "kernelI13__nv_bfloat16", "LNS0_6WeightE1E"
     for norm, centered in (("RMSNorm", "Lb0E"), ("LayerNorm", "Lb1E")):
         for width, block, threads in ((1024, "Lb0E", 128), (4096, "Lb1E", 128), (16384, "Lb1E", 512)):
-            name = f"norm_fwd_{dtype}{centered}{block}E"
+            name = f"norm_fwd_{dtype}{same}{centered}{block}E"
             found.append(Launch(f"{norm} forward, {width:,}", "norm", name, threads, 64, 128))
             name, shared = f"norm_bwd_{dtype}{same}{centered}{block}E", threads * 256
-            found.append(Launch(f"{norm} backward, {width:,}", "norm", name, threads, 128, 192, shared, 512))
+            found.append(Launch(f"{norm} backward, {width:,}", "norm", name, threads, 128, 192, True, shared, 512))
     return sorted(found, key=lambda launch: launch.what.split(",")[0], reverse=True)
 
 
@@ -78,21 +79,21 @@ def on_a_multiprocessor(launch: Launch, registers: int) -> int:
     return min(by_registers, THREADS // launch.threads, by_shared, BLOCKS, launch.resident // launch.threads)
 
 
-def issue(launch: Launch, instructions: dict[str, int], name: str) -> float | None:
+def issue(launch: Launch, instructions: dict[str, tuple[int, int]], name: str) -> float | None:
     """The time it takes to issue a thread's instructions over that in which its bytes move; None if unknown."""
     if not launch.moves or name not in instructions:
         return None
-    return (instructions[name] / ISSUED) / (launch.moves / BANDWIDTH)
+    return (instructions[name][launch.loops] / ISSUED) / (launch.moves / BANDWIDTH)
 
 
-def counted(folder: Path) -> dict[str, int]:
+def counted(folder: Path) -> dict[str, tuple[int, int]]:
     """The instructions of every kernel, by its mangled name; empty without a disassembler."""
     program = sass.disassembler()
     sources = {launch.source for launch in LAUNCHES} if program else set()
     return {n: k for s in sources for n, k in sass.instructions(program or "", folder / f"{s}.o", "sm_90").items()}
 
 
-def rows(kernels: dict[str, list[dict[str, Any]]], instructions: dict[str, int]) -> list[dict[str, Any]]:
+def rows(kernels: dict[str, list[dict[str, Any]]], instructions: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
     """For every launch: registers, blocks on a multiprocessor, bytes in flight, these over what is needed, `issue`."""
     found = []
     for launch in LAUNCHES:

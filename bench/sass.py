@@ -23,21 +23,20 @@ def disassembler() -> str | None:
     return str(ours) if ours.exists() else None
 
 
-def instructions(program: str, compiled: Path, arch: str) -> dict[str, int]:
-    """By kernel (its mangled name): those of its longest loop, or of all of it if it has none worth the name.
+def instructions(program: str, compiled: Path, arch: str) -> dict[str, tuple[int, int]]:
+    """By kernel (its mangled name): all of them, and those of its longest loop.
 
     What a thread executes of them may be less: branches for other arguments are counted too.
     """
     command = [program, "-sass", "-arch", arch, str(compiled)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     functions = re.split(r"\n\s*Function : ", text)[1:]
-    return {function.split("\n", 1)[0].strip(): _longest(function) for function in functions}
+    return {function.split("\n", 1)[0].strip(): _counted(function) for function in functions}
 
 
-def _longest(function: str) -> int:
+def _counted(function: str) -> tuple[int, int]:
     code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", function)]
     places = [place for place, words in code if not words.startswith("NOP")]
     jumps = ((place, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", words)) for place, words in code)
     loops = [(int(found[1], 16), place) for place, found in jumps if found and int(found[1], 16) < place]
-    longest = max((sum(a <= place <= b for place in places) for a, b in loops), default=0)
-    return longest if 5 * longest > 2 * len(places) else len(places)
+    return len(places), max((sum(a <= place <= b for place in places) for a, b in loops), default=0)

@@ -24,22 +24,39 @@ constexpr int kPieces = 512;    // threads of a row that is gone through in piec
 constexpr int kResident = 512;  // threads of the backward on a multiprocessor: 128 registers each
 constexpr int kResidentPieces = 1024;  // and where rows go in pieces: 64
 
+// What weights are: none, of x's dtype, float32 where x is not, or any of these, to be seen when they are loaded.
+enum class Weight { none, same, floats, any };
+
+template <class T, Weight W, int N>
+__device__ __forceinline__ void load_weight(const void* p, bool floats, int64_t c, float (&out)[N]) {
+  if constexpr (W == Weight::none) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = 1.0f;
+  } else if constexpr (W == Weight::any) {
+    load_mixed<T, N>(p, floats, c, out);
+  } else {
+    using S = std::conditional_t<W == Weight::same, T, float>;
+    unpack(load<S, N>(static_cast<const S*>(p) + c), out);
+  }
+}
+
 // --- forward ---
 
-template <class T, int N>
+// A bias is of the weight's kind; without a weight, of any.
+template <class T, Weight W, int N>
 __device__ __forceinline__ void write_normal(const NormForward& a, T* y, int64_t c, Vector<T, N> raw, float mean,
                                              float rstd) {
   float x[N], w[N];
   unpack(raw, x);
 #pragma unroll
   for (int j = 0; j < N; ++j) x[j] = (x[j] - mean) * rstd;
-  if (a.weight) {
-    load_mixed<T, N>(a.weight, a.float_weights, c, w);
+  if (W != Weight::none && a.weight) {
+    load_weight<T, W>(a.weight, a.float_weights, c, w);
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] *= w[j];
   }
   if (a.bias) {
-    load_mixed<T, N>(a.bias, a.float_weights, c, w);
+    load_weight<T, W == Weight::none ? Weight::any : W>(a.bias, a.float_weights, c, w);
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] += w[j];
   }
@@ -58,7 +75,7 @@ __device__ __forceinline__ Vector<T, N> sum_of(const Vector<T, N>& x, const Vect
 }
 
 // BLOCK: a row is a block's. Else `lanes` neighbours in a warp have one.
-template <class T, bool CENTERED, bool BLOCK>
+template <class T, Weight W, bool CENTERED, bool BLOCK>
 __global__ void __launch_bounds__(BLOCK ? kForwardMost : kPart, BLOCK ? 1 : kForwardMost / kPart)
     norm_fwd_kernel(const NormForward a, const int lanes) {
   constexpr int N = kWide<T>;
@@ -68,9 +85,9 @@ __global__ void __launch_bounds__(BLOCK ? kForwardMost : kPart, BLOCK ? 1 : kFor
   const int shift = __ffs(lanes) - 1;
   const int64_t row =
       BLOCK ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * (kPart >> shift) + (threadIdx.x >> shift);
-  const int64_t width = BLOCK || row < a.rows ? a.width : 0;  // lanes without a row take part in the shuffles
+  const int width = BLOCK || row < a.rows ? static_cast<int>(a.width) : 0;  // without a row: part of the shuffles only
   const T* x = at<T>(a.x, row);
-  const auto column = [&](int i) { return (lane + static_cast<int64_t>(i) * across) * N; };
+  const auto column = [&](int i) { return (lane + i * across) * N; };
   const auto over_row = [&](float v, float* shared) {
     return BLOCK ? over_block(v, Add(), shared) : over_lanes(v, Add(), lanes);
   };
@@ -129,7 +146,7 @@ __global__ void __launch_bounds__(BLOCK ? kForwardMost : kPart, BLOCK ? 1 : kFor
   T* y = at<T>(a.y, row);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (column(i) < width) write_normal(a, y, column(i), raw[i], mean, rstd);
+    if (column(i) < width) write_normal<T, W>(a, y, column(i), raw[i], mean, rstd);
   }
   if (lane == 0 && width) {
     a.rstd[row] = rstd;
@@ -169,7 +186,7 @@ __global__ void __launch_bounds__(kPieces, kResidentPieces / kPieces) norm_fwd_k
   }
   const float rstd = reciprocal_root(over_block(sum, Add(), parts[1]) / static_cast<float>(a.width) + a.eps);
   T* y = at<T>(a.y, row);
-  for (int64_t c = first; c < a.width; c += step) write_normal(a, y, c, load<T, N>(x + c), mean, rstd);
+  for (int64_t c = first; c < a.width; c += step) write_normal<T, Weight::any>(a, y, c, load<T, N>(x + c), mean, rstd);
   if (threadIdx.x == 0) {
     a.rstd[row] = rstd;
     if constexpr (CENTERED) a.mean[row] = mean;
@@ -271,20 +288,6 @@ __device__ __forceinline__ void write_share(float (&sums)[kVectors][N], float* s
   __syncthreads();
 }
 
-// What the weights are: none, of x's dtype, or float32 where x is not.
-enum class Weight { none, same, floats };
-
-template <class T, Weight W, int N>
-__device__ __forceinline__ void load_weight(const void* p, int c, float (&out)[N]) {
-  if constexpr (W == Weight::none) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = 1.0f;
-  } else {
-    using S = std::conditional_t<W == Weight::same, T, float>;
-    unpack(load<S, N>(static_cast<const S*>(p) + c), out);
-  }
-}
-
 // Sum of g xhat and, with a mean, of g over the threads of a row.
 template <bool CENTERED, bool BLOCK>
 __device__ __forceinline__ Sums over_row(Sums sums, Sums* shared, int lanes) {
@@ -351,7 +354,7 @@ __global__ void __launch_bounds__(BLOCK ? kBackwardMost : kPart, BLOCK ? 1 : kRe
 
     const T* own = reinterpret_cast<const T*>(mine + stage * 2 * plane);
     const auto fetched = [&](int which, int i) { return load<T, N>(own + (which * plane + i * threads) * N); };
-    const auto weight = [&](int i, float(&w)[N]) { load_weight<T, W>(a.weight, column(i) < width ? column(i) : 0, w); };
+    const auto weight = [&](int i, float(&w)[N]) { load_weight<T, W>(a.weight, true, column(i) < width ? column(i) : 0, w); };
     Sums sums{0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -540,12 +543,12 @@ void with_norm(Dtype dtype, bool centered, F f) {
   });
 }
 
-// f(W) for the weights of a backward.
+// f(W) for weights.
 template <class T, class F>
-void with_weight(const NormBackward& a, F f) {
-  if (!a.weight) {
+void with_weight(const void* weight, bool floats, F f) {
+  if (!weight) {
     f(std::integral_constant<Weight, Weight::none>{});
-  } else if (sizeof(T) == 4 || !a.float_weights) {
+  } else if (sizeof(T) == 4 || !floats) {
     f(std::integral_constant<Weight, Weight::same>{});
   } else if constexpr (sizeof(T) != 4) {
     f(std::integral_constant<Weight, Weight::floats>{});
@@ -566,10 +569,12 @@ void norm_forward(const NormForward& a, Dtype dtype, cudaStream_t stream) {
       launch(norm_fwd_kernel_pieces<T, 1, C>, a.rows, kPieces, 0, stream, a);
     } else if (!d.threads) {
       launch(norm_fwd_kernel_pieces<T, kWide<T>, C>, a.rows, kPieces, 0, stream, a);
-    } else if (d.block) {
-      launch(norm_fwd_kernel<T, C, true>, a.rows, d.threads, 0, stream, a, d.lanes);
     } else {
-      launch(norm_fwd_kernel<T, C, false>, ceil_div(a.rows * d.lanes, kPart), kPart, 0, stream, a, d.lanes);
+      const int64_t blocks = d.block ? a.rows : ceil_div(a.rows * d.lanes, kPart);
+      with_weight<T>(a.weight, a.float_weights, [&](auto w) {
+        const auto kernel = d.block ? norm_fwd_kernel<T, w.value, C, true> : norm_fwd_kernel<T, w.value, C, false>;
+        launch(kernel, blocks, d.threads, 0, stream, a, d.lanes);
+      });
     }
   });
 }
@@ -587,7 +592,7 @@ void norm_backward(const NormBackward& a, Dtype dtype, int device, cudaStream_t 
     } else if (!d.threads) {
       launch(norm_bwd_kernel_pieces<T, kWide<T>, C>, p.blocks, kPieces, 0, stream, a);
     } else {
-      with_weight<T>(a, [&](auto w) {
+      with_weight<T>(a.weight, a.float_weights, [&](auto w) {
         const auto kernel = d.block ? norm_bwd_kernel<T, w.value, C, true> : norm_bwd_kernel<T, w.value, C, false>;
         launch(kernel, p.blocks, d.threads, buffer_bytes(d), stream, a, d.lanes, d.vectors);
       });
