@@ -5,16 +5,18 @@
     python bench/stream_gpu.py --quick                # two lengths, those of `make gpu`
 
 A causal language model in bf16, batch 1: token ids in, loss out, forward and backward. Streamed from page-locked host
-memory, and, where it fits, the resident executor and PyTorch's blocks under torch.utils.checkpoint over its best SDPA
-backend. Peaks are the allocator's, above weights, gradients and token ids. Model FLOPs count causal attention as half
-and recomputation not at all; their utilisation is of the bf16 rate in the chip's data sheet and, beside it, of a matrix
-product in the same run. "hidden" is the share of the copies' time during which a kernel ran too, from a profiler's
-trace of a step. Writes bench/results/stream_<device>.json after every case.
+memory, by our attention and by cuDNN's (PYCKPT_ATTENTION=cudnn), and, where it fits, the resident executor and
+PyTorch's blocks under torch.utils.checkpoint over its best SDPA backend. Peaks are the allocator's, above weights,
+gradients and token ids. Model FLOPs count causal attention as half and recomputation not at all; their utilisation is
+of the bf16 rate in the chip's data sheet and, beside it, of a matrix product in the same run. "hidden" is the share
+of the copies' time during which a kernel ran too, from a profiler's trace of a step. Writes
+bench/results/stream_<device>.json after every case.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -34,7 +36,7 @@ from pyckpt.compare.baseline import PlainCausalLM
 from pyckpt.measure.flops import causal_lm_flops
 from pyckpt.measure.units import format_bytes, format_seconds
 
-STREAMED, RESIDENT, CHECKPOINT = "streamed", "resident", "checkpoint"
+STREAMED, CUDNN, RESIDENT, CHECKPOINT = "streamed", "cudnn", "resident", "checkpoint"
 AIMS: dict[str, Any] = {"spread": 0.01, "hidden": 0.95, "utilisation": 0.40, "from_tokens": 131072}
 PEAK = {"h100": 989.4, "h200": 989.4, "a100": 312.0}  # dense bf16 TFLOP/s, of the makers' data sheets
 LLAMA: dict[str, Any] = {"vocab_size": 32000, "d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336}
@@ -50,7 +52,7 @@ def main() -> int:
     parser.add_argument("--tile", type=int, default=None, help="default 4096 and 8192")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps; 1: no other before it, and no trace")
     parser.add_argument("--quick", action="store_true", help="two lengths and one tile")
-    parser.add_argument("--only", nargs="+", choices=(STREAMED, RESIDENT, CHECKPOINT))
+    parser.add_argument("--only", nargs="+", choices=(STREAMED, CUDNN, RESIDENT, CHECKPOINT))
     parser.add_argument("--budget", type=float, default=600.0, help="seconds; no case begins that would pass it")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
@@ -110,7 +112,7 @@ class Run:
                     row["failed"] = "no time was left"
                 else:
                     with steps.noting_failure(row):
-                        row |= self._measure(length, step, name == STREAMED and self.repeats > 1)
+                        row |= self._measure(length, step, name in (STREAMED, CUDNN) and self.repeats > 1)
                     steps.free(self.device)
                 rows.append(row)
                 figures["spread"] = spread(rows)
@@ -122,7 +124,8 @@ class Run:
     def _variants(self, length: int, tiles: Iterable[int]) -> Iterable[tuple[str, int | None, Step]]:
         for tile in tiles:
             stream = pyckpt.Stream(tile, "host")
-            yield STREAMED, tile, lambda tokens, stream=stream: self.ours.loss(tokens, stream=stream).backward()
+            for name, attention in ((STREAMED, "triton"), (CUDNN, "cudnn")):
+                yield name, tile, functools.partial(self._streamed, stream, attention)
             del stream  # and its host memory with it, once the next case begins
         yield RESIDENT, None, lambda tokens: self.ours.loss(tokens).backward()
         setup = block_gpu.Setup(
@@ -137,6 +140,10 @@ class Run:
                 self.plain.loss(tokens).backward()
 
         yield CHECKPOINT, None, checkpointed
+
+    def _streamed(self, stream: pyckpt.Stream, attention: str, tokens: torch.Tensor) -> None:
+        with block_gpu.environment(PYCKPT_ATTENTION=attention):
+            self.ours.loss(tokens, stream=stream).backward()
 
     def _measure(self, length: int, step: Step, traced: bool) -> Row:
         tokens = torch.randint(0, self.config["vocab_size"], (1, length), device=self.device)

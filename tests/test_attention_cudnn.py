@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pyckpt
 from pyckpt.ops import attention_cudnn
 from pyckpt.ops.reference import visible_keys
 from pyckpt.triton_kernels.attention import Options
@@ -40,11 +41,79 @@ def chosen(sq=7, sk=7, v_dim=64, options=None, **kind):
 @given(sq=LENGTHS, sk=LENGTHS, left=BOUNDS, right=BOUNDS, top_left=st.booleans())
 def test_a_mask_is_cudnns_or_is_left_to_us(sq, sk, left, right, top_left):
     found = chosen(sq, sk, options=Options(window=(left, right), top_left=top_left))
-    wanted = visible_keys(sq, sk, (left, right), 0 if top_left else None)
+    assert_right(found, visible_keys(sq, sk, (left, right), 0 if top_left else None))
+
+
+@given(sq=LENGTHS, sk=LENGTHS, left=BOUNDS, right=BOUNDS, q_start=st.integers(0, 20), k_start=st.integers(0, 20))
+def test_so_is_the_mask_of_a_pair_of_tiles(sq, sk, left, right, q_start, k_start):
+    found = chosen(sq, sk, options=Options(window=(left, right), q_start=q_start, k_start=k_start))
+    assert_right(found, visible_keys(sq, sk, (left, right), q_start - k_start))
+
+
+def assert_right(found, wanted):
+    """What cuDNN would let be seen is what is wanted, and it is left to us only where it has no mask for that."""
+    whole = torch.ones_like(wanted)
     if found is None:
-        return
-    theirs = torch.ones(sq, sk, dtype=torch.bool)
-    assert torch.equal(theirs.tril() if found else theirs, wanted)
+        causal = wanted.shape[0] == wanted.shape[1] and torch.equal(whole.tril(), wanted)
+        assert not causal and not torch.equal(whole, wanted)
+    else:
+        assert torch.equal(whole.tril() if found else whole, wanted)
+
+
+def by_products(q, k, v, scale, is_causal):
+    """(o, lse) as cuDNN makes them."""
+    q, k, v = (t.transpose(1, 2).float() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT * scale
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), scores.logsumexp(-1)
+
+
+def shares_by_products(do, q, k, v, o, lse, scale, is_causal):
+    """(dq, dk, dv) of these keys, from o and lse over all keys."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v, o, do = (t.transpose(1, 2).float() for t in (q, k, v, o, do))
+    wide_k, wide_v = (t.repeat_interleave(group, 1) for t in (k, v))
+    p = (q @ wide_k.mT * scale - lse[..., None]).exp()
+    if is_causal:
+        p = p.tril()
+    ds = p * (do @ wide_v.mT - (do * o).sum(-1, keepdim=True)) * scale
+    dk, dv = ((m.mT @ t).unflatten(1, (-1, group)).sum(2) for m, t in ((ds, q), (p, do)))
+    return tuple(t.transpose(1, 2).half() for t in (ds @ wide_k, dk, dv))
+
+
+def test_the_pairs_of_a_stream_that_are_cudnns(monkeypatch):
+    """What it makes of a tile of keys is merged, and its gradients are added, to those of the other tiles."""
+    found = {"forward": [], "backward": []}
+    for name, fn in (("forward", by_products), ("backward", shares_by_products)):
+        monkeypatch.setattr(attention_cudnn, name, lambda *a, n=name, f=fn: found[n].append(a[-1]) or f(*a))
+    right = attention_cudnn.causal
+    monkeypatch.setattr(attention_cudnn, "causal", lambda *a: right(*map(as_on_cuda, a[:3]), a[3]))
+    monkeypatch.setenv("PYCKPT_BACKEND", "triton")
+    block = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96}
+    tokens = torch.randint(0, 50, (1, 41))
+    model = pyckpt.CkptCausalLM(vocab_size=50, n_layers=2, **block, dtype=torch.float16)
+
+    def step(stream):
+        model.zero_grad()
+        loss = model.loss(tokens, stream=stream)
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
+
+    got = step(pyckpt.Stream(16))
+    # Tiles of 16, 16 and 9 tokens in two layers, the last with its loss: on the diagonal, and whole before it.
+    assert sorted(found["forward"]) == [False] * 6 + [True] * 6
+    assert sorted(found["backward"]) == [False] * 6 + [True] * 6
+    monkeypatch.setenv("PYCKPT_ATTENTION", "triton")
+    want = step(pyckpt.Stream(16))
+    assert len(found["forward"]) == 12
+    for name, t in want.items():
+        assert torch.allclose(got[name].float(), t.float(), rtol=2e-2, atol=2e-3 * float(t.abs().max())), name
+
+
+def as_on_cuda(t):
+    return SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=t.dtype, shape=t.shape, numel=t.numel)
 
 
 def test_the_usual_masks_are_taken():

@@ -177,6 +177,21 @@ def test_a_block_with_cudnns_attention(options, length, dtype, unpoisoned, monke
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_stream_with_cudnns_attention(dtype, monkeypatch):
+    """Pairs of tiles that are seen whole, or to the diagonal, are cuDNN's; of a window's edge they are ours."""
+    calls = []
+    for name in ("tile_forward", "tile_backward"):
+        right = getattr(attention_cudnn, name)
+        monkeypatch.setattr(attention_cudnn, name, lambda *a, name=name, right=right: calls.append(name) or right(*a))
+    monkeypatch.setenv("PYCKPT_ATTENTION", "cudnn")
+    model = make_lm(dtype)
+    tokens = random_tokens(2, 701)
+    ours = results(model, tokens, stream=pyckpt.Stream(200))
+    assert set(calls) == {"tile_forward", "tile_backward"}
+    assert_as_good(ours, *(results(twin(model, d), tokens) for d in (dtype, torch.float64)), dtype)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_loss_of_a_large_vocabulary(recompute):
     x = torch.randn(2100, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.ops.direct import ops
+
 Gradients = tuple[Tensor, Tensor, Tensor]
 VARIABLE = "PYCKPT_ATTENTION"
 KINDS = ("triton", "cudnn", "hopper")
@@ -38,13 +40,18 @@ def causal(q: Tensor, k: Tensor, v: Tensor, options: Any) -> bool | None:
     dims = (q.shape[-1], v.shape[-1])
     if max(dims) > _MAX_HEAD_DIM or any(d % 8 for d in dims) or not torch.backends.cudnn.is_available():
         return None
+    return _mask(q.shape[1], k.shape[1], options)
+
+
+def _mask(queries: int, keys: int, options: Any) -> bool | None:
+    """Whether query i sees the keys up to i alone; None if neither these nor all. A pair of tiles may be either."""
     left, right = options.window
-    farthest = q.shape[1] + k.shape[1]  # of a query from a key, however the two are aligned
-    if 0 <= left < farthest or 0 < right < farthest:
+    first = options.diagonal(queries, keys)  # where the first query stands on the keys' axis
+    if left >= 0 and first + queries - 1 > left:
         return None
-    if right != 0:
+    if right < 0 or first + right >= keys - 1:
         return False
-    return True if q.shape[1] == k.shape[1] else None
+    return True if first + right == 0 and queries == keys else None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -76,3 +83,24 @@ def backward(
     )
     dq, dk, dv = (t.transpose(1, 2).contiguous() for t in found)
     return dq, dk, dv
+
+
+def tile_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, is_causal: bool) -> None:
+    """Merge what the queries make of these keys into the running (o, lse): float32, (B, S, H, Dv) and (B, H, S)."""
+    ops.attention_merge_(o, lse, *forward(q, k, v, scale, is_causal))
+
+
+def tile_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    is_causal: bool,
+    grads: Gradients,
+) -> None:
+    """Add these keys' share to dq, dk and dv, from o and lse over all keys. It is rounded to q's dtype before."""
+    for total, part in zip(grads, backward(do, q, k, v, o, lse.contiguous(), scale, is_causal), strict=True):
+        total.add_(part)

@@ -16,6 +16,7 @@ from pyckpt.ops.registry import implement
 from pyckpt.ops.triton_backend import kernels, rounds_badly
 
 _OPTIONS = 11  # from cu_seqlens_q to top_left; what follows is an op's own
+_TILE_OUTPUT = 10  # of a pair of tiles: where o stands among its options
 
 
 def _served(q: Tensor, v: Tensor) -> bool:
@@ -139,7 +140,11 @@ def attention_tile_fwd_(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
         return op.attention_tile_fwd_(q, k, v, o, lse, *options)
     if rounds_badly(q):
         q, k, v = _float(q, k, v)
-    kernels("attention").forward(q, k, v, _tile_options(*options), into=(o, lse))
+    given = _tile_options(*options)
+    causal = cudnn.causal(q, k, v, given)
+    if causal is not None:
+        return cudnn.tile_forward(q, k, v, o, lse, given.scale, causal)
+    kernels("attention").forward(q, k, v, given, into=(o, lse))
     return None
 
 
@@ -160,5 +165,10 @@ def attention_tile_bwd_(
         return op.attention_tile_bwd_(do, q, k, v, lse, delta, dq, dk, dv, *options)
     if rounds_badly(q):
         do, q, k, v = _float(do, q, k, v)
-    kernels("attention").backward(do, q, k, v, lse, delta, _tile_options(*options), into=(dq, dk, dv))
+    given, o = _tile_options(*options), options[_TILE_OUTPUT] if len(options) > _TILE_OUTPUT else None
+    if o is not None:
+        causal = cudnn.causal(q, k, v, given)
+        if causal is not None:
+            return cudnn.tile_backward(do, q, k, v, o, lse, given.scale, causal, (dq, dk, dv))
+    kernels("attention").backward(do, q, k, v, lse, delta, given, into=(dq, dk, dv))
     return None
