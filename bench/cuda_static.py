@@ -144,7 +144,7 @@ def main() -> int:
     for row in figures["rows"]:
         print(
             f"{row['what']:28} {row['registers']:4d} registers, {row['blocks']} blocks, {row['over_needed']:.1f} x, "
-            f"{'' if row['issue'] is None else format(row['issue'], '.0%')} of its time issuing"
+            f"issuing {'?' if row['issue'] is None else format(row['issue'], '.0%')}"
         )
     for k in every:
         if k["spilled"] or k["stack"]:

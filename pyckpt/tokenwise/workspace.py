@@ -27,3 +27,7 @@ class Workspace:
             self._buffers.pop((name, dtype), None)
             buffer = self._buffers[name, dtype] = torch.empty(numel, dtype=dtype, device=self._device)
         return buffer[:numel].view(shape)
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._buffers.clear()
