@@ -237,8 +237,10 @@ def plan_of(width: int, size: int, centered: bool, add: bool, arch: str) -> Plan
 
 
 def _stages(size: int, arch: str) -> int:
-    """Two tiles ahead, as far as Ampere's shared memory goes. Not on AMD's, which has 64 KiB."""
-    return 1 if arch.startswith("gfx") else 3 if size == 2 else 2
+    """Two tiles ahead, as far as Ampere's shared memory goes; none on AMD's 64 KiB, and none of float64."""
+    if arch.startswith("gfx") or size > 4:
+        return 1
+    return 3 if size == 2 else 2
 
 
 def backward(
