@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -217,3 +218,22 @@ def test_trains():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[0] > 3.5 and losses[-1] < 0.1
+
+
+def test_it_takes_the_keywords_of_a_block():
+    of_block, of_model = (inspect.signature(c).parameters for c in (pyckpt.CkptTransformerBlock, pyckpt.CkptCausalLM))
+    assert set(of_block) - {"causal"} <= set(of_model)
+    assert all(of_model[n].default == p.default for n, p in of_block.items() if n in of_model)
+
+
+def test_a_residual_multiplier():
+    tokens = torch.randint(0, 31, (2, 19))
+    kind = {"vocab_size": 31, "n_layers": 2, "d_model": 24, "n_heads": 2, "residual_multiplier": 0.22}
+    model = pyckpt.CkptCausalLM(**kind, dtype=torch.float64)
+    plain = PlainCausalLM(**kind, dtype=torch.float64)
+    plain.load_state_dict(model.state_dict())
+    assert_exact(model.loss(tokens), plain.loss(tokens))
+    assert_exact(model.loss(tokens, stream=pyckpt.Stream(8)), plain.loss(tokens))
+    again = pyckpt.CkptCausalLM(**model.config, dtype=torch.float64)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.loss(tokens), model.loss(tokens))
