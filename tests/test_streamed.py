@@ -23,6 +23,7 @@ from test_model import loss_and_grads, make_lm
 import pyckpt
 from pyckpt.compare.baseline import PlainCausalLM
 from pyckpt.exec.schedule import Advance, Back, by_segments, by_slots, without_gradient
+from pyckpt.store import mapped
 
 # Sums of about a hundred terms in another order: some hundred units in the last place of a float64; times ten for
 # gradients that nearly cancel.
@@ -503,8 +504,10 @@ def test_the_binomial_schedule(blocks, slots, repeats):
     assert most <= slots + 2
 
 
-def test_an_estimate_bounds_the_peak_before_anything_runs():
+@pytest.mark.parametrize("usable", [True, False], ids=["mapped", "copied"])
+def test_an_estimate_bounds_the_peak_before_anything_runs(usable, monkeypatch):
     """Above weights' gradients; the store's bytes are exact."""
+    monkeypatch.setattr(mapped, "USABLE", usable and mapped.USABLE)
     for options in ({}, {"save": "input", "n_kv_heads": 1}, {"mlp": "gelu", "segments": 2}):
         model = pyckpt.CkptCausalLM(VOCAB, 3, 64, 4, d_ff=128, **options)
         opened = []
@@ -519,9 +522,10 @@ def test_an_estimate_bounds_the_peak_before_anything_runs():
             model.loss(torch.randint(0, VOCAB, (1, 512)), stream=kept).backward()
         assert opened == [found.store_bytes]
         assert 0.3 * found.device_bytes < m.peak_bytes <= found.device_bytes + handed_over
-        assert found.bytes_in > found.bytes_out > 0
         assert found.seconds(1e9) == pytest.approx(found.flops / 1e9)
-        assert found.seconds(1e30, 1e6) == pytest.approx(found.bytes_in / 1e6)
+        if not mapped.USABLE:
+            assert found.bytes_in > found.bytes_out > 0
+            assert found.seconds(1e30, 1e6) == pytest.approx(found.bytes_in / 1e6)
         assert "in the file store" in str(found)
     with pytest.raises(ValueError, match="needs at least"):
         stream(128, limit=100).estimate(model, 512)
@@ -558,6 +562,23 @@ def test_estimates_of_a_stack():
     trained, frozen = stack.requires_grad_(True), copy.deepcopy(stack).requires_grad_(False)
     assert kept.estimate(frozen, 512).device_bytes < kept.estimate(trained, 512).device_bytes
     assert kept.estimate(frozen, 512).flops < kept.estimate(trained, 512).flops
+
+
+@pytest.mark.parametrize("mapped_files", [True, False])
+def test_estimates_count_what_a_store_takes_of_the_device(mapped_files, monkeypatch):
+    """All tiles where they lie in its memory, a ring where they are copied, nothing where a file is mapped."""
+    if mapped_files and not mapped.USABLE:
+        pytest.skip("files are not mapped here")
+    monkeypatch.setattr(mapped, "USABLE", mapped_files)
+    stack = pyckpt.CkptTransformer([pyckpt.CkptTransformerBlock(64, 4, d_ff=128) for _ in range(2)])
+    found = {kind: stream(64, kind).estimate(stack, 2048) for kind in pyckpt.store.STORES}
+    beside = found["device"].device_bytes - found["device"].store_bytes
+    assert found["host"].device_bytes == found["device"].device_bytes and found["host"].bytes_in == 0
+    ring = found["file"].device_bytes - beside
+    if mapped_files:
+        assert ring == found["file"].bytes_in == found["file"].bytes_out == 0
+    else:
+        assert 0 < ring < found["file"].store_bytes and found["file"].bytes_in > found["file"].bytes_out > 0
 
 
 @pytest.mark.parametrize(

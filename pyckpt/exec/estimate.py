@@ -23,9 +23,9 @@ class Estimate:
     """One step, forward and backward, of a model on a sequence.
 
     store_bytes: what the store takes, of its `kind`. device_bytes: on the device, above weights and their gradients:
-    the ring of tiles, one tile's scratch, one block's float32 gradient sums and those of embedding and head, and the
-    store itself where it is there. flops: executed, with all that is made again. bytes_in, bytes_out: copied to and
-    from the device, at most.
+    the ring of tiles where the store copies them, one tile's scratch, one block's float32 gradient sums and those of
+    embedding and head, and the store itself where it is there. flops: executed, with all that is made again. bytes_in,
+    bytes_out: copied to and from the device, at most.
     """
 
     kind: str
@@ -94,8 +94,7 @@ def _products(weight: Tensor, experts_per_token: int) -> float:
 def estimate(stack: Stack, store: Store, works: Sequence[Work], end_weights: int, vocab: int) -> Estimate:
     """works: of each block. end_weights: trained numbers of embedding and head; 0, as `vocab`, for blocks alone."""
     plan = store_plan(stack)
-    away = stack.device.type == "cuda" if store.kind == "host" else store.kind == "file"
-    device = plan.buffer_bytes if away else plan.store_bytes
+    device = store.device_bytes(plan, stack.device)
     device += _scratch(stack) + (max(w.gradients for w in works) + end_weights) * acc_dtype(stack.dtype).itemsize
     device += min(plan.tile * vocab, _LOGITS.get(stack.device.type, _LOGITS["cuda"])) * 3 * 4
     steps = list(stack.schedule)
@@ -104,7 +103,7 @@ def estimate(stack: Stack, store: Store, works: Sequence[Work], end_weights: int
     flops = 6.0 * stack.layout.tokens * stack.d_model * vocab
     flops += sum(works[b].forward for b in ahead) + sum(works[b].backward for b in walked_back)
     flops += sum(works[b].attention for b in walked_back if not stack.plans[b].save.attention)
-    bytes_in, bytes_out = _copies(stack, len(ahead), len(walked_back)) if away else (0, 0)
+    bytes_in, bytes_out = _copies(stack, len(ahead), len(walked_back)) if store.copies(stack.device) else (0, 0)
     return Estimate(store.kind, plan.store_bytes, device, flops, bytes_in, bytes_out)
 
 

@@ -89,6 +89,14 @@ class Store(ABC):
         """Reserve all that the plan needs. Raises ValueError where the limit, MemoryError or OSError where the machine
         doesn't have it; nothing has run by then."""
 
+    def copies(self, device: torch.device) -> bool:
+        """Whether tiles come to the device by copies, into a ring of buffers there."""
+        return True
+
+    def device_bytes(self, plan: Plan, device: torch.device) -> int:
+        """What it takes of the device's memory: the ring, or all tiles where they are there."""
+        return plan.buffer_bytes if self.copies(device) else plan.store_bytes
+
     def check(self, plan: Plan) -> None:
         """Raise ValueError when the plan needs more than the limit."""
         if self.limit is not None and plan.store_bytes > self.limit:

@@ -47,6 +47,9 @@ class DeviceStore(_Reusing):
 
     kind = "device"
 
+    def copies(self, device: torch.device) -> bool:
+        return False
+
     def open(self, plan: Plan, device: torch.device) -> OpenStore:
         self.check(plan)
         slabs = self._memory((plan, device), lambda: allocate(plan, device))
@@ -58,10 +61,13 @@ class HostStore(_Reusing):
 
     kind = "host"
 
+    def copies(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
     def open(self, plan: Plan, device: torch.device) -> OpenStore:
         self.check(plan)
         kind = (plan, device.type)
-        if device.type != "cuda":
+        if not self.copies(device):
             slabs = self._memory(kind, lambda: self._reserve(plan, lambda: allocate(plan, device)))
             return InMemory(plan, device, slabs, lambda memory: self._keep(kind, memory))
         memory = self._memory(kind, lambda: self._reserve(plan, lambda: HostMemory(plan)))
@@ -84,10 +90,16 @@ class FileStore(_Reusing):
         super().__init__(limit)
         self.path = scratch_folder(path)
 
+    def copies(self, device: torch.device) -> bool:
+        return device.type != "cpu" or not mapped.USABLE
+
+    def device_bytes(self, plan: Plan, device: torch.device) -> int:
+        return plan.buffer_bytes if self.copies(device) else 0  # tiles are lent where they are, in the file
+
     def open(self, plan: Plan, device: torch.device) -> OpenStore:
         self.check(plan)
         kind = (plan, device)
-        if device.type == "cpu" and mapped.USABLE:
+        if not self.copies(device):
             file = self._memory(kind, lambda: mapped.MappedFile(plan, self.path))
             return mapped.Mapped(plan, device, file, lambda: self._keep(kind, file))
         scratch = self._memory(kind, lambda: ScratchFile(plan, self.path, device))
