@@ -238,6 +238,12 @@ struct Normal {
   }
 };
 
+#ifdef PYCKPT_EMULATED
+inline void copy_16_bytes(uint4* to, const void* from, bool there) { emulator::copy_later(to, from, there); }
+inline void end_of_copies() { emulator::commit_copies(); }
+inline void wait_for_copies_before() { emulator::wait_for_copies(1); }
+inline void wait_for_all_copies() { emulator::wait_for_copies(0); }
+#else
 // 16 bytes, or zeros; `from` is not read then.
 __device__ __forceinline__ void copy_16_bytes(uint4* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
@@ -261,6 +267,13 @@ __device__ __forceinline__ void wait_for_copies_before() {
   asm volatile("cp.async.wait_group 1;" ::: "memory");
 #endif
 }
+
+__device__ __forceinline__ void wait_for_all_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+#endif
 
 // Sum over the rows of a warp's groups, then over the warps, and write the block's share of a row of weights.
 template <int N>
@@ -427,7 +440,8 @@ __global__ void __launch_bounds__(BLOCK ? kBackwardMost : kPart, BLOCK ? 1 : kRe
       }
     }
   } else {
-    __syncthreads();  // no thread is to write where another still reads its row
+    wait_for_all_copies();  // the zeros beyond the last row may still be on their way into the buffer
+    __syncthreads();        // no thread is to write where another still reads its row
     write_share(dw, dw_share, reinterpret_cast<float*>(buffer), lanes, a.width);
     if constexpr (CENTERED) write_share(db, db_share, reinterpret_cast<float*>(buffer), lanes, a.width);
   }

@@ -98,7 +98,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["dense", "gaps", "misaligned"])
 # --- norms --------------------------------------------------------------------------------------------------
 
 # Parts of a warp, whole warps, blocks of every size, pieces; odd ones, which go without vectors; more rows than blocks.
-SHAPES = [(1, 1), (9, 8), (70, 64), (67, 96), (35, 128), (9, 520), (7, 1000), (3, 1024), (5, 1032), (3, 2048)]
+SHAPES = [(1, 1), (9, 8), (70, 64), (300, 96), (35, 128), (9, 520), (45, 1000), (77, 1024), (5, 1032), (3, 2048)]
 SHAPES += [(19, 4096), (13, 5120), (5, 16384), (2, 20000), (11, 33), (5, 4097)]
 
 
