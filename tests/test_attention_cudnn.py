@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from blocks import assert_as_good
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,21 +97,20 @@ def test_the_pairs_of_a_stream_that_are_cudnns(monkeypatch):
     tokens = torch.randint(0, 50, (1, 41))
     model = pyckpt.CkptCausalLM(vocab_size=50, n_layers=2, **block, dtype=torch.float16)
 
-    def step(stream):
+    def step(model, stream):
         model.zero_grad()
         loss = model.loss(tokens, stream=stream)
-        loss.backward()
+        (1000 * loss).backward()  # a token's share is small enough for float16 to lose bits of it
         return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
 
-    got = step(pyckpt.Stream(16))
+    got = step(model, pyckpt.Stream(16))
     # Tiles of 16, 16 and 9 tokens in two layers, the last with its loss: on the diagonal, and whole before it.
     assert sorted(found["forward"]) == [False] * 6 + [True] * 6
     assert sorted(found["backward"]) == [False] * 6 + [True] * 6
     monkeypatch.setenv("PYCKPT_ATTENTION", "triton")
-    want = step(pyckpt.Stream(16))
+    ours = step(model, pyckpt.Stream(16))
     assert len(found["forward"]) == 12
-    for name, t in want.items():
-        assert torch.allclose(got[name].float(), t.float(), rtol=2e-2, atol=2e-3 * float(t.abs().max())), name
+    assert_as_good(got, ours, step(copy.deepcopy(model).double(), None), torch.float16)
 
 
 def as_on_cuda(t):
