@@ -89,8 +89,10 @@ def issue(launch: Launch, instructions: dict[str, tuple[int, int]], name: str) -
 def counted(folder: Path) -> dict[str, tuple[int, int]]:
     """The instructions of every kernel, by its mangled name; empty without a disassembler."""
     program = sass.disassembler()
-    sources = {launch.source for launch in LAUNCHES} if program else set()
-    return {n: k for s in sources for n, k in sass.instructions(program or "", folder / f"{s}.o", "sm_90").items()}
+    if program is None:
+        return {}
+    sources = {launch.source for launch in LAUNCHES}
+    return {n: k for s in sources for n, k in sass.instructions(program, folder / f"{s}.o", "sm_90").items()}
 
 
 def rows(kernels: dict[str, list[dict[str, Any]]], instructions: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:

@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(BLOCK ? kBackwardMost : kPart, BLOCK ? 1 : kRe
 
     const T* own = reinterpret_cast<const T*>(mine + stage * 2 * plane);
     const auto fetched = [&](int which, int i) { return load<T, N>(own + (which * plane + i * threads) * N); };
-    const auto weight = [&](int i, float(&w)[N]) { load_weight<T, W>(a.weight, true, column(i) < width ? column(i) : 0, w); };
+    const auto weight = [&](int i, float(&w)[N]) { load_weight<T, W>(a.weight, a.float_weights, column(i) < width ? column(i) : 0, w); };
     Sums sums{0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {

@@ -25,7 +25,7 @@ def _load(p, o_r, o_c, stride, m, ACC: tl.constexpr):
 
 
 @triton.jit
-def _store(p, b, o_r, o_c, stride, m):
+def store(p, b, o_r, o_c, stride, m):
     tl.store(p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], b.to(p.dtype.element_ty), mask=m)
 
 
@@ -47,7 +47,7 @@ def _summed(
     x = _load(p_x, o_r, o_c, stride_x, m, ACC)
     if RESIDUAL:
         x = (x + _load(p_res, o_r, o_c, stride_res, m, ACC)).to(p_sum.dtype.element_ty)
-        _store(p_sum, x, o_r, o_c, stride_sum, m)
+        store(p_sum, x, o_r, o_c, stride_sum, m)
         x = x.to(ACC)
     return x
 
@@ -99,7 +99,7 @@ def norm_fwd_kernel_rows(
             mean = tl.sum(x, 1) / width
         d = tl.where(m, x - mean[:, None], 0.0) if CENTERED else x
         rstd = reciprocal_root(tl.sum(d * d, 1) / width + EPS, ACC)
-        _store(p_y, _scaled(x, mean, rstd, p_w, p_b, o_c, mc, CENTERED, ACC), o_r, o_c, width, m)
+        store(p_y, _scaled(x, mean, rstd, p_w, p_b, o_c, mc, CENTERED, ACC), o_r, o_c, width, m)
     else:
         total = tl.zeros([ROWS, COLUMNS], ACC)
         for start in range(0, width, COLUMNS):
@@ -127,7 +127,7 @@ def norm_fwd_kernel_rows(
             mc = c < width
             m = mr[:, None] & mc[None, :]
             x = _load(p_in, o_r, c, stride_in, m, ACC)
-            _store(p_y, _scaled(x, mean, rstd, p_w, p_b, c, mc, CENTERED, ACC), o_r, c, width, m)
+            store(p_y, _scaled(x, mean, rstd, p_w, p_b, c, mc, CENTERED, ACC), o_r, c, width, m)
     tl.store(p_rstd + o_r, rstd, mask=mr)
     if CENTERED:
         tl.store(p_mean + o_r, mean, mask=mr)

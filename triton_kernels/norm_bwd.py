@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .norm import TILE, tile, vector
+from .norm import TILE, store, tile, vector
 from .rows import check_device, on, rows_of, rows_to_write, warps
 from .sizes import cdiv, next_power_of_2
 
@@ -30,9 +30,8 @@ WARPS = 16  # on a multiprocessor: 128 registers for each thread
 
 
 @triton.jit
-def _rounded(p, o_r, o_c, stride, m):
-    """A tile as it lies in memory. Without a mask where all of it is there."""
-    ptrs = p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+def _read(ptrs, m):
+    """Without a mask where all of it is there."""
     if m is None:
         v = tl.load(ptrs)
     else:
@@ -41,25 +40,28 @@ def _rounded(p, o_r, o_c, stride, m):
 
 
 @triton.jit
+def _rounded(p, o_r, o_c, stride, m):
+    """A tile as it lies in memory."""
+    return _read(p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], m)
+
+
+@triton.jit
 def _weight(p_w, o_c, mc, there, ACC: tl.constexpr):
     """The weights, in a branch that is always taken: what stands outside of one is fetched through shared memory for
     every row anew, instead of from the L1 cache, and kept in registers from its first use to its last."""
     w = tl.zeros(o_c.shape, p_w.dtype.element_ty)
     if there:
-        if mc is None:
-            w = tl.load(p_w + o_c)
-        else:
-            w = tl.load(p_w + o_c, mask=mc, other=0.0)
+        w = _read(p_w + o_c, mc)
     return w.to(ACC)[None, :]
 
 
 @triton.jit
-def _xhat(x, mean, rstd, CENTERED: tl.constexpr, ACC: tl.constexpr):
-    """x̂; beyond a row's end whatever it is: dy is 0 there."""
+def _centred(x, mean, CENTERED: tl.constexpr, ACC: tl.constexpr):
+    """x̂ but for rstd; beyond a row's end whatever it is: dy is 0 there."""
     t = x.to(ACC)
     if CENTERED:
         t -= mean[:, None]
-    return t * rstd[:, None]
+    return t
 
 
 @triton.jit
@@ -76,20 +78,14 @@ def _input_gradient(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Write dx, made of dy and x again: their floats are not kept over the reduction, for want of registers."""
-    t = x.to(ACC)
-    if CENTERED:
-        t -= mean[:, None]
-    t = _times_weight(dy, p_w, o_c, mc, there, ACC) - t * (dot * rstd)[:, None]
+    x = _centred(x, mean, CENTERED, ACC)
+    t = _times_weight(dy, p_w, o_c, mc, there, ACC) - x * (dot * rstd)[:, None]
     if CENTERED:
         t -= shift[:, None]
     t *= rstd[:, None]
-    ptrs = p_dx + o_r.to(tl.int64)[:, None] * stride_dx + o_c[None, :]
     if old is not None:
         t += old.to(ACC)
-    if m is None:
-        tl.store(ptrs, t.to(p_dx.dtype.element_ty))
-    else:
-        tl.store(ptrs, t.to(p_dx.dtype.element_ty), mask=m)
+    store(p_dx, t, o_r, o_c, stride_dx, m)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -139,7 +135,7 @@ def norm_bwd_kernel_rows(
             dy = _rounded(p_dy, o_r, o_c, stride_dy, m)
             x = _rounded(p_x, o_r, o_c, stride_x, m)
             old = _rounded(p_dx, o_r, o_c, stride_dx, m) if ADD else None
-            hat = _xhat(x, mean, rstd, CENTERED, ACC)
+            hat = _centred(x, mean, CENTERED, ACC) * rstd[:, None]
             if p_dw is not None:
                 dw += dy.to(ACC) * hat
                 if CENTERED:
@@ -171,7 +167,7 @@ def norm_bwd_kernel_rows(
                 dy = _rounded(p_dy, o_r, c, stride_dy, m)
                 x = _rounded(p_x, o_r, c, stride_x, m)
                 g = _times_weight(dy, p_w, c, mc, start < rows, ACC)
-                dots += g * _xhat(x, mean, rstd, CENTERED, ACC)
+                dots += g * (_centred(x, mean, CENTERED, ACC) * rstd[:, None])
                 if CENTERED:
                     shifts += g
             dot = tl.sum(dots, 1) / width
@@ -186,7 +182,7 @@ def norm_bwd_kernel_rows(
                 if p_dw is not None:
                     # This program's own row of the shares, which the launcher filled with zeros.
                     before = tl.load(p_dw + share + c, mask=mc, other=0.0)
-                    dw = tl.sum(dy.to(ACC) * _xhat(x, mean, rstd, CENTERED, ACC), 0)
+                    dw = tl.sum(dy.to(ACC) * (_centred(x, mean, CENTERED, ACC) * rstd[:, None]), 0)
                     tl.store(p_dw + share + c, before + dw, mask=mc)
                     if CENTERED:
                         before = tl.load(p_db + share + c, mask=mc, other=0.0)

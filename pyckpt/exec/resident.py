@@ -130,7 +130,6 @@ def block_backward(
     ws = Workspace(inp.x.device)
     grads = WeightGradients(wanted, count(inp.layout.tokens, plan.tile))
     need_pre = need_dx or any(n in plan.pre_names for n in wanted)
-    sinks = plan.sinks(w)
     later = {*plan.pre_names, plan.attend.sinks}
     o, lse, qkv = _attention_outputs(plan, w, inp, kept, ws)
     dx = torch.empty_like(inp.x, memory_format=torch.contiguous_format) if need_dx else None
@@ -147,6 +146,7 @@ def block_backward(
     if do is not None:
         q, k, v = qkv or _attention_inputs(plan, w, inp, kept, ws)
         del qkv
+        sinks = plan.sinks(w)
         dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed, delta, sinks)
         if sinks is not None and plan.attend.sinks in wanted:
             grads.add(str(plan.attend.sinks), plan.attend.sinks_backward(inp.layout, do, o, lse, sinks))
