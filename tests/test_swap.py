@@ -182,6 +182,19 @@ def test_the_loss_with_a_share_of_the_routers_is_the_models_own(family, of_confi
     assert without.logits is None and without.loss < before.loss
 
 
+@pytest.mark.parametrize("family", ["GraniteMoe", "Jamba", "Qwen3Moe"])
+def test_what_the_routers_made_is_recorded_once(family):
+    """By hooks that transformers sets at the first call: of a model swapped before it, or of one of its twins."""
+    model = make_model(family, output_router_logits=True)
+    other, batch = copy.deepcopy(model), make_batch("plain")
+    pyckpt.swap(model)
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not hooks
+    with pytest.warns(UserWarning, match=r"output_router_logits=True .* original forward"):
+        after = model(**batch)
+    assert_same_bits(dict(enumerate(after.router_logits)), dict(enumerate(other(**batch).router_logits)))
+
+
 def test_what_is_dropped_on_the_generic_path_is_dropped_again():
     """As LoRA drops the input of a projection: the gradient is that of the loss with the same values dropped."""
     model = make_model("Llama", torch.float64, attention_dropout=0.2)

@@ -46,6 +46,9 @@ def twin_of(
     twin.__dict__.pop("forward", None)
     if "gradient_checkpointing" in twin.__dict__:
         twin.__dict__["gradient_checkpointing"] = False
+    if hasattr(kind, "_can_record_outputs"):
+        # transformers would hook what records outputs (router_logits) into the modules that both share, for each twin.
+        twin.__dict__["_output_capturing_hooks_installed"] = True
     if config is not None:
         twin.__dict__["config"] = config_of(path, config)
     return twin
