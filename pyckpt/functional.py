@@ -42,7 +42,7 @@ def attention(
         causal: query i sees keys up to its own position; aligned bottom-right where Sq != Sk.
         window: (left, right) keys visible beside the query's own, -1 for no limit; an int is (window, 0).
         softcap: scores become softcap * tanh(scores / softcap).
-        scale: of the scores; default D ** -0.5.
+        scale: of the scores, finite; default D ** -0.5.
         sinks: (H,) float, one more score for each row of a head, of a key without a value (gpt-oss); lse
             counts it, and it has a gradient.
         alibi_slopes: (H,), or (B, H) (packed (N, H)), float: slope * distance is taken from each score (Press
@@ -68,7 +68,7 @@ def attention(
     _check_dropout(dropout, seed)
     left, right = canonical_window(causal, window)
     cap = _softcap(softcap)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, scale = _scaled(q, q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sinks, slopes = (None if t is None else t.contiguous() for t in (sinks, alibi_slopes))
     extras = (sinks, slopes, float(dropout), seed if dropout else None)
@@ -416,6 +416,15 @@ def _check_vector(name: str, t: Tensor, width: int, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({width},)")
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, x is on {x.device}; move one with .to(...)")
+
+
+def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """q and a scale above 0 with the same scores: -inf of what is hidden, times 0 or less, would hide nothing."""
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
+    if scale > 0:
+        return q, float(scale)
+    return (-q, -float(scale)) if scale < 0 else (q * 0.0, 1.0)
 
 
 def _softcap(value: float | None) -> float:

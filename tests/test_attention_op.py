@@ -119,8 +119,9 @@ class TestExact:
         check_attention(qkv(21, 21, *heads, *dims), "full")
 
     @SOFTCAP
-    def test_scale(self, softcap):
-        check_attention(qkv(20, 20), "causal", softcap=softcap, scale=1.7)
+    @pytest.mark.parametrize("scale", [1.7, 0.0, -0.4])
+    def test_scale(self, scale, softcap):
+        check_attention(qkv(20, 20), "causal", softcap=softcap, scale=scale)
 
     @ALL_MASKS
     @SOFTCAP
@@ -712,6 +713,8 @@ class TestBadInput:
             ({"softcap": -1.0}, "softcap must be None or a positive number, got -1.0"),
             ({"softcap": float("nan")}, "softcap must be None or a positive number, got nan"),
             ({"softcap": float("inf")}, "softcap must be None or a positive number, got inf"),
+            ({"scale": float("nan")}, "scale must be None or a finite number, got nan"),
+            ({"scale": float("inf")}, "scale must be None or a finite number, got inf"),
         ],
         ids=lambda value: None if isinstance(value, dict) else value[:30],
     )
