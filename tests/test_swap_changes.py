@@ -23,6 +23,7 @@ CHANGED = {
     "Phi3": {"resid_pdrop": 0.3},
     "Starcoder2": {"residual_dropout": 0.3},
     "GptOss": {"attention_dropout": 0.3},
+    "Olmo3": {"attention_dropout": 0.3},
 }
 
 
@@ -116,3 +117,20 @@ def test_an_argument_for_the_heads_own_forward():
     with pytest.warns(UserWarning, match="weight is for the model's own forward"):
         after = model(**batch, weight=torch.tensor(2.0))
     assert torch.equal(after.loss, 2 * before)
+
+
+@pytest.mark.parametrize("family", ["GraniteMoe", "Qwen3Moe"])
+def test_another_implementation_of_the_experts_is_followed(family, monkeypatch):
+    from transformers.integrations import moe
+
+    called = []
+    known = moe.ALL_EXPERTS_FUNCTIONS.items()
+    ways = {n: (lambda *a, n=n, f=f, **k: (called.append(n), f(*a, **k))[1]) for n, f in known}
+    monkeypatch.setattr(moe.ALL_EXPERTS_FUNCTIONS, "_local_mapping", ways)
+    model, batch = make_model(family), make_batch("plain")
+    pyckpt.swap(model, tile=10)
+    step(model, batch)
+    assert not called
+    model.set_experts_implementation("batched_mm")
+    step(model, batch)
+    assert set(called) == {"batched_mm"}

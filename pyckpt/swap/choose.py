@@ -50,7 +50,7 @@ class Chooser:
                 raise UnsupportedError(handed)
             block = probe.traced_block(layer, handed, why, self._save, self._tile, self._alike)
             handing = self._survey().handing
-            if handing is not None and self._fits(block.trace.attend(False)):
+            if handing is not None and self._fits(block.trace.attend(0.0)):
                 block.handing, block.place = handing, place
             return TracedLayer(layer, block, place, self._twice(layer))
         except UnsupportedError as reason:

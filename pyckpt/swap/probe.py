@@ -35,6 +35,7 @@ from pyckpt.swap.weights import Mapping
 
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
 _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above
+_ODD_RATE = 0.375
 _COUNTS = (torch.arange, torch.cumsum, Tensor.cumsum, torch.linspace)
 _UNREAD = ("output_attentions", "use_cache", "output_router_logits")
 
@@ -81,7 +82,7 @@ class _Probe:
         if watch.counted:
             raise UnsupportedError("it counts tokens by itself before its attention")
         with mode(self.layer, training=True):
-            dropout = float(self._taken()[2].options.get("dropout") or 0.0)
+            dropout = self._where_dropout_is(path) or self._dropout()
         self._check_run(path)
         trace = self._put_together(path, taken, dropout)
         trace = dataclasses.replace(trace, **self._parameters(trace, called))
@@ -107,6 +108,21 @@ class _Probe:
             raise UnsupportedError("the attention function is not called by a module of its own")
         return path, called, taken, watch
 
+    def _dropout(self) -> float:
+        return float(self._taken()[2].options.get("dropout") or 0.0)
+
+    def _where_dropout_is(self, attention: str) -> str | None:
+        """The path of the number or the `nn.Dropout` that attention's rate follows, inside the layer."""
+        for path, holder, name in _rates(self.layer.get_submodule(attention), attention):
+            before = getattr(holder, name)
+            try:
+                setattr(holder, name, _ODD_RATE)
+                if self._dropout() == _ODD_RATE:
+                    return path
+            finally:
+                setattr(holder, name, before)
+        return None
+
     def _call(self, twin: nn.Module, kind: str, x: Tensor, mask: Tensor | None = None) -> Any:
         """What the twin returns for both rows of x, or for the first alone."""
         names = {n for n, _ in (*twin.named_parameters(), *twin.named_buffers())}
@@ -125,7 +141,7 @@ class _Probe:
         if idle:
             raise UnsupportedError(f"it has {', '.join(idle)}, which it does not run")
 
-    def _put_together(self, path: str, taken: Taken, dropout: float) -> Trace:
+    def _put_together(self, path: str, taken: Taken, dropout: float | str) -> Trace:
         options, window = taken.options, self.handed.window
         self._check_options(options, taken)
         scale = options.get("scaling")
@@ -258,6 +274,14 @@ class _Probe:
         for name, buffer in self.layer.named_buffers():
             if not torch.equal(_widened(buffer), self.buffers[name]):
                 raise UnsupportedError(f"it changes its buffer {name}")
+
+
+def _rates(module: nn.Module, path: str) -> Iterator[tuple[str, Any, str]]:
+    """What may be a rate of dropout: its path, what has it, and its name there."""
+    for prefix, holder in ((path, module), (f"{path}.config", getattr(module, "config", None))):
+        values = dict(getattr(holder, "__dict__", {}))
+        yield from ((f"{prefix}.{n}", holder, n) for n, v in values.items() if "drop" in n and type(v) in (int, float))
+    yield from ((f"{path}.{n}", child, "p") for n, child in module.named_children() if type(child) is nn.Dropout)
 
 
 def _stand_in(p: Tensor) -> Tensor:

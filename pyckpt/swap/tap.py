@@ -106,7 +106,18 @@ def tapped(layer: nn.Module, configs: dict[str, Any], replaced: dict[str, nn.Mod
 
     if _NAME not in ALL_ATTENTION_FUNCTIONS:  # a model from a pickle
         ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
-    return twin_of(layer, lambda path, config: configs.get(path, config), replaced)
+
+    def config_of(path: str, config: Any) -> Any:
+        return _brought_up_to_date(configs[path], config) if path in configs else config
+
+    return twin_of(layer, config_of, replaced)
+
+
+def _brought_up_to_date(copied: Any, config: Any) -> Any:
+    """The copy, with what was set in the config since: `set_experts_implementation`, a rate, a flag."""
+    plain = {n: v for n, v in vars(config).items() if v is None or isinstance(v, (bool, int, float, str))}
+    copied.__dict__.update({n: v for n, v in plain.items() if not n.startswith("_attn_implementation")})
+    return copied
 
 
 def _attention(module: Any, *tensors: Any, **options: Any) -> tuple[Tensor, None]:

@@ -26,7 +26,7 @@ from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
-from pyckpt.swap.weights import Mapping
+from pyckpt.swap.weights import Mapping, rate_at
 from pyckpt.tokenwise.interface import Tile, Weights
 
 
@@ -37,6 +37,7 @@ class Trace:
     `attention`: the path of the module that calls the attention function. `pre`, `post`: the layer's parameters that
     each runs on. `idle`: modules that `post` need not run, with their outputs' widths. `arguments`: names of what the
     layer is called with, beside hidden states and mask. `returns`: the length of the tuple that it returns, 0 for none.
+    `dropout`: attention's rate, or the path where the layer has it.
     `draws`: it drops values by functions, which no module tells of.
     """
 
@@ -48,7 +49,7 @@ class Trace:
     window: Window
     softcap: float
     scale: float
-    dropout: float
+    dropout: float | str
     sinks: str | None
     pre: tuple[str, ...]
     post: tuple[str, ...]
@@ -57,7 +58,7 @@ class Trace:
     returns: int
     draws: bool
 
-    def attend(self, training: bool) -> DenseAttend:
+    def attend(self, dropout: float) -> DenseAttend:
         return DenseAttend(
             self.n_heads,
             self.n_kv_heads,
@@ -65,7 +66,7 @@ class Trace:
             self.window,
             self.softcap,
             self.scale,
-            self.dropout if training else 0.0,
+            dropout,
             self.sinks and SINKS,
             None if self.v_head_dim == self.head_dim else self.v_head_dim,
         )
@@ -151,7 +152,10 @@ class TracedBlock(OwnModulesBlock):
         return self._attend().dropout > 0.0 or self._drops_inside() or (self.trace.draws and training)
 
     def _attend(self) -> DenseAttend:
-        return self.trace.attend(self._layer[0].get_submodule(self.trace.attention).training)
+        layer, rate = self._layer[0], self.trace.dropout
+        if not layer.get_submodule(self.trace.attention).training:
+            return self.trace.attend(0.0)
+        return self.trace.attend(rate_at(layer, rate) if isinstance(rate, str) else rate)
 
     def weights(self) -> dict[str, Tensor]:
         return self.named(dict(self._layer[0].named_parameters()))
