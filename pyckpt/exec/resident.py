@@ -144,7 +144,7 @@ def block_backward(
     ws.clear()
     made = {n: grads.result(n, w[n]) for n in wanted if n not in later}
     if do is not None:
-        q, k, v = qkv or _attention_inputs(plan, w, inp, kept, ws)
+        q, k, v = qkv or _attention_inputs(plan, w, inp, kept, need_dx, grads, ws)
         del qkv
         sinks = plan.sinks(w)
         dq, dk, dv = plan.attend.backward(inp.layout, do, q, k, v, o, lse, inp.attention_seed, delta, sinks)
@@ -179,9 +179,14 @@ def _attention_outputs(
 
 
 def _attention_inputs(
-    plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, ws: Workspace
+    plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, need_dx: bool, grads: WeightGradients, ws: Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as attention reads them, kept or made again."""
+    if "v" not in kept and count(inp.layout.tokens, plan.tile) == 1:
+        q, k, v = inp.empty(plan.d_q), inp.empty(plan.d_kv), inp.empty(plan.d_v)
+        tile = inp.tile(slice(0, inp.layout.tokens), {}, ())
+        plan.tokenwise.pre_again(w, tile, q, k, v, need_dx, grads, ws)
+        return q, k, v
     if "v" not in kept:
         return _project(plan, w, inp, {}, ws)
     if not plan.keeps_raw_qk:

@@ -152,6 +152,10 @@ class SeededTokenwise(GenericTokenwise):
         with self._at(tile, PRE_SITE):
             super().pre(w, tile, *tensors)
 
+    def pre_again(self, w: Weights, tile: Tile, *rest: Any) -> None:
+        with self._at(tile, PRE_SITE):
+            super().pre_again(w, tile, *rest)
+
     def post(self, w: Weights, tile: Tile, *tensors: Any) -> None:
         with self._at(tile, POST_SITE):
             super().post(w, tile, *tensors)

@@ -6,6 +6,7 @@ The oracle of the hand-written parts, and what runs an architecture that they do
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from torch.func import functional_call
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.workspace import Workspace
+
+
+class _Recorded(NamedTuple):
+    """What `pre` made of x and of leaves in the place of weights, the `names` of which want a gradient."""
+
+    x: Tensor
+    made: tuple[Tensor, Tensor, Tensor]
+    leaves: dict[str, Tensor]
+    names: list[str]
 
 
 class GenericTokenwise:
@@ -26,6 +36,7 @@ class GenericTokenwise:
     makes_delta = False
     made_once: frozenset[str] = frozenset()
     by_autograd = True
+    _again: _Recorded | None = None
 
     def __init__(self, pre: nn.Module, post: nn.Module) -> None:
         self._pre, self._post = pre, post
@@ -36,17 +47,27 @@ class GenericTokenwise:
         return dict(w)
 
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
-        made = self._call_pre(w, tile.x, tile.positions.tensor)
-        for name, out, got in zip(("q", "k", "v"), (q, k, v), made, strict=True):
-            if out is not None:
-                _check_shape(f"pre's {name}", got, out)
-                out.copy_(got)
+        _fill((q, k, v), self._call_pre(w, tile.x.detach(), tile.positions.tensor))
+
+    def pre_again(
+        self,
+        w: Weights,
+        tile: Tile,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        need_dx: bool,
+        grads: WeightGradients,
+        ws: Workspace,
+    ) -> None:
+        self._again = self._recorded_pre(w, tile, need_dx, grads)
+        _fill((q, k, v), [t.detach() for t in self._again.made])
 
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
         raise AssertionError("a generic block keeps q and k as attention reads them")
 
     def post(self, w: Weights, tile: Tile, o: Tensor, y: Tensor, ws: Workspace) -> None:
-        got = self._call_post(w, tile.x, o)
+        got = self._call_post(w, tile.x.detach(), o.detach())
         _check_shape("post's output", got, y)
         y.copy_(got)
 
@@ -64,7 +85,7 @@ class GenericTokenwise:
         leaves, names = _leaves(w, self.post_names, grads)
         x, o = _leaf(tile.x, dx is not None), _leaf(o, do is not None)
         with torch.enable_grad():
-            y = self._call_post({**w, **leaves}, x, o)
+            y = self._call_post({**w, **leaves}, _inner(x), _inner(o))
         dx_made, do_made = _differentiate([y], [dy], [x, o], leaves, names, grads)
         for out, made in ((dx, dx_made), (do, do_made)):
             if out is not None:
@@ -81,13 +102,18 @@ class GenericTokenwise:
         grads: WeightGradients,
         ws: Workspace,
     ) -> None:
-        leaves, names = _leaves(w, self.pre_names, grads)
-        x = _leaf(tile.x, dx is not None)
-        with torch.enable_grad():
-            made = self._call_pre({**w, **leaves}, x, tile.positions.tensor)
-        (share,) = _differentiate(list(made), [dq, dk, dv], [x], leaves, names, grads)
+        again = self._again or self._recorded_pre(w, tile, dx is not None, grads)
+        self._again = None
+        (share,) = _differentiate(list(again.made), [dq, dk, dv], [again.x], again.leaves, again.names, grads)
         if dx is not None and share is not None:
             dx += share
+
+    def _recorded_pre(self, w: Weights, tile: Tile, need_dx: bool, grads: WeightGradients) -> _Recorded:
+        leaves, names = _leaves(w, self.pre_names, grads)
+        x = _leaf(tile.x, need_dx)
+        with torch.enable_grad():
+            made = self._call_pre({**w, **leaves}, _inner(x), tile.positions.tensor)
+        return _Recorded(x, made, leaves, names)
 
     def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return functional_call(self._pre, _strip(w, "pre."), (x, positions))
@@ -102,6 +128,15 @@ def _strip(w: Weights, prefix: str) -> dict[str, Tensor]:
 
 def _leaf(t: Tensor, wanted: bool) -> Tensor:
     return t.detach().requires_grad_(wanted)
+
+
+def _inner(t: Tensor) -> Tensor:
+    """The same tensor as an inner node, and in a forward without gradients `detach()`.
+
+    Hooks on modules (FlopCounterMode's) hang on the nodes of their inputs that require a gradient: a view made where
+    gradients are off has none, and on a leaf PyTorch refuses them under `torch.autograd.grad`.
+    """
+    return t.view_as(t)
 
 
 def _leaves(w: Weights, names: Sequence[str], grads: WeightGradients) -> tuple[dict[str, Tensor], list[str]]:
@@ -129,6 +164,13 @@ def _differentiate(
             grads.add(name, grad)
     by_input = iter(made[: len(wanted)])
     return [next(by_input) if t.requires_grad else None for t in inputs]
+
+
+def _fill(qkv: tuple[Tensor | None, ...], made: Sequence[Tensor]) -> None:
+    for name, out, got in zip(("q", "k", "v"), qkv, made, strict=True):
+        if out is not None:
+            _check_shape(f"pre's {name}", got, out)
+            out.copy_(got)
 
 
 def _check_shape(what: str, got: Tensor, out: Tensor) -> None:

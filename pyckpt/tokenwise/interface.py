@@ -60,6 +60,19 @@ class Tokenwise(Protocol):
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
         """Fill q, k, v with what attention reads; those that are None are not made."""
 
+    def pre_again(
+        self,
+        w: Weights,
+        tile: Tile,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        need_dx: bool,
+        grads: WeightGradients,
+        ws: Workspace,
+    ) -> None:
+        """`pre` in a backward, of its only tile, whose `pre_bwd` comes next: what it wants may be kept until then."""
+
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
         """Fill the q and k that attention reads from the raw ones in `tile.kept`."""
 

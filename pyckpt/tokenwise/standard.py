@@ -69,6 +69,19 @@ class StandardTokenwise:
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
         self.qkv.forward(w, tile, q, k, v, ws)
 
+    def pre_again(
+        self,
+        w: Weights,
+        tile: Tile,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        need_dx: bool,
+        grads: WeightGradients,
+        ws: Workspace,
+    ) -> None:
+        self.pre(w, tile, q, k, v, ws)
+
     def finish_kept(self, w: Weights, tile: Tile, q: Tensor, k: Tensor) -> None:
         self.qkv.finish(w, tile.positions, [("q", tile.kept["q"], q), ("k", tile.kept["k"], k)])
 
