@@ -5,6 +5,7 @@ Found by running the model's own forward on random hidden states in the place of
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -135,12 +136,13 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
     odd += [n for n, value in arguments.items() if n not in given and not _is_plain(value)]
     if odd:
         raise UnsupportedError(f"it calls its base model with other arguments than its own: {', '.join(odd)}")
+    known = isinstance(made, ModelOutput) and type(made).__module__.startswith("transformers.")
+    if not known:
+        raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
     product = model.get_output_embeddings()(hidden)
     scaling = next((s for s in scalings if _close(made.logits, s.of(product, model.config), hidden.dtype)), None)
     if scaling is None or not _close(made.loss, _loss(made.logits, labels), torch.float32):
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
-    if not (isinstance(made, ModelOutput) and type(made).__module__.startswith("transformers.")):
-        raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
     more = sorted({n for n, value in made.items() if value is not None} - {"loss", "logits"})
     if more:
         raise UnsupportedError(f"it makes {', '.join(more)} beside its logits")
@@ -157,9 +159,18 @@ def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
     path = next((n for n, m in model.named_modules() if m is base and n), None)
     if path is None:
         raise UnsupportedError("its base model is not a module of its own")
-    twin = twin_of(model, lambda _, config: config, {path: given})
+    twin = twin_of(model, lambda inner, config: config if inner else _returns_dicts(config), {path: given})
     twin.__dict__["training"] = training
     return twin
+
+
+def _returns_dicts(config: Any) -> Any:
+    """The config, or a copy where it asks for tuples."""
+    if getattr(config, "return_dict", True):
+        return config
+    made = copy.copy(config)
+    made.return_dict = True
+    return made
 
 
 class _Given(nn.Module):

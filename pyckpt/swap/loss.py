@@ -209,7 +209,8 @@ class SwappedHead(Replaced):
             given[CALL] = wanted.read
             loss = self._streamed(decoder, given, wanted)
         if loss is None:
-            outputs = self.body(**given)
+            tuples = not getattr(getattr(self.body, "config", None), "return_dict", True)
+            outputs = self.body(**given, **({"return_dict": True} if tuples else {}))
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
         elif loss.dim():
             loss = loss.view(labels.shape)
