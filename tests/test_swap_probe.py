@@ -11,8 +11,10 @@ from blocks import assert_same_bits
 from swap_models import EXPERTS, KINDS, InFloat64, assert_same_with_every_save_set, check, make_batch, make_model, step
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyckpt
+from pyckpt.swap.unread import Unread
 
 transformers = pytest.importorskip("transformers")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -109,6 +111,24 @@ class Weighed(OddDecoderLayer):
         return self.weight * mid - 0.4 * made
 
 
+class Scaled(OddDecoderLayer):
+    """The gradient of the gain, and no other, depends on what the MLP makes."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.gain = nn.Parameter(torch.ones(config.hidden_size))
+
+    def outer(self, mid, made):
+        return mid + self.gain * made
+
+
+class ReadInTraining(OddDecoderLayer):
+    """In training mode gradients depend on what the MLP makes."""
+
+    def outer(self, mid, made):
+        return mid + (made.sigmoid() if self.training else made)
+
+
 def softcapped(module, query, key, value, attention_mask, scaling, softcap, **kwargs):
     """Attention as its options say, softcap among them."""
     groups = module.num_key_value_groups
@@ -124,7 +144,7 @@ class Softcapped(OddAttention):
         return {"softcap": 0.7}
 
 
-@pytest.mark.parametrize("kind", [OddDecoderLayer, Weighed, Softcapped])
+@pytest.mark.parametrize("kind", [OddDecoderLayer, Weighed, Scaled, ReadInTraining, Softcapped])
 def test_what_stands_around_attention_may_be_anything(kind):
     """With every save set, whose gradients are the same bits."""
     model = odd_model(kind, **({"attn_implementation": "eager"} if kind is Softcapped else {}))
@@ -619,3 +639,39 @@ def test_no_head_deceives_the_trial(kind, dtype):
     torch.testing.assert_close(model(**batch).loss, before, rtol=eps if dtype == torch.float32 else 4 * eps, atol=1e-5)
     pyckpt.unswap(model)
     assert_unchanged(state, snapshot(model))
+
+
+@pytest.mark.parametrize("family", ["Glm", "Phi", "VaultGemma"])
+def test_a_layer_that_is_cut_makes_no_product_more_than_a_checkpointed_one(family):
+    """Of a whole sequence in one tile: not q, k, v twice in a backward, nor the MLP's last product again."""
+    model, batch = make_model(family).train(), make_batch("plain") | {"use_cache": False}
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    pyckpt.swap(model)
+    made = {}
+    for name, m in (("ours", model), ("theirs", checkpointed)):
+        with FlopCounterMode(display=False) as counter:
+            m(**batch).loss.backward()
+        ops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        made[name] = sum(n for op, n in ops.items() if "attention" not in op and "bmm" not in op)
+    assert 0 < made["ours"] <= made["theirs"]
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("x",)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_a_linear_layer_that_nobody_reads(autocast, frozen):
+    linear, x, dy = nn.Linear(5, 3), torch.randn(2, 7, 5), torch.randn(2, 7, 3)
+    results = []
+    for module in (linear, Unread(linear)):
+        given = x.clone().requires_grad_("x" not in frozen)
+        wanted = [given, *linear.parameters()]
+        for name, p in linear.named_parameters():
+            p.requires_grad_(name not in frozen)
+        wanted = [t for t in wanted if t.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(given)
+        results.append((y, torch.autograd.grad(y, wanted, dy.to(y.dtype))))
+    (y, expected), (zeros, found) = results
+    assert zeros.shape == y.shape and zeros.dtype == y.dtype and not zeros.any()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

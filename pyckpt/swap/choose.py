@@ -25,7 +25,7 @@ class Chooser:
     def __init__(self, model: Any, paths: list[str], save: str | Save, tile: int | None) -> None:
         self._model, self._paths, self._save, self._tile = model, paths, save, tile
         self._seen: Survey | UnsupportedError | None = None
-        self._alike: set[Any] = set()
+        self._alike: dict[Any, tuple[str, ...]] = {}
         self._moving: dict[str, MovingRope] = {}
         self._widths: tuple[int, ...] | None = None
 

@@ -31,22 +31,24 @@ from pyckpt.swap.shadow import attention_config, mode, twin_of, untouched
 from pyckpt.swap.survey import SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise
+from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping
 
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
 _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above
 _ODD_RATE = 0.375
+_LAST = 4  # of linear layers: a gated MLP's three, and attention's beside it
 _COUNTS = (torch.arange, torch.cumsum, Tensor.cumsum, torch.linspace)
 _UNREAD = ("output_attentions", "use_cache", "output_router_logits")
 
 
 def traced_block(
-    layer: nn.Module, handed: Handed, why: str, save: Any, tile: int | None, alike: set[Any]
+    layer: nn.Module, handed: Handed, why: str, save: Any, tile: int | None, alike: dict[Any, tuple[str, ...]]
 ) -> TracedBlock:
     """The layer's block. Raises `UnsupportedError`, saying why it can't be cut; the layer stays as it is.
 
-    `alike`: what makes layers alike, of those whose gradients were held to the layer's own. Of another one like them
-    the output is; it is added to.
+    `alike`: what makes layers alike, of those whose gradients were held to the layer's own, with their `Trace.unread`.
+    Of another one like them the output is; it is added to.
     """
     surveys.check_weights(layer)
     device = next(layer.parameters()).device
@@ -74,7 +76,7 @@ class _Probe:
         self.x = torch.randn(2, SEQ, handed.width, device=device)
         self.arguments = {kind: _widened_all(getattr(handed, kind)) for kind in ("plain", "packed")}
 
-    def trace(self, alike: set[Any]) -> Trace:
+    def trace(self, alike: dict[Any, tuple[str, ...]]) -> Trace:
         with mode(self.layer, training=False):
             path, called, taken, watch = self._taken()
             if taken.options.get("dropout"):
@@ -87,12 +89,17 @@ class _Probe:
         trace = self._put_together(path, taken, dropout)
         trace = dataclasses.replace(trace, **self._parameters(trace, called))
         key = (type(self.layer), trace, tuple((n, p.shape) for n, p in self.layer.named_parameters()))
-        draws = False
-        for training, kind in ((False, "plain"), (True, "packed")):
-            with mode(self.layer, training), _Watch() as watch:
-                self._compare(trace, kind, watch, gradients=key not in alike)
-            draws = draws or watch.drops
-        alike.add(key)
+        gradients = key not in alike
+        trace = dataclasses.replace(trace, unread=self._unread(trace, alike.get(key)))
+        try:
+            draws = self._compare_modes(trace, gradients)
+        except UnsupportedError:
+            if not trace.unread:
+                raise
+            # What no gradient depends on in eval mode, one may in training mode.
+            trace = dataclasses.replace(trace, unread=())
+            draws = self._compare_modes(trace, gradients)
+        alike[key] = trace.unread
         return dataclasses.replace(trace, draws=draws)
 
     # --- what attention is ----------------------------------------------------------------------------------------
@@ -159,6 +166,7 @@ class _Probe:
             pre=(),
             post=(),
             idle=(),
+            unread=(),
             arguments=tuple(self.handed.plain),
             returns=self.handed.returns,
             draws=False,
@@ -202,23 +210,84 @@ class _Probe:
         return {"pre": pre, "post": post, "idle": idle}
 
     def _idle(self, trace: Trace, shapes: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-        """The modules before attention whose output `post` does not read."""
-        o = torch.randn(SEQ, trace.n_heads, trace.v_head_dim, device=self.device)
+        """The modules before attention whose output `post` does not read.
+
+        Where their outputs are cut into heads, one head is enough: what is done with it (RoPE) is done for nothing.
+        """
+        o = self._some_o(trace)
         with mode(self.layer, training=False), torch.no_grad():
-            whole = self._post({}, o)
+            whole = self._post({}, o, self.x[:1])
             idle: dict[str, int] = {}
-            for path, width in shapes.items():
-                tried: dict[str, nn.Module] = {p: Idle(w, noisy=True) for p, w in {**idle, path: width}.items()}
-                if _close(self._post(tried, o), whole):
-                    idle[path] = width
+            for path, full in shapes.items():
+                for width in (*sorted({d for d in (trace.head_dim, trace.v_head_dim) if full % d == 0}), full):
+                    tried: dict[str, nn.Module] = {p: Idle(w, noisy=True) for p, w in {**idle, path: width}.items()}
+                    try:
+                        made = self._post(tried, o, self.x[:1])
+                    except Exception:  # somebody asks for the full width
+                        continue
+                    if made.shape == whole.shape and _close(made, whole):
+                        idle[path] = width
+                        break
         return tuple(idle.items())
 
-    def _post(self, idle: dict[str, nn.Module], o: Tensor) -> Tensor:
-        twin = tapped(self.layer, self._configs, idle)
-        made = self.tap.fill(lambda: self._call(twin, "plain", self.x[:1]), o)
+    def _unread(self, trace: Trace, known: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The linear layers after attention whose outputs no gradient depends on; of `known` ones all, or none.
+
+        They are looked for from the last one on, the end of an MLP.
+        """
+        o, dy = self._some_o(trace), torch.randn_like(self.x[:1])
+        idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
+        with mode(self.layer, training=False):
+            truth = self._post_gradients(idle, o, dy)
+            tries = [[path] for path in self._linear_layers(idle, o)] if known is None else [list(known)]
+            found: list[str] = []
+            for paths in tries:
+                noisy = {p: Unread(self._linear(p), noisy=True) for p in (*found, *paths)}
+                made = self._post_gradients(idle | noisy, o, dy)
+                if all(_close(made[n], t) for n, t in truth.items()):
+                    found += paths
+        return tuple(found)
+
+    def _linear_layers(self, idle: dict[str, nn.Module], o: Tensor) -> list[str]:
+        """The last ones that `post` calls, the last first."""
+        called: dict[str, int | None] = {}
+        with _calls(tapped(self.layer, self._configs, idle), called) as twin, torch.no_grad():
+            self.tap.fill(lambda: self._call(twin, "plain", self.x[:1]), o)
+        linear = {path for path, m in self.layer.named_modules() if stands_for(m) and path not in idle}
+        return [path for path in reversed(called) if path in linear][:_LAST]
+
+    def _linear(self, path: str) -> nn.Linear:
+        module = self.layer.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def _some_o(self, trace: Trace) -> Tensor:
+        return torch.randn(SEQ, trace.n_heads, trace.v_head_dim, device=self.device)
+
+    def _post(self, replaced: dict[str, nn.Module], o: Tensor, x: Tensor) -> Tensor:
+        twin = tapped(self.layer, self._configs, replaced)
+        made = self.tap.fill(lambda: self._call(twin, "plain", x), o)
         return made[0] if isinstance(made, tuple) else made
 
+    def _post_gradients(self, replaced: dict[str, nn.Module], o: Tensor, dy: Tensor) -> dict[str, Tensor]:
+        """Those of x, o and the weights, where there are any."""
+        given = {"x": self.x[:1].clone().requires_grad_(), "o": o.clone().requires_grad_()}
+        given |= {n: t for n, t in self.weights.items() if t.requires_grad}
+        with torch.enable_grad():
+            y = self._post(replaced, given["o"], given["x"])
+        made = torch.autograd.grad(y, list(given.values()), dy, allow_unused=True)
+        return {n: g for n, g in zip(given, made, strict=True) if g is not None}
+
     # --- the comparison -------------------------------------------------------------------------------------------
+
+    def _compare_modes(self, trace: Trace, gradients: bool) -> bool:
+        """`_compare` in eval and in training mode; whether a function drops values."""
+        draws = False
+        for training, kind in ((False, "plain"), (True, "packed")):
+            with mode(self.layer, training), _Watch() as watch:
+                self._compare(trace, kind, watch, gradients)
+            draws = draws or watch.drops
+        return draws
 
     def _compare(self, trace: Trace, kind: str, watch: _Watch, gradients: bool) -> None:
         """Raise `UnsupportedError` where the block's output or gradients are not the layer's."""
@@ -359,7 +428,7 @@ class _Watch(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _calls(twin: nn.Module, called: dict[str, int | None]) -> Iterator[None]:
+def _calls(twin: nn.Module, called: dict[str, int | None]) -> Iterator[nn.Module]:
     """Writes down the modules that are called, by path, with the width of an output that goes by the input's rows."""
     paths = {module: path for path, module in twin.named_modules()}
 
@@ -377,7 +446,7 @@ def _calls(twin: nn.Module, called: dict[str, int | None]) -> Iterator[None]:
         torch.nn.modules.module.register_module_forward_hook(after),
     )
     try:
-        yield
+        yield twin
     finally:
         for handle in handles:
             handle.remove()

@@ -26,6 +26,7 @@ from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
+from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping, rate_at
 from pyckpt.tokenwise.interface import Tile, Weights
 
@@ -35,7 +36,8 @@ class Trace:
     """How a layer's forward falls into `pre` and `post`, and what its attention is.
 
     `attention`: the path of the module that calls the attention function. `pre`, `post`: the layer's parameters that
-    each runs on. `idle`: modules that `post` need not run, with their outputs' widths. `arguments`: names of what the
+    each runs on. `idle`: modules that `post` need not run, with their outputs' widths; `unread`: linear layers whose
+    outputs its gradients do not depend on. `arguments`: names of what the
     layer is called with, beside hidden states and mask. `returns`: the length of the tuple that it returns, 0 for none.
     `dropout`: attention's rate, or the path where the layer has it.
     `draws`: it drops values by functions, which no module tells of.
@@ -54,6 +56,7 @@ class Trace:
     pre: tuple[str, ...]
     post: tuple[str, ...]
     idle: tuple[tuple[str, int], ...]
+    unread: tuple[str, ...]
     arguments: tuple[str, ...]
     returns: int
     draws: bool
@@ -87,6 +90,7 @@ class TracedTokenwise(SeededTokenwise):
         self.post_names = tuple(f"post.{n}" for n in trace.post)
         idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
         self._pre_twin, self._post_twin = block.twin(), block.twin(idle)
+        self._post_again_twin = block.twin(idle | block.unread())
         self._others = [_others(t, names) for t, names in ((self._pre_twin, trace.pre), (self._post_twin, trace.post))]
         self._options: dict[str, Any] = {}
 
@@ -104,7 +108,8 @@ class TracedTokenwise(SeededTokenwise):
     def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
         values = self._others[1] | {n: w[f"post.{n}"] for n in self._trace.post}
         heads = o.unflatten(1, (self._trace.n_heads, -1))
-        made = self._tap.fill(lambda: self._call(self._post_twin, values, x), heads)
+        twin = self._post_again_twin if torch.is_grad_enabled() else self._post_twin
+        made = self._tap.fill(lambda: self._call(twin, values, x), heads)
         return (made[0] if isinstance(made, tuple) else made)[0]
 
     def _call(self, twin: nn.Module, values: dict[str, Tensor], x: Tensor) -> Any:
@@ -136,6 +141,11 @@ class TracedBlock(OwnModulesBlock):
     def twin(self, replaced: dict[str, nn.Module] | None = None) -> nn.Module:
         # Anew for each call: what was put into the layer since is in it.
         return tapped(self._layer[0], self._configs, replaced)
+
+    def unread(self) -> dict[str, nn.Module]:
+        """What stands in a backward for linear layers whose outputs it does not read."""
+        found = {path: self._layer[0].get_submodule(path) for path in self.trace.unread}
+        return {path: Unread(m) for path, m in found.items() if isinstance(m, nn.Linear) and stands_for(m)}
 
     @contextlib.contextmanager
     def called_with(self, given: dict[str, Any], batch: int, seq: int) -> Iterator[None]:
