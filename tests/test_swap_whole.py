@@ -28,6 +28,7 @@ from torch import nn
 
 import pyckpt
 from pyckpt import measure
+from pyckpt.swap import again
 from pyckpt.swap.whole import CheckpointedLayer
 
 transformers = pytest.importorskip("transformers")
@@ -435,3 +436,70 @@ def test_statistics_of_a_batch_are_not_counted_twice():
         assert torch.equal(ours, theirs), name
     counts = [m.num_batches_tracked for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
     assert counts and all(int(n) == 1 for n in counts)
+
+
+# --- caches that hold something --------------------------------------------------------------------------------------
+
+
+def with_prefix(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with a cache of a first call."""
+    first = {**batch, "labels": None, "decoder_input_ids": batch["labels"][:, :4], "use_cache": True}
+    with torch.no_grad():
+        cache = model.eval()(**first).past_key_values
+    model.train()
+    return {**batch, "labels": batch["labels"][:, 4:].contiguous(), "past_key_values": cache, "use_cache": True}
+
+
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_a_prefix_in_a_cache_is_read_in_training(family):
+    """It was left out. As what stands in a cache would be written twice, the layers run once."""
+    model, batch = make_encoder(family)
+    plain = copy.deepcopy(model)
+    before = seeded_step(plain, with_prefix(plain, batch))
+    pyckpt.swap(model, loss=False)
+    assert_same_bits(seeded_step(model, batch), seeded_step(plain, batch))  # an empty one is no reason
+    with pytest.warns(UserWarning, match="is given a cache that is not empty: its original forward runs"):
+        after = seeded_step(model, with_prefix(model, batch))
+    assert_same_bits(after, before)
+    assert not torch.equal(before["loss"], seeded_step(plain, batch)["loss"])
+
+
+class Reader(nn.Module):
+    """Says, as transformers' layers do, that it reads a cache and writes none."""
+
+    _can_checkpoint_with_cache = True
+    layer_idx = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: torch.Tensor, past_key_values: Any = None) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x + past_key_values.layers[0].keys.sum())
+
+
+def test_a_cache_that_a_layer_only_reads_is_there_twice():
+    layer, cache = Reader().train(), transformers.DynamicCache()
+    cache.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)
+    x = torch.randn(3, 4, requires_grad=True)
+    expected = layer(x, past_key_values=cache)
+    CheckpointedLayer(layer, told=False, save="attention").install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = layer(x, past_key_values=cache)
+        before = layer.linear.weight.grad
+        y.sum().backward()
+    assert before is None and torch.equal(y, expected) and layer.linear.weight.grad is not None
+
+
+def test_what_a_cache_holds():
+    empty, filled = transformers.DynamicCache(), transformers.DynamicCache()
+    filled.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)
+    layer = Reader()
+    pairs, both = (torch.zeros(1), torch.zeros(1)), transformers.EncoderDecoderCache
+    for cache, full in ((None, False), (empty, False), (filled, True), (pairs, True)):
+        assert again.holds(layer, {"past_key_values": cache}) is full
+    assert again.holds(layer, {"past_key_values": both(empty, filled)})
+    layer.layer_idx = 1  # another layer's
+    assert not again.holds(layer, {"past_key_values": filled})

@@ -26,6 +26,28 @@ def caches(given: dict[str, Any]) -> bool:
     return bool(given.get("use_cache")) or any(given.get(n) is not None for n in _CACHES)
 
 
+def holds(module: nn.Module, given: dict[str, Any]) -> bool:
+    """The layer is given a cache that has something for it: a prefix, or what an encoder made."""
+    indices = {i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)}
+    return any(_has_content(given[n], indices) for n in _CACHES if given.get(n) is not None)
+
+
+def _has_content(cache: Any, indices: set[int]) -> bool:
+    parts = [getattr(cache, n, None) for n in ("self_attention_cache", "cross_attention_cache")]
+    if all(part is not None for part in parts):
+        return any(_has_content(part, indices) for part in parts)
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
+        return True  # of a kind of its own, tuples of tensors for one
+    return any(_is_filled(layer) for i, layer in enumerate(layers) if i in indices or not indices)
+
+
+def _is_filled(layer: Any) -> bool:
+    length, state = getattr(layer, "get_seq_length", None), getattr(layer, "has_previous_state", False)
+    some = any(state.values()) if isinstance(state, dict) else any(state) if isinstance(state, list) else bool(state)
+    return some or (length is not None and int(length()) > 0)
+
+
 def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], save: SaveSet) -> Any:
     """The original forward, again in the backward; while gradients are enabled it writes to no cache.
 
@@ -35,8 +57,9 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     checkpoints_itself = bool(getattr(layer.module, "gradient_checkpointing", False)) and layer.module.training
     if checkpoints_itself or not torch.is_grad_enabled():
         return layer.original(*args, **kwargs)
-    args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
-    kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
+    if not getattr(layer.module, "_can_checkpoint_with_cache", False):  # it reads what an encoder made, and no more
+        args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
+        kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
     forward = functools.partial(layer.original, *args, **kwargs)
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}

@@ -62,7 +62,16 @@ class CheckpointedLayer(Replaced):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
-        alone = not self.told and (self.module.training or not again.caches(self.given(args, kwargs)))
-        if call is None and not alone:
+        if call is None and not self._alone(self.given(args, kwargs)):
             return self.original(*args, **kwargs)
         return again.run_twice(self, args, kwargs, self._save)
+
+    def _alone(self, given: dict[str, Any]) -> bool:
+        """It runs twice though nobody told it to."""
+        if self.told or not self.module.training:
+            return not self.told and not again.caches(given)
+        if getattr(self.module, "_can_checkpoint_with_cache", False) or not again.holds(self.module, given):
+            return True
+        name = type(self.module).__name__
+        self.warn(f"{name} is given a cache that is not empty: its original forward runs, which stores everything")
+        return False
