@@ -503,3 +503,18 @@ def test_what_a_cache_holds():
     assert again.holds(layer, {"past_key_values": both(empty, filled)})
     layer.layer_idx = 1  # another layer's
     assert not again.holds(layer, {"past_key_values": filled})
+
+
+@pytest.mark.slow
+def test_an_empty_cache_breaks_no_compiled_graph():
+    model, batch = make_encoder("T5")
+    model.config.use_cache = True
+    for module in model.modules():
+        rates = [n for n, value in vars(module).items() if "dropout" in n and isinstance(value, float)]
+        for name in ("p", *rates) if isinstance(module, nn.Dropout) else rates:
+            setattr(module, name, 0.0)
+    expected = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    loss = torch.compile(lambda: model(**batch).loss, fullgraph=True)()
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected["loss"])

@@ -28,8 +28,11 @@ def caches(given: dict[str, Any]) -> bool:
 
 def holds(module: nn.Module, given: dict[str, Any]) -> bool:
     """The layer is given a cache that has something for it: a prefix, or what an encoder made."""
-    indices = {i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)}
-    return any(_has_content(given[n], indices) for n in _CACHES if given.get(n) is not None)
+    found = [given[n] for n in _CACHES if given.get(n) is not None]
+    if not found:
+        return False
+    indices = [getattr(m, "layer_idx", None) for m in module.modules()]
+    return any(_has_content(cache, {i for i in indices if isinstance(i, int)}) for cache in found)
 
 
 def _has_content(cache: Any, indices: set[int]) -> bool:

@@ -126,6 +126,8 @@ class _Probe:
                 setattr(holder, name, _ODD_RATE)
                 if self._dropout() == _ODD_RATE:
                     return path
+            except Exception:  # a config may refuse it: no rate, then
+                continue
             finally:
                 setattr(holder, name, before)
         return None

@@ -35,12 +35,11 @@ from pyckpt.tokenwise.interface import Tile, Weights
 class Trace:
     """How a layer's forward falls into `pre` and `post`, and what its attention is.
 
-    `attention`: the path of the module that calls the attention function. `pre`, `post`: the layer's parameters that
-    each runs on. `idle`: modules that `post` need not run, with their outputs' widths; `unread`: linear layers whose
-    outputs its gradients do not depend on. `arguments`: names of what the
-    layer is called with, beside hidden states and mask. `returns`: the length of the tuple that it returns, 0 for none.
-    `dropout`: attention's rate, or the path where the layer has it.
-    `draws`: it drops values by functions, which no module tells of.
+    `attention`: the path of the module that calls the attention function. `dropout`: its rate, or the path where the
+    layer has that. `pre`, `post`: the layer's parameters that each runs on. `idle`: modules that `post` need not run,
+    with their outputs' widths; `unread`: linear layers whose outputs its gradients do not depend on. `arguments`: names
+    of what the layer is called with, beside hidden states and mask. `returns`: the length of the tuple that it returns,
+    0 for none. `draws`: it drops values by functions, which no module tells of.
     """
 
     attention: str

@@ -21,17 +21,22 @@ class Unread(nn.Module):
         self.noisy = noisy
 
     def forward(self, x: Tensor) -> Tensor:
-        given: tuple[Any, ...] = (x, self.weight, self.bias)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            given = tuple(None if t is None else t.to(dtype) for t in given)
-        y = _UnreadFunction.apply(*given)
+        y = _UnreadFunction.apply(*(_as_products_take_it(t) for t in (x, self.weight, self.bias)))
         return y + torch.randn_like(y) if self.noisy else y
 
 
+def _as_products_take_it(t: Any) -> Any:
+    """Under autocast: all but float64 in its dtype."""
+    if t is None or t.dtype == torch.float64 or not torch.is_autocast_enabled(t.device.type):
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
+
+
 def stands_for(module: nn.Module) -> bool:
-    """Whether it is a plain linear layer (with hooks on it, no layer is swapped)."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
+    """Whether it is a plain linear layer of plain weights (with hooks on it, no layer is swapped)."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return type(module.weight) in (Tensor, nn.Parameter)  # quantized ones may be of another class
 
 
 class _UnreadFunction(torch.autograd.Function):
