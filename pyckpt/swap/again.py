@@ -31,7 +31,7 @@ def holds(module: nn.Module, given: dict[str, Any]) -> bool:
     found = [given[n] for n in _CACHES if given.get(n) is not None]
     if not found:
         return False
-    indices = [getattr(m, "layer_idx", None) for m in module.modules()]
+    indices = [getattr(m, name, None) for m in module.modules() for name in ("layer_idx", "layer_id")]
     return any(_has_content(cache, {i for i in indices if isinstance(i, int)}) for cache in found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyckpt.save import Save, save_set
@@ -70,6 +71,8 @@ class CheckpointedLayer(Replaced):
         """It runs twice though nobody told it to."""
         if self.told or not self.module.training:
             return not self.told and not again.caches(given)
+        if not torch.is_grad_enabled():
+            return True  # once, with its cache
         if getattr(self.module, "_can_checkpoint_with_cache", False) or not again.holds(self.module, given):
             return True
         name = type(self.module).__name__
