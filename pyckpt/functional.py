@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyckpt import errors
+from pyckpt.casting import autocast
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, Window, canonical_rope_scaling, canonical_window
@@ -61,7 +62,7 @@ def attention(
     Raises ValueError on shapes, dtypes and options that do not fit.
     """
     errors.check_transforms("pyckpt.attention", q, k, v, sinks)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check_attention(q, k, v, packed=cu_seqlens is not None)
     _check_packed(q, k, cu_seqlens, cu_seqlens_k)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
@@ -183,7 +184,7 @@ def linear_cross_entropy(
     on shapes, dtypes and labels that do not fit.
     """
     errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
     cap = _softcap(softcap)
     weights = loss_weights(target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing)
@@ -431,15 +432,3 @@ def _softcap(value: float | None) -> float:
     if value is not None and not 0 <= value < math.inf:
         raise ValueError(f"softcap must be None or a positive number, got {value!r}")
     return float(value or 0.0)
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where autocast is on, as a matrix product would take them."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )

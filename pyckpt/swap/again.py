@@ -26,6 +26,11 @@ def caches(given: dict[str, Any]) -> bool:
     return bool(given.get("use_cache")) or any(given.get(n) is not None for n in _CACHES)
 
 
+def only_reads(module: nn.Module) -> bool:
+    """Its class says that it reads a cache, an encoder's, and writes to none: then it may have it twice."""
+    return bool(getattr(module, "_can_checkpoint_with_cache", False))
+
+
 def holds(module: nn.Module, given: dict[str, Any]) -> bool:
     """The layer is given a cache that has something for it: a prefix, or what an encoder made."""
     found = [given[n] for n in _CACHES if given.get(n) is not None]
@@ -60,7 +65,7 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     checkpoints_itself = bool(getattr(layer.module, "gradient_checkpointing", False)) and layer.module.training
     if checkpoints_itself or not torch.is_grad_enabled():
         return layer.original(*args, **kwargs)
-    if not getattr(layer.module, "_can_checkpoint_with_cache", False):  # it reads what an encoder made, and no more
+    if not only_reads(layer.module):
         args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
         kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
     forward = functools.partial(layer.original, *args, **kwargs)

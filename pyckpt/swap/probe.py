@@ -272,13 +272,9 @@ class _Probe:
         return made[0] if isinstance(made, tuple) else made
 
     def _post_gradients(self, replaced: dict[str, nn.Module], o: Tensor, dy: Tensor) -> dict[str, Tensor]:
-        """Those of x, o and the weights, where there are any."""
-        given = {"x": self.x[:1].clone().requires_grad_(), "o": o.clone().requires_grad_()}
-        given |= {n: t for n, t in self.weights.items() if t.requires_grad}
-        with torch.enable_grad():
-            y = self._post(replaced, given["o"], given["x"])
-        made = torch.autograd.grad(y, list(given.values()), dy, allow_unused=True)
-        return {n: g for n, g in zip(given, made, strict=True) if g is not None}
+        """Those of x, o and the weights."""
+        made = self._results(lambda x, o: self._post(replaced, o, x), dy, x=self.x[:1], o=o)
+        return {n: t for n, t in made.items() if n != "y"}
 
     # --- the comparison -------------------------------------------------------------------------------------------
 
@@ -308,12 +304,12 @@ class _Probe:
             what = "its output" if "y" in odd else f"the gradient of {odd[0]}"
             raise UnsupportedError(f"{what} is not that of its parts around attention (tried with random weights)")
 
-    def _results(self, forward: Callable[[Tensor], Tensor], dy: Tensor | None) -> dict[str, Tensor]:
-        """The output y and, with dy, the gradients of x and of the weights."""
-        given = {"x": self.x.clone().requires_grad_()}
-        given |= {n: t for n, t in self.weights.items() if t.requires_grad}
+    def _results(self, forward: Callable[..., Tensor], dy: Tensor | None, **inputs: Tensor) -> dict[str, Tensor]:
+        """The output y and, with dy, the gradients of the inputs, by default x, and of the weights."""
+        leaves = {n: t.clone().requires_grad_() for n, t in (inputs or {"x": self.x}).items()}
+        given = leaves | {n: t for n, t in self.weights.items() if t.requires_grad}
         with torch.enable_grad():
-            y = forward(given["x"])
+            y = forward(*leaves.values())
         _check_leaves(y, list(given.values()))
         if dy is None:
             return {"y": y.detach()}

@@ -89,7 +89,8 @@ class TracedTokenwise(SeededTokenwise):
         self.post_names = tuple(f"post.{n}" for n in trace.post)
         idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
         self._pre_twin, self._post_twin = block.twin(), block.twin(idle)
-        self._post_again_twin = block.twin(idle | block.unread())
+        unread = block.unread()
+        self._post_again_twin = block.twin(idle | unread) if unread else self._post_twin
         self._others = [_others(t, names) for t, names in ((self._pre_twin, trace.pre), (self._post_twin, trace.post))]
         self._options: dict[str, Any] = {}
 

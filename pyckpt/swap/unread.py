@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.casting import autocast
+
 
 class Unread(nn.Module):
     """Stands for a linear layer, on its parameters, with its gradients; the output is zeros, or noise to try it out."""
@@ -21,15 +23,8 @@ class Unread(nn.Module):
         self.noisy = noisy
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _UnreadFunction.apply(*(_as_products_take_it(t) for t in (x, self.weight, self.bias)))
+        y = _UnreadFunction.apply(*autocast(x, self.weight, self.bias))
         return y + torch.randn_like(y) if self.noisy else y
-
-
-def _as_products_take_it(t: Any) -> Any:
-    """Under autocast: all but float64 in its dtype."""
-    if t is None or t.dtype == torch.float64 or not torch.is_autocast_enabled(t.device.type):
-        return t
-    return t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def stands_for(module: nn.Module) -> bool:

@@ -69,11 +69,13 @@ class CheckpointedLayer(Replaced):
 
     def _alone(self, given: dict[str, Any]) -> bool:
         """It runs twice though nobody told it to."""
-        if self.told or not self.module.training:
-            return not self.told and not again.caches(given)
+        if self.told:
+            return False
+        if not self.module.training:
+            return not again.caches(given)
         if not torch.is_grad_enabled():
             return True  # once, with its cache
-        if getattr(self.module, "_can_checkpoint_with_cache", False) or not again.holds(self.module, given):
+        if again.only_reads(self.module) or not again.holds(self.module, given):
             return True
         name = type(self.module).__name__
         self.warn(f"{name} is given a cache that is not empty: its original forward runs, which stores everything")
