@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import math
+import types
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from torch import nn
 
 import pyckpt
 from pyckpt.swap.layer import SwappedLayer
+from pyckpt.swap.replaced import replaced_in
 
 pytest.importorskip("transformers")
 State = dict[str, torch.Tensor]
@@ -123,6 +127,50 @@ def test_accumulated_and_clipped_by_accelerate(accelerate, precision):
     pyckpt.swap(model, tile=10)
     ours = run(model, precision)
     assert_step_as_good(ours, plain, truth, torch.float32 if precision == "no" else torch.bfloat16)
+
+
+def test_a_copy_of_what_accelerate_prepared_is_one_of_its_own(accelerate):
+    """Its forward in mixed precision wraps ours, which must be the copy's: with its weights, and back without it."""
+    model, batch = make_model("Qwen2"), make_batch("plain")
+    pyckpt.swap(model)
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    copied = copy.deepcopy(prepared)
+    before = step(prepared, batch)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    # Logits of 0 in bfloat16, and their loss in float32.
+    assert copied(**batch).loss.item() == pytest.approx(math.log(VOCAB), rel=1e-6)
+    assert_same_bits(step(prepared, batch), before)
+    assert dict(replaced_in(copied))[""].module is copied
+
+
+def test_without_accelerates_mixed_precision_again(accelerate):
+    """`unwrap_model(keep_fp32_wrapper=False)` makes a method of what it finds under its own forward."""
+    model, batch = make_model("Qwen2"), make_batch("plain")
+    pyckpt.swap(model)
+    before = step(model, batch)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    made = model(batch["input_ids"], labels=batch["labels"])
+    assert made.logits is None
+    copied = copy.deepcopy(model)
+    assert_same_bits(step(copied, batch), before)
+    for module in (model, copied):
+        pyckpt.unswap(module)
+        assert not [n for n, m in module.named_modules() if {"forward", "_pyckpt_forward"} & set(vars(m))]
+
+
+def test_what_looks_at_the_function_of_a_forward():
+    """As TRL from 1.8 to 1.14 does, which hands on the signature of its first argument's method."""
+    model = make_model("Qwen2")
+    before = inspect.signature(type(model).forward)
+    pyckpt.swap(model)
+    assert inspect.signature(model.forward.__func__) == before
+    method = types.MethodType(model.forward.__func__, model)
+    assert inspect.signature(method) == inspect.signature(model.forward)
+    batch = make_batch("plain")
+    assert torch.equal(method(**batch).loss, model(**batch).loss)
 
 
 # --- Gradient checkpointing ------------------------------------------------------------------------------------------

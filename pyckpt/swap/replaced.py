@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from pyckpt.block import CheckpointedBlock
 from pyckpt.stream import Parts
+
+_PLACE = "_pyckpt_forward"  # the attribute by which `unbound` finds a module's
+
+
+@functools.cache
+def unbound(kind: type) -> Callable[..., Any]:
+    """The forward in the place of this class's, as a function of the module and its arguments.
+
+    It looks in the module which is its own: in a copy of the module it is the copy's.
+    """
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(module, _PLACE)(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.unbound = forward  # type: ignore[attr-defined]
+    return forward
+
+
+def _is_unbound(forward: Any) -> bool:
+    """It is of `unbound`, or a method made of one. What wraps one has its attributes too."""
+    function = getattr(forward, "__func__", forward)
+    return getattr(function, "unbound", None) is function
 
 
 class Replaced:
@@ -50,6 +74,11 @@ class Replaced:
         return inspect.signature(self._original)
 
     @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a bound method has it: tools that wrap a forward make methods of that, which copies of a model copy."""
+        return unbound(type(self.module))  # type: ignore[arg-type]  # mypy takes a Module's __hash__ for the class's
+
+    @property
     def _original(self) -> Any:
         # Looked up late: FSDP2 changes a module's class.
         return self._before or type(self.module).forward.__get__(self.module)
@@ -74,16 +103,17 @@ class Replaced:
             warnings.warn(f"pyckpt.swap: {text}", stacklevel=4)
 
     def install(self) -> None:
-        self.module.__dict__["forward"] = self
+        self.module.__dict__.update({"forward": self, _PLACE: self})
 
     def remove(self) -> None:
-        if self._before is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self._before
+        attributes = self.module.__dict__
+        del attributes["forward"], attributes[_PLACE]
+        if self._before is not None:
+            attributes["forward"] = self._before
 
     def in_place(self) -> bool:
-        return self.module.__dict__.get("forward") is self
+        forward = self.module.__dict__.get("forward")
+        return forward is self or _is_unbound(forward)
 
 
 def replaced_in(model: nn.Module) -> Iterator[tuple[str, Replaced]]:
@@ -91,6 +121,6 @@ def replaced_in(model: nn.Module) -> Iterator[tuple[str, Replaced]]:
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
         while forward is not None and not isinstance(forward, Replaced):
-            forward = getattr(forward, "__wrapped__", None)
+            forward = getattr(module, _PLACE) if _is_unbound(forward) else getattr(forward, "__wrapped__", None)
         if forward is not None:
             yield name, forward
