@@ -158,7 +158,8 @@ def test_without_accelerates_mixed_precision_again(accelerate):
     assert_same_bits(step(copied, batch), before)
     for module in (model, copied):
         pyckpt.unswap(module)
-        assert not [n for n, m in module.named_modules() if {"forward", "_pyckpt_forward"} & set(vars(m))]
+        names = {"forward", "_pyckpt_forward", "_replicate_for_data_parallel"}
+        assert not [n for n, m in module.named_modules() if names & set(vars(m))]
 
 
 def test_what_looks_at_the_function_of_a_forward():
@@ -171,6 +172,22 @@ def test_what_looks_at_the_function_of_a_forward():
     assert inspect.signature(method) == inspect.signature(model.forward)
     batch = make_batch("plain")
     assert torch.equal(method(**batch).loss, model(**batch).loss)
+
+
+# --- torch.nn.DataParallel -------------------------------------------------------------------------------------------
+
+
+def test_data_parallels_replicas_are_refused():
+    """They would run with the weights of the first; with one device there are none."""
+    model, batch = make_model("Qwen2"), make_batch("plain")
+    pyckpt.swap(model)
+    before = step(model, batch)
+    assert_same_bits(step(nn.DataParallel(model).module, batch), before)
+    for module in (model, model.model.layers[0], copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match="one process for each GPU"):
+            module._replicate_for_data_parallel()
+    pyckpt.unswap(model)
+    model._replicate_for_data_parallel()
 
 
 # --- Gradient checkpointing ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.stream import Parts
 
 _PLACE = "_pyckpt_forward"  # the attribute by which `unbound` finds a module's
+_REPLICATE = "_replicate_for_data_parallel"  # the method by which torch.nn.DataParallel copies a module
 
 
 @functools.cache
@@ -35,6 +36,15 @@ def _is_unbound(forward: Any) -> bool:
     """It is of `unbound`, or a method made of one. What wraps one has its attributes too."""
     function = getattr(forward, "__func__", forward)
     return getattr(function, "unbound", None) is function
+
+
+def _no_replicas() -> None:
+    """In the place of a module's `_replicate_for_data_parallel`: a replica would call the forward of the module."""
+    raise RuntimeError(
+        "a swapped model does not run under torch.nn.DataParallel, whose replicas would use the first one's weights. "
+        "Start one process for each GPU (torchrun, accelerate launch), which is faster too, or show the process one "
+        "GPU (CUDA_VISIBLE_DEVICES=0): Trainer takes DataParallel where it sees more"
+    )
 
 
 class Replaced:
@@ -103,11 +113,12 @@ class Replaced:
             warnings.warn(f"pyckpt.swap: {text}", stacklevel=4)
 
     def install(self) -> None:
-        self.module.__dict__.update({"forward": self, _PLACE: self})
+        self.module.__dict__.update({"forward": self, _PLACE: self, _REPLICATE: _no_replicas})
 
     def remove(self) -> None:
         attributes = self.module.__dict__
-        del attributes["forward"], attributes[_PLACE]
+        for name in ("forward", _PLACE, _REPLICATE):
+            del attributes[name]
         if self._before is not None:
             attributes["forward"] = self._before
 
