@@ -366,6 +366,124 @@ def test_plain_checkpointing_would_count_twice():
     assert layer.calls == 2 and int(layer.norm.num_batches_tracked) == 2
 
 
+class Writing(Block):
+    """Writes to what it is given, to part of it through a view, and to a sum that all layers are handed."""
+
+    def forward(self, x: Tensor, total: dict[str, Tensor]) -> Tensor:
+        x += self.ln_2.bias
+        x[:, 1:].mul_(2.0)
+        torch._foreach_add_([total["of all"]], [x.sum()])
+        return super().forward(x)
+
+
+class Chain(nn.Module):
+    """Layers that are handed a sum. What comes of one is written to before the next takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Writing() for _ in range(LAYERS))
+        for layer in self.layers:
+            nn.init.normal_(layer.ln_2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total, x = {"of all": torch.zeros(())}, x * 1.0
+        for layer in self.layers:
+            x = layer(x, total)
+            x.add_(1.0)
+        return x.square().sum() + total["of all"].square()
+
+
+@pytest.mark.parametrize("save", ["attention", "input"])
+def test_what_layers_write_to_in_place(save):
+    """The second run has what the first one had; whoever holds what was handed sees one run."""
+    plain, x = Chain(), torch.randn(2, SEQ, WIDTH, requires_grad=True)
+    ours = copy.deepcopy(plain)
+    assert len(pyckpt.swap(ours, save=save).entries) == LAYERS
+    before = step(plain, x) | {"x": x.grad}
+    x.grad = None
+    assert_same_bits(step(ours, x) | {"x": x.grad}, before)
+    loss = ours(x)  # and so has a third
+    names, weights = zip(*ours.named_parameters(), strict=True)
+    for _ in range(2):
+        grads = torch.autograd.grad(loss, weights, retain_graph=True)
+        assert_same_bits(dict(zip(names, grads, strict=True)), {n: before[n] for n in names})
+
+
+class Stacked(Block):
+    """As in a U-Net: half of the layers put what they make on a stack, half take it from there."""
+
+    def __init__(self, up: bool) -> None:
+        super().__init__()
+        self.up = up
+
+    def forward(self, x: Tensor, skips: list[Tensor], kwargs: dict[str, Any]) -> Tensor:
+        if self.up:
+            return super().forward(x + skips.pop() * kwargs.pop(f"scale {len(skips)}", 0.0))
+        skips.append(super().forward(x))
+        return skips[-1] * 0.5
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Stacked(up) for up in (False, False, True, True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips: list[Tensor] = []
+        kwargs = {"scale 0": 2.0, "scale 1": 3.0, "left": 1}
+        for layer in self.layers:
+            x = layer(x, skips, kwargs)
+        assert not skips and kwargs == {"left": 1}
+        return x.square().sum()
+
+
+def test_lists_and_dicts_that_layers_are_handed_change_once():
+    plain, x = UNet(), torch.randn(2, SEQ, WIDTH)
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+    assert_same_bits(step(ours, x), step(plain, x))
+
+
+def test_what_is_written_to_after_a_layer_ran_is_an_error():
+    """As it is for a layer whose input autograd has saved; torch.utils.checkpoint would run on other values."""
+    model = Model([Block() for _ in range(LAYERS)])
+    pyckpt.swap(model)
+    x = torch.randn(2, SEQ, WIDTH)
+    y = model.layers[0](x)
+    x.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_writing_by_what_is_no_op_is_refused():
+    """By a kernel of one's own, say, which tells autograd as it should."""
+
+    class Kernel(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x.detach().numpy()[:] += 1.0
+            torch.autograd.graph.increment_version(x)
+            return super().forward(x)
+
+    layers = nn.ModuleList([Kernel()])
+    pyckpt.swap(layers)
+    with pytest.raises(RuntimeError, match="an inplace operation that is no op"):
+        layers[0](torch.randn(2, SEQ, WIDTH))
+
+
+def test_writing_to_what_two_arguments_share_is_refused():
+    class Shared(Block):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x += y
+            return super().forward(x)
+
+    layers = nn.ModuleList([Shared()])
+    pyckpt.swap(layers)
+    x = torch.randn(2, SEQ, WIDTH)
+    assert layers[0](x, x).requires_grad  # one and the same
+    with pytest.raises(RuntimeError, match="whose memory is another one's too"):
+        layers[0](x, x[:, :1])
+
+
 def test_hooks_inside_leave_a_layer_as_it_is():
     model, ids, seen = MODELS["block"](), make_ids(), []
     model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))

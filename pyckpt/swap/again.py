@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyckpt.save import SaveSet
 from pyckpt.swap import kept
+from pyckpt.swap.arguments import Arguments
 from pyckpt.swap.once import FirstRun, SecondRun
 from pyckpt.swap.replaced import Replaced
 
@@ -59,8 +59,8 @@ def _is_filled(layer: Any) -> bool:
 def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], save: SaveSet) -> Any:
     """The original forward, again in the backward; while gradients are enabled it writes to no cache.
 
-    Kept are its arguments and, unless the save set has no attention, what attention made (see `kept`). Where
-    transformers' own checkpointing was enabled it does the same, as it was told to.
+    Kept are its arguments, copies of those that it writes to, and, unless the save set has no attention, what attention
+    made (see `kept`). Where transformers' own checkpointing was enabled it does the same, as it was told to.
     """
     checkpoints_itself = bool(getattr(layer.module, "gradient_checkpointing", False)) and layer.module.training
     if checkpoints_itself or not torch.is_grad_enabled():
@@ -68,12 +68,17 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     if not only_reads(layer.module):
         args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
         kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
-    forward = functools.partial(layer.original, *args, **kwargs)
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}
-    else:
-        options = {"context_fn": functools.partial(_contexts, layer.module, save.attention)}
-    return checkpoint(forward, use_reentrant=False, **options)
+        return checkpoint(functools.partial(layer.original, *args, **kwargs), use_reentrant=False, **options)
+    given = Arguments(args, kwargs)
+    contexts = functools.partial(_contexts, layer.module, given, save.attention)
+    return checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
+
+
+def _run(layer: Replaced, given: Arguments) -> Any:
+    args, kwargs = given.take()
+    return layer.original(*args, **kwargs)
 
 
 def _cacheless(name: str | None, value: Any) -> Any:
@@ -81,9 +86,9 @@ def _cacheless(name: str | None, value: Any) -> Any:
     return None if name in _CACHES else False if name == "use_cache" else value
 
 
-def _contexts(module: nn.Module, attention: bool) -> kept.Contexts:
+def _contexts(module: nn.Module, given: Arguments, attention: bool) -> kept.Contexts:
     """In which the layer runs first, and again."""
-    keeping, giving = kept.contexts() if attention else (contextlib.nullcontext(), contextlib.nullcontext())
+    keeping, giving = kept.contexts(given, attention)
     first = FirstRun(module)
     return _Both(first, keeping), _Both(SecondRun(module, first), giving)
 

@@ -6,6 +6,7 @@ only attention's part grows with the square of the length, and its output is no 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from pyckpt.swap.arguments import Arguments
 
 # Ops that give an attention's output, and what else its backward reads.
 _ATTENTION = frozenset(
@@ -39,14 +42,14 @@ _ATTENTION = frozenset(
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-def contexts() -> Contexts:
-    """In which a region runs first, and again: there its attention is not computed but given.
+def contexts(given: Arguments, attention: bool) -> Contexts:
+    """In which a region runs first, and again: there its attention is not computed but given, if it is kept.
 
-    For `torch.utils.checkpoint`. Its own kept values (`create_selective_checkpoint_contexts`) serve a single backward;
-    these serve any number.
+    What the region was given hears of the first run. For `torch.utils.checkpoint`. Its own kept values
+    (`create_selective_checkpoint_contexts`) serve a single backward; these serve any number.
     """
     kept: list[_Kept] = []
-    return _Keeping(kept), _Giving(kept)
+    return _Keeping(kept, given, attention), _Giving(kept) if attention else contextlib.nullcontext()
 
 
 def traced_contexts() -> Contexts:
@@ -88,10 +91,20 @@ class _Mode(TorchDispatchMode):
 
 
 class _Keeping(_Mode):
+    def __init__(self, kept: list[_Kept], given: Arguments, attention: bool) -> None:
+        super().__init__(kept)
+        self._given, self._attention = given, attention
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is None:
+            self._given.ran()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._given.written(func, args, kwargs)
         made = func(*args, **kwargs)
-        if _is_kept(func, args, kwargs):
+        if self._attention and _is_kept(func, args, kwargs):
             self._kept.append((_label(func, args), _detached(made)))
         return made
 

@@ -1,0 +1,94 @@
+"""What a layer that runs twice is given: the second time too, where the first run, or anything since, writes to it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+
+class Arguments:
+    """The arguments of a layer's call, for a run now and others later.
+
+    Lists and dicts are then new ones with what was in them before the first run, which may have changed them. Of a
+    tensor that the first run writes to (`h += ...` of what it was given) a copy is made just before: `written` has to
+    hear of every op of that run.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = args, kwargs
+        self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=_is_leaf)
+        # What becomes of a tensor that is written to may require a gradient though it did not.
+        self._tensors = {id(t): (t, t.requires_grad) for t in self._leaves if isinstance(t, Tensor)}
+        self._by_storage: dict[int, list[Tensor]] = {}
+        for t, _ in self._tensors.values():
+            self._by_storage.setdefault(_storage(t), []).append(t)
+        self._copies: dict[int, Tensor] = {}
+        self._versions = [(t, t._version) for t, _ in self._tensors.values() if not t.is_inference()]
+
+    def written(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An op of the first run is about to run."""
+        for place in _places_written(op):
+            for t in tree_leaves(kwargs.get(place[1]) if place[1] in kwargs else args[place[0] : place[0] + 1]):
+                if isinstance(t, Tensor):
+                    self._copy(self._by_storage.get(_storage(t), ()))
+
+    def _copy(self, tensors: list[Tensor] | tuple[()]) -> None:
+        if len(tensors) > 1:
+            raise RuntimeError(
+                "a layer that runs again in the backward writes in place to an argument whose memory is another one's "
+                "too; hand it a copy of one of them"
+            )
+        for t in tensors:
+            if id(t) not in self._copies:
+                self._copies[id(t)] = t.detach().clone()
+
+    def ran(self) -> None:
+        """The first run is over. Raises RuntimeError where it wrote to something unheard."""
+        if self._first is not None:
+            self._versions = [(t, version) for t, version in self._versions if id(t) not in self._copies]
+            self._check("that is no op of PyTorch's; let it return what it makes")
+            self._first = None
+
+    def take(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """For a run. Raises RuntimeError where something was written to since the first."""
+        if self._first is not None:
+            return self._first
+        self._check("since it ran; write to a copy")
+        leaves = [self._again(leaf) if id(leaf) in self._copies else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+    def _check(self, how: str) -> None:
+        if any(t._version != version for t, version in self._versions):
+            raise RuntimeError(
+                "an argument of a layer that runs again in the backward, with other values then, has been modified by "
+                f"an inplace operation {how}"
+            )
+
+    def _again(self, t: Tensor) -> Tensor:
+        """A new tensor as t was, to be written to; it is no leaf, which may not be."""
+        copy = self._copies[id(t)]
+        return copy.requires_grad_(True).clone() if self._tensors[id(t)][1] else copy.clone()
+
+
+def _is_leaf(value: Any) -> bool:
+    """Not a list, dict or tuple: what else holds tensors, a cache for one, is not made anew."""
+    return type(value) not in (list, dict) and not isinstance(value, tuple)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+@functools.cache
+def _places_written(op: Any) -> tuple[tuple[int, str], ...]:
+    """(place, name) of the arguments that the op writes to."""
+    schema = getattr(op, "_schema", None)  # higher order ops have none
+    if schema is None or not schema.is_mutable:
+        return ()
+    return tuple(
+        (i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    )
