@@ -494,6 +494,26 @@ def test_hooks_inside_leave_a_layer_as_it_is():
     assert len(seen) == 1
 
 
+class Catching(Block):
+    """As what generates code and tells more of its errors does (einx)."""
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        try:
+            return super().forward(x)
+        except Exception as error:
+            raise ValueError(f"generated code failed: {error}") from error
+
+
+def test_the_end_of_a_second_run_passes_through_what_catches_errors():
+    plain, ids = Model([Catching() for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+    assert_same_bits(step(ours, ids), step(plain, ids))
+    del ours.layers[0].mlp  # an error of its own
+    with pytest.raises(ValueError, match="generated code failed: "):
+        ours(ids)
+
+
 # --- which modules are layers ----------------------------------------------------------------------------------------
 
 
@@ -538,6 +558,15 @@ class Listed(nn.ModuleList):
         return norm(x + attn(x) + mlp(x))
 
 
+class Turn(nn.ModuleList):
+    """A sublayer that its model puts together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -564,9 +593,17 @@ class Mixer(nn.Module):
             lambda: [Listed(CausalSelfAttention(), mlp(), nn.LayerNorm(WIDTH)) for _ in range(2)],
             ["0.0", "0.1", "1.0", "1.1"],
         ),
+        (
+            lambda: [
+                *(Turn([nn.LayerNorm(WIDTH), m, nn.Identity()]) for m in (CausalSelfAttention(), mlp(), Stage())),
+                Turn([nn.LayerNorm(WIDTH), mlp(), nn.ReLU()]),
+                Turn([mlp(), mlp()]),
+            ],
+            ["0.1", "1.1", "2.1.blocks.0", "2.1.blocks.1"],
+        ),
         (lambda: [nn.TransformerEncoderLayer(WIDTH, HEADS, batch_first=True), Block()], ["0", "1"]),
     ],
-    ids=["stages", "two attentions", "named both", "by a function", "no module", "beside known layers"],
+    ids=["stages", "two attentions", "named both", "by a function", "no module", "in turn", "beside known layers"],
 )
 def test_which_modules_are_layers(layers, found):
     model, ids = Model(layers()), make_ids()

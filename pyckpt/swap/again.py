@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from pyckpt.save import SaveSet
 from pyckpt.swap import kept
@@ -78,7 +78,20 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
 
 def _run(layer: Replaced, given: Arguments) -> Any:
     args, kwargs = given.take()
-    return layer.original(*args, **kwargs)
+    try:
+        return layer.original(*args, **kwargs)
+    except Exception as error:
+        stop = _stop(error)
+        if stop is None or stop is error:
+            raise
+        raise stop from None
+
+
+def _stop(error: BaseException | None) -> BaseException | None:
+    """What ends a second run that has made all it is to make, where the layer's code made another error of it."""
+    while error is not None and not isinstance(error, _StopRecomputationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _cacheless(name: str | None, value: Any) -> Any:

@@ -42,18 +42,40 @@ def _layers(module: nn.Module, path: str, listed: bool) -> Iterator[tuple[str, n
         return
     held = isinstance(module, _CONTAINERS)
     inside = held or (listed and _SHARDED in module._modules)
-    inner = [
-        found
+    inner = {
+        name: list(_layers(child, f"{path}.{name}" if path else name, inside))
         for name, child in module.named_children()
-        for found in _layers(child, f"{path}.{name}" if path else name, inside)
-    ]
-    if inner:
-        yield from inner
+    }
+    if any(inner.values()):
+        for name, found in inner.items():
+            yield from found or _beside(module, path, name, inner)
     elif listed and not inside and _is_layer(module):
         yield path, module
     elif listed and isinstance(module, nn.ModuleList) and any(_attends(m) for m in module.modules()):
         # A layer that is no module of its own: attention and MLP in a list.
         yield from ((f"{path}.{n}", m) for n, m in module.named_children() if next(m.children(), None) is not None)
+
+
+def _beside(module: nn.Module, path: str, name: str, inner: dict[str, list[Any]]) -> Iterator[tuple[str, nn.Module]]:
+    """In a list of lists as [norm, attention, residual] and [norm, MLP, residual]: the MLP of the list of this name."""
+    own = getattr(module, name)
+    if not (isinstance(module, nn.ModuleList) and isinstance(own, nn.ModuleList)):
+        return
+    for other, found in inner.items():
+        start = f"{path}.{other}." if path else f"{other}."
+        places = [layer_path.removeprefix(start) for layer_path, _ in found]
+        if len(places) == 1 and places[0].isdecimal() and _differ_at(own, getattr(module, other), int(places[0])):
+            place = places[0]
+            if next(own[int(place)].children(), None) is not None:
+                yield f"{path}.{name}.{place}" if path else f"{name}.{place}", own[int(place)]
+            return
+
+
+def _differ_at(a: nn.ModuleList, b: nn.Module, place: int) -> bool:
+    """They are lists of modules of the same classes, but for one, which may be a wrapper of the same class too."""
+    if not isinstance(b, nn.ModuleList) or len(a) != len(b):
+        return False
+    return all(type(m) is type(n) for i, (m, n) in enumerate(zip(a, b, strict=True)) if i != place)
 
 
 def _is_layer(module: nn.Module) -> bool:
