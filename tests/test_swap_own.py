@@ -13,6 +13,7 @@ from blocks import assert_same_bits
 from helpers import a_few
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -492,6 +493,27 @@ def test_hooks_inside_leave_a_layer_as_it_is():
     assert "mlp has forward hooks" in report.left[0].why
     step(model, ids)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("save", ["attention", "input"])
+def test_the_second_run_takes_the_attention_of_the_first(save):
+    """As `sdpa_kernel` chose it around the model's call, or around the backward."""
+    plain, ids = Model([Block() for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours, save=save)
+
+    def run(model: nn.Module, forward: SDPBackend, backward: SDPBackend) -> dict[str, Tensor]:
+        model.zero_grad()
+        with sdpa_kernel(forward):
+            loss = model(ids)
+        with sdpa_kernel(backward):
+            loss.backward()
+            assert not torch.backends.cuda.math_sdp_enabled() or backward == SDPBackend.MATH
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    kernels = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION
+    for choice in (kernels, kernels[::-1]):
+        assert_same_bits(run(ours, *choice), run(plain, *choice))
 
 
 class Catching(Block):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count what they write
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
@@ -15,7 +17,7 @@ _CONTAINERS = (list, dict, set)
 
 
 class FirstRun:
-    """The run whose changes stay. `buffers` are then those that it wrote to."""
+    """The run whose changes stay. `buffers` are then those that it wrote to, `kernels` what attention may use in it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self.buffers = module, list[Tensor]()
@@ -23,6 +25,7 @@ class FirstRun:
     def __enter__(self) -> None:
         self._versions = [(b, b._version) for b in self._module.buffers() if not b.is_inference()]
         self.drawing = _Generators(self._module)
+        self.kernels = _attention_kernels()
 
     def __exit__(self, *error: Any) -> None:
         silent = {id(b) for m in self._module.modules() if isinstance(m, _NormBase) for b in m.buffers()}
@@ -34,7 +37,7 @@ class SecondRun:
     """A run whose changes are undone: of attributes, of lists, dicts and sets in them, and of the buffers of `first`.
 
     Generators other than PyTorch's own, which torch.utils.checkpoint sees to, give the numbers of the first run again.
-    Modules that DeepSpeed keeps its books in are let be.
+    What `sdpa_kernel` chose around the first run is chosen again. Modules that DeepSpeed keeps its books in are let be.
     """
 
     def __init__(self, module: nn.Module, first: FirstRun) -> None:
@@ -49,8 +52,12 @@ class SecondRun:
         self._buffers = [(b, b.detach().clone()) for b in self._first.buffers]
         self._drawing = _Generators(self._module)
         self._first.drawing.restore()
+        self._choice = contextlib.ExitStack()
+        if _attention_kernels() != self._first.kernels:
+            self._choice.enter_context(sdpa_kernel(self._first.kernels, set_priority=True))
 
     def __exit__(self, *error: Any) -> None:
+        self._choice.close()
         self._drawing.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
@@ -62,6 +69,11 @@ class SecondRun:
                 del module.__dict__[name]
             module.__dict__.update(attributes)
         del self._before, self._contents, self._buffers, self._drawing
+
+
+def _attention_kernels() -> list[SDPBackend]:
+    """What `scaled_dot_product_attention` may use at present, the first choice first."""
+    return _cur_sdpa_kernel_backends(with_priority=True)
 
 
 class _Generators:
