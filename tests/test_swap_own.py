@@ -358,6 +358,75 @@ def test_what_layers_keep_is_kept_once():
     assert ours.layers[0].calls == 2
 
 
+class Reading(Block):
+    """Computes with what it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.seen, self.last = 0, [], {}
+        self.register_buffer("usage", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        self.calls += 1
+        self.usage += 1.0
+        self.total = self.total + self.usage
+        x = x * (self.calls + self.total + len(self.seen) + self.last.pop("x", 0.0)) + self.usage
+        self.seen.append(self.calls)
+        self.last["x"] = x.detach().mean()
+        return super().forward(x)
+
+
+def test_what_layers_keep_is_there_again():
+    """Several calls before the backward of each: a second run has what that call had."""
+    plain, batches = Model([Reading() for _ in range(LAYERS)]), [make_ids() for _ in range(3)]
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        losses = [model(ids) for ids in batches]
+        for loss in losses[::-1]:
+            loss.backward()
+        losses[0] = model(batches[0])  # and what is there after it is what a next call has
+        losses[0].backward()
+        return {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
+
+    assert_same_bits(run(ours), run(plain))
+    assert [m.seen for m in ours.layers] == [m.seen for m in plain.layers] == [[1, 2, 3, 4]] * LAYERS
+
+
+def test_weights_of_a_functional_call():
+    """`torch.func.functional_call` has them in their places for the forward alone."""
+    plain, ids = Model([Block() for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+    weights = {n: torch.randn_like(p).mul_(0.1).requires_grad_() for n, p in plain.named_parameters()}
+
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        loss = torch.func.functional_call(model, weights, (ids,))
+        return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+
+    assert_same_bits(run(ours), run(plain))
+    assert_same_bits(step(ours, ids), step(plain, ids))
+
+
+def test_eval_mode_since_the_forward():
+    """Dropout that was there is there again."""
+    plain, ids = Model([Block(0.3) for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        loss = model.train()(ids)
+        model.eval()
+        loss.backward()
+        assert not any(m.training for m in model.modules())
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    assert_same_bits(run(ours), run(plain))
+
+
 def test_plain_checkpointing_would_count_twice():
     """Else the test above proves nothing."""
     model, ids = Model([Keeping()]), make_ids()

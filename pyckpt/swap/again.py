@@ -71,7 +71,7 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}
         return checkpoint(functools.partial(layer.original, *args, **kwargs), use_reentrant=False, **options)
-    given = Arguments(args, kwargs)
+    given = Arguments(args, kwargs, layer.module.buffers())
     contexts = functools.partial(_contexts, layer.module, given, save.attention)
     return checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
 
@@ -103,7 +103,7 @@ def _contexts(module: nn.Module, given: Arguments, attention: bool) -> kept.Cont
     """In which the layer runs first, and again."""
     keeping, giving = kept.contexts(given, attention)
     first = FirstRun(module)
-    return _Both(first, keeping), _Both(SecondRun(module, first), giving)
+    return _Both(first, keeping), _Both(SecondRun(module, first, given.before), giving)
 
 
 class _Both:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -13,17 +14,18 @@ class Arguments:
     """The arguments of a layer's call, for a run now and others later.
 
     Lists and dicts are then new ones with what was in them before the first run, which may have changed them. Of a
-    tensor that the first run writes to (`h += ...` of what it was given) a copy is made just before: `written` has to
-    hear of every op of that run.
+    tensor that the first run writes to (`h += ...` of what it was given) a copy is made just before, and of the layer's
+    buffers too: `written` has to hear of every op of that run.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: Iterable[Tensor] = ()) -> None:
         self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = args, kwargs
         self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=_is_leaf)
         # What becomes of a tensor that is written to may require a gradient though it did not.
         self._tensors = {id(t): (t, t.requires_grad) for t in self._leaves if isinstance(t, Tensor)}
+        watched = {i: t for i, (t, _) in self._tensors.items()} | {id(b): b for b in buffers}
         self._by_storage: dict[int, list[Tensor]] = {}
-        for t, _ in self._tensors.values():
+        for t in watched.values():
             self._by_storage.setdefault(_storage(t), []).append(t)
         self._copies: dict[int, Tensor] = {}
         self._versions = [(t, t._version) for t, _ in self._tensors.values() if not t.is_inference()]
@@ -60,6 +62,10 @@ class Arguments:
         leaves = [self._again(leaf) if id(leaf) in self._copies else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs
+
+    def before(self, buffer: Tensor) -> Tensor | None:
+        """What was in the buffer before the first run wrote to it; None where it did not, or unheard."""
+        return self._copies.get(id(buffer))
 
     def _check(self, how: str) -> None:
         if any(t._version != version for t, version in self._versions):

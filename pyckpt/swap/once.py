@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count what they write
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
-_CONTAINERS = (list, dict, set)
+_CONTAINERS, _PLAIN = (list, dict, set), (Tensor, nn.Parameter)
 
 
 class FirstRun:
-    """The run whose changes stay. `buffers` are then those that it wrote to, `kernels` what attention may use in it."""
+    """The run whose changes stay. `state` is what the modules had before it.
+
+    `buffers` are then those that it wrote to, `kernels` what attention may use in it.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self.buffers = module, list[Tensor]()
 
     def __enter__(self) -> None:
         self._versions = [(b, b._version) for b in self._module.buffers() if not b.is_inference()]
+        self.state = _State(self._module)
         self.drawing = _Generators(self._module)
         self.kernels = _attention_kernels()
 
@@ -34,41 +39,93 @@ class FirstRun:
 
 
 class SecondRun:
-    """A run whose changes are undone: of attributes, of lists, dicts and sets in them, and of the buffers of `first`.
+    """A run that finds what `first` found, and whose changes are undone: of attributes, of lists, dicts and sets in
+    them, and of buffers.
 
     Generators other than PyTorch's own, which torch.utils.checkpoint sees to, give the numbers of the first run again.
     What `sdpa_kernel` chose around the first run is chosen again. Modules that DeepSpeed keeps its books in are let be.
+    `before`: what was in a buffer before the first run wrote to it, None where that is not known.
     """
 
-    def __init__(self, module: nn.Module, first: FirstRun) -> None:
-        self._module, self._first = module, first
+    def __init__(self, module: nn.Module, first: FirstRun, before: Callable[[Tensor], Tensor | None]) -> None:
+        self._module, self._first, self._before = module, first, before
 
     def __enter__(self) -> None:
-        modules = [m for m in self._module.modules() if not any(n.startswith("ds_") for n in m.__dict__)]
-        self._before = [(m, _attributes(m), dict(m._buffers)) for m in modules]
-        self._contents = [
-            (v, v.copy()) for _, attributes, _ in self._before for v in attributes.values() if type(v) in _CONTAINERS
-        ]
-        self._buffers = [(b, b.detach().clone()) for b in self._first.buffers]
+        first = self._first
+        self._present = _State(self._module), first.state.contents()
+        self._buffers = [(b, b.detach().clone()) for b in first.buffers]
         self._drawing = _Generators(self._module)
-        self._first.drawing.restore()
+        first.drawing.restore()
+        first.state.put()
+        self._parameters = first.state.put_parameters()
+        for buffer in first.buffers:
+            value = self._before(buffer)
+            if value is not None:
+                buffer.detach().copy_(value)
         self._choice = contextlib.ExitStack()
-        if _attention_kernels() != self._first.kernels:
-            self._choice.enter_context(sdpa_kernel(self._first.kernels, set_priority=True))
+        if _attention_kernels() != first.kernels:
+            self._choice.enter_context(sdpa_kernel(first.kernels, set_priority=True))
 
     def __exit__(self, *error: Any) -> None:
         self._choice.close()
         self._drawing.restore()
         for buffer, value in self._buffers:
             buffer.detach().copy_(value)
-        for container, content in self._contents:
-            _refill(container, content)
-        for module, attributes, buffers in self._before:
+        for module, name, parameter in self._parameters:
+            module._parameters[name] = parameter
+        present, contents = self._present
+        _refill(contents)
+        present.put()
+        del self._present, self._buffers, self._drawing, self._parameters
+
+
+_Contents = list[tuple[Any, Any]]
+"""Containers, and copies of them with what was in them."""
+
+
+class _State:
+    """What a layer's modules have: attributes, what is in containers that are attributes, buffers, and parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = [m for m in module.modules() if not any(n.startswith("ds_") for n in m.__dict__)]
+        self._modules = [(m, _attributes(m), dict(m._buffers), dict(m._parameters)) for m in modules]
+        values = (v for _, attributes, _, _ in self._modules for v in attributes.values())
+        self._contents = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
+
+    def contents(self) -> _Contents:
+        """What is in its containers at present."""
+        return [(container, container.copy()) for container, _ in self._contents]
+
+    def put(self) -> None:
+        """All as it was, but for parameters."""
+        _refill(self._contents)
+        for module, attributes, buffers, _ in self._modules:
             module._buffers.update(buffers)
             for name in _attributes(module).keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
-        del self._before, self._contents, self._buffers, self._drawing
+
+    def put_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Parameters as they were, and in whose places: `torch.func.functional_call` has others for a call.
+
+        What is sharded is the same object with the same or other memory, or other objects with the same memory.
+        """
+        others: list[tuple[Any, str, nn.Parameter, Tensor]] = [
+            (module, name, now, then)
+            for module, _, _, parameters in self._modules
+            for name, then in parameters.items()
+            if (now := module._parameters.get(name)) is not None and then is not None and _differ(now, then)
+        ]
+        for module, name, _, then in others:
+            module._parameters[name] = then
+        return [(module, name, now) for module, name, now, _ in others]
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """They are plain tensors in two places, of which the second is there."""
+    if a is b or type(a) not in _PLAIN or type(b) not in _PLAIN or b.untyped_storage().nbytes() == 0:
+        return False
+    return a.data_ptr() != b.data_ptr()
 
 
 def _attention_kernels() -> list[SDPBackend]:
@@ -97,9 +154,10 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {n: v for n, v in module.__dict__.items() if n not in _OF_MODULES}
 
 
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
-        return
-    container.clear()
-    container.update(content)
+def _refill(contents: _Contents) -> None:
+    for container, content in contents:
+        if isinstance(container, list):
+            container[:] = content
+        else:
+            container.clear()
+            container.update(content)
