@@ -523,6 +523,11 @@ def test_what_is_written_to_after_a_layer_ran_is_an_error():
     x.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    y = model.layers[0](x)
+    with torch.no_grad():
+        model.layers[0].ln_2.bias.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"a weight .* has been modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_writing_by_what_is_no_op_is_refused():

@@ -53,11 +53,11 @@ class SecondRun:
     def __enter__(self) -> None:
         first = self._first
         self._present = _State(self._module), first.state.contents()
+        self._parameters = first.state.put_parameters()
         self._buffers = [(b, b.detach().clone()) for b in first.buffers]
         self._drawing = _Generators(self._module)
         first.drawing.restore()
         first.state.put()
-        self._parameters = first.state.put_parameters()
         for buffer in first.buffers:
             value = self._before(buffer)
             if value is not None:
@@ -91,6 +91,8 @@ class _State:
         self._modules = [(m, _attributes(m), dict(m._buffers), dict(m._parameters)) for m in modules]
         values = (v for _, attributes, _, _ in self._modules for v in attributes.values())
         self._contents = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
+        parameters = (p for _, _, _, parameters in self._modules for p in parameters.values() if p is not None)
+        self._versions = [(p, p._version) for p in parameters if not p.is_inference()]
 
     def contents(self) -> _Contents:
         """What is in its containers at present."""
@@ -108,8 +110,14 @@ class _State:
     def put_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Parameters as they were, and in whose places: `torch.func.functional_call` has others for a call.
 
-        What is sharded is the same object with the same or other memory, or other objects with the same memory.
+        What is sharded is the same object with the same or other memory, or other objects with the same memory. Raises
+        RuntimeError where one was written to since.
         """
+        if any(p._version != version for p, version in self._versions):
+            raise RuntimeError(
+                "a weight of a layer that runs again in the backward has been modified by an inplace operation since "
+                "the layer ran, by a step of an optimizer say: its gradients would be those of other weights"
+            )
         others: list[tuple[Any, str, nn.Parameter, Tensor]] = [
             (module, name, now, then)
             for module, _, _, parameters in self._modules
