@@ -284,6 +284,20 @@ class Keeping(OddAttention):
         return self.seen(hidden)
 
 
+class Kept(OddAttention):
+    """Something of it, which has a config and so a twin, is kept by itself: a share of the loss, say."""
+
+    def before(self, hidden):
+        self.share = hidden.square().mean()
+        return hidden
+
+
+class KeptByTheLayer(OddDecoderLayer):
+    def outer(self, mid, made):
+        self.share = made.square().mean()
+        return mid + made
+
+
 class Averaging(OddDecoderLayer):
     """A running mean, in training alone."""
 
@@ -355,6 +369,8 @@ REFUSED = {
     Twice: "it calls an attention function 2 times",
     ByItself: "its attention does not go through transformers' attention functions",
     Keeping: "its Seen keeps what it has seen",
+    Kept: "its Kept keeps what it has seen",
+    KeptByTheLayer: "its KeptByTheLayer keeps what it has seen",
     Averaging: "it changes its buffer mean",
     Mixing: "its output is not that of its parts",
     Noisy: "it draws random numbers for something else than dropout",

@@ -53,9 +53,11 @@ def traced_block(
     surveys.check_weights(layer)
     device = next(layer.parameters()).device
     with untouched(layer) as changed, surveys.forked(device), _exact(device):
-        trace = _Probe(layer, handed, device).trace(alike)
-    if changed:
-        raise UnsupportedError(f"its {changed[0]} keeps what it has seen")
+        probe = _Probe(layer, handed, device)
+        with untouched(probe.eager) as of_twins:
+            trace = probe.trace(alike)
+    if changed or of_twins:
+        raise UnsupportedError(f"its {(changed or of_twins)[0]} keeps what it has seen")
     return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)
 
 
