@@ -31,6 +31,10 @@ KINDS = {
         *("mixed precision", "mixed precision, LoRA"),
         *("mixed precision, streamed", "mixed precision, LoRA, streamed"),
     ),
+    (2, "fsdp1"): (
+        *("fsdp1", "fsdp1, then swap", "fsdp1, streamed", "fsdp1, without parameters"),
+        *("fsdp1, by its own forward", "fsdp1, by its own forward, without parameters", "fsdp1, again as a whole"),
+    ),
     (4, "all"): ("ddp", "swap, then fsdp2", "fsdp2, streamed"),
 }
 
@@ -82,6 +86,42 @@ def run(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
     return gradients(wrapped)
 
 
+def run_fsdp1(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
+    """The same under FSDP1, which wraps layers and what is in them, and is told of what it can't have."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model, tokens = model_and_tokens(kind)
+    tokens = tokens.chunk(world)[rank]
+    stream = pyckpt.Stream(7) if kind.endswith("streamed") else None
+    own = not kind.endswith("without parameters")
+    wrapped = {type(m) for m in model.model.layers}
+    if kind.endswith("as a whole"):
+        wrapped |= {type(m.conv) for m in model.model.layers if hasattr(m, "conv")}
+    if "then swap" not in kind:
+        pyckpt.swap(model, tile=5, stream=stream)
+    policy, device = ModuleWrapPolicy(wrapped), torch.device("cpu")
+    outer = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=own, device_id=device)
+    if "then swap" in kind:
+        assert {e.path for e in pyckpt.swap(outer).entries} == {"checkpointed", "standard"}
+    told = (
+        "streaming is not used" if stream else None if own or "forward" not in kind else "it takes use_orig_params=True"
+    )
+    for _ in range(2):
+        outer.zero_grad()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.filterwarnings("always", message="pyckpt.swap")
+            outer(input_ids=tokens, labels=tokens).loss.backward()
+        ours = [str(w.message) for w in warned if "pyckpt.swap" in str(w.message)]
+        assert all(told is not None and told in text for text in ours)
+    if own:
+        with FullyShardedDataParallel.summon_full_params(outer, with_grads=True):
+            return {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients(outer).items()}
+    squares = sum(p.grad.square().sum() for p in outer.parameters() if p.grad is not None)
+    torch.distributed.all_reduce(squares)
+    return {"norm": squares.sqrt()}
+
+
 def sharded(model: Any, **policies: Any) -> Any:
     """The model under FSDP2, each layer by itself."""
     from torch.distributed.fsdp import fully_shard
@@ -125,7 +165,7 @@ def worker(rank: int, world: int, kinds: list[str], seed: int, path: str) -> Non
         if kind.startswith("mixed precision"):
             check_mixed(rank, world, kind, seed)
         else:
-            results[kind] = run(rank, world, kind)
+            results[kind] = (run_fsdp1 if kind.startswith("fsdp1") else run)(rank, world, kind)
     if rank == 0:
         torch.save(results, path)
 
@@ -143,4 +183,6 @@ def test_several_processes_give_the_gradients_of_one(world, what, seed, tmp_path
         pyckpt.swap(model)
         model(input_ids=tokens, labels=tokens).loss.backward()
         truth = {n: g.double() for n, g in gradients(model).items()}
+        if kind.endswith("without parameters"):
+            truth = {"norm": torch.stack([g.norm() for g in truth.values()]).norm()}
         assert max(relative_errors(grads, truth).values()) < 1e-6, kind

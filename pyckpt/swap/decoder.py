@@ -13,8 +13,16 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
 from pyckpt.swap import masks
+from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched
+from pyckpt.swap.modules import (
+    UnsupportedCallError,
+    UnsupportedError,
+    check_parameters,
+    gathers,
+    is_flattened,
+    watched,
+)
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.survey import packs_by_itself
 
@@ -179,6 +187,8 @@ class SwappedDecoder(Replaced):
             change = layer.block.mapping.change(layer.module)
             if change is not None:
                 raise UnsupportedError(change)
+            if not isinstance(layer.block, MappedBlock):
+                check_parameters(layer.module)
         # From here on: what the layers' own forwards may run twice for.
         odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
         if odd:
@@ -234,6 +244,9 @@ class SwappedDecoder(Replaced):
             return {}, False, None
         if seen:
             self.warn(f"{', '.join(seen)} change what each layer is handed: {what} not used")
+            return {}, False, None
+        if any(is_flattened(s.module) for s in self.layers):
+            self.warn(f"FSDP1 has a layer's weights in a call of the layer alone: {what} not used. FSDP2 can stream")
             return {}, False, None
         hooked = [s for s in self.layers if watched(s.module, replaced=True)]
         if self.stream is not None and hooked and all(gathers(s.module) for s in hooked):

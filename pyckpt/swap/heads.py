@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import twin_of
-from pyckpt.swap.survey import check_weights, forked, shown
+from pyckpt.swap.survey import check_here, forked, shown
 
 _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap
@@ -79,7 +79,7 @@ def tried(model: Any) -> Tried:
     scaled and capped by its config, or its loss anything but the cross entropy of those with the next tokens.
     """
     projection = model.get_output_embeddings()
-    check_weights(projection)
+    check_here(projection)
     device = projection.weight.device
     with forked(device), torch.no_grad():
         hidden = torch.randn(2, _SEQ, projection.in_features, device=device).to(projection.weight.dtype)

@@ -61,6 +61,17 @@ def _unshards(module: Any) -> bool:
     return gathers(module) and hasattr(module, "unshard")
 
 
+def is_flattened(module: nn.Module) -> bool:
+    """Its weights are views that FSDP1 makes and takes away: attributes, or parameters, as it needs them."""
+    return "_is_fsdp_managed_module" in module.__dict__
+
+
+def check_parameters(module: nn.Module) -> None:
+    """Raise `UnsupportedError` where FSDP1 leaves the modules no parameters of their own."""
+    if any(is_flattened(m) and not getattr(m, "_fsdp_use_orig_params", True) for m in module.modules()):
+        raise UnsupportedError("under FSDP1 it takes use_orig_params=True, without which modules have no parameters")
+
+
 def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """forward(x), in a call of the module where that is what gathers its weights."""
     if not gathers(module) or _unshards(module):

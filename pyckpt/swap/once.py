@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count what they write
 
+from pyckpt.swap.modules import is_flattened
+
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 _CONTAINERS, _PLAIN = (list, dict, set), (Tensor, nn.Parameter)
 
@@ -43,7 +45,8 @@ class SecondRun:
     them, and of buffers.
 
     Generators other than PyTorch's own, which torch.utils.checkpoint sees to, give the numbers of the first run again.
-    What `sdpa_kernel` chose around the first run is chosen again. Modules that DeepSpeed keeps its books in are let be.
+    What `sdpa_kernel` chose around the first run is chosen again. Modules that DeepSpeed or FSDP1 keeps its books in
+    are let be.
     `before`: what was in a buffer before the first run wrote to it, None where that is not known.
     """
 
@@ -87,11 +90,12 @@ class _State:
     """What a layer's modules have: attributes, what is in containers that are attributes, buffers, and parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        modules = [m for m in module.modules() if not any(n.startswith("ds_") for n in m.__dict__)]
+        modules = [m for m in module.modules() if not _has_books(m)]
         self._modules = [(m, _attributes(m), dict(m._buffers), dict(m._parameters)) for m in modules]
         values = (v for _, attributes, _, _ in self._modules for v in attributes.values())
         self._contents = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
-        parameters = (p for _, _, _, parameters in self._modules for p in parameters.values() if p is not None)
+        own = (parameters for m, _, _, parameters in self._modules if not is_flattened(m))
+        parameters = (p for parameters in own for p in parameters.values() if p is not None)
         self._versions = [(p, p._version) for p in parameters if not p.is_inference()]
 
     def contents(self) -> _Contents:
@@ -103,7 +107,11 @@ class _State:
         _refill(self._contents)
         for module, attributes, buffers, _ in self._modules:
             module._buffers.update(buffers)
-            for name in _attributes(module).keys() - attributes.keys():
+            present = _attributes(module)
+            if is_flattened(module):
+                tensors = {n for had in (present, attributes) for n, v in had.items() if isinstance(v, Tensor)}
+                present, attributes = ({n: had[n] for n in had.keys() - tensors} for had in (present, attributes))
+            for name in present.keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
 
@@ -122,11 +130,17 @@ class _State:
             (module, name, now, then)
             for module, _, _, parameters in self._modules
             for name, then in parameters.items()
+            if not is_flattened(module)
             if (now := module._parameters.get(name)) is not None and then is not None and _differ(now, then)
         ]
         for module, name, _, then in others:
             module._parameters[name] = then
         return [(module, name, now) for module, name, now, _ in others]
+
+
+def _has_books(module: nn.Module) -> bool:
+    """DeepSpeed's or FSDP1's own are in its attributes."""
+    return "_fsdp_wrapped_module" in module._modules or any(n.startswith("ds_") for n in module.__dict__)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -50,7 +50,7 @@ def traced_block(
     `alike`: what makes layers alike, of those whose gradients were held to the layer's own, with their `Trace.unread`.
     Of another one like them the output is; it is added to.
     """
-    surveys.check_weights(layer)
+    surveys.check_here(layer)
     device = next(layer.parameters()).device
     with untouched(layer) as changed, surveys.forked(device), _exact(device):
         probe = _Probe(layer, handed, device)

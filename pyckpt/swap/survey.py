@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyckpt.swap.handing import HIDDEN, MASK, Arguments, Handing
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.modules import UnsupportedError, is_flattened
 from pyckpt.swap.rope import MOVING
 from pyckpt.swap.shadow import argument_names, attention_config, mode, twin_of, unsharded_class, untouched
 
@@ -73,6 +73,13 @@ def check_weights(module: nn.Module) -> None:
             raise UnsupportedError(f"{name} is sharded; swap the model before it is sharded")
 
 
+def check_here(module: nn.Module) -> None:
+    """Raise `UnsupportedError` where the module cannot be run outside of a call of the model."""
+    check_weights(module)
+    if any(map(is_flattened, module.modules())):
+        raise UnsupportedError("it is sharded; swap the model before FSDP1 wraps it")
+
+
 def forked(device: torch.device) -> AbstractContextManager[None]:
     """Inside, random numbers leave the generators of the CPU and of the device as they were."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
@@ -98,7 +105,7 @@ def survey(model: Any, paths: list[str]) -> Survey:
 
     Raises `UnsupportedError` where it can't be called, or where its masks are not those of causal attention.
     """
-    check_weights(model)
+    check_here(model)
     scene = Scene(model, paths)
     plain = scene.run()
     lost = [place for place, call in plain.items() if CALL not in call]
