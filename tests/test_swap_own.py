@@ -530,6 +530,37 @@ def test_what_is_written_to_after_a_layer_ran_is_an_error():
         y.sum().backward()
 
 
+class Graph(Block):
+    """Is handed a sparse matrix, and has one: they have no memory that others could share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mix", torch.randn(WIDTH, WIDTH).relu().to_sparse())
+
+    def forward(self, x: Tensor, near: Tensor) -> Tensor:
+        x = (
+            x
+            + torch.sparse.mm(near, x.flatten(1)).view_as(x)
+            + torch.sparse.mm(self.mix, x.flatten(0, 1).t()).t().view_as(x)
+        )
+        return super().forward(x)
+
+
+def test_sparse_arguments_and_buffers():
+    plain, x = nn.ModuleList([Graph(), Graph()]), torch.randn(3, SEQ, WIDTH)
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+
+    def run(layers: nn.ModuleList) -> dict[str, Tensor]:
+        y, near = x, torch.eye(3).to_sparse().coalesce()
+        for layer in layers:
+            y = layer(y, near)
+        y.square().sum().backward()
+        return {n: p.grad for n, p in layers.named_parameters()}
+
+    assert_same_bits(run(ours), run(plain))
+
+
 def test_writing_by_what_is_no_op_is_refused():
     """By a kernel of one's own, say, which tells autograd as it should."""
 

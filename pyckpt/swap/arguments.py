@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -86,7 +87,8 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
+    """What tensors on the same memory have in common; of one without a memory of its own (a sparse one) the tensor."""
+    return t.untyped_storage()._cdata if torch._C._has_storage(t) else id(t)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count w
 from pyckpt.swap.modules import is_flattened
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
-_CONTAINERS, _PLAIN = (list, dict, set), (Tensor, nn.Parameter)
+_CONTAINERS = (list, dict, set)
 
 
 class FirstRun:
@@ -145,9 +145,13 @@ def _has_books(module: nn.Module) -> bool:
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     """They are plain tensors in two places, of which the second is there."""
-    if a is b or type(a) not in _PLAIN or type(b) not in _PLAIN or b.untyped_storage().nbytes() == 0:
+    if a is b or not (_is_plain(a) and _is_plain(b)) or b.untyped_storage().nbytes() == 0:
         return False
     return a.data_ptr() != b.data_ptr()
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
 
 
 def _attention_kernels() -> list[SDPBackend]:
