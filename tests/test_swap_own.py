@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -393,6 +394,30 @@ def test_what_layers_keep_is_there_again():
 
     assert_same_bits(run(ours), run(plain))
     assert [m.seen for m in ours.layers] == [m.seen for m in plain.layers] == [[1, 2, 3, 4]] * LAYERS
+
+
+@pytest.mark.parametrize("uncompiled", [False, True])
+def test_a_layer_that_compile_breaks_out_of(uncompiled):
+    """PyTorch's own checkpointing runs it then, which undoes nothing; left uncompiled it is ours."""
+    plain = Model([Reading() for _ in range(LAYERS)])
+    ours, ids = copy.deepcopy(plain), make_ids()
+    pyckpt.swap(ours)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    if not uncompiled:
+        with pytest.warns(UserWarning, match="torch.compile breaks out of a layer"):
+            compiled(ids)
+        return
+    for layer in ours.layers:
+        layer.forward = torch.compiler.disable(layer.forward)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pyckpt.swap")
+        loss = compiled(ids)
+    loss.backward()
+    expected = step(plain, ids)
+    torch.testing.assert_close(
+        {n: p.grad for n, p in ours.named_parameters()}, {n: expected[n] for n, _ in ours.named_parameters()}
+    )
 
 
 def test_weights_of_a_functional_call():

@@ -7,10 +7,13 @@ only attention's part grows with the square of the length, and its output is no 
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -54,6 +57,12 @@ def contexts(given: Arguments, attention: bool) -> Contexts:
 
 def traced_contexts() -> Contexts:
     """The same for a graph of torch.compile, which knows PyTorch's own alone."""
+    if sys._getframe(1).f_code.co_filename == torch.utils.checkpoint.__file__:  # called by itself: there is no graph
+        warnings.warn(
+            "pyckpt.swap: torch.compile breaks out of a layer that runs again in the backward, and what the layer "
+            "changes is then changed twice. Leave it uncompiled: layer.forward = torch.compiler.disable(layer.forward)",
+            stacklevel=2,
+        )
     return create_selective_checkpoint_contexts(_policy)
 
 
