@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -664,6 +666,29 @@ def test_the_end_of_a_second_run_passes_through_what_catches_errors():
     del ours.layers[0].mlp  # an error of its own
     with pytest.raises(ValueError, match="generated code failed: "):
         ours(ids)
+
+
+@pytest.mark.parametrize("kind", [Block, Catching])
+def test_a_second_run_leaves_nothing_behind(kind):
+    """Not even until the garbage is collected: an error's traceback holds frames, and those what was made in them."""
+    made: list[weakref.ref[Tensor]] = []
+
+    class Watched(kind):
+        def forward(self, x: Tensor, *rest: Any) -> Tensor:
+            made.append(weakref.ref(x))
+            x = x * 1.0
+            made.append(weakref.ref(x))
+            return super().forward(x)
+
+    model, ids = Model([Watched() for _ in range(LAYERS)]), make_ids()
+    pyckpt.swap(model)
+    gc.collect()
+    gc.disable()
+    try:
+        model(ids).backward()
+        assert len(made) == 4 * LAYERS and not any(t() is not None for t in made)
+    finally:
+        gc.enable()
 
 
 # --- which modules are layers ----------------------------------------------------------------------------------------

@@ -80,18 +80,27 @@ def _run(layer: Replaced, given: Arguments) -> Any:
     args, kwargs = given.take()
     try:
         return layer.original(*args, **kwargs)
+    except _StopRecomputationError:
+        raise
     except Exception as error:
-        stop = _stop(error)
-        if stop is None or stop is error:
-            raise
-        raise stop from None
+        _end(error)
+        raise
 
 
-def _stop(error: BaseException | None) -> BaseException | None:
-    """What ends a second run that has made all it is to make, where the layer's code made another error of it."""
+def _end(error: BaseException | None) -> None:
+    """Raise what ends a second run that has made all it is to make, where the layer's code made this error of it."""
+    chain = []
     while error is not None and not isinstance(error, _StopRecomputationError):
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return error
+    try:
+        if error is not None:
+            for other in chain:
+                other.__cause__ = other.__context__ = None
+            raise error from None
+    finally:  # in circles of errors and frames all that the run has made would stay
+        chain.clear()
+        del error
 
 
 def _cacheless(name: str | None, value: Any) -> Any:

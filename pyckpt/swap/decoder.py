@@ -18,10 +18,10 @@ from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
 from pyckpt.swap.modules import (
     UnsupportedCallError,
     UnsupportedError,
-    check_parameters,
     gathers,
-    is_flattened,
+    lacks_parameters,
     watched,
+    wraps,
 )
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.survey import packs_by_itself
@@ -187,8 +187,8 @@ class SwappedDecoder(Replaced):
             change = layer.block.mapping.change(layer.module)
             if change is not None:
                 raise UnsupportedError(change)
-            if not isinstance(layer.block, MappedBlock):
-                check_parameters(layer.module)
+            if not isinstance(layer.block, MappedBlock) and lacks_parameters(layer.module):
+                raise UnsupportedError("under FSDP1 it takes use_orig_params=True, else modules have no parameters")
         # From here on: what the layers' own forwards may run twice for.
         odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
         if odd:
@@ -245,7 +245,7 @@ class SwappedDecoder(Replaced):
         if seen:
             self.warn(f"{', '.join(seen)} change what each layer is handed: {what} not used")
             return {}, False, None
-        if any(is_flattened(s.module) for s in self.layers):
+        if wraps(self.module):
             self.warn(f"FSDP1 has a layer's weights in a call of the layer alone: {what} not used. FSDP2 can stream")
             return {}, False, None
         hooked = [s for s in self.layers if watched(s.module, replaced=True)]

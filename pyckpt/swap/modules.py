@@ -62,14 +62,23 @@ def _unshards(module: Any) -> bool:
 
 
 def is_flattened(module: nn.Module) -> bool:
-    """Its weights are views that FSDP1 makes and takes away: attributes, or parameters, as it needs them."""
-    return "_is_fsdp_managed_module" in module.__dict__
+    """FSDP1 has laid its weights, or some, into one of its own, and makes views of that where they are to be read."""
+    return lacks_parameters(module) or any(getattr(p, "_fsdp_flattened", False) for p in module.parameters())
 
 
-def check_parameters(module: nn.Module) -> None:
-    """Raise `UnsupportedError` where FSDP1 leaves the modules no parameters of their own."""
-    if any(is_flattened(m) and not getattr(m, "_fsdp_use_orig_params", True) for m in module.modules()):
-        raise UnsupportedError("under FSDP1 it takes use_orig_params=True, without which modules have no parameters")
+def lacks_parameters(module: nn.Module) -> bool:
+    """FSDP1 leaves the modules inside no parameters of their own, as without use_orig_params=True."""
+    return any(getattr(m, "_fsdp_use_orig_params", True) is False for m in module.modules())
+
+
+def wraps(module: nn.Module) -> bool:
+    """FSDP1 wraps modules inside, of which it has the weights in calls of those alone."""
+    return any(is_wrapper(m) for m in module.modules())
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """It is FSDP1's, around a module."""
+    return "_fsdp_wrapped_module" in module._modules
 
 
 def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count what they write
 
-from pyckpt.swap.modules import is_flattened
+from pyckpt.swap.modules import is_wrapper
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 _CONTAINERS = (list, dict, set)
@@ -94,8 +94,7 @@ class _State:
         self._modules = [(m, _attributes(m), dict(m._buffers), dict(m._parameters)) for m in modules]
         values = (v for _, attributes, _, _ in self._modules for v in attributes.values())
         self._contents = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
-        own = (parameters for m, _, _, parameters in self._modules if not is_flattened(m))
-        parameters = (p for parameters in own for p in parameters.values() if p is not None)
+        parameters = (p for _, _, _, parameters in self._modules for p in parameters.values() if p is not None)
         self._versions = [(p, p._version) for p in parameters if not p.is_inference()]
 
     def contents(self) -> _Contents:
@@ -108,9 +107,10 @@ class _State:
         for module, attributes, buffers, _ in self._modules:
             module._buffers.update(buffers)
             present = _attributes(module)
-            if is_flattened(module):
-                tensors = {n for had in (present, attributes) for n, v in had.items() if isinstance(v, Tensor)}
-                present, attributes = ({n: had[n] for n in had.keys() - tensors} for had in (present, attributes))
+            views = {n for had in (present, attributes) for n, v in had.items() if _is_view(v)}
+            if views and "_is_fsdp_managed_module" in attributes:
+                # Those of FSDP1, which makes them of its own weights, and takes them away, as they are to be read.
+                present, attributes = ({n: had[n] for n in had.keys() - views} for had in (present, attributes))
             for name in present.keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
@@ -130,7 +130,6 @@ class _State:
             (module, name, now, then)
             for module, _, _, parameters in self._modules
             for name, then in parameters.items()
-            if not is_flattened(module)
             if (now := module._parameters.get(name)) is not None and then is not None and _differ(now, then)
         ]
         for module, name, _, then in others:
@@ -140,7 +139,11 @@ class _State:
 
 def _has_books(module: nn.Module) -> bool:
     """DeepSpeed's or FSDP1's own are in its attributes."""
-    return "_fsdp_wrapped_module" in module._modules or any(n.startswith("ds_") for n in module.__dict__)
+    return is_wrapper(module) or any(n.startswith("ds_") for n in module.__dict__)
+
+
+def _is_view(value: Any) -> bool:
+    return isinstance(value, Tensor) and value._is_view()
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -76,7 +76,7 @@ def check_weights(module: nn.Module) -> None:
 def check_here(module: nn.Module) -> None:
     """Raise `UnsupportedError` where the module cannot be run outside of a call of the model."""
     check_weights(module)
-    if any(map(is_flattened, module.modules())):
+    if is_flattened(module):
         raise UnsupportedError("it is sharded; swap the model before FSDP1 wraps it")
 
 
