@@ -107,13 +107,13 @@ def run_fsdp1(rank: int, world: int, kind: str) -> dict[str, torch.Tensor]:
     told = (
         "streaming is not used" if stream else None if own or "forward" not in kind else "it takes use_orig_params=True"
     )
-    for _ in range(2):
-        outer.zero_grad()
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.filterwarnings("always", message="pyckpt.swap")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.filterwarnings("always", message="pyckpt.swap")
+        for _ in range(2):
+            outer.zero_grad()
             outer(input_ids=tokens, labels=tokens).loss.backward()
-        ours = [str(w.message) for w in warned if "pyckpt.swap" in str(w.message)]
-        assert all(told is not None and told in text for text in ours)
+    ours = [str(w.message) for w in warned if "pyckpt.swap" in str(w.message)]
+    assert len(ours) == (told is not None) and all(told is not None and told in text for text in ours)
     if own:
         with FullyShardedDataParallel.summon_full_params(outer, with_grads=True):
             return {n.replace("_fsdp_wrapped_module.", ""): g for n, g in gradients(outer).items()}

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from pyckpt.save import SaveSet
 from pyckpt.swap import kept
-from pyckpt.swap.arguments import Arguments
+from pyckpt.swap.arguments import CallArguments
 from pyckpt.swap.once import FirstRun, SecondRun
 from pyckpt.swap.replaced import Replaced
 
@@ -71,12 +71,12 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}
         return checkpoint(functools.partial(layer.original, *args, **kwargs), use_reentrant=False, **options)
-    given = Arguments(args, kwargs, layer.module.buffers())
+    given = CallArguments(args, kwargs, layer.module.buffers())
     contexts = functools.partial(_contexts, layer.module, given, save.attention)
     return checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
 
 
-def _run(layer: Replaced, given: Arguments) -> Any:
+def _run(layer: Replaced, given: CallArguments) -> Any:
     args, kwargs = given.take()
     try:
         return layer.original(*args, **kwargs)
@@ -108,7 +108,7 @@ def _cacheless(name: str | None, value: Any) -> Any:
     return None if name in _CACHES else False if name == "use_cache" else value
 
 
-def _contexts(module: nn.Module, given: Arguments, attention: bool) -> kept.Contexts:
+def _contexts(module: nn.Module, given: CallArguments, attention: bool) -> kept.Contexts:
     """In which the layer runs first, and again."""
     keeping, giving = kept.contexts(given, attention)
     first = FirstRun(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
-class Arguments:
+class CallArguments:
     """The arguments of a layer's call, for a run now and others later.
 
     Lists and dicts are then new ones with what was in them before the first run, which may have changed them. Of a
@@ -19,7 +19,7 @@ class Arguments:
     buffers too: `written` has to hear of every op of that run.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: Iterable[Tensor] = ()) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: Iterable[Tensor]) -> None:
         self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = args, kwargs
         self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=_is_leaf)
         # What becomes of a tensor that is written to may require a gradient though it did not.
@@ -33,12 +33,12 @@ class Arguments:
 
     def written(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op of the first run is about to run."""
-        for place in _places_written(op):
-            for t in tree_leaves(kwargs.get(place[1]) if place[1] in kwargs else args[place[0] : place[0] + 1]):
+        for place, name in _places_written(op):
+            for t in tree_leaves(kwargs[name] if name in kwargs else args[place : place + 1]):
                 if isinstance(t, Tensor):
                     self._copy(self._by_storage.get(_storage(t), ()))
 
-    def _copy(self, tensors: list[Tensor] | tuple[()]) -> None:
+    def _copy(self, tensors: Sequence[Tensor]) -> None:
         if len(tensors) > 1:
             raise RuntimeError(
                 "a layer that runs again in the backward writes in place to an argument whose memory is another one's "

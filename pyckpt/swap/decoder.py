@@ -13,16 +13,8 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
 from pyckpt.swap import masks
-from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
-from pyckpt.swap.modules import (
-    UnsupportedCallError,
-    UnsupportedError,
-    gathers,
-    lacks_parameters,
-    watched,
-    wraps,
-)
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched, wraps
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.survey import packs_by_itself
 
@@ -187,8 +179,6 @@ class SwappedDecoder(Replaced):
             change = layer.block.mapping.change(layer.module)
             if change is not None:
                 raise UnsupportedError(change)
-            if not isinstance(layer.block, MappedBlock) and lacks_parameters(layer.module):
-                raise UnsupportedError("under FSDP1 it takes use_orig_params=True, else modules have no parameters")
         # From here on: what the layers' own forwards may run twice for.
         odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
         if odd:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from pyckpt.swap.arguments import Arguments
+from pyckpt.swap.arguments import CallArguments
 
 # Ops that give an attention's output, and what else its backward reads.
 _ATTENTION = frozenset(
@@ -45,7 +45,7 @@ _ATTENTION = frozenset(
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-def contexts(given: Arguments, attention: bool) -> Contexts:
+def contexts(given: CallArguments, attention: bool) -> Contexts:
     """In which a region runs first, and again: there its attention is not computed but given, if it is kept.
 
     What the region was given hears of the first run. For `torch.utils.checkpoint`. Its own kept values
@@ -100,7 +100,7 @@ class _Mode(TorchDispatchMode):
 
 
 class _Keeping(_Mode):
-    def __init__(self, kept: list[_Kept], given: Arguments, attention: bool) -> None:
+    def __init__(self, kept: list[_Kept], given: CallArguments, attention: bool) -> None:
         super().__init__(kept)
         self._given, self._attention = given, attention
 

@@ -20,7 +20,7 @@ _CONTAINERS = (list, dict, set)
 
 
 class FirstRun:
-    """The run whose changes stay. `state` is what the modules had before it.
+    """The run whose changes stay. `state` and `parameters` are what the modules had before it.
 
     `buffers` are then those that it wrote to, `kernels` what attention may use in it.
     """
@@ -30,7 +30,7 @@ class FirstRun:
 
     def __enter__(self) -> None:
         self._versions = [(b, b._version) for b in self._module.buffers() if not b.is_inference()]
-        self.state = _State(self._module)
+        self.state, self.parameters = _State(self._module), _Parameters(self._module)
         self.drawing = _Generators(self._module)
         self.kernels = _attention_kernels()
 
@@ -55,8 +55,9 @@ class SecondRun:
 
     def __enter__(self) -> None:
         first = self._first
+        first.parameters.check()
         self._present = _State(self._module), first.state.contents()
-        self._parameters = first.state.put_parameters()
+        self._parameters = first.parameters.put()
         self._buffers = [(b, b.detach().clone()) for b in first.buffers]
         self._drawing = _Generators(self._module)
         first.drawing.restore()
@@ -87,54 +88,63 @@ _Contents = list[tuple[Any, Any]]
 
 
 class _State:
-    """What a layer's modules have: attributes, what is in containers that are attributes, buffers, and parameters."""
+    """What a layer's modules have: attributes, what is in containers that are attributes, and buffers."""
 
     def __init__(self, module: nn.Module) -> None:
-        modules = [m for m in module.modules() if not _has_books(m)]
-        self._modules = [(m, _attributes(m), dict(m._buffers), dict(m._parameters)) for m in modules]
-        values = (v for _, attributes, _, _ in self._modules for v in attributes.values())
+        self._modules = [(m, _attributes(m), dict(m._buffers)) for m in module.modules() if not _has_books(m)]
+        values = (v for _, attributes, _ in self._modules for v in attributes.values())
         self._contents = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
-        parameters = (p for _, _, _, parameters in self._modules for p in parameters.values() if p is not None)
-        self._versions = [(p, p._version) for p in parameters if not p.is_inference()]
 
     def contents(self) -> _Contents:
         """What is in its containers at present."""
         return [(container, container.copy()) for container, _ in self._contents]
 
     def put(self) -> None:
-        """All as it was, but for parameters."""
+        """All as it was."""
         _refill(self._contents)
-        for module, attributes, buffers, _ in self._modules:
+        for module, attributes, buffers in self._modules:
             module._buffers.update(buffers)
             present = _attributes(module)
-            views = {n for had in (present, attributes) for n, v in had.items() if _is_view(v)}
-            if views and "_is_fsdp_managed_module" in attributes:
-                # Those of FSDP1, which makes them of its own weights, and takes them away, as they are to be read.
+            if "_is_fsdp_managed_module" in attributes:
+                # FSDP1 makes views of its own weights, and takes them away, as they are to be read.
+                views = {n for had in (present, attributes) for n, v in had.items() if _is_view(v)}
                 present, attributes = ({n: had[n] for n in had.keys() - views} for had in (present, attributes))
             for name in present.keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
 
-    def put_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
-        """Parameters as they were, and in whose places: `torch.func.functional_call` has others for a call.
 
-        What is sharded is the same object with the same or other memory, or other objects with the same memory. Raises
-        RuntimeError where one was written to since.
-        """
+class _Parameters:
+    """The parameters of a layer's modules, and how often each was written to."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._of = [
+            (m, name, p)
+            for m in module.modules()
+            if not _has_books(m)
+            for name, p in m._parameters.items()
+            if p is not None
+        ]
+        self._versions = [(p, p._version) for _, _, p in self._of if not p.is_inference()]
+
+    def check(self) -> None:
+        """Raise RuntimeError where one was written to since."""
         if any(p._version != version for p, version in self._versions):
             raise RuntimeError(
                 "a weight of a layer that runs again in the backward has been modified by an inplace operation since "
                 "the layer ran, by a step of an optimizer say: its gradients would be those of other weights"
             )
-        others: list[tuple[Any, str, nn.Parameter, Tensor]] = [
-            (module, name, now, then)
-            for module, _, _, parameters in self._modules
-            for name, then in parameters.items()
-            if (now := module._parameters.get(name)) is not None and then is not None and _differ(now, then)
-        ]
+
+    def put(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """All where they were, and what was in their places: `torch.func.functional_call` has others for a call.
+
+        What is sharded is the same object with the same or other memory, or other objects with the same memory.
+        """
+        now = [(module, name, module._parameters.get(name), then) for module, name, then in self._of]
+        others = [(m, name, p, then) for m, name, p, then in now if p is not None and _differ(p, then)]
         for module, name, _, then in others:
             module._parameters[name] = then
-        return [(module, name, now) for module, name, now, _ in others]
+        return [(module, name, p) for module, name, p, _ in others]
 
 
 def _has_books(module: nn.Module) -> bool:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from pyckpt.block import CheckpointedBlock
+from pyckpt.swap.modules import is_wrapper
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # In lower case, in the name of a module's class.
 _ATTENTIONS, _BLOCKS = ("attention", "attn"), ("block", "layer")
-# The names of what FSDP1's wrapper wraps, and PyTorch's wrapper that checkpoints.
-_SHARDED, _CHECKPOINTED = "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
+_CHECKPOINTED = "_checkpoint_wrapped_module"  # the name of what PyTorch's wrapper that checkpoints wraps
 # Functions of PyTorch and others, and ours; what a module's code names.
 _FUNCTIONS = frozenset(
     (
@@ -41,41 +41,41 @@ def _layers(module: nn.Module, path: str, listed: bool) -> Iterator[tuple[str, n
     if _CHECKPOINTED in module._modules or isinstance(module, (CheckpointedBlock, torch.jit.ScriptModule)):
         return
     held = isinstance(module, _CONTAINERS)
-    inside = held or (listed and _SHARDED in module._modules)
-    inner = {
-        name: list(_layers(child, f"{path}.{name}" if path else name, inside))
+    inside = held or (listed and is_wrapper(module))
+    inner = [
+        (_joined(path, name), child, list(_layers(child, _joined(path, name), inside)))
         for name, child in module.named_children()
-    }
-    if any(inner.values()):
-        for name, found in inner.items():
-            yield from found or _beside(module, path, name, inner)
+    ]
+    if any(found for _, _, found in inner):
+        for child_path, child, found in inner:
+            yield from found or (_beside(child, child_path, inner) if isinstance(module, nn.ModuleList) else ())
     elif listed and not inside and _is_layer(module):
         yield path, module
     elif listed and isinstance(module, nn.ModuleList) and any(_attends(m) for m in module.modules()):
         # A layer that is no module of its own: attention and MLP in a list.
-        yield from ((f"{path}.{n}", m) for n, m in module.named_children() if next(m.children(), None) is not None)
+        yield from ((_joined(path, n), m) for n, m in module.named_children() if next(m.children(), None) is not None)
 
 
-def _beside(module: nn.Module, path: str, name: str, inner: dict[str, list[Any]]) -> Iterator[tuple[str, nn.Module]]:
-    """In a list of lists as [norm, attention, residual] and [norm, MLP, residual]: the MLP of the list of this name."""
-    own = getattr(module, name)
-    if not (isinstance(module, nn.ModuleList) and isinstance(own, nn.ModuleList)):
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _beside(own: nn.Module, path: str, inner: list[tuple[str, nn.Module, Any]]) -> Iterator[tuple[str, nn.Module]]:
+    """In a list of lists as [norm, attention, residual] and [norm, MLP, residual]: the MLP of this one of them."""
+    if not isinstance(own, nn.ModuleList):
         return
-    for other, found in inner.items():
-        start = f"{path}.{other}." if path else f"{other}."
-        places = [layer_path.removeprefix(start) for layer_path, _ in found]
-        if len(places) == 1 and places[0].isdecimal() and _differ_at(own, getattr(module, other), int(places[0])):
-            place = places[0]
-            if next(own[int(place)].children(), None) is not None:
-                yield f"{path}.{name}.{place}" if path else f"{name}.{place}", own[int(place)]
+    others = [(list(m), found[0][1]) for _, m, found in inner if len(found) == 1 and isinstance(m, nn.ModuleList)]
+    for other, layer in others:
+        place = next((i for i, m in enumerate(other) if m is layer), None)
+        if place is not None and _differ_at(list(own), other, place):
+            if next(own[place].children(), None) is not None:
+                yield _joined(path, str(place)), own[place]
             return
 
 
-def _differ_at(a: nn.ModuleList, b: nn.Module, place: int) -> bool:
-    """They are lists of modules of the same classes, but for one, which may be a wrapper of the same class too."""
-    if not isinstance(b, nn.ModuleList) or len(a) != len(b):
-        return False
-    return all(type(m) is type(n) for i, (m, n) in enumerate(zip(a, b, strict=True)) if i != place)
+def _differ_at(a: list[nn.Module], b: list[nn.Module], place: int) -> bool:
+    """They are of the same classes, but for one, which may be a wrapper of the same class too."""
+    return len(a) == len(b) and all(type(m) is type(n) for i, (m, n) in enumerate(zip(a, b, strict=True)) if i != place)
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyckpt.spec import BlockSpec, LowRank
 from pyckpt.swap import lora
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.modules import UnsupportedError, lacks_parameters, watched
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.parameters import parameter_shapes
 
@@ -161,6 +161,8 @@ class Mapping:
                     lora.check(path, module)
                 except UnsupportedError as reason:
                     return str(reason)
+        if self.why and lacks_parameters(layer):
+            return "under FSDP1 it takes use_orig_params=True, else modules have no parameters"
         return self._change_of_rates(layer)
 
     def _change_of_rates(self, layer: nn.Module) -> str | None:
