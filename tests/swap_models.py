@@ -90,10 +90,21 @@ ROUTED = {
     "n_group": 2,
     "topk_group": 1,
 }
+_GPTJ = {
+    "n_embd": 48,
+    "n_layer": 1,
+    "n_head": 4,
+    "n_positions": 64,
+    "rotary_dim": 8,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 # Of classes that swap has no table of: they are cut at their attention.
 OTHERS: dict[str, dict[str, Any]] = {
     "Apertus": {"num_hidden_layers": 1},
     "Arcee": {"num_hidden_layers": 1},
+    "CodeGen": _GPTJ,
     "Cohere2": {"logit_scale": 0.25, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
     "DeepseekV3": {**MLA, **ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "Ernie4_5": {"num_hidden_layers": 1},
@@ -106,6 +117,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "Exaone4": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    "GPTJ": _GPTJ,
     "GPTBigCode": {"num_hidden_layers": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "Gemma": {"num_hidden_layers": 1, "head_dim": 16},
     "Glm": {"num_hidden_layers": 1, "head_dim": 12},
@@ -137,12 +149,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }
 # Without transformers' attention functions, or without attention: their layers run again as a whole.
-_GPTJ = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
 WHOLE: dict[str, dict[str, Any]] = {
     "Bloom": {"n_layer": 2, "n_head": 4},
-    "CodeGen": _GPTJ,
     "Falcon": {"new_decoder_architecture": True},
-    "GPTJ": _GPTJ,
     "GPTNeo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 7},
     "Mamba": {"state_size": 4},
     "Mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 12, "n_groups": 2},

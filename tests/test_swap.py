@@ -357,7 +357,7 @@ def test_logits_are_there_for_those_who_ask():
     assert model(**batch).logits is not None
 
 
-@pytest.mark.parametrize("family", ["Bloom", "GPTJ", "Mamba"])
+@pytest.mark.parametrize("family", ["Bloom", "Falcon", "Mamba"])
 def test_a_config_that_asks_for_tuples(family):
     """Most of transformers' models fail with one; the losses of these are ours all the same."""
     model, batch = make_model(family, return_dict=False), make_batch("plain")

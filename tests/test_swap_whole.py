@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -57,7 +58,7 @@ def assert_compiles(model: Any, batch: dict[str, Any]) -> None:
         torch.testing.assert_close(after[f"_orig_mod.{name}" if name != "loss" else name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 2, 5)))
+@pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 1, 3)))
 def test_the_same_bits_with_the_logits(name):
     """With dropout, of the same random numbers; the loss without logits by the 2x rule."""
     model = make_model(name)
@@ -73,7 +74,7 @@ def test_the_same_bits_with_the_logits(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 3, 5)))
+@pytest.mark.parametrize("name", a_few(WHOLE, always=(0, 2, 3)))
 def test_the_loss_makes_no_logits(name, dtype):
     model, batch = make_model(name, dtype), make_batch("padded")
     set_dropout(model, 0.0)
@@ -136,7 +137,7 @@ def test_transformers_checkpointing_is_not_doubled():
     assert len(runs) == 4
 
 
-@pytest.mark.parametrize("name", ["GPTJ", "Mamba"])
+@pytest.mark.parametrize("name", ["Bloom", "Mamba"])
 def test_what_is_kept_does_not_grow_with_what_layers_make(name):
     """Of each layer its input; and of the whole model, with the loss, no more than a few tensors of that size."""
     model = make_model(name)
@@ -154,7 +155,7 @@ def test_what_is_kept_does_not_grow_with_what_layers_make(name):
     assert kept[1] <= 8 * x < kept[0] / 2
 
 
-@pytest.mark.parametrize("name", a_few(WHOLE, always=(3,)))
+@pytest.mark.parametrize("name", a_few(WHOLE, always=(2,)))
 def test_generates_the_same_tokens(name):
     assert_generates_the_same(make_model(name))
 
@@ -198,7 +199,7 @@ def test_what_does_not_say_that_it_may_run_twice_is_left(monkeypatch):
 
 
 def test_frozen_layers_and_autocast():
-    model, batch = make_model("GPTJ"), make_batch("padded")
+    model, batch = make_model("Falcon"), make_batch("padded")
     for name, p in model.named_parameters():
         p.requires_grad_("h.1.mlp" in name)
     with torch.autocast("cpu", torch.bfloat16):
@@ -493,16 +494,68 @@ def test_a_cache_that_a_layer_only_reads_is_there_twice():
     assert before is None and torch.equal(y, expected) and layer.linear.weight.grad is not None
 
 
-def test_what_a_cache_holds():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # before transformers 5.24, and since
+def test_what_a_cache_holds(name):
     empty, filled = transformers.DynamicCache(), transformers.DynamicCache()
     filled.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)
     layer = Reader()
     pairs, both = (torch.zeros(1), torch.zeros(1)), transformers.EncoderDecoderCache
     for cache, full in ((None, False), (empty, False), (filled, True), (pairs, True)):
-        assert again.holds(layer, {"past_key_values": cache}) is full
-    assert again.holds(layer, {"past_key_values": both(empty, filled)})
+        assert again.holds(layer, {name: cache}) is (full and (name, cache) != ("cache", pairs))
+        assert again.caches({name: cache}) is (cache is not None and (name, cache) != ("cache", pairs))
+    assert again.holds(layer, {name: both(empty, filled)})
     layer.layer_idx = 1  # another layer's
-    assert not again.holds(layer, {"past_key_values": filled})
+    assert not again.holds(layer, {name: filled})
+
+
+class Own(nn.Module):
+    """What it is given by the name that transformers has for its caches is no cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        cos, sin = cache
+        return self.linear(x * cos + x.roll(1) * sin).tanh()
+
+
+def test_tables_that_a_layer_calls_its_cache_are_there_twice():
+    layer = Own().train()
+    x, cache = torch.randn(3, 4, requires_grad=True), (torch.randn(4), torch.randn(4))
+    expected = torch.autograd.grad(layer(x, cache).sum(), x)[0]
+    CheckpointedLayer(layer, told=False, save="input").install()
+    runs: list[int] = []
+    layer.linear.register_forward_hook(lambda *_: runs.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (made,) = torch.autograd.grad(layer(x, cache=cache).sum(), x)
+    assert torch.equal(made, expected) and len(runs) == 2
+
+
+@pytest.mark.parametrize("how", ["past_key_values", "cache", "by its place"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_cache_by_either_name(training, how):
+    """transformers calls caches otherwise since 5.24, and takes the other name too for a time."""
+    model = make_model("Llama").train(training)
+    names = list(inspect.signature(type(model).forward).parameters)
+    if how == "cache" and "cache" not in names:
+        pytest.skip("this transformers does not know the name")
+    ids = torch.randint(1, VOCAB, (2, 9))
+
+    def run() -> torch.Tensor:
+        first = model(input_ids=ids[:, :5], use_cache=True)
+        made = first["cache" if "cache" in names else "past_key_values"]
+        given = (ids[:, 5:], None, None, made) if how == "by its place" else (ids[:, 5:],)
+        return model(*given, **({} if how == "by its place" else {how: made}), use_cache=True).logits
+
+    expected = run()
+    pyckpt.swap(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if training:  # all is stored
+            warnings.simplefilter("ignore", UserWarning)
+        assert torch.equal(run(), expected)
 
 
 @pytest.mark.slow

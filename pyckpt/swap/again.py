@@ -22,8 +22,18 @@ _CACHES = ("past_key_values", "layer_past", "cache_params")
 
 
 def caches(given: dict[str, Any]) -> bool:
-    """The layer is to write to a cache."""
-    return bool(given.get("use_cache")) or any(given.get(n) is not None for n in _CACHES)
+    """The layer, or the model, is to write to a cache."""
+    return bool(given.get("use_cache")) or any(is_cache(name, value) for name, value in given.items())
+
+
+def is_cache(name: str | None, value: Any) -> bool:
+    """An argument of this name is a cache.
+
+    From transformers 5.24 on all are named "cache"; in a class of one's own anything may have that name.
+    """
+    if name == "cache":
+        return any(k.__module__.startswith("transformers.") for k in type(value).__mro__)
+    return name in _CACHES and value is not None
 
 
 def only_reads(module: nn.Module) -> bool:
@@ -33,7 +43,7 @@ def only_reads(module: nn.Module) -> bool:
 
 def holds(module: nn.Module, given: dict[str, Any]) -> bool:
     """The layer is given a cache that has something for it: a prefix, or what an encoder made."""
-    found = [given[n] for n in _CACHES if given.get(n) is not None]
+    found = [value for name, value in given.items() if is_cache(name, value)]
     if not found:
         return False
     indices = [getattr(m, name, None) for m in module.modules() for name in ("layer_idx", "layer_id")]
@@ -105,7 +115,7 @@ def _end(error: BaseException | None) -> None:
 
 def _cacheless(name: str | None, value: Any) -> Any:
     """An argument of this name, None where it is a cache."""
-    return None if name in _CACHES else False if name == "use_cache" else value
+    return None if is_cache(name, value) else False if name == "use_cache" else value
 
 
 def _contexts(module: nn.Module, given: CallArguments, attention: bool) -> kept.Contexts:

@@ -21,7 +21,7 @@ from pyckpt.swap.survey import packs_by_itself
 # Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
 _KNOWN = frozenset(
     (
-        *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+        *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache"),
         *(
             "token_type_ids",
             "cache_position",
@@ -140,7 +140,7 @@ class SwappedDecoder(Replaced):
 
         read: (B, S) bool, of which tokens a loss reads the outputs; None: somebody else may read all.
         """
-        if given.get("past_key_values") is not None or self._caches(given, read is not None):
+        if any(given.get(n) is not None for n in ("past_key_values", "cache")) or self._caches(given, read is not None):
             return None
         try:
             call = self._call(given, read)
