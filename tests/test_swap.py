@@ -334,6 +334,20 @@ def test_needs_transformers_for_its_own_models_alone():
     assert done.stdout == "1\n", done.stderr
 
 
+@pytest.mark.parametrize("family", ["Gemma2", "VaultGemma"])
+def test_a_softcap_that_sdpa_leaves_out(family):
+    """transformers before 5.21 takes sdpa for Gemma 2 by itself, without its softcap."""
+    model, batch = make_model(family), make_batch("plain")
+    assert model.config._attn_implementation == "eager"
+    before = step(model, batch)
+    pyckpt.swap(model)
+    model.config._attn_implementation = "sdpa"
+    with pytest.warns(UserWarning, match="caps its attention's scores, which transformers' sdpa leaves out"):
+        after = step(model, batch)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_are_there_for_those_who_ask():
     model = make_model("Gemma2")
     batch = make_batch("plain")
@@ -605,7 +619,7 @@ def test_options_of_configs(family, options, why):
 
 def test_an_older_transformers_is_refused(monkeypatch):
     model = make_model("Llama")
-    monkeypatch.setattr(families, "OLDEST", 99)
+    monkeypatch.setattr(families, "OLDEST", (99, 0))
     with pytest.raises(ValueError, match=r"transformers is \d.*before 99\.0; install transformers>=99"):
         pyckpt.swap(model)
 

@@ -149,9 +149,19 @@ class SwappedDecoder(Replaced):
             how = "each layer again as a whole in the backward" if whole else "which stores everything"
             self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, {how}")
             return Call(None, None, whole=True) if whole else None
+        if self._implementation == "sdpa" and any(s.softcap for s in self.layers):
+            self.warn(
+                f"{type(self.module).__name__} caps its attention's scores, which transformers' sdpa leaves out: "
+                'swapped layers cap them, as attn_implementation="eager" does'
+            )
         if self.module.training and self._checkpointed:
             self.warn("gradient checkpointing is ignored in swapped layers, which recompute already")
         return call
+
+    @property
+    def _implementation(self) -> str | None:
+        """By which of transformers' attention functions the original would compute."""
+        return getattr(self.module.config, "_attn_implementation", None)
 
     @property
     def _checkpointed(self) -> list[nn.Module]:
@@ -211,7 +221,7 @@ class SwappedDecoder(Replaced):
         """What padding sees in transformers' attention functions: to flash attention it does not even come."""
         if packs_by_itself(self.module.config):
             return masks.Sight("none")
-        if getattr(self.module.config, "_attn_implementation", None) != "eager":
+        if self._implementation != "eager":
             return masks.Sight("before", None, read)
         # It adds the least number to what is hidden: where all is, all has the same share. But a sink has more.
         reaches = [_FAR if s.reach < 0 else s.reach for s in self.layers if s.reach is not None]

@@ -19,7 +19,7 @@ from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import Mapping, Source, bias_of, read_rates
 
 ATTENTION, MLP = "self_attn", "mlp"
-OLDEST = 5  # of transformers
+OLDEST = (5, 4)  # of transformers
 Options = dict[str, Any]
 Family = tuple[Options, list[Source]]
 
@@ -114,10 +114,11 @@ def check_version() -> None:
     """Raise `UnsupportedError` for a transformers whose layers are called in another way."""
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) < OLDEST:
+    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
         raise UnsupportedError(
-            f"transformers is {transformers.__version__}, and its layers are called in another way before {OLDEST}.0; "
-            f"install transformers>={OLDEST}"
+            f"transformers is {transformers.__version__}, and its layers are called in another way before {oldest}; "
+            f"install transformers>={oldest}"
         )
 
 

@@ -117,6 +117,11 @@ class SwappedLayer(Replaced):
         mapping = self.block.mapping
         return None if mapping.sinks else mapping.spec.window[0]
 
+    @property
+    def softcap(self) -> float:
+        """Of its attention's scores; 0 for none."""
+        return self.block.mapping.spec.softcap
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = kwargs.pop(CALL, None)
         if call is None:

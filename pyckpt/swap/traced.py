@@ -204,6 +204,10 @@ class TracedLayer(SwappedLayer):
     def reach(self) -> int | None:
         return None if self.block.trace.sinks else self.block.trace.window[0]
 
+    @property
+    def softcap(self) -> float:
+        return self.block.trace.softcap
+
     @torch.compiler.disable
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
         alone = len(blocks) == 1 and (self.apart or call.stream is None)
