@@ -112,3 +112,11 @@ def test_a_test_is_drawn_again(pytester, monkeypatch, pytestconfig, given):
     pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(
         passed=1 if given else 2, failed=4 if given else 3, warnings=0 if given else 1
     )
+
+
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_run_in_one_process(request):
+    """So that what they build is built once; pytest-xdist does so by a test's id, and with some pytest does not."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("not run with --dist loadgroup")
+    assert request.node.nodeid.endswith("@together")
