@@ -113,7 +113,7 @@ def gpt_neox() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
 
 
 def gpt_j() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
-    from transformers.models.gptj.modeling_gptj import GPTJBlock, GPTJConfig
+    from transformers.models.gptj.modeling_gptj import GPTJBlock, GPTJConfig, GPTJRotaryEmbedding
 
     config = GPTJConfig(
         n_embd=D,
@@ -126,7 +126,7 @@ def gpt_j() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
         resid_pdrop=0.0,
         attn_implementation="eager",
     )
-    layer = GPTJBlock(config, 0)
+    layer, rotary = GPTJBlock(config, 0), GPTJRotaryEmbedding(config)
     randomise(layer)
     names = {f"attn.{n}_proj": f"self_attn.{n}_proj" for n in "qkv"} | {
         "ln_1": "input_layernorm",
@@ -144,7 +144,8 @@ def gpt_j() -> tuple[nn.Module, Layer, State, dict[str, Any]]:
     }
 
     def run(x: Tensor) -> Tensor:
-        out = layer(x, position_ids=torch.arange(S)[None].expand(B, S), attention_mask=causal_mask())
+        tables = rotary(x, torch.arange(S)[None].expand(B, S))
+        out = layer(x, position_embeddings=tables, attention_mask=causal_mask())
         return out[0] if isinstance(out, tuple) else out
 
     return layer, run, renamed(layer.state_dict(), names), options
