@@ -6,6 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -81,21 +82,19 @@ class Replaced:
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the original: Trainer and generate() look at it."""
-        return inspect.signature(self._original)
+        return inspect.signature(self._before or MethodType(type(self.module).forward, self.module))
 
     @property
     def __func__(self) -> Callable[..., Any]:
         """As a bound method has it: tools that wrap a forward make methods of that, which copies of a model copy."""
         return unbound(type(self.module))  # type: ignore[arg-type]  # mypy takes a Module's __hash__ for the class's
 
-    @property
-    def _original(self) -> Any:
-        # Looked up late: FSDP2 changes a module's class.
-        return self._before or type(self.module).forward.__get__(self.module)
-
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computed before the swap."""
-        return self._original(*args, **kwargs)
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        # Looked up late: FSDP2 changes a module's class. Called as a function: PyTorch 2.11 compiles no __get__.
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
