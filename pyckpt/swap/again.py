@@ -29,10 +29,11 @@ def caches(given: dict[str, Any]) -> bool:
 def is_cache(name: str | None, value: Any) -> bool:
     """An argument of this name is a cache.
 
-    From transformers 5.24 on all are named "cache"; in a class of one's own anything may have that name.
+    From transformers 5.24 on all are named "cache"; in a class of one's own anything may have that name, so what has it
+    is to know its length as well.
     """
     if name == "cache":
-        return any(k.__module__.startswith("transformers.") for k in type(value).__mro__)
+        return hasattr(value, "get_seq_length")
     return name in _CACHES and value is not None
 
 

@@ -7,6 +7,7 @@ only attention's part grows with the square of the length, and its output is no 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import wrap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -57,13 +59,23 @@ def contexts(given: CallArguments, attention: bool) -> Contexts:
 
 def traced_contexts() -> Contexts:
     """The same for a graph of torch.compile, which knows PyTorch's own alone."""
-    if sys._getframe(1).f_code.co_filename == torch.utils.checkpoint.__file__:  # called by itself: there is no graph
+    if not _in_graph():
         warnings.warn(
             "pyckpt.swap: torch.compile breaks out of a layer that runs again in the backward, and what the layer "
             "changes is then changed twice. Leave it uncompiled: layer.forward = torch.compiler.disable(layer.forward)",
             stacklevel=2,
         )
     return create_selective_checkpoint_contexts(_policy)
+
+
+def _in_graph() -> bool:
+    """torch.utils.checkpoint was called by the op that a graph has for it, not by code outside of PyTorch."""
+    frame, folder = sys._getframe(1), os.path.dirname(torch.__file__)
+    while frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(folder):
+        frame = frame.f_back
+        if frame.f_code.co_filename == wrap.__file__:
+            return True
+    return False
 
 
 _Kept = tuple[Any, Any]
