@@ -22,7 +22,7 @@ _CACHES = ("past_key_values", "layer_past", "cache_params")
 
 
 def caches(given: dict[str, Any]) -> bool:
-    """The layer, or the model, is to write to a cache."""
+    """The layer is to write to a cache."""
     return bool(given.get("use_cache")) or any(is_cache(name, value) for name, value in given.items())
 
 

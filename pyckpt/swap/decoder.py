@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
-from pyckpt.swap import masks
+from pyckpt.swap import again, masks
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched, wraps
 from pyckpt.swap.replaced import Replaced
@@ -21,7 +21,7 @@ from pyckpt.swap.survey import packs_by_itself
 # Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
 _KNOWN = frozenset(
     (
-        *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache"),
+        *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache"),
         *(
             "token_type_ids",
             "cache_position",
@@ -140,7 +140,7 @@ class SwappedDecoder(Replaced):
 
         read: (B, S) bool, of which tokens a loss reads the outputs; None: somebody else may read all.
         """
-        if any(given.get(n) is not None for n in ("past_key_values", "cache")) or self._caches(given, read is not None):
+        if any(again.is_cache(n, value) for n, value in given.items()) or self._caches(given, read is not None):
             return None
         try:
             call = self._call(given, read)
