@@ -2,6 +2,7 @@
 // pyckpt_cuda, with the schemas of those that they implement (pyckpt/ops/cuda_backend.py).
 
 #include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -188,25 +189,22 @@ Output write_rows(const char* name, const Tensor& t) {
 // The tensor's device is current while this lives, and PyTorch's stream on it is `stream`.
 class Launch {
  public:
-  explicit Launch(const Tensor& t) {
-    const int device = t.get_device_index();
-    check(cudaGetDevice(&previous_), device);
-    if (previous_ != device) check(cudaSetDevice(device), device);
-    device_ = device;
+  explicit Launch(const Tensor& t) : device_(t.get_device_index()) {
 #ifndef PYCKPT_EMULATED
     if (!aoti_torch_get_current_cuda_stream) fail("this PyTorch is built without CUDA");
+    // PyTorch's own guard: going back by cudaSetDevice would make a context on a device that nobody uses.
+    guard_.emplace(device_);
+    int seen = device_;  // by the runtime that is linked in here, beside PyTorch's
+    check(cudaGetDevice(&seen), device_);
+    if (seen != device_) check(cudaSetDevice(device_), device_);
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &current));
     stream = static_cast<cudaStream_t>(current);
 #endif
   }
 
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
-
-  ~Launch() {
-    if (previous_ != device_) cudaSetDevice(previous_);
-  }
 
   // Whether what was launched has started well.
   void check() const { check(cudaGetLastError(), device_); }
@@ -224,10 +222,14 @@ class Launch {
            ": build them again with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
            "\", or take others with PYCKPT_BACKEND=triton");
     }
-    fail("a CUDA kernel of pyckpt could not be launched: ", cudaGetErrorString(error));
+    fail("a CUDA kernel of pyckpt could not be launched: ", cudaGetErrorString(error),
+         "; PYCKPT_BACKEND=triton takes others");
   }
 
-  int previous_ = 0, device_ = 0;
+  int device_;
+#ifndef PYCKPT_EMULATED
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
 };
 
 // --- activations ---
@@ -242,12 +244,13 @@ int function_of(const std::string& kind) {
   fail("kind is '", kind, "'; expected swiglu, geglu, geglu_tanh, gelu, gelu_tanh or relu2");
 }
 
-// One long row where nothing lies between the rows.
+// One long row where nothing lies between the rows. Its stride is one that no alignment is asked of.
 template <class Arguments>
-void join_rows(Arguments& a, std::initializer_list<int64_t> strides) {
-  for (const int64_t stride : strides) {
-    if (stride != a.width) return;
+void join_rows(Arguments& a, std::initializer_list<int64_t*> strides) {
+  for (const int64_t* stride : strides) {
+    if (*stride != a.width) return;
   }
+  for (int64_t* stride : strides) *stride = 0;
   a.width *= a.rows;
   a.rows = 1;
 }
@@ -260,7 +263,7 @@ void act_into(const Tensor& gate, const MaybeTensor& up, const std::string& kind
   GluForward a{rows_in(gate), width_of(like.name, gate), read_rows(gate, copies), {}, write_rows(like.name, act)};
   if (gate.numel() == 0) return;
   if (up) a.up = read_rows(*up, copies);
-  join_rows(a, {a.gate.stride, up ? a.up.stride : a.width, a.act.stride});
+  join_rows(a, {&a.gate.stride, up ? &a.up.stride : &a.gate.stride, &a.act.stride});
   const Launch launch(gate);
   glu_forward(a, like.dtype, function, launch.stream);
   launch.check();
@@ -285,8 +288,8 @@ void act_backward_into(const Tensor& dact, const Tensor& gate, const MaybeTensor
     a.up = read_rows(*up, copies);
     a.dup = write_rows("up", *dup);
   }
-  join_rows(a, {a.dact.stride, a.gate.stride, a.act.stride, a.dgate.stride, up ? a.up.stride : a.width,
-                up ? a.dup.stride : a.width});
+  join_rows(a, {&a.dact.stride, &a.gate.stride, &a.act.stride, &a.dgate.stride,
+                up ? &a.up.stride : &a.gate.stride, up ? &a.dup.stride : &a.gate.stride});
   const Launch launch(gate);
   glu_backward(a, like.dtype, function, launch.stream);
   launch.check();

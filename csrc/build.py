@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import os
 import platform
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
@@ -36,6 +38,14 @@ FILE = "_cuda.abi3.so"
 CPU_MODULE = "pyckpt._cpu"
 CPU_FILE = "_cpu.abi3.so"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# The names that PyTorch's TORCH_CUDA_ARCH_LIST knows, of chips that these kernels run on.
+_NAMED = {
+    "turing": "7.5+PTX",
+    "ampere": "8.0;8.6+PTX",
+    "ada": "8.9+PTX",
+    "hopper": "9.0+PTX",
+    "blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 # The oldest Python and PyTorch that the binary serves: 3.10, and the stable ABI of 2.11.
 _PYTHON = "0x030a0000"
 _TORCH = "0x020b000000000000"
@@ -77,9 +87,26 @@ class Architecture:
 
 
 def architectures(text: str | None = None) -> list[Architecture]:
-    """Those of `text`, else of TORCH_CUDA_ARCH_LIST, else the default ones. Raises BuildError for others."""
-    text = text or os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHITECTURES
-    return [Architecture.parse(part) for part in re.split(r"[;,\s]+", text) if part]
+    """Those of `text`, else of TORCH_CUDA_ARCH_LIST, else the default ones, as far as there is an nvcc that knows them.
+
+    Raises BuildError for others.
+    """
+    text = text or os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    return _parsed(text) if text else _known(_parsed(DEFAULT_ARCHITECTURES))
+
+
+def _parsed(text: str) -> list[Architecture]:
+    split = re.compile(r"[;,\s]+").split
+    parts = [part for name in split(text) if name for part in split(_NAMED.get(name.lower(), name))]
+    return [Architecture.parse(part) for part in dict.fromkeys(parts)]
+
+
+def _known(wanted: list[Architecture]) -> list[Architecture]:
+    """Those that nvcc knows, the newest of them with PTX for what comes after; all where it does not say."""
+    nvcc = find_nvcc()
+    said = _output([nvcc, "--list-gpu-arch"]) if nvcc else ""
+    known = [a for a in wanted if f"compute_{a.number}" in said.split()]
+    return [*known[:-1], dataclasses.replace(known[-1], ptx=True)] if known else wanted
 
 
 def find_nvcc() -> str | None:
@@ -158,11 +185,11 @@ def build_cpu(
         target = temporary / f"kernels_{name}.o"
         named = [f"-DPYCKPT_ISA={name}", f"-DPYCKPT_LANES={lanes}", f"-DPYCKPT_REGISTERS={registers}"]
         source = str(CSRC / "cpu" / "kernels.cpp")
-        commands.append((target, [compiler, *flags, *options, *named, "-c", source, "-o", str(target)]))
+        commands.append((target, [*compiler, *flags, *options, *named, "-c", source, "-o", str(target)]))
     target = temporary / "library.o"
-    commands.append((target, [compiler, *flags, "-c", str(CSRC / "cpu" / "library.cpp"), "-o", str(target)]))
+    commands.append((target, [*compiler, *flags, "-c", str(CSRC / "cpu" / "library.cpp"), "-o", str(target)]))
     objects = [str(target) for target, _ in commands]
-    link = [compiler, "-shared", "-pthread", *objects, "-o", str(temporary / f"{CPU_FILE}.tmp")]
+    link = [*compiler, "-shared", "-pthread", *objects, "-o", str(temporary / f"{CPU_FILE}.tmp")]
     what = f"{CPU_MODULE} for {', '.join(name for name, *_ in sets)}"
     return _compile_and_link(commands, link, out / CPU_FILE, temporary, what, jobs, say)
 
@@ -179,7 +206,19 @@ def _compile_and_link(
     """Run the commands, MAX_JOBS at a time, and the link, which writes a .tmp; move that to `library`."""
     for folder in (library.parent, temporary):
         folder.mkdir(parents=True, exist_ok=True)
-    jobs = jobs or int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    with _alone_in(temporary, say):
+        return _compiled(commands, link, library, temporary, what, jobs or _jobs(), say)
+
+
+def _compiled(
+    commands: list[tuple[Path, list[str]]],
+    link: list[str],
+    library: Path,
+    temporary: Path,
+    what: str,
+    jobs: int,
+    say: Callable[[str], None],
+) -> Path:
     say(f"building {what}: {len(commands)} files, {jobs} at a time")
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -202,13 +241,21 @@ def _compile_and_link(
 
 
 def kernels(log: str) -> list[dict[str, str | int]]:
-    """What ptxas says of each kernel in an nvcc log: (mangled) name, arch, registers, bytes of stack and of spills."""
+    """What ptxas says of each kernel in an nvcc log: (mangled) name, arch, registers, bytes of stack, of spills, and of
+    static shared memory."""
     pattern = (
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+        r"(\d+) bytes spill loads.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?"
     )
     return [
-        {"name": m[0], "arch": m[1], "stack": int(m[2]), "spilled": int(m[3]) + int(m[4]), "registers": int(m[5])}
+        {
+            "name": m[0],
+            "arch": m[1],
+            "stack": int(m[2]),
+            "spilled": int(m[3]) + int(m[4]),
+            "registers": int(m[5]),
+            "shared": int(m[6] or 0),
+        }
         for m in re.findall(pattern, log, re.DOTALL)
     ]
 
@@ -226,7 +273,7 @@ def _compile_commands(temporary: Path, wanted: Sequence[Architecture], werror: b
 
 def _emulated_commands(temporary: Path) -> list[tuple[Path, list[str]]]:
     flags = ["-DPYCKPT_EMULATED", "-fPIC", "-fvisibility=hidden", *_WARNINGS, "-Werror", "-Wno-unknown-pragmas"]
-    command = [_host_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-c", *flags]
+    command = [*_host_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-c", *flags]
     command += [f"-I{CSRC}", f"-isystem{_cuda_include(find_nvcc() or 'nvcc')}"]
     sources = [*sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size), CSRC / "emulator.cpp"]
     targets = [temporary / f"{s.stem}.o" for s in sources]
@@ -243,7 +290,7 @@ def _bindings_command(temporary: Path, built_for: str, flags: list[str]) -> tupl
         "PYCKPT_ARCHITECTURES": f'"{built_for}"',
     }
     target = temporary / "bindings.o"
-    command = [_host_compiler(), "-std=c++17", "-O2", "-c", *flags]
+    command = [*_host_compiler(), "-std=c++17", "-O2", "-c", *flags]
     command += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
     # Not ours to mend: what other people's headers are warned of.
     command += [f"-isystem{path}" if path != CSRC else f"-I{path}" for path in includes]
@@ -256,23 +303,61 @@ def _link_command(objects: list[Path], library: Path, emulated: bool) -> list[st
     torch = _torch_folder() / "lib"
     libraries = [f"-L{torch}", "-Xlinker", f"-rpath-link={torch}", "-Xlinker", "--no-as-needed"]
     libraries += ["-ltorch", "-ltorch_cpu"]
-    linker = _host_compiler() if emulated else find_nvcc() or "nvcc"
-    command = [linker, "-shared", "-Xlinker", "-s", *([] if emulated else ["-cudart=static"])]
+    linker = _host_compiler() if emulated else [find_nvcc() or "nvcc"]
+    command = [*linker, "-shared", "-Xlinker", "-s", *([] if emulated else ["-cudart=static"])]
     return [*command, *map(str, objects), *libraries, "-o", str(library)]
 
 
 def _run(command: list[str], log: Path) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log.write_text(done.stdout)
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        )
+    except OSError as error:
+        raise BuildError(f"{shlex.join(command)}\ncannot be run: {error}") from error
+    log.write_text(done.stdout, encoding="utf-8")
     if done.returncode:
         raise BuildError(f"{shlex.join(command)}\nfailed:\n{done.stdout}")
 
 
-def _host_compiler() -> str:
-    wanted = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
-    if wanted is None:
+def _output(command: list[str]) -> str:
+    """What it prints; nothing where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
+    except OSError:
+        return ""
+
+
+def _host_compiler() -> list[str]:
+    """The command and its first arguments: CXX may be "ccache g++"."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    if not wanted:
+        wanted = list(filter(shutil.which, ("g++", "c++", "clang++")))[:1]
+    if not wanted:
         raise BuildError("there is no C++ compiler: set CXX, or install g++")
     return wanted
+
+
+def _jobs() -> int:
+    """How many compilers run at once: MAX_JOBS, else the number of cores."""
+    given = os.environ.get("MAX_JOBS", "").strip()
+    if not given:
+        return len(os.sched_getaffinity(0))
+    if not given.isdecimal() or int(given) < 1:
+        raise BuildError(f"MAX_JOBS is {given!r}; expected a number of compilers to run at once, 1 or more")
+    return int(given)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other build has its objects in this folder."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another build in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _torch_folder() -> Path:

@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kMost, 1) cross_entropy_kernel(const CrossEntr
       // What over_block waits for in here also lets no thread write the gradient where another still reads the label.
       row.lse = log_sum(over_block(count.exponentials, Combine(), parts));
       const float width = static_cast<float>(a.vocab);
-      loss = row.lse - (1.0f - a.smoothing) * picked[0] + a.z_loss * row.lse * row.lse - a.smoothing * (plain / width);
+      loss = row.lse - (1.0f - a.smoothing) * picked[0] + a.z_loss * row.lse * row.lse;
+      // Not by a factor of 0: a logit of -inf (padding of the vocabulary) makes the mean one.
+      if (a.smoothing != 0.0f) loss -= a.smoothing * (plain / width);
       if (!inside) loss = NAN;  // where nobody checked the labels
     }
     if (threadIdx.x == 0) {

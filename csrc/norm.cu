@@ -534,8 +534,7 @@ BackwardPlan plan(const NormBackward& a, Dtype dtype, int device) {
   BackwardPlan p{};
   p.vectors = wide(a.width * size, {{a.dy, size}, {a.x, size}, {a.dx, size}, weight});
   if (p.vectors) p.division = divide(a.width * size / 16, kBackwardMost, kVectors);
-  const size_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (buffer_bytes(p.division) > most) p.division = {};
+  if (buffer_bytes(p.division) > most_dynamic_shared(device)) p.division = {};
   const int threads = p.division.threads ? p.division.threads : kPieces;
   const int rows_a_block = p.division.threads && !p.division.block ? kPart / p.division.lanes : 1;
   const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);

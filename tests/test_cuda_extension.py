@@ -72,6 +72,15 @@ def test_no_kernel_spills(built: Path) -> None:
             assert kernel["registers"] >= 12, kernel  # fewer, and the compiler took the work away
 
 
+def test_static_shared_memory_is_what_the_launcher_allows_for(built: Path) -> None:
+    """A chip's limits are of static and dynamic memory together: rows of 12 KB asked for 48 KiB beside 256 bytes more,
+    and were refused."""
+    (allowed,) = re.findall(r"kStaticShared = (\d+);", (ROOT / "csrc" / "launch.cuh").read_text())
+    found = extension.builder().kernels((built / "norm.log").read_text())
+    dynamic = [k["shared"] for k in found if "norm_bwd_kernelI" in k["name"]]
+    assert len(dynamic) > 20 and 0 < max(dynamic) <= int(allowed)
+
+
 @pytest.mark.skipif(sass.disassembler() is None, reason="needs cuobjdump")
 def test_a_norms_backward_waits_for_memory_not_for_instructions(built):
     """An H200 made 67% of a copy's bandwidth of kernels whose instructions took 0.8 of the memory's time to issue."""

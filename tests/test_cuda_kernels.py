@@ -99,7 +99,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["dense", "gaps", "misaligned"])
 
 # Parts of a warp, whole warps, blocks of every size, pieces; odd ones, which go without vectors; more rows than blocks.
 SHAPES = [(1, 1), (9, 8), (70, 64), (300, 96), (35, 128), (9, 520), (45, 1000), (77, 1024), (5, 1032), (3, 2048)]
-SHAPES += [(19, 4096), (13, 5120), (5, 16384), (2, 20000), (11, 33), (5, 4097)]
+SHAPES += [(19, 4096), (13, 5120), (5, 5376), (5, 6144), (5, 16384), (2, 20000), (11, 33), (5, 4097)]
 
 
 def norms(kind: str) -> tuple[Any, Any, Any]:
@@ -508,6 +508,20 @@ class TestLoss:
         assert loss[0].isnan() or loss[0].isinf()
         assert loss[1].isfinite() and logits[1].isfinite().all()
 
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_a_logit_of_minus_infinity_is_a_word_that_is_none(self, smoothing):
+        """Padding of the vocabulary. Smoothing asks for all words, so that none with it may be impossible."""
+        logits, target = randn(3, 100), torch.tensor([0, 1, 2], device=DEVICE)
+        logits[:, 90:] = -torch.inf
+        want = F.cross_entropy(logits[:, :90].double(), target, reduction="none")
+        loss, lse = torch.empty(2, 3, device=DEVICE)
+        torch.ops.pyckpt_cuda.cross_entropy_(logits, None, target, None, loss, lse, -100, 0.0, 0.0, smoothing, True)
+        if smoothing:
+            assert (loss == torch.inf).all()
+        else:
+            assert (loss - want).abs().max() < 1e-5
+            assert logits.isfinite().all() and (logits[:, 90:] == 0).all()
+
     def test_a_label_that_nobody_checked(self):
         x, w = randn(4, 6), randn(7, 6)
         for bad in (7, -1, 2**40):
@@ -576,6 +590,19 @@ class TestOnTheDevice:
             want = ops.rope(last.view(5, -1, 128), cos[-5:], sin[-5:], False, False).view(5, -1)
             got = ops.rope(x.view(rows, -1, 128), cos, sin, False, False).view(rows, -1)
         assert torch.equal(got[-5:], want)
+
+    @pytest.mark.parametrize(("width", "dtype"), [(6144, "bfloat16"), (3072, "float32")])
+    @NORMS
+    def test_a_row_for_which_48_kib_are_shared(self, kind, width, dtype):
+        """What goes without asking for more is less than that; in a process of its own, where nothing wider asked."""
+        weights = "x[0]" if kind == "rms" else "x[0], x[1]"
+        code = (
+            f"import torch, pyckpt; x = torch.randn(9, {width}, device='cuda', dtype=torch.{dtype}).requires_grad_()\n"
+            f"pyckpt.{kind}_norm(x, {weights}).sum().backward(); torch.cuda.synchronize()\n"
+            f"assert x.grad.isfinite().all()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def test_captured_in_a_graph(self):
         x, w = randn(64, 1024, dtype=torch.bfloat16), randn(1024)
