@@ -51,8 +51,14 @@ def extensions(
         if wanted(variable) == "1":
             raise RuntimeError(f"{variable}=1, but {reason}; or unset it to install without the extension")
         return [], reason
+    try:
+        what = built_for()
+    except BUILDER.BuildError as error:
+        if wanted(variable) == "1":
+            raise
+        return [], str(error)
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
-    return [Extension(module, sources, py_limited_api=True)], built_for()
+    return [Extension(module, sources, py_limited_api=True)], what
 
 
 def architectures() -> str:
@@ -76,9 +82,15 @@ RECORD = {
 def write_record(folder: Path) -> None:
     """Say in `folder` which extensions there are and why, for `pyckpt doctor` to show."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{BUILD_RECORD}.tmp"
+    temporary = folder / f"{BUILD_RECORD}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(RECORD, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / BUILD_RECORD)
+
+
+def told(error: Exception) -> str:
+    """The line of a failed build that says why: the first of an error, else the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines[1:] if "error" in line.lower()), lines[-1])[:200]
 
 
 class BuildPy(build_py):
@@ -103,10 +115,9 @@ class BuildExt(build_ext):
             if wanted(variable) == "1":
                 raise
             print(f"pyckpt: installing without {ext.name}: {error}", file=sys.stderr)
-            first_line = str(error).splitlines()[0]
             names, reason = ("cpu_extensions", "cpu_reason") if is_cpu else ("cuda_extensions", "reason")
             RECORD[names] = []
-            RECORD[reason] = f"its build failed; {variable}=1 shows why ({first_line[:200]})"
+            RECORD[reason] = f"its build failed; {variable}=1 shows why ({told(error)})"
             write_record(ROOT / "pyckpt" if self.editable_mode else library.parent)
             ext.optional = True  # or the missing file would be an error of its own
 

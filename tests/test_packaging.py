@@ -144,7 +144,7 @@ def test_cpu_kernels_that_do_not_compile_are_left_out_with_the_reason(source_cop
     (built,) = tmp_path.glob("*.whl")
     record = json.loads(zipfile.ZipFile(built).read("pyckpt/_build.json"))
     assert record["cpu_extensions"] == []
-    assert record["cpu_reason"].startswith("its build failed; PYCKPT_BUILD_CPU=1 shows why (")
+    assert record["cpu_reason"] == "its build failed; PYCKPT_BUILD_CPU=1 shows why (no such processor)"
 
 
 def test_unpacked_wheel_imports_its_kernels_package(wheel: Path, tmp_path: Path) -> None:
@@ -217,7 +217,9 @@ def test_demanded_without_nvcc(source_copy: Path, tmp_path: Path) -> None:
         ("9.0", "sm_90"),
         ("8.6 9.0a+PTX", "sm_86, sm_90a+PTX"),
         ("12.0;10.3f", "sm_120, sm_103f"),
-        ("Hopper", "TORCH_CUDA_ARCH_LIST has 'Hopper'; expected capabilities such as 8.0;9.0;10.0+PTX"),
+        ("Hopper", "sm_90+PTX"),
+        ("8.0;ampere;Ada", "sm_80, sm_86+PTX, sm_89+PTX"),
+        ("Kepler", "TORCH_CUDA_ARCH_LIST has 'Kepler'; expected capabilities such as 8.0;9.0;10.0+PTX"),
         ("90", "TORCH_CUDA_ARCH_LIST has '90'"),
     ],
 )
@@ -226,6 +228,76 @@ def test_architectures(value: str, expected: str) -> None:
     done = run_python("-c", code, cwd=ROOT / "csrc", TORCH_CUDA_ARCH_LIST=value)
     assert expected in done.stdout + done.stderr
     assert done.returncode == expected.startswith("TORCH")
+
+
+def program(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_older_nvcc_builds_what_it_knows(tmp_path: Path) -> None:
+    """And PTX of the newest, for the chips after it."""
+    program(tmp_path / "bin" / "nvcc", "echo compute_80; echo compute_86; echo compute_90")
+    code = "import build; print(', '.join(map(str, build.architectures())))"
+    env = {"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": ""}
+    assert run_python("-c", code, cwd=ROOT / "csrc", **env).stdout.strip() == "sm_80, sm_90+PTX"
+    done = run_python("-c", code, cwd=ROOT / "csrc", **{**env, "TORCH_CUDA_ARCH_LIST": "10.0"})
+    assert done.stdout.strip() == "sm_100"  # what was asked for is not left out in silence
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CXX": "no-such-compiler -m64"}, "cannot be run: [Errno 2]"),
+        ({"MAX_JOBS": "auto"}, "MAX_JOBS is 'auto'; expected a number of compilers"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS is '0'; expected a number of compilers"),
+    ],
+    ids=["CXX", "MAX_JOBS", "none"],
+)
+def test_settings_that_make_no_build_are_no_error_of_an_install(
+    source_copy: Path, tmp_path: Path, variables: dict[str, str], reason: str
+) -> None:
+    command = ("setup.py", "-q", "bdist_wheel", "-d", str(tmp_path), "-b", str(tmp_path / "build"))
+    env = {"PYCKPT_BUILD_CUDA": "0", "PYCKPT_BUILD_CPU": "", **variables}
+    done = run_python(*command, cwd=source_copy, **env)
+    assert done.returncode == 0, done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    assert reason in json.loads(zipfile.ZipFile(built).read("pyckpt/_build.json"))["cpu_reason"]
+    done = run_python(*command, cwd=source_copy, **{**env, "PYCKPT_BUILD_CPU": "1"})
+    assert done.returncode != 0 and reason in done.stderr
+
+
+def test_an_architecture_that_is_none_is_no_error_of_an_install(source_copy: Path, tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "nvcc", "")
+    code = "import runpy, setuptools; setuptools.setup = lambda **k: None\n"
+    code += "print(runpy.run_path('setup.py')['REASON'])"
+    env = {"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "Kepler", "PYCKPT_BUILD_CPU": "0"}
+    done = run_python("-c", code, cwd=source_copy, **env, PYCKPT_BUILD_CUDA="")
+    assert done.returncode == 0 and "TORCH_CUDA_ARCH_LIST has 'Kepler'" in done.stdout, done.stderr
+    done = run_python("-c", code, cwd=source_copy, **env, PYCKPT_BUILD_CUDA="1")
+    assert done.returncode != 0 and "TORCH_CUDA_ARCH_LIST has 'Kepler'" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiler_may_be_a_command_with_arguments(tmp_path: Path) -> None:
+    done = run_python("-c", "import build; print(build._host_compiler())", cwd=ROOT / "csrc", CXX="env g++")
+    assert done.stdout.strip() == "['env', 'g++']"
+
+
+def test_one_build_waits_for_another_in_the_same_folder(tmp_path: Path) -> None:
+    code = (
+        "import build, pathlib, sys, time\n"
+        "with build._alone_in(pathlib.Path(sys.argv[1]), print):\n"
+        "    print('in', flush=True); time.sleep(float(sys.argv[2])); print('out', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen([*command, "3"], cwd=ROOT / "csrc", stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "in\n"
+        second = subprocess.run([*command, "0"], cwd=ROOT / "csrc", capture_output=True, text=True)
+        assert second.stdout.splitlines() == [f"waiting for another build in {tmp_path}", "in", "out"]
+        assert first.poll() is not None or first.stdout.readline() == "out\n"
 
 
 def test_kernels_package_imports_nothing_of_pyckpt() -> None:
