@@ -95,6 +95,10 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(f"k and v differ in more than their last dim: {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head dim {q.shape[-1]} and k has {k.shape[-1]}; they must be equal")
+    if min(q.shape[-2], q.shape[-1], v.shape[-1]) < 1:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; expected at least one head and one head dim"
+        )
     if q.shape[-2] % max(1, k.shape[-2]) or k.shape[-2] == 0:
         raise ValueError(f"q has {q.shape[-2]} heads, which is no multiple of the {k.shape[-2]} key/value heads")
     if rank == 4 and q.shape[0] != k.shape[0]:

@@ -339,6 +339,25 @@ class TestValues:
         else:
             assert not o[0, broken & (inputs["q"][0, :, 0, 3] > 0)].isfinite().any()
 
+    @pytest.mark.parametrize("softcap", [0.0, 5.0])
+    @pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, -1])
+    def test_a_nan_of_any_bits_is_one(self, bits, softcap):
+        """Whose low bits an exponential by integers could take for an exponent: -1 is memory full of ones."""
+        inputs = qkv(200, 200, heads=(1, 1))
+        inputs["k"][0, 150] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+        found, _ = step(ours("causal", softcap=softcap), inputs)
+        o, lse = found["out 0"][0], found["out 1"][0, 0]
+        assert o[150:].isnan().all() and lse[150:].isnan().all()
+        assert o[:150].isfinite().all() and lse[:150].isfinite().all()
+        assert found["dq"][0, 150:].isnan().all() and found["dk"][0].isnan().all() and found["dv"][0].isnan().all()
+
+    def test_what_is_divided_by(self):
+        """Said before a kernel runs: the process would end there."""
+        q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 1, 8)
+        for a, b, c in ((q[:, :, :0], k, k), (q[..., :0], k[..., :0], k), (q, k, k[..., :0])):
+            with pytest.raises(ValueError, match="expected at least one head and one head dim"):
+                ours("causal")(a, b, c)
+
     def test_scores_of_any_size(self):
         """Differences of scores far beyond what exp can hold, up and down."""
         inputs = qkv(200, 200)

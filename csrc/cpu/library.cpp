@@ -150,8 +150,13 @@ PYCKPT_EXPORT const char* pyckpt_instruction_set(int64_t i) {
 // What a caller's argument has to measure: another size was built from other sources.
 PYCKPT_EXPORT int64_t pyckpt_argument_size() { return sizeof(Attention); }
 
-// Both return 0, 1 where there is no memory for a thread's work, 2 where PyTorch's threads failed.
+// What is divided by.
+static bool possible(const Attention& a) { return a.heads > 0 && a.kv_heads > 0 && a.d_k > 0 && a.d_v > 0; }
+
+// Both return 0, 1 where there is no memory for a thread's work, 2 where PyTorch's threads failed, 3 where the argument
+// is no attention.
 PYCKPT_EXPORT int32_t pyckpt_attention_forward(const Attention* a, int64_t instruction_set, ParallelFor parallel_for) try {
+  if (!possible(*a)) return 3;
   const Kernels& kernels = *available().at(instruction_set);
   const std::vector<Unit> units = forward_units(*a);
   const std::vector<int64_t> none;
@@ -159,9 +164,12 @@ PYCKPT_EXPORT int32_t pyckpt_attention_forward(const Attention* a, int64_t instr
   return run(job, parallel_for);
 } catch (const std::bad_alloc&) {
   return 1;
+} catch (...) {
+  return 3;
 }
 
 PYCKPT_EXPORT int32_t pyckpt_attention_backward(const Attention* a, int64_t instruction_set, ParallelFor parallel_for) try {
+  if (!possible(*a)) return 3;
   const Kernels& kernels = *available().at(instruction_set);
   const std::vector<Unit> units = backward_units(*a);
   std::vector<int64_t> first_turn;
@@ -175,4 +183,6 @@ PYCKPT_EXPORT int32_t pyckpt_attention_backward(const Attention* a, int64_t inst
   return run(job, parallel_for);
 } catch (const std::bad_alloc&) {
   return 1;
+} catch (...) {
+  return 3;
 }

@@ -58,7 +58,8 @@ PYCKPT_INLINE Vec exp2(Vec x) {
   y = y * f + 1.0f;
   const Ints exponent = reinterpret_cast<Ints>(shifted) << 23;  // the magic number's own bits are shifted out
   const Vec power = reinterpret_cast<Vec>(reinterpret_cast<Ints>(y) + exponent);
-  return x < splat(-126.0f) ? Vec{} : power;
+  const Vec flushed = x < splat(-126.0f) ? Vec{} : power;
+  return x == x ? flushed : x;  // the low bits of a NaN would have gone into the exponent, and made it a number
 }
 
 // tanh x: an odd polynomial where 1 - 2 / (e^2x + 1) would lose bits, relative error 5e-9 there.
