@@ -53,7 +53,8 @@ class Stream:
             second set of all gradients at any time. The same bits.
         progress: called between tiles with ("embed", "forward", "head" or "backward", block, tile). What it raises
             ends the run and leaves no gradient: Ctrl-C between two tiles changes nothing. (With "by block" it leaves
-            those that were given before.)
+            those that were given before.) On a GPU autograd runs the backward in a thread of its own, and Python raises
+            KeyboardInterrupt in the main one, when the backward is over: raise something here to stop between tiles.
 
     Keep a `Stream` for the whole training: it keeps the store's memory from step to step.
     """

@@ -6,6 +6,8 @@ import errno
 import functools
 import gc
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 
@@ -426,3 +428,149 @@ def test_a_block_says_what_was_given():
     assert block.save == save
     block.save = "input"
     assert block.save == "input"
+
+
+class _Queued:
+    """Lanes that only queue, as a GPU's: a copy is over when the host waits for it. Rooms know which use them."""
+
+    def __init__(self) -> None:
+        self.jobs, self.freed_early = 0, []
+        self.pending: dict[int, int] = {}  # job -> room
+        self.after: dict[int, list[int]] = {}  # what is over before a job is
+        self.last: dict[str, int] = {}  # of each lane
+        self.now = self.rooms = 0
+
+    def compute(self) -> None:
+        return None
+
+    def run(self, lane, copy, after) -> int:
+        self.jobs += 1
+        self.now = self.jobs
+        self.after[self.now] = [*after, *([self.last[lane]] if lane in self.last else [])]
+        self.last[lane] = self.now
+        copy()
+        return self.jobs
+
+    def hold(self, events) -> None:
+        pass
+
+    def wait(self, events) -> None:
+        for event in events:
+            self.pending.pop(event, None)
+            self.wait(self.after.pop(event, []))
+
+    def room(self, nbytes: int):
+        self.rooms += 1
+        return _Room(self, self.rooms, nbytes)
+
+
+class _Room:
+    def __init__(self, lanes: _Queued, number: int, nbytes: int) -> None:
+        self.lanes, self.number, self.nbytes = lanes, number, nbytes
+        weakref.finalize(self, lambda: lanes.freed_early.extend(j for j, n in lanes.pending.items() if n == number))
+
+    def read(self, into: Tensor) -> None:
+        self.lanes.pending[self.lanes.now] = self.number
+
+    def write(self, source: Tensor) -> None:
+        self.lanes.pending[self.lanes.now] = self.number
+
+
+def test_a_room_is_freed_after_the_copies_that_use_it():
+    """Longer sequences come, and the device is behind the host."""
+    lanes = _Queued()
+    order, route = Queue(), Route(lanes, Pool(lanes.room, lanes.wait))
+    for n in (8, 16, 12, 32):
+        parcels = [order.add({"x": torch.randn(n)}, {"x": route}, 1) for _ in range(3)]
+        for parcel in reversed(parcels):
+            parcel.fetch()
+            parcel.release()
+    assert lanes.rooms > 2 and not lanes.freed_early
+
+
+def test_a_parcel_that_found_no_room_leaves_once():
+    """The next forward goes on where the error was: what had left holds its room, whose copy may be under way."""
+    lanes, refused = _Queued(), []
+
+    def room(nbytes: int) -> _Room:
+        if nbytes == 400 and not refused:
+            refused.append(nbytes)
+            raise MemoryError("no room")
+        return lanes.room(nbytes)
+
+    order, route = Queue(), Route(lanes, Pool(room))
+    first = order.add({"x": torch.randn(10), "o": torch.randn(100)}, dict.fromkeys("xo", route), 1)
+    with pytest.raises(MemoryError, match="no room"):
+        order.add({"x": torch.randn(10)}, {"x": route}, 1)
+    second = order.add({"x": torch.randn(10)}, {"x": route}, 1)
+    assert lanes.rooms == 2 and not lanes.freed_early
+    del first, second
+
+
+def test_a_collector_in_a_thread_that_copies_ends_no_run():
+    """It may find a parcel there, while the main thread waits for that thread under the queue's lock."""
+    code = """
+import faulthandler, gc, threading, torch, pyckpt
+from pyckpt.store.file import Scratch
+faulthandler.dump_traceback_later(60, exit=True)
+gc.disable()  # here a test says when
+save = pyckpt.Save("attention", {"x": "file", "o": "file"})
+stack = pyckpt.CkptTransformer([pyckpt.CkptTransformerBlock(32, 4, d_ff=64, save=save) for _ in range(4)])
+x = torch.randn(1, 37, 32)
+class Holder: pass
+held = Holder()
+held.itself, held.y = held, stack(x)  # a graph in a circle, whose backward never comes
+real, where = Scratch.write, []
+def write(self, source, offset=0):
+    if threading.current_thread().name.startswith("pyckpt-store") and not where:
+        where.append(threading.current_thread().name)
+        gc.collect()
+    real(self, source, offset)
+Scratch.write = write
+del held
+stack(x).sum().backward()
+assert where
+print("over")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "over\n", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_forward_on_another_stream_takes_nothing_before_its_copy():
+    """One queue for both: the second stream's forward is what gives up the first one's tensors."""
+    place = dict.fromkeys(("x", "o", "lse"), "host")
+    first, second = (
+        [
+            pyckpt.CkptTransformerBlock(
+                256, 4, save=pyckpt.Save("attention", place), device="cuda", dtype=torch.bfloat16
+            )
+            for _ in range(3)
+        ]
+        for _ in range(2)
+    )
+    x = torch.randn(1, 4096, 256, device="cuda", dtype=torch.bfloat16)
+    dy, weights = torch.randn_like(x), [p for block in first for p in block.parameters()]
+    out = offload.route_of(x.device, "host", None).lanes._streams["out"]
+    a, b = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    def run(disturbed: bool) -> tuple[Tensor, ...]:
+        with torch.cuda.stream(a):
+            y = first[1](first[0](x))
+            if disturbed:
+                torch.cuda.synchronize()
+                with torch.cuda.stream(out):
+                    torch.cuda._sleep(1_000_000_000)
+            y = first[2](y)
+        if disturbed:
+            with torch.cuda.stream(b):
+                second[0](x)
+            with torch.cuda.stream(a):
+                [torch.full_like(x, float("nan")) for _ in range(64)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(a):
+            return torch.autograd.grad(y, weights, dy)
+
+    assert all(map(torch.equal, run(False), run(True)))

@@ -17,7 +17,7 @@ import torch
 from lanes import DelayedLanes, MemoryBacking
 from torch import Tensor
 
-from pyckpt.store import STORES, DeviceStore, FileStore, HostStore, Plan, Slab, Store, make_store, mapped
+from pyckpt.store import STORES, DeviceStore, FileStore, HostStore, Plan, Slab, Store, make_store, mapped, pool
 from pyckpt.store.file import ScratchFile
 from pyckpt.store.lanes import ThreadLanes
 from pyckpt.store.staged import Staged
@@ -74,6 +74,10 @@ def random_program(store, seed: int, fill, check) -> None:
 
 def pattern(t: Tensor, value: int) -> Tensor:
     return (torch.arange(t.numel()) % 100 + value).view(t.shape).to(t.dtype)
+
+
+def fill(t: Tensor, value: int) -> None:
+    t.copy_(pattern(t, value))
 
 
 def assert_holds(t: Tensor, value: int) -> None:
@@ -303,3 +307,57 @@ def test_a_run_that_is_dropped_while_it_copies_is_closed_by_its_last_copy(tmp_pa
         for thread in ours:
             thread.join()
     assert done
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_memory_of_a_run_in_inference_mode_serves_others(name, tmp_path):
+    """It is kept, and written to outside of that mode."""
+    store = made(name, tmp_path)
+    with torch.inference_mode(), store.open(PLAN, CPU) as opened:
+        opened.new(("x", 0, 0)).zero_()
+        opened.put(("x", 0, 0))
+    with torch.no_grad(), store.open(PLAN, CPU) as opened:
+        random_program(opened, 3, fill, assert_holds)
+
+
+def test_threads_copy_in_inference_mode(tmp_path):
+    """They are not in it themselves."""
+    with torch.inference_mode(), by_threads(tmp_path) as opened:
+        random_program(opened, 3, fill, assert_holds)
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_host_memory_is_on_the_host_whatever_the_default_device(name, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pool, "lock", lambda t: seen.append(t.device))
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        with made(name, tmp_path).open(PLAN, CPU) as opened:
+            opened.new(("x", 0, 0)).fill_(7)
+            opened.put(("x", 0, 0))
+            assert opened.get(("x", 0, 0)).tolist() == [[7.0] * 3] * 5
+        pool.HostRoom(16)
+    finally:
+        torch.set_default_device(before)
+    assert seen == [CPU]
+
+
+def test_rings_that_do_not_fit_leave_no_threads(tmp_path):
+    before = threading.active_count()
+    large = Plan(23, 1 << 40, (Slab("x", 1 << 10, torch.float32, buffers=2),))
+    with pytest.raises(RuntimeError, match=r"allocate|memory"):
+        Staged(large, CPU, MemoryBacking(PLAN), ThreadLanes(CPU), lambda: None)
+    gc.collect()
+    assert threading.active_count() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_device_stores_memory_is_of_the_stream_that_had_it():
+    store, streams = DeviceStore(), [torch.cuda.Stream(), torch.cuda.Stream()]
+    device, found = torch.device("cuda", torch.cuda.current_device()), []
+    for stream in (*streams, streams[0]):
+        with torch.cuda.stream(stream), store.open(PLAN, device) as opened:
+            found.append(opened.new(("x", 0, 0)).data_ptr())
+    assert found[0] != found[1]

@@ -654,6 +654,72 @@ def test_ctrl_c_between_tiles_changes_nothing(where, store, tmp_path, interrupti
     assert os.listdir(tmp_path) == []
 
 
+CHANGED = {
+    "tokens": ("mean", False),
+    "positions": ("mean", False),
+    "cu_seqlens": ("mean", False),
+    "labels": ("none", False),
+    "labels, again": ("mean", True),  # a second backward runs the forward again
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_was_written_to_before_the_backward_is_an_error(what):
+    """As it is to autograd, which would have saved it: the backward would be of another input."""
+    (reduction, again), name = CHANGED[what], what.split(",")[0]
+    model, length = make_lm(), 37
+    tokens = torch.randint(model.vocab_size, (1, length))
+    given = {
+        "positions": torch.arange(length),
+        "cu_seqlens": torch.tensor([0, 10, length], dtype=torch.int32),
+        "labels": tokens.clone(),
+    }
+    arguments = {} if name == "tokens" else {name: given[name]}
+    tokens = tokens.view(-1) if name == "cu_seqlens" else tokens
+    loss = model.loss(tokens, **arguments, stream=stream(), reduction=reduction).sum()
+    if again:
+        loss.backward(retain_graph=True)
+    {"tokens": tokens, **given}[name][..., 1:-1] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation after its forward"):
+        loss.backward()
+
+
+def test_x_of_a_stack_is_read_again_by_a_second_backward_alone():
+    stack = pyckpt.CkptTransformer([make_block() for _ in range(2)])
+    x = make_input(False)[0]
+    y = stack(x, stream=stream())
+    x += 1
+    dy, weights = torch.randn_like(y), list(stack.parameters())
+    torch.autograd.grad(y, weights, dy, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation after its forward"):
+        torch.autograd.grad(y, weights, dy)
+
+
+@pytest.mark.parametrize("gradients", ["together", "by block"])
+def test_a_loss_keeps_no_scratch_after_its_backward(gradients, interruptible):
+    """Nor after one that was interrupted."""
+    model = make_lm()
+    for p in (model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm.weight):
+        p.requires_grad_(False)
+    tokens = torch.randint(model.vocab_size, (1, 37))
+    for stop in (False, True):
+
+        def progress(what, block, tile, stop=stop):
+            if stop and what == "backward":
+                raise KeyboardInterrupt
+
+        loss = model.loss(tokens, stream=stream(gradients=gradients, progress=progress))
+        session = loss.grad_fn.session
+        run = weakref.ref(session._run)
+        del session
+        try:
+            loss.backward()
+        except KeyboardInterrupt:
+            assert stop
+        gc.collect()
+        assert run() is None
+
+
 def test_progress_names_every_tile():
     model, seen = make_lm(torch.float32), []
     kept = stream(10, progress=lambda *at: seen.append(at))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import io
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from pyckpt.train import data, optim
 from pyckpt.train.folder import RunFolder
 from pyckpt.train.history import History, MetricsLog
 from pyckpt.train.sample import printable, start_of
+from pyckpt.train.signals import StopRequest
 from pyckpt.train.trainer import Trainer
 
 for _extra in ("rich", "matplotlib", "safetensors", "tokenizers"):
@@ -549,6 +554,30 @@ def test_a_second_ctrl_c_ends_a_run_at_once(text: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train.run(config(text), on_step=twice)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_is_seen_while_the_main_thread_is_in_a_call_of_c() -> None:
+    """As in a GPU's backward, which another thread runs: Python's handlers wait for the main one."""
+    libc, mutex, seen = ctypes.CDLL(None), ctypes.create_string_buffer(128), []
+
+    def between_tiles() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            until = time.monotonic() + 60
+            while not stop and time.monotonic() < until:
+                time.sleep(0.001)
+            seen.append((bool(stop), stop.signal))
+        finally:
+            libc.pthread_mutex_unlock(mutex)
+
+    with StopRequest() as stop:
+        libc.pthread_mutex_lock(mutex)
+        thread = threading.Timer(0.1, between_tiles)
+        thread.start()
+        libc.pthread_mutex_lock(mutex)  # no signal ends this
+        thread.join()
+        assert stop and stop.signal == signal.SIGTERM
+    assert seen == [(True, None)]
 
 
 def test_the_memory_of_a_streamed_step_is_measured_on_some_tiles(text: Path, monkeypatch) -> None:

@@ -12,10 +12,19 @@ from torch import Tensor
 
 Named = dict[str, Tensor]
 Gradients = dict[str, Tensor | None]
+Tensors = tuple[Tensor | None, ...]
 
 
 class Source(Protocol):
     """Gives the first block's input."""
+
+    @property
+    def read_forward(self) -> Tensors:
+        """What of the run's arguments a forward reads, and no backward."""
+
+    @property
+    def read_backward(self) -> Tensors:
+        """What of them a backward reads too."""
 
     def fill(self, w: Named, rows: slice, out: Tensor) -> None: ...
 
@@ -30,11 +39,17 @@ class Sink(Protocol):
     """Takes the last block's output.
 
     leaves: `forward` leaves something for `upstream` in the output's place. deferred: its weights' gradients are made
-    in `upstream`.
+    in `upstream`. read_forward, read_backward: as of a `Source`.
     """
 
     leaves: bool
     deferred: bool
+
+    @property
+    def read_forward(self) -> Tensors: ...
+
+    @property
+    def read_backward(self) -> Tensors: ...
 
     def forward(self, w: Named, rows: slice, x: Tensor) -> None: ...
 
@@ -54,6 +69,8 @@ class Given:
 
     def __init__(self, x: Tensor, need_dx: bool) -> None:
         self._x = x
+        self.read_forward: Tensors = (x,)
+        self.read_backward: Tensors = ()
         self.dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else None
 
     def fill(self, w: Named, rows: slice, out: Tensor) -> None:
@@ -71,6 +88,8 @@ class Whole:
     """`Sink`: y itself, of this shape, (..., d_model)."""
 
     leaves = deferred = False
+    read_forward: Tensors = ()
+    read_backward: Tensors = ()
 
     def __init__(self, shape: torch.Size) -> None:
         self._shape = shape

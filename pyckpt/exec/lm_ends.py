@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.attend.dense import Layout
-from pyckpt.exec.ends import Gradients, Named
+from pyckpt.exec.ends import Gradients, Named, Tensors
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.direct import ops
 from pyckpt.ops.linear_cross_entropy import counted
@@ -63,6 +63,8 @@ class Embedding:
         options: EmbeddingOptions = EmbeddingOptions(),
     ) -> None:
         self._tokens, self._positions, self._options = tokens.reshape(-1), positions, options
+        self.read_forward: Tensors = ()
+        self.read_backward: Tensors = (self._tokens,)
         self._sums = {name: _TableGradient() for name in ("embed", "table") if name in wanted}
 
     def fill(self, w: Named, rows: slice, out: Tensor) -> None:
@@ -124,6 +126,7 @@ class Targets:
     ) -> None:
         self._labels, self._ends, self._ignore = labels.reshape(-1), ends, ignore_index
         self._weights = None if weights is None else weights.reshape(-1)
+        self.given: Tensors = (self._labels, self._weights)
 
     def of(self, rows: slice) -> Tensor:
         target = self._next(self._labels, rows, self._ignore)
@@ -260,6 +263,8 @@ class ReducedLoss:
     def __init__(self, head: _Head, targets: Targets, options: LossOptions, leaves: bool, trained: bool) -> None:
         self.leaves = leaves
         self._head, self._targets, self._trained = head, targets, leaves or trained
+        self.read_forward: Tensors = targets.given
+        self.read_backward: Tensors = ()
         self._mean, self._ignore = options.reduction == "mean", options.ignore_index
         self._loss: Tensor | None = None
         self._count: Tensor | None = None
@@ -305,6 +310,8 @@ class TokenLosses:
 
     def __init__(self, head: _Head, targets: Targets, tokens: int) -> None:
         self._head, self._targets, self._tokens = head, targets, tokens
+        self.read_forward: Tensors = ()
+        self.read_backward: Tensors = targets.given
         self._losses: Tensor | None = None
         self._given: tuple[Named, Tensor] | None = None
 

@@ -10,12 +10,15 @@ Nothing need be known about the model: the queue is that of the forwards of one 
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from torch import Tensor
 from pyckpt.save import Save
 from pyckpt.store import scratch_folder
 from pyckpt.store.file import Scratch, Staging
-from pyckpt.store.lanes import CudaLanes, Event, Lanes, ThreadLanes
+from pyckpt.store.lanes import CudaLanes, Event, Lanes, ThreadLanes, in_a_lane
 from pyckpt.store.pool import HostRoom, Pool, Room
 
 
@@ -49,6 +52,8 @@ class _Item:
         self._coming: Event | None = None
 
     def leave(self) -> None:
+        if self.room is not None:  # it went when another of the parcel found no room
+            return
         assert self.tensor is not None
         self.check()
         source = self.tensor.contiguous()
@@ -114,21 +119,30 @@ class Parcel:
     def __init__(self, queue: Queue, tensors: dict[str, Tensor], routes: dict[str, Route]) -> None:
         self._queue, self._items = queue, {n: _Item(t, routes[n]) for n, t in tensors.items()}
         self.before: weakref.ref[Parcel] | None = None
+        device = next(iter(tensors.values())).device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.state = "here"  # then "leaving", "away", and "gone" when the backward is over
 
+    def _on_its_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Another one's forward or backward may be what moves it: its tensors are of the stream of its own forward."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def leave(self) -> None:
-        for item in self._items.values():
-            item.leave()
+        with self._on_its_stream():
+            for item in self._items.values():
+                item.leave()
         self.state = "leaving"
 
     def left(self) -> None:
-        for item in self._items.values():
-            item.drop()
+        with self._on_its_stream():
+            for item in self._items.values():
+                item.drop()
         self.state = "away"
 
     def come(self) -> None:
-        for item in self._items.values():
-            item.come()
+        with self._on_its_stream():
+            for item in self._items.values():
+                item.come()
 
     def fetch(self) -> dict[str, Tensor]:
         """The tensors, for compute that is queued from here on; the parcel before is sent for."""
@@ -163,12 +177,8 @@ class Parcel:
             self._items, self.state = {}, "gone"
 
     def __del__(self) -> None:
-        if sys.is_finalizing():
-            return
-        with self._queue.lock:
-            for item in self._items.values():
-                item.wait()
-                item.give_room()
+        if not sys.is_finalizing():
+            self._queue.bury(self._items)
 
 
 class Queue:
@@ -177,10 +187,32 @@ class Queue:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a parcel may die while another is at work
         self._order: list[weakref.ref[Parcel]] = []
+        self._dead: collections.deque[dict[str, _Item]] = collections.deque()
+
+    def bury(self, items: dict[str, _Item]) -> None:
+        """Wait for what a parcel that nobody has any more still copies, and give its rooms back: now, or later.
+
+        A collector may find it in any thread: in one that copies, which can't wait for itself, or while another thread
+        holds the lock and waits for that one.
+        """
+        self._dead.append(items)
+        if not in_a_lane() and self.lock.acquire(blocking=False):
+            try:
+                self.clear()
+            finally:
+                self.lock.release()
+
+    def clear(self) -> None:
+        """Bury those that are left. Under the lock."""
+        while self._dead:
+            for item in self._dead.popleft().values():
+                item.wait()
+                item.give_room()
 
     def add(self, tensors: dict[str, Tensor], routes: dict[str, Route], last: int) -> Parcel:
         """A parcel of these tensors. The `last` newest ones, this one among them, stay on the device for now."""
         with self.lock:
+            self.clear()
             parcel = Parcel(self, tensors, routes)
             parcel.before = self._order[-1] if self._order else None
             for p in self._with("leaving"):
@@ -215,6 +247,7 @@ def queue_of(device: torch.device) -> Queue:
 @functools.cache
 def route_of(device: torch.device, place: str, path: str | None) -> Route:
     if place == "host":
-        return Route(CudaLanes(device), Pool(HostRoom))
-    folder, staging = scratch_folder(path), Staging.of(device)
-    return Route(ThreadLanes(device), Pool(lambda nbytes: Scratch(nbytes, folder, staging)))
+        lanes: Lanes = CudaLanes(device)
+        return Route(lanes, Pool(HostRoom, lanes.wait))
+    folder, staging, lanes = scratch_folder(path), Staging.of(device), ThreadLanes(device)
+    return Route(lanes, Pool(lambda nbytes: Scratch(nbytes, folder, staging), lanes.wait))

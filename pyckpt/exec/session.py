@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyckpt.exec.ends import Given, Gradients, Named, Sink, Source
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
+from pyckpt.exec.unchanged import Unchanged
 from pyckpt.store import OpenStore, Store
 
 HOW_TO = "Run without stream=, or without {what}."
@@ -48,7 +49,7 @@ class Session:
         progress: Progress | None,
     ) -> None:
         self._stack, self._where, self.uses, self._ends, self._progress = stack, store, uses, ends, progress
-        self._weights = _Flat(uses)
+        self._weights, self._given = _Flat(uses), Unchanged()
         self._open()
 
     @property
@@ -60,7 +61,9 @@ class Session:
         return torch.zeros((), device=self._stack.device)
 
     def _open(self) -> None:
+        self._given.check(forward=True)
         self.source, sink = self._ends()
+        self._given.note(self._stack, self.source, sink)
         self._store: OpenStore | None = self._where.open(store_plan(self._stack), self._stack.device)
         self._run = Streamed(self._stack, self._store, self.source, sink, self._weights.of, self._progress)
         self._shared: dict[int, Gradients] = {}
@@ -92,6 +95,7 @@ class Session:
 
     def _ready(self, weights: tuple[Tensor, ...]) -> None:
         """The forward has run, and no backward since."""
+        self._given.check(forward=False)
         if self._begun:
             self.close()
         if self._store is None:
@@ -147,6 +151,7 @@ class Session:
     def close(self) -> None:
         store, self._store, self._weights.now, self._shared = self._store, None, (), {}
         if store is not None:
+            del self._run  # its scratch, and what its ends hold
             store.close()
 
     def _sum(self, i: int, like: Tensor, ends: Gradients, blocks: Mapping[int, Gradients]) -> Tensor | None:

@@ -27,6 +27,7 @@ from pyckpt.exec.ends import Gradients, Named, Sink, Source
 from pyckpt.exec.schedule import Back
 from pyckpt.exec.session import HOW_TO, Node, at_work, check_first_order, given_gradient, summed
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
+from pyckpt.exec.unchanged import Unchanged
 from pyckpt.store import OpenStore, Store
 
 
@@ -98,6 +99,8 @@ class LayerRun:
         self._backs = frozenset(stack.schedule.backward_blocks)
         self._here, self._begun = _Here(), False
         self._source, sink = make_ends()
+        self._given = Unchanged()
+        self._given.note(stack, self._source, sink)
         self._store: OpenStore | None = store.open(store_plan(stack), stack.device)
         self._run = Streamed(stack, self._store, self._source, sink, self._here.of, progress)
 
@@ -152,6 +155,7 @@ class LayerRun:
                 "a streamed run of layers whose weights are gathered one layer at a time has one backward, and this is "
                 "the second. " + HOW_TO.format(what="retain_graph")
             )
+        self._given.check(forward=False)
         self._begun = True
         with self._at_work():
             self._run.begin_backward(self.ends, upstream)
@@ -178,6 +182,7 @@ class LayerRun:
     def close(self) -> None:
         store, self._store = self._store, None
         if store is not None:
+            del self._run  # its scratch, and what its ends hold
             store.close()
 
     def _at_work(self) -> AbstractContextManager[None]:

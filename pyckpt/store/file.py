@@ -83,7 +83,7 @@ class Staging(threading.local):
     """Page-locked memory between files and a GPU, for each thread that copies, and a stream to wait on."""
 
     def __init__(self, device: torch.device) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._stream = torch.cuda.Stream(device)
 
     @classmethod
@@ -95,7 +95,7 @@ class Staging(threading.local):
         """Memory for a tensor, until the next call in this thread."""
         nbytes = t.numel() * t.element_size()
         if self._bytes.nbytes < nbytes:
-            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         return as_like(self._bytes, t)
 
     def copy(self, into: Tensor, source: Tensor) -> None:

@@ -52,8 +52,10 @@ class DeviceStore(_Reusing):
 
     def open(self, plan: Plan, device: torch.device) -> OpenStore:
         self.check(plan)
-        slabs = self._memory((plan, device), lambda: allocate(plan, device))
-        return InMemory(plan, device, slabs, lambda memory: self._keep((plan, device), memory))
+        # Of the stream too: compute on another one would not wait for the last run's, nor the allocator for that.
+        kind = (plan, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None)
+        slabs = self._memory(kind, lambda: allocate(plan, device))
+        return InMemory(plan, device, slabs, lambda memory: self._keep(kind, memory))
 
 
 class HostStore(_Reusing):

@@ -111,7 +111,7 @@ class ThreadLanes:
     def compute(self) -> Event | None:
         if self._device.type != "cuda":
             return None
-        return _Recorded(torch.cuda.current_stream(self._device).record_event())
+        return _Recorded(torch.cuda.current_stream(self._device).record_event(), self._device)
 
     def run(self, lane: str, copy: Callable[[], None], after: Sequence[Any]) -> Event:
         job = _Job(copy, after)
@@ -119,7 +119,8 @@ class ThreadLanes:
         return job
 
     def hold(self, events: Sequence[Any]) -> None:
-        self.wait(events)
+        for event in events:
+            event.hold()
 
     def wait(self, events: Sequence[Any]) -> None:
         for event in events:
@@ -139,8 +140,11 @@ class ThreadLanes:
 class _Recorded:
     """A CUDA event, waited for on the host."""
 
-    def __init__(self, event: Any) -> None:
-        self._event = event
+    def __init__(self, event: Any, device: torch.device) -> None:
+        self._event, self._device = event, device
+
+    def hold(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -167,6 +171,9 @@ class _Job:
             self._copy, self._after = None, ()  # or events would chain every job to all before it
             self._over.set()
 
+    def hold(self) -> None:
+        self.wait()
+
     def wait(self) -> None:
         self._over.wait()
         if self._error is not None:
@@ -179,7 +186,16 @@ def _end(threads: list[threading.Thread], then: Callable[[], None]) -> None:
     then()
 
 
+_lane = threading.local()
+
+
+def in_a_lane() -> bool:
+    """In a thread that copies."""
+    return hasattr(_lane, "here")
+
+
 def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    _lane.here = True
     while (job := jobs.get()) is not None:
         job()
         del job

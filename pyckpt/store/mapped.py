@@ -45,7 +45,7 @@ class MappedFile:
 
     def view(self, key: Key) -> Tensor:
         slab, rows = self._plan.slab(key[0]), self._plan.rows(key[2])
-        made = torch.empty(0, dtype=slab.dtype)
+        made = torch.empty(0, dtype=slab.dtype, device="cpu")
         shape = rows.stop - rows.start, slab.width
         count = shape[0] * shape[1]
         if count == 0:

@@ -15,11 +15,12 @@ Slabs = dict[tuple[str, int], Tensor]
 
 def allocate(plan: Plan, device: torch.device) -> Slabs:
     """One tensor (tokens, width) for each name and number."""
-    return {
-        (s.name, i): torch.empty(plan.tokens, s.width, dtype=s.dtype, device=device)
-        for s in plan.slabs
-        for i in range(s.count)
-    }
+    with torch.inference_mode(False):  # later runs, outside of it, write to them too
+        return {
+            (s.name, i): torch.empty(plan.tokens, s.width, dtype=s.dtype, device=device)
+            for s in plan.slabs
+            for i in range(s.count)
+        }
 
 
 class InMemory(OpenStore):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.store.host import as_like, check_available, lock
-from pyckpt.store.lanes import Place
+from pyckpt.store.lanes import Event, Place
 
 
 class Memory(Protocol):
@@ -36,8 +36,10 @@ class Room:
 class Pool:
     """Rooms whose memory `make(nbytes)` gives. Used under the lock of the queue that it belongs to."""
 
-    def __init__(self, make: Callable[[int], Memory]) -> None:
-        self._make = make
+    def __init__(
+        self, make: Callable[[int], Memory], wait: Callable[[list[Event]], None] = lambda events: None
+    ) -> None:
+        self._make, self._wait = make, wait
         self._idle: list[Room] = []
 
     def take(self, nbytes: int) -> Room:
@@ -49,7 +51,10 @@ class Pool:
             return room
         if self._idle:
             # The largest of those too small: it is the one whose tensor has grown.
-            self._idle.remove(max(self._idle, key=lambda r: r.memory.nbytes))
+            room = max(self._idle, key=lambda r: r.memory.nbytes)
+            self._idle.remove(room)
+            self._wait(room.place.before_write())  # a device may be behind, and copy from it or to it still
+            del room
         return Room(self._make(nbytes))
 
     def give(self, room: Room) -> None:
@@ -66,7 +71,7 @@ class HostRoom:
     def __init__(self, nbytes: int) -> None:
         check_available(nbytes, "keep less (save='input', segments) or place it in a file")
         self.nbytes = nbytes
-        self._bytes = torch.empty(nbytes, dtype=torch.uint8)
+        self._bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes:
             lock(self._bytes)
 

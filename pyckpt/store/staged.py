@@ -49,10 +49,18 @@ class Staged(OpenStore):
     ) -> None:
         super().__init__(plan, device)
         self._backing, self._lanes, self._done = backing, lanes, done
-        self._rings = {
-            s.name: [_Buffer(torch.empty(plan.tile * s.width, dtype=s.dtype, device=device)) for _ in range(s.buffers)]
-            for s in plan.slabs
-        }
+        try:
+            with torch.inference_mode(False):  # threads that copy are not in it
+                self._rings = {
+                    s.name: [
+                        _Buffer(torch.empty(plan.tile * s.width, dtype=s.dtype, device=device))
+                        for _ in range(s.buffers)
+                    ]
+                    for s in plan.slabs
+                }
+        except BaseException:
+            lanes.close(done)  # nothing was queued: only its threads end
+            raise
         # The allocator hands out memory that compute may still be using: the first copy waits for that.
         for buffer in itertools.chain.from_iterable(self._rings.values()):
             buffer.place.was_written(lanes.compute())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -22,20 +23,36 @@ class StopRequest:
         self._message = message.encode()
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._came = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._on_signal)
+            # Handlers run in the main thread's Python, which waits in autograd's C++ while another thread runs a GPU's
+            # backward. What arrives is written here at once.
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            self._fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._fd)
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        if self.signal is None and not self._came and self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._came = any(n in self._previous for n in os.read(self._pipe[0], 256))
+        return self.signal is not None or self._came
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
