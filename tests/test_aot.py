@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pyckpt.triton_kernels import tuning
-from pyckpt.triton_kernels.aot.compile import spills_in_loops
+from pyckpt.triton_kernels.aot.compile import exponentials_in_flight, spills_in_loops
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -67,6 +67,19 @@ LOOPS = """
 def test_spills_in_loops(inside, found):
     """Those around the innermost loops with products do not count."""
     assert spills_in_loops(LOOPS.format(inside)) == found
+
+
+OVERLAPPING = """/*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        {}
+        /*0034*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        {}"""
+
+
+@pytest.mark.parametrize(("before", "after", "found"), [(2, 0, 2), (0, 2, 0), (1, 1, 1)])
+def test_exponentials_in_flight(before, after, found):
+    """Those between the two waits, in the loop with fewest of them."""
+    exponential = "/*0032*/ MUFU.EX2 R8, R8 ;\n"
+    assert exponentials_in_flight(LOOPS.format(OVERLAPPING.format(exponential * before, exponential * after))) == found
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])

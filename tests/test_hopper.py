@@ -42,6 +42,7 @@ def config(
 @pytest.fixture(autouse=True)
 def chip(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launcher]:
     """The kernels' launchers by name; without the chip those of the emulator, on a chip of three multiprocessors."""
+    monkeypatch.delenv("PYCKPT_ATTENTION", raising=False)  # tests name kernels by their tiles
     if HOPPER:
         return {}
     monkeypatch.setattr(tuning, "architecture", lambda device: tuning.HOPPER)
@@ -90,7 +91,9 @@ def assert_right(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
     assert float((o.double() - o_true).abs().max()) <= 1.25 * 2.0**-8 * float(v.abs().max())
     seen = lse_true != -math.inf
     assert torch.equal(lse != -math.inf, seen)
-    assert float((lse.double() - lse_true)[seen].abs().max() if seen.any() else 0.0) <= 1e-5
+    # Scores of up to 40 are sums in float32 that the matrix unit cuts, not rounds: some units of the last place.
+    error = (lse.double() - lse_true)[seen].abs() / lse_true[seen].abs().clamp_min(1.0)
+    assert float(error.max() if seen.any() else 0.0) <= 4 * 2.0**-23
 
 
 CASES = {

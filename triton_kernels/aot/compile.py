@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -66,6 +67,11 @@ class Case(abc.ABC):
         return 1
 
     @property
+    def overlapping(self) -> int:
+        """Exponentials of a thread that a loop of a Gluon kernel is to compute while a product is on its way."""
+        return 0
+
+    @property
     def resident(self) -> int:
         """Programs that must fit on one multiprocessor, since so many are started; 0 where it does not count."""
         return 0
@@ -111,6 +117,7 @@ class Report:
     narrow: int = 0  # loads and stores of 2 bytes a thread: each takes the place of one of 16
     serialized: bool = False  # the assembler lets each product wait for the one before
     looped: int = 0  # of a Gluon kernel's spills, loads and stores inside the innermost loops with products
+    overlapped: int = 0  # exponentials that each of these loops has between the two products' ends
 
     @property
     def programs(self) -> int:
@@ -139,6 +146,8 @@ class Report:
             yield f"{self.looped} loads and stores of spilled registers in the loops"
         if self.serialized:
             yield "the assembler puts products in a row that were to overlap"
+        if self.overlapped < case.overlapping:
+            yield f"{self.overlapped} exponentials of {case.overlapping} are computed while a product is on its way"
         if self.programs < case.resident:
             yield f"{self.programs} programs fit on a multiprocessor; {case.resident} are started"
         wanted = MATRIX_UNITS[case.arch]
@@ -202,11 +211,29 @@ def compile_case(case: Case) -> Report:
         len(re.findall(r"\b(?:ld|st)\.global\.[\w.]*b16\b", ptx)),
         "wgmma.mma_async instructions are serialized" in said,
         spills_in_loops(code),
+        exponentials_in_flight(code),
     )
 
 
 def spills_in_loops(code: str) -> int:
     """Loads and stores of spilled registers in the innermost loops of a disassembled kernel that multiply matrices."""
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for loop in _loops_of_products(code) for line in loop)
+
+
+def exponentials_in_flight(code: str) -> int:
+    """Of a disassembled kernel's innermost loops with products, the fewest exponentials that one of them has between
+    the wait for all products but one and the wait for all. The assembler takes that wait, which names no registers, for
+    something that goes before them, unless a branch stands between."""
+    fewest = []
+    for loop in _loops_of_products(code):
+        waits = [(i, m[1]) for i, line in enumerate(loop) if (m := re.search(r"DEPBAR\.LE gsb0, 0x(\w+)", line))]
+        pairs = [(a, b) for (a, left), (b, none) in itertools.pairwise(waits) if (left, none) == ("1", "0")]
+        fewest.append(max((sum("MUFU.EX2" in line for line in loop[a:b]) for a, b in pairs), default=0))
+    return min(fewest, default=0)
+
+
+def _loops_of_products(code: str) -> list[list[str]]:
+    """The lines of each innermost loop of a disassembled kernel that multiplies matrices."""
     lines = [line.strip() for line in code.splitlines()]
     # What follows the end are waits that failed at first, which jump back into the loops.
     end = max((i for i, line in enumerate(lines) if re.search(r"\*/ +EXIT\b", line)), default=0)
@@ -215,7 +242,7 @@ def spills_in_loops(code: str) -> int:
     spans = [(labels[found[1]], i) for i, found in jumps if found and labels.get(found[1], end) < i]
     loops = [(a, b) for a, b in spans if any("GMMA" in line for line in lines[a:b])]
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for a, b in inner for line in lines[a:b])
+    return [lines[a:b] for a, b in inner]
 
 
 def run(wanted: list[Case], workers: int | None = None) -> Iterator[Report]:

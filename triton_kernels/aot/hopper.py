@@ -47,10 +47,15 @@ class HopperCase(Case):
 
     @property
     def allowed_spill(self) -> int:  # type: ignore[override]
-        # What dK and dV spill is read again once a tile, outside the loops: those may spill nothing (`Report.looped`).
-        if self.op == "hopper_dkdv":
-            return 160
+        # What gradients spill is read again once a tile, outside the loops: those may spill nothing (`Report.looped`).
+        if self.op != "hopper_fwd":
+            return 160 if self.op == "hopper_dkdv" else 80
         return 0 if self.head_dim <= 128 else 64
+
+    @property
+    def overlapping(self) -> int:
+        overlaps = self.op == "hopper_dq" or (self.op == "hopper_fwd" and self.config.overlap)
+        return self.config.block_n * ROWS.value // (32 * launch.WARPS) if overlaps else 0
 
     @property
     def consumers(self) -> int:
@@ -91,7 +96,9 @@ class HopperCase(Case):
         types = {n: "*fp32" if n.startswith("p_") else "fp32" if n == "scale" else "i32" for n in names}
         types |= dict.fromkeys(half, f"*{DTYPES[self.dtype]}")
         types |= {n: self._descriptor(n) for n in names if n.endswith("_desc")}
-        return signature(names, types, self._constants(), set())
+        # As the launch sees them: these are of tensors of its own, whose rows are whole heads.
+        aligned = {n for n in names if n.startswith("stride_") and n not in ("stride_lb", "stride_lh")}
+        return signature(names, types, self._constants(), aligned)
 
     def _descriptor(self, name: str) -> str:
         keys, queries = self.config.block_n, self.config.block_m

@@ -354,6 +354,7 @@ def _add_keys(
         if MASKED:
             o_j = (first + t) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
             p = gl.where(visible(o_p[:, None], o_j[None, :], sk, left, right, LEFT, RIGHT), p, 0.0)
+        mbarrier.wait(v_ready.index(stage), phase)  # passed already: keeps the wait below where it is (attention_fwd)
         dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
         ds = p * (dp - delta[:, None])
         dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), p_layout), k, dq, is_async=True)

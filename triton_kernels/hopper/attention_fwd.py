@@ -126,6 +126,9 @@ def _walk(
         )
         shrink = gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
         if OVERLAP:
+            # Passed already. The assembler moves the wait below, which names no registers to it, up before the softmax,
+            # but not before a branch, and this is one.
+            mbarrier.wait(v_ready.index((count + t - 1) % STAGES), ((count + t - 1) // STAGES) & 1)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             mbarrier.arrive(v_free.index((count + t - 1) % STAGES), count=1)
             acc = acc * shrink
