@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pyckpt
 from bench import common
 from pyckpt.measure.timing import interleaved
+from pyckpt.precision import exact_products
 
 OURS = "pyckpt"
 SDPA = {
@@ -176,7 +177,7 @@ def _truth(leaves: list[Tensor], do: Tensor, case: Case) -> list[Tensor]:
     scale, n = case.head_dim**-0.5, case.length
     o, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     j = torch.arange(n, device=q.device)
-    with common.exact():
+    with exact_products():
         for rows in torch.arange(n, device=q.device).split(2048):
             i = slice(int(rows[0]), int(rows[-1]) + 1)
             s = q[:, :, i] @ k.transpose(-1, -2) * scale

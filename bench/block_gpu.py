@@ -43,6 +43,7 @@ from pyckpt.compare.runner import GRADIENT_TOLERANCE
 from pyckpt.measure.flops import block_flops
 from pyckpt.measure.timing import interleaved
 from pyckpt.measure.units import format_seconds
+from pyckpt.precision import exact_products
 from pyckpt.spec import BlockSpec
 
 COMPILED, CUDNN = "compiled", "cudnn"
@@ -129,7 +130,7 @@ class Models:
         wide.load_state_dict(self.plain.state_dict())
         assert work.dout is not None
         leaves = [work.leaves[0].detach().to(self.setup.wide).requires_grad_(), *wide.parameters()]
-        with common.exact():
+        with exact_products():
             return Work(leaves, work.dout.to(self.setup.wide)).run(lambda x, *_: wide(x))
 
     def _plain(self, checkpointed: bool) -> steps.Function:

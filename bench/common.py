@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +62,6 @@ def ceiling(device: str) -> float:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = interleaved({"product": lambda: a @ b}, 20, warmup=5, device=device)["product"].median
     return 2 * n**3 / seconds / 1e12
-
-
-@contextlib.contextmanager
-def exact() -> Iterator[None]:
-    """float32 products as they are, whatever the user set."""
-    was = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(was)
 
 
 def _commit() -> str:

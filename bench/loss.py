@@ -33,6 +33,7 @@ import pyckpt
 from bench import common, steps
 from bench.steps import Row, UnavailableError, Variant, Work
 from pyckpt.measure.units import format_seconds
+from pyckpt.precision import exact_products
 
 OURS, RECOMPUTE = "pyckpt", "pyckpt_recompute"
 EAGER, EAGER_FP32, COMPILED = "eager", "eager_fp32", "compiled"
@@ -132,7 +133,7 @@ def gate(work: Work, target: Tensor) -> steps.Gate:
     where a variant does not."""
     x, weight = (t.detach() for t in work.leaves)
     wide = torch.float64 if x.dtype == torch.float32 else torch.float32
-    with common.exact():
+    with exact_products():
         truth = _by_chunks(x, weight.to(wide), target, wide)
     return steps.Gate.of(truth, _by_chunks(x, weight, target, x.dtype))
 

@@ -40,6 +40,7 @@ from pyckpt.exec import tiling
 from pyckpt.exec.plan import standard_plan
 from pyckpt.measure.units import format_seconds
 from pyckpt.ops import registry
+from pyckpt.precision import exact_products
 from pyckpt.save import save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise import fused
@@ -262,7 +263,7 @@ def measure(case: Case, device: torch.device, repeats: int, compile_too: bool, t
 
 def gate(case: Case, work: Work) -> steps.Gate:
     eager = functools.partial(_eager, case.spec)
-    with common.exact():
+    with exact_products():
         truth = work.exactly(eager, torch.float64 if work.leaves[0].dtype == torch.float32 else torch.float32)
     return steps.Gate.of(truth, work.run(eager))
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +128,24 @@ def check(
     check_truth(ours, formula, formula, {n: t.to(dtype) for n, t in inputs.items()}, terms=terms, terms_of=of)
 
 
+def test_float32_after_pytorchs_newer_setting_of_its_precision():
+    """PyTorch does not answer the older question then; transformers' TrainingArguments(tf32=True) sets it."""
+    code = f"""
+import torch, pyckpt
+from pyckpt.precision import exact_products
+torch.backends.fp32_precision = "tf32"
+q = torch.randn(1, 40, 2, 16, device="{DEVICE}", requires_grad=True)
+pyckpt.attention(q, q, q).sum().backward()
+with exact_products():
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYCKPT_BACKEND": "triton"}
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def packed(lengths: list[int], **shape: Any) -> tuple[dict[str, Tensor], Tensor]:
     n = sum(lengths)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
@@ -208,6 +229,10 @@ class TestFeatures:
     @pytest.mark.parametrize("softcap", [None, 20.0])
     def test_scale(self, scale, softcap):
         check(qkv(30, 40), scale=scale, softcap=softcap)
+
+    def test_slopes_of_half_precision(self):
+        """Forward and backward take them to float32 alike: rounded once more, P is another one in the backward."""
+        check(qkv(300, 300, 4, 2), alibi_slopes=torch.rand(4, device=DEVICE).half())
 
     def test_slopes_of_each_sequence(self):
         check(qkv(30, 40, 4, 2, batch=2), alibi_slopes=torch.rand(2, 4, device=DEVICE))

@@ -199,6 +199,19 @@ class TestPointwise:
             assert torch.equal(k, want[1])
             assert torch.equal(made[..., width:], rest)
 
+    def test_rope_in_place_on_every_second_value(self):
+        """What lies between them is not written."""
+        large = torch.randn(7, 2, 32, device=DEVICE)
+        before, x = large.clone(), large[..., ::2]
+        tables = rope_tables(torch.arange(7, device=DEVICE), 16, 1e4)
+        want = ops.rope(x.contiguous(), *tables, False, False)
+        ops.rope_(x, *tables, False, False)
+        assert torch.equal(x, want)
+        assert torch.equal(large[..., 1::2], before[..., 1::2])
+        other = before[..., ::2]
+        ops.rope_qk_(other, x, *tables, False, False)
+        assert torch.equal(other, want)
+
     @pytest.mark.parametrize("heads", [1, 7, 8, 17])
     @pytest.mark.parametrize("dim", [2, 80, 128, 256])
     def test_rope_in_place_on_a_view_of_qkv(self, dim, heads):

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .attention_bwd import attention_bwd_kernel_delta, attention_bwd_kernel_dkdv, attention_bwd_kernel_dq
 from .attention_fwd import attention_fwd_kernel_tile
-from .rows import on
+from .rows import exact_float32, on
 from .sizes import cdiv, next_power_of_2
 from .tuning import Config, Key
 
@@ -218,7 +218,7 @@ def backward(
         # hundredth of its time.
         dq, dk, dv = into[0], *(torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
     if q.shape[-2] == 0 or problem.rows == 0:
-        return into or (dq, dk, dv)
+        return into or (dq.zero_(), dk.zero_(), dv.zero_())
     strides = [s for t in (q, k, v, do) for s in _strides(t)]
     tables = (options.alibi_slopes, options.cu_seqlens_q, options.keys_cu)
     sizes = problem.heads, problem.groups, problem.n_sequences
@@ -392,7 +392,8 @@ class _Problem:
 
     def section(self, n: int, heads: int) -> int:
         """Rows whose n tokens of two tensors fill half the L2 cache, in multiples of the heads that share them."""
-        return heads * max(1, tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes))
+        tokens = tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes)
+        return min(self.rows, heads * max(1, tokens))  # kernels multiply it by their tiles, in 32 bits
 
     def copied(self, *tensors: Tensor) -> bool:
         """Whether the copy engine may bring these (B, S, H, D): it wants multiples of 16 bytes, and no empty dim."""
@@ -419,7 +420,7 @@ class _Problem:
 
     def meta(self, config: Config) -> dict[str, Any]:
         """What a configuration decides."""
-        exact = self.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        exact = self.dtype == torch.float32 and exact_float32()
         return {
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -223,7 +223,7 @@ def _keys_from_queries(
         b_lse = load_lse(p_lse + head_64 * stride_lh, o_i, sq, PRECISION)
         slope = 0.0
         if ALIBI:
-            slope = tl.load(p_slopes + head)
+            slope = tl.load(p_slopes + head).to(tl.float32)
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         p, derivative = probabilities(
             s, b_lse[None, :], o_p[None, :], o_j[:, None], scale, softcap, slope, SOFTCAP, ALIBI, PRECISION
@@ -563,7 +563,7 @@ def attention_bwd_kernel_dq(
     b_delta = tl.load(p_delta_row + o_i, mask=o_i < n_q, other=0.0)
     slope = 0.0
     if ALIBI:
-        slope = tl.load(p_slopes + sequence * stride_slopes + head)
+        slope = tl.load(p_slopes + sequence * stride_slopes + head).to(tl.float32)
     drawn = number(sequence, n_sequences, PACKED)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 

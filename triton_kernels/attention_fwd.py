@@ -161,7 +161,7 @@ def _attend_tile(
         b_q = load_tile(p_q_row, o_i, o_d, stride_qs, n_q, head_dim, True, RAGGED_D)  # [BM, BD]
         slope = 0.0
         if ALIBI:
-            slope = tl.load(p_slopes + sequence * stride_slopes + head)
+            slope = tl.load(p_slopes + sequence * stride_slopes + head).to(tl.float32)
 
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)

@@ -225,7 +225,7 @@ def plan_of(width: int, size: int, centered: bool, add: bool, arch: str) -> Plan
     stages, num_warps = _stages(size, arch), warps(max(TILE, columns))
     if columns > COLUMNS or (centered and add):
         stages = min(2, stages)
-    if centered and rows == 1:
+    if centered and rows == 1 and not (arch.startswith("gfx") and num_warps == 16):  # of 64 lanes: 1,024 threads
         num_warps *= 2
     elif rows > 1 and (centered or (size == 4 and add)):
         rows //= 2

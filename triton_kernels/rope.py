@@ -144,6 +144,8 @@ def rotate(
     check_device(x)
     tokens, heads, dim = x.shape
     half = cos.shape[-1]
+    if dim != 1 and not (out.stride(-1) == 1 and (k is None or k.stride(-1) == 1)):
+        raise ValueError("out and k are written in place; expected tensors with a unit last stride")
     k_heads = 0 if k is None else k.shape[1]
     if x.numel() == 0 or half == 0:
         if x.data_ptr() != out.data_ptr():

@@ -14,6 +14,14 @@ from .sizes import cdiv, next_power_of_2
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def exact_float32() -> bool:
+    """Whether products of float32 keep all bits. PyTorch answers no more once its newer setting was used."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

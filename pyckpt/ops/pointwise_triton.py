@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyckpt.ops import activation as _activation
@@ -174,7 +175,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, interleaved: boo
     cos, sin = _rope.angle_rows(x, cos, sin)
 
     def run(x: Tensor, out: Tensor) -> None:
-        kernels("rope").rotate(x, cos, sin, inverse, interleaved, out)
+        dense = out.stride(-1) == 1 or out.shape[-1] == 1
+        made = out if dense else torch.empty_like(out, memory_format=torch.contiguous_format)
+        kernels("rope").rotate(x, cos, sin, inverse, interleaved, made)
+        if not dense:
+            out.copy_(made)
 
     _exact(run, x.reshape(shape), out.view(shape), writes=1)
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pyckpt.exec import node
+from pyckpt.precision import exact_products
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.generic import inner
@@ -455,10 +456,5 @@ def _calls(twin: nn.Module, called: dict[str, int | None]) -> Iterator[nn.Module
 @contextlib.contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     """Products in float32 proper, whatever the caller has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with exact_products(), torch.autocast(device.type, enabled=False):
+        yield

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..rows import check_device
+from ..rows import check_device, exact_float32
 from .choice import Config
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,7 +86,7 @@ def options(config: Config, dtype: torch.dtype) -> dict[str, object]:
     Without fused multiply-adds outside the products: the compiler places them as it likes in each kernel, and what a
     backward makes again must have the forward's bits.
     """
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = dtype == torch.float32 and exact_float32()
     return {
         "PRECISION": config.exact if exact else "tf32",
         "num_warps": config.num_warps,
