@@ -14,7 +14,7 @@ from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 from pyckpt.save import SaveSet
 from pyckpt.swap import kept
 from pyckpt.swap.arguments import CallArguments
-from pyckpt.swap.once import FirstRun, SecondRun
+from pyckpt.swap.once import FirstRun, LayerState, SecondRun
 from pyckpt.swap.replaced import Replaced
 
 # By these names layers of transformers are handed what they are to write keys, values and states to.
@@ -70,20 +70,21 @@ def _is_filled(layer: Any) -> bool:
 def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], save: SaveSet) -> Any:
     """The original forward, again in the backward; while gradients are enabled it writes to no cache.
 
-    Kept are its arguments, copies of those that it writes to, and, unless the save set has no attention, what attention
+    Kept are its arguments, copies of what it writes to, and, unless the save set has no attention, what attention
     made (see `kept`). Where transformers' own checkpointing was enabled it does the same, as it was told to.
     """
     checkpoints_itself = bool(getattr(layer.module, "gradient_checkpointing", False)) and layer.module.training
     if checkpoints_itself or not torch.is_grad_enabled():
         return layer.original(*args, **kwargs)
-    if not only_reads(layer.module):
+    if not only_reads(layer.module) and _writes_caches(layer, args, kwargs):
         args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
         kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}
         return checkpoint(functools.partial(layer.original, *args, **kwargs), use_reentrant=False, **options)
-    given = CallArguments(args, kwargs, layer.module.buffers())
-    contexts = functools.partial(_contexts, layer.module, given, save.attention)
+    state = LayerState(layer.module)
+    given = CallArguments(args, kwargs, state.watched)
+    contexts = functools.partial(_contexts, state, given, save.attention)
     return checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
 
 
@@ -114,16 +115,25 @@ def _end(error: BaseException | None) -> None:
         del error
 
 
+def _writes_caches(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """It does as transformers' layers do; in a class of one's own `use_cache` alone may mean anything."""
+    kinds = (k.__module__.partition(".")[0] for k in type(layer.module).__mro__)
+    given = layer.given(args, kwargs)
+    return not {"transformers", "transformers_modules"}.isdisjoint(kinds) or any(
+        is_cache(n, v) for n, v in given.items()
+    )
+
+
 def _cacheless(name: str | None, value: Any) -> Any:
     """An argument of this name, None where it is a cache."""
     return None if is_cache(name, value) else False if name == "use_cache" else value
 
 
-def _contexts(module: nn.Module, given: CallArguments, attention: bool) -> kept.Contexts:
+def _contexts(state: LayerState, given: CallArguments, attention: bool) -> kept.Contexts:
     """In which the layer runs first, and again."""
     keeping, giving = kept.contexts(given, attention)
-    first = FirstRun(module)
-    return _Both(first, keeping), _Both(SecondRun(module, first, given.before), giving)
+    first = FirstRun(given, state)
+    return _Both(first, keeping), _Both(SecondRun(first, given), giving)
 
 
 class _Both:

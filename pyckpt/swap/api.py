@@ -237,6 +237,7 @@ def _refused(model: Any, name: str, layer: nn.Module, reason: str, save: str | S
     except UnsupportedError as other:
         return Entry(name, kind, ORIGINAL, reason if str(other) in reason else f"{reason}; {other}")
     kept = "its input and its attention's output are kept" if save_set(save).attention else "its input alone is kept"
+    kept += ", where they are" if isinstance(save, Save) and save.place else ""
     return Entry(name, kind, CHECKPOINTED, f"run again as a whole, {kept}: {reason}{note}")
 
 

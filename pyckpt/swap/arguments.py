@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from pyckpt.swap.contents import Contents
+
 
 class CallArguments:
     """The arguments of a layer's call, for a run now and others later.
 
-    Lists and dicts are then new ones with what was in them before the first run, which may have changed them. Of a
-    tensor that the first run writes to (`h += ...` of what it was given) a copy is made just before, and of the layer's
-    buffers too: `written` has to hear of every op of that run.
+    Lists and dicts are then new ones with what was in them before the first run, which may have changed them; other
+    containers, and objects of one's own, hold it while a later run lasts. Of a tensor that the first run writes to
+    (`h += ...` of what it was given) a copy is made just before, and of `others`, the layer's, too: `written` has to
+    hear of every op of that run.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: Iterable[Tensor]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], others: Iterable[Tensor]) -> None:
         self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = args, kwargs
         self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=_is_leaf)
+        self.contents = Contents((v for v in self._leaves if not isinstance(v, Tensor)), objects=True)
+        given = [*(v for v in self._leaves if isinstance(v, Tensor)), *self.contents.tensors]
         # What becomes of a tensor that is written to may require a gradient though it did not.
-        self._tensors = {id(t): (t, t.requires_grad) for t in self._leaves if isinstance(t, Tensor)}
-        watched = {i: t for i, (t, _) in self._tensors.items()} | {id(b): b for b in buffers}
+        self._tensors = {id(t): (t, t.requires_grad) for t in given}
+        watched = {i: t for i, (t, _) in self._tensors.items()} | {id(t): t for t in others}
         self._by_storage: dict[int, list[Tensor]] = {}
         for t in watched.values():
-            self._by_storage.setdefault(_storage(t), []).append(t)
+            self._by_storage.setdefault(storage_of(t), []).append(t)
         self._copies: dict[int, Tensor] = {}
         self._versions = [(t, t._version) for t, _ in self._tensors.values() if not t.is_inference()]
 
     def written(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op of the first run is about to run."""
-        for place, name in _places_written(op):
-            for t in tree_leaves(kwargs[name] if name in kwargs else args[place : place + 1]):
-                if isinstance(t, Tensor):
-                    self._copy(self._by_storage.get(_storage(t), ()))
+        for t in tensors_written(op, args, kwargs):
+            self._copy(self._by_storage.get(storage_of(t), ()))
 
     def _copy(self, tensors: Sequence[Tensor]) -> None:
-        if len(tensors) > 1:
+        if len(tensors) > 1 and any(id(t) in self._tensors for t in tensors):
             raise RuntimeError(
                 "a layer that runs again in the backward writes in place to an argument whose memory is another one's "
                 "too; hand it a copy of one of them"
@@ -64,9 +67,13 @@ class CallArguments:
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs
 
-    def before(self, buffer: Tensor) -> Tensor | None:
-        """What was in the buffer before the first run wrote to it; None where it did not, or unheard."""
-        return self._copies.get(id(buffer))
+    def before(self, other: Tensor) -> Tensor | None:
+        """What was in a tensor of the layer before the first run wrote to it; None where it did not, or unheard."""
+        return self._copies.get(id(other))
+
+    def put_contents(self) -> None:
+        """Containers and objects hold what they did before the first run."""
+        self.contents.put(lambda t: self._again(t) if id(t) in self._copies else t)
 
     def _check(self, how: str) -> None:
         if any(t._version != version for t, version in self._versions):
@@ -82,11 +89,19 @@ class CallArguments:
 
 
 def _is_leaf(value: Any) -> bool:
-    """Not a list, dict or tuple: what else holds tensors, a cache for one, is not made anew."""
+    """Not a list, dict or tuple: what else holds tensors is not made anew (see `Contents`)."""
     return type(value) not in (list, dict) and not isinstance(value, tuple)
 
 
-def _storage(t: Tensor) -> int:
+def tensors_written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Those that an op of these arguments writes to."""
+    for place, name in _places_written(op):
+        for t in tree_leaves(kwargs[name] if name in kwargs else args[place : place + 1]):
+            if isinstance(t, Tensor):
+                yield t
+
+
+def storage_of(t: Tensor) -> int:
     """What tensors on the same memory have in common; of one without a memory of its own (a sparse one) the tensor."""
     return t.untyped_storage()._cdata if torch._C._has_storage(t) else id(t)
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import wrap
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from pyckpt.swap.arguments import CallArguments
+from pyckpt.swap.arguments import CallArguments, storage_of, tensors_written
 
 # Ops that give an attention's output, and what else its backward reads.
 _ATTENTION = frozenset(
@@ -78,8 +78,24 @@ def _in_graph() -> bool:
     return False
 
 
-_Kept = tuple[Any, Any]
-"""What tells an attention from another one, and what it made."""
+class _Kept:
+    """What tells an attention from another one, and what it made."""
+
+    def __init__(self, label: Any, made: Any) -> None:
+        self.label, self._made = label, made
+        tensors = [t for t in tree_leaves(made) if isinstance(t, Tensor)]
+        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
+        self._storages = {storage_of(t) for t in tensors}
+
+    def hear(self, storage: int) -> None:
+        """Something is about to be written there: code that works in place on an attention's output."""
+        if storage in self._storages:
+            self._made = None
+
+    def give(self) -> Any:
+        """What was made; None where it is no more what it was."""
+        changed = any(t._version != version for t, version in self._versions)
+        return None if changed or self._made is None else _detached(self._made)
 
 
 def _is_kept(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -110,6 +126,11 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self._kept = kept
 
+    def _hear(self, op: Any, args: Any, kwargs: Any) -> None:
+        for t in tensors_written(op, args, kwargs) if self._kept else ():
+            for kept in self._kept:
+                kept.hear(storage_of(t))
+
 
 class _Keeping(_Mode):
     def __init__(self, kept: list[_Kept], given: CallArguments, attention: bool) -> None:
@@ -124,9 +145,10 @@ class _Keeping(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._given.written(func, args, kwargs)
+        self._hear(func, args, kwargs)
         made = func(*args, **kwargs)
         if self._attention and _is_kept(func, args, kwargs):
-            self._kept.append((_label(func, args), _detached(made)))
+            self._kept.append(_Kept(_label(func, args), _detached(made)))
         return made
 
 
@@ -141,10 +163,12 @@ class _Giving(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._hear(func, args, kwargs)
         if _is_kept(func, args, kwargs):
-            label, made = next(self._next, (None, None))
-            if label == _label(func, args):
-                return _detached(made)
+            kept = next(self._next, None)
+            made = kept.give() if kept is not None and kept.label == _label(func, args) else None
+            if made is not None:
+                return made
         return func(*args, **kwargs)
 
 

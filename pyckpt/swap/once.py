@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,59 +15,64 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count what they write
 
+from pyckpt.swap.arguments import CallArguments
+from pyckpt.swap.contents import Contents, Held, draw_from, drawing, is_generator, refill
 from pyckpt.swap.modules import is_wrapper
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
-_CONTAINERS = (list, dict, set)
 
 
 class FirstRun:
     """The run whose changes stay. `state` and `parameters` are what the modules had before it.
 
-    `buffers` are then those that it wrote to, `kernels` what attention may use in it.
+    `given` has heard what it wrote to. `buffers` are then those that it wrote to, `kernels` what attention may use in
+    it, `drawing` the generators' states before it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self.buffers = module, list[Tensor]()
+    def __init__(self, given: CallArguments, state: LayerState) -> None:
+        self._given, self.state, self.buffers = given, state, list[Tensor]()
+        self.modules = state.modules
+        self.parameters = _Parameters(self.modules)
 
     def __enter__(self) -> None:
-        self._versions = [(b, b._version) for b in self._module.buffers() if not b.is_inference()]
-        self.state, self.parameters = _State(self._module), _Parameters(self._module)
-        self.drawing = _Generators(self._module)
+        self._versions = [(b, b._version) for b in _buffers(self.modules) if not b.is_inference()]
+        self.drawing = _Generators([*self.state.generators, *self._given.contents.generators])
         self.kernels = _attention_kernels()
 
     def __exit__(self, *error: Any) -> None:
-        silent = {id(b) for m in self._module.modules() if isinstance(m, _NormBase) for b in m.buffers()}
-        self.buffers = [b for b, version in self._versions if b._version != version or id(b) in silent]
+        silent = {id(b) for m in self.modules if isinstance(m, _NormBase) for b in m.buffers()}
+        self.buffers = [
+            b
+            for b, version in self._versions
+            if b._version != version or id(b) in silent or self._given.before(b) is not None
+        ]
         del self._versions
+        self.parameters.ran(self._given.before)
 
 
 class SecondRun:
-    """A run that finds what `first` found, and whose changes are undone: of attributes, of lists, dicts and sets in
-    them, and of buffers.
+    """A run that finds what `first` found, and whose changes are undone: of attributes, of containers in them, of
+    buffers, and of objects that the layer was given.
 
     Generators other than PyTorch's own, which torch.utils.checkpoint sees to, give the numbers of the first run again.
     What `sdpa_kernel` chose around the first run is chosen again. Modules that DeepSpeed or FSDP1 keeps its books in
     are let be.
-    `before`: what was in a buffer before the first run wrote to it, None where that is not known.
     """
 
-    def __init__(self, module: nn.Module, first: FirstRun, before: Callable[[Tensor], Tensor | None]) -> None:
-        self._module, self._first, self._before = module, first, before
+    def __init__(self, first: FirstRun, given: CallArguments) -> None:
+        self._first, self._given = first, given
 
     def __enter__(self) -> None:
-        first = self._first
+        first, before = self._first, self._given.before
         first.parameters.check()
-        self._present = _State(self._module), first.state.contents()
-        self._parameters = first.parameters.put()
-        self._buffers = [(b, b.detach().clone()) for b in first.buffers]
-        self._drawing = _Generators(self._module)
+        self._present = first.state.present(), self._given.contents.present()
+        self._replaced = first.parameters.put()
+        self._written = [(t, t.detach().clone(), before(t)) for t in (*first.buffers, *first.parameters.written)]
+        self._drawing = first.drawing.now()
         first.drawing.restore()
-        first.state.put()
-        for buffer in first.buffers:
-            value = self._before(buffer)
-            if value is not None:
-                buffer.detach().copy_(value)
+        first.state.put(before)
+        self._given.put_contents()
+        _write((t, was) for t, _, was in self._written if was is not None)
         self._choice = contextlib.ExitStack()
         if _attention_kernels() != first.kernels:
             self._choice.enter_context(sdpa_kernel(first.kernels, set_priority=True))
@@ -73,59 +80,123 @@ class SecondRun:
     def __exit__(self, *error: Any) -> None:
         self._choice.close()
         self._drawing.restore()
-        for buffer, value in self._buffers:
-            buffer.detach().copy_(value)
-        for module, name, parameter in self._parameters:
+        _write((t, present) for t, present, _ in self._written)
+        for module, name, parameter in self._replaced:
             module._parameters[name] = parameter
-        present, contents = self._present
-        _refill(contents)
-        present.put()
-        del self._present, self._buffers, self._drawing, self._parameters
+        state, contents = self._present
+        refill(contents)
+        state.put()
+        del self._present, self._written, self._drawing, self._replaced
 
 
-_Contents = list[tuple[Any, Any]]
-"""Containers, and copies of them with what was in them."""
+def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Unseen by autograd: what has been saved of these tensors elsewhere is again what it was when this is undone."""
+    for t, value in values:
+        t.data.copy_(value)
 
 
-class _State:
-    """What a layer's modules have: attributes, what is in containers that are attributes, and buffers."""
+def _buffers(modules: list[nn.Module]) -> list[Tensor]:
+    return [b for m in modules for b in m._buffers.values() if b is not None]
+
+
+class LayerState:
+    """What a layer's modules have: attributes, what is in containers that are attributes, and buffers.
+
+    Of modules in such containers too, of which PyTorch does not know.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = [(m, _attributes(m), dict(m._buffers)) for m in module.modules() if not _has_books(m)]
-        values = (v for _, attributes, _ in self._modules for v in attributes.values())
-        self._contents = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
+        self.modules, self._of, self._contents = list(module.modules()), list[_Of](), list[Contents]()
+        seen, look = set(map(id, self.modules)), self.modules
+        self.generators: list[Any] = []
+        self._tensors: list[Tensor] = []
+        while look:
+            self._of += [(m, _attributes(m), dict(m._buffers)) for m in look if not _has_books(m)]
+            contents = Contents(v for _, had, _ in self._of[-len(look) :] for v in had.values() if _may_hold(v))
+            self._contents.append(contents)
+            self.generators += contents.generators
+            self._tensors += contents.tensors
+            look = [m for held in contents.modules for m in held.modules() if id(m) not in seen]
+            look = list({id(m): m for m in look}.values())
+            seen.update(map(id, look))
+            self.modules += look
 
-    def contents(self) -> _Contents:
-        """What is in its containers at present."""
-        return [(container, container.copy()) for container, _ in self._contents]
+    @property
+    def watched(self) -> list[Tensor]:
+        """Tensors of the layer whose values a later run has to find again, if the first one writes to them."""
+        plain = [t for t in self._tensors if not t.requires_grad]
+        weights = [p for m, _, _ in self._of for p in m._parameters.values() if p is not None and _is_plain(p)]
+        return [*_buffers(self.modules), *plain, *weights]
+
+    def present(self) -> _Present:
+        """The same of the present."""
+        return _Present(
+            [(m, _attributes(m), dict(m._buffers)) for m, _, _ in self._of],
+            [held for contents in self._contents for held in contents.present()],
+        )
+
+    def put(self, before: Callable[[Tensor], Tensor | None]) -> None:
+        """All as it was; `before`: what was in a tensor that was written to since."""
+
+        def instead(t: Tensor) -> Tensor:
+            was = None if t.requires_grad else before(t)
+            return t if was is None else was.clone()
+
+        for contents in self._contents:
+            contents.put(instead)
+        _put([(m, _with(attributes, instead), buffers) for m, attributes, buffers in self._of])
+
+
+_Of = tuple[nn.Module, dict[str, Any], dict[str, Any]]
+"""A module, its attributes and its buffers."""
+
+
+@dataclasses.dataclass
+class _Present:
+    """What modules have, and what is in containers, to be put back."""
+
+    of: list[_Of]
+    contents: Held
 
     def put(self) -> None:
-        """All as it was."""
-        _refill(self._contents)
-        for module, attributes, buffers in self._modules:
-            module._buffers.update(buffers)
-            present = _attributes(module)
-            if "_is_fsdp_managed_module" in attributes:
-                # FSDP1 makes views of its own weights, and takes them away, as they are to be read.
-                views = {n for had in (present, attributes) for n, v in had.items() if _is_view(v)}
-                present, attributes = ({n: had[n] for n in had.keys() - views} for had in (present, attributes))
-            for name in present.keys() - attributes.keys():
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
+        refill(self.contents)
+        _put(self.of)
+
+
+def _with(attributes: dict[str, Any], instead: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {n: instead(v) if type(v) is Tensor else v for n, v in attributes.items()}
+
+
+def _put(state: list[_Of]) -> None:
+    for module, attributes, buffers in state:
+        module._buffers.update(buffers)
+        present = _attributes(module)
+        if "_is_fsdp_managed_module" in attributes:
+            # FSDP1 makes views of its own weights, and takes them away, as they are to be read.
+            views = {n for had in (present, attributes) for n, v in had.items() if _is_view(v)}
+            present, attributes = ({n: had[n] for n in had.keys() - views} for had in (present, attributes))
+        for name in present.keys() - attributes.keys():
+            del module.__dict__[name]
+        module.__dict__.update(attributes)
 
 
 class _Parameters:
     """The parameters of a layer's modules, and how often each was written to."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, modules: list[nn.Module]) -> None:
         self._of = [
-            (m, name, p)
-            for m in module.modules()
-            if not _has_books(m)
-            for name, p in m._parameters.items()
-            if p is not None
+            (m, name, p) for m in modules if not _has_books(m) for name, p in m._parameters.items() if p is not None
         ]
+        self.written: list[Tensor] = []
+        self._note()
+
+    def _note(self) -> None:
         self._versions = [(p, p._version) for _, _, p in self._of if not p.is_inference()]
+
+    def ran(self, before: Callable[[Tensor], Tensor | None]) -> None:
+        """The first run is over; what it wrote to itself (`max_norm` of an embedding, a codebook) is put right."""
+        self.written = list({id(p): p for _, _, p in self._of if before(p) is not None}.values())
+        self._note()
 
     def check(self) -> None:
         """Raise RuntimeError where one was written to since."""
@@ -173,30 +244,29 @@ def _attention_kernels() -> list[SDPBackend]:
 
 
 class _Generators:
-    """The states of Python's and NumPy's global generators, and of those that modules have as attributes."""
+    """The states of Python's and NumPy's global generators, and of some of one's own."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, own: list[Any]) -> None:
         self._python, numpy = random.getstate(), sys.modules.get("numpy")  # which need not be installed
         self._numpy = numpy and numpy.random.get_state()
-        own = (v for m in module.modules() for v in m.__dict__.values() if isinstance(v, torch.Generator))
-        self._own = [(g, g.get_state()) for g in own]
+        self._own = [(g, drawing(g)) for g in own]
+
+    def now(self) -> _Generators:
+        """The same ones, at present."""
+        return _Generators([g for g, _ in self._own])
 
     def restore(self) -> None:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
         for generator, state in self._own:
-            generator.set_state(state)
+            draw_from(generator, state)
+
+
+def _may_hold(value: Any) -> bool:
+    """A tensor, a container or a generator: most attributes are none, and need no second look."""
+    return isinstance(value, (Tensor, dict, list, tuple, set, frozenset, deque)) or is_generator(value)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {n: v for n, v in module.__dict__.items() if n not in _OF_MODULES}
-
-
-def _refill(contents: _Contents) -> None:
-    for container, content in contents:
-        if isinstance(container, list):
-            container[:] = content
-        else:
-            container.clear()
-            container.update(content)
