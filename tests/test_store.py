@@ -17,8 +17,23 @@ import torch
 from lanes import DelayedLanes, MemoryBacking
 from torch import Tensor
 
-from pyckpt.store import STORES, DeviceStore, FileStore, HostStore, Plan, Slab, Store, make_store, mapped, pool
+from pyckpt.store import (
+    STORES,
+    DeviceStore,
+    FileStore,
+    HostStore,
+    Plan,
+    Slab,
+    Store,
+    available,
+    host,
+    kinds,
+    make_store,
+    mapped,
+    pool,
+)
 from pyckpt.store.file import ScratchFile
+from pyckpt.store.host import HostMemory, LockedMemory
 from pyckpt.store.lanes import ThreadLanes
 from pyckpt.store.staged import Staged
 
@@ -361,3 +376,62 @@ def test_a_device_stores_memory_is_of_the_stream_that_had_it():
         with torch.cuda.stream(stream), store.open(PLAN, device) as opened:
             found.append(opened.new(("x", 0, 0)).data_ptr())
     assert found[0] != found[1]
+
+
+# --- host memory --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_put_in_host_memory_is_got(seed, monkeypatch):
+    """As a GPU's tiles have it, in memory that an earlier run of more tokens had."""
+    monkeypatch.setattr(host, "lock", lambda t: None)
+    memory = LockedMemory(HostMemory.bytes_of(PLAN) + 1000)
+    for _ in range(2):
+        with Staged(PLAN, CPU, HostMemory(PLAN, memory), ThreadLanes(CPU), lambda: None) as store:
+            random_program(store, seed, fill, assert_holds)
+
+
+def test_memory_is_locked_anew_for_longer_sequences_alone(monkeypatch):
+    locked = []
+    monkeypatch.setattr(host, "lock", lambda t: locked.append(t.nbytes))
+    store = HostStore()
+    for tokens in (23, 7, 15, 23, 40, 23):
+        plan = dataclasses.replace(PLAN, tokens=tokens)
+        memory = store._locked(plan)
+        assert memory.nbytes >= HostMemory.bytes_of(plan) >= plan.store_bytes
+        store._keep(kinds._LOCKED, memory)
+    assert locked == [HostMemory.bytes_of(dataclasses.replace(PLAN, tokens=n)) for n in (23, 40)]
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    """Of either version, and of the groups around it."""
+    groups = tmp_path / "groups"
+    own = groups / "a" / "b"
+    old = groups / "memory" / "c"
+    for folder in (own, old):
+        folder.mkdir(parents=True)
+    (tmp_path / "own").write_text("3:cpu:/x\n2:memory:/c\n0::/a/b\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 5000 kB\n")
+    monkeypatch.setattr(available, "_GROUPS", groups)
+    monkeypatch.setattr(available, "_OWN_GROUPS", str(tmp_path / "own"))
+    monkeypatch.setattr(available, "_MEMINFO", str(tmp_path / "meminfo"))
+    assert available.available_bytes() == 5_120_000
+    for folder, limit, used in ((own, "max", 300), (own.parent, "3000000", 1000000)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
+    assert available.available_bytes() == 2_400_000
+    (old / "memory.limit_in_bytes").write_text("2000000\n")
+    (old / "memory.usage_in_bytes").write_text("1500000\n")
+    (old / "memory.stat").write_text("total_inactive_file 1000\n")
+    assert available.available_bytes() == 501_000
+
+
+def test_a_scratch_file_in_memory_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"disk / ext4 rw 0 0\nx {tmp_path} tmpfs rw 0 0\ny {tmp_path}/disk ext4 rw 0 0\n")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(available, "_MOUNTS", str(mounts))
+    monkeypatch.setattr(host, "available_bytes", lambda: 10)
+    with pytest.raises(MemoryError, match="is in memory: give a path on a disk"):
+        FileStore(tmp_path).open(PLAN, CPU)
+    FileStore(tmp_path / "disk").open(PLAN, CPU).close()

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyckpt.store.host import as_like
-from pyckpt.store.plan import Key, Plan
+from pyckpt.store.available import is_in_memory
+from pyckpt.store.host import as_like, check_available
+from pyckpt.store.plan import Key, Places, Plan
 
 
 class ScratchFile:
@@ -35,22 +36,6 @@ class ScratchFile:
 
     def write(self, key: Key, source: Tensor) -> None:
         self._scratch.write(source, self._places.start(key))
-
-
-class Places:
-    """Where each tile is in a file of `total` bytes, one tensor after the other, each at a multiple of `aligned`."""
-
-    def __init__(self, plan: Plan, aligned: int = 1) -> None:
-        self._plan, self.total = plan, 0
-        self._offsets: dict[tuple[str, int], int] = {}
-        for s in plan.slabs:
-            for i in range(s.count):
-                self._offsets[s.name, i] = self.total
-                self.total += -(-plan.tokens * s.token_bytes // aligned) * aligned
-
-    def start(self, key: Key) -> int:
-        name, index, tile = key
-        return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
 
 
 class Scratch:
@@ -107,7 +92,9 @@ class Staging(threading.local):
 @contextlib.contextmanager
 def scratch_file(nbytes: int, folder: str) -> Iterator[int]:
     """A file of this folder that has no name, and so many bytes; closed at the end. Raises OSError where the disk has
-    not enough room."""
+    not enough room, and MemoryError where the folder is in memory that is not there."""
+    if is_in_memory(folder):
+        check_available(nbytes, f"{folder} is in memory: give a path on a disk, or keep less (save='input', segments)")
     file = _unnamed(folder)
     try:
         _reserve(file, nbytes, folder)

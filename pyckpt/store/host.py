@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
 
 import torch
 from torch import Tensor
 
-from pyckpt.store.memory import Slabs, allocate
-from pyckpt.store.plan import Key, Plan
+from pyckpt.store.available import available_bytes
+from pyckpt.store.plan import Key, Places, Plan
 
 _PORTABLE = 1  # cudaHostRegisterPortable
+_ALIGNED = 64  # bytes, for any dtype
 
 
-class HostMemory:
-    """`Backing` in page-locked host tensors.
+class LockedMemory:
+    """`nbytes` of page-locked host memory.
 
     PyTorch's own page-locked allocator rounds up to a power of two, which at these sizes may be half of a machine's
     memory: we lock what we allocate ourselves.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._slabs: Slabs = allocate(plan, torch.device("cpu"))
-        for t in self._slabs.values():
-            lock(t)
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        with torch.inference_mode(False):  # later runs, outside of it, write to it too
+            self.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        if nbytes:
+            lock(self.bytes)
+
+
+class HostMemory:
+    """`Backing` in page-locked host memory, of which it takes what `bytes_of` says."""
+
+    def __init__(self, plan: Plan, memory: LockedMemory) -> None:
+        self._plan, self._places, self._bytes = plan, Places(plan, _ALIGNED), memory.bytes
+
+    @staticmethod
+    def bytes_of(plan: Plan) -> int:
+        return Places(plan, _ALIGNED).total
 
     def read(self, key: Key, into: Tensor) -> None:
         into.copy_(self._rows(key), non_blocking=True)
@@ -33,8 +48,9 @@ class HostMemory:
         self._rows(key).copy_(source, non_blocking=True)
 
     def _rows(self, key: Key) -> Tensor:
-        name, index, tile = key
-        return self._slabs[name, index][self._plan.rows(tile)]
+        slab, rows, start = self._plan.slab(key[0]), self._plan.rows(key[2]), self._places.start(key)
+        count = rows.stop - rows.start
+        return self._bytes[start : start + count * slab.token_bytes].view(slab.dtype).view(count, slab.width)
 
 
 def as_like(memory: Tensor, t: Tensor) -> Tensor:
@@ -46,27 +62,18 @@ def lock(t: Tensor) -> None:
     """Page-lock a tensor's memory until it is freed."""
     code = int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, _PORTABLE))
     if code != 0:
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # CUDA keeps the error for the next launch, which may be of store="file"
         raise MemoryError(
             f"cudaHostRegister could not page-lock {t.nbytes:,} bytes of host memory (error {code}); free host memory, "
             "raise the locked-memory limit (ulimit -l), or use store='file'"
         )
-    weakref.finalize(t.untyped_storage(), _unlock, t.data_ptr())
+    weakref.finalize(t.untyped_storage(), _unlock, t.data_ptr(), os.getpid())
 
 
-def _unlock(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
-
-
-def available_bytes() -> int | None:
-    """Host memory that can be had without swapping, None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+def _unlock(address: int, process: int) -> None:
+    if os.getpid() == process:  # a forked one has the memory too, and no CUDA
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def check_available(nbytes: int, else_do: str) -> None:

@@ -10,16 +10,18 @@ import torch
 
 from pyckpt.store import mapped
 from pyckpt.store.file import ScratchFile
-from pyckpt.store.host import HostMemory, check_available
+from pyckpt.store.host import HostMemory, LockedMemory, check_available
 from pyckpt.store.interface import OpenStore, Store
 from pyckpt.store.lanes import CudaLanes, ThreadLanes
 from pyckpt.store.memory import InMemory, allocate
 from pyckpt.store.plan import Plan
 from pyckpt.store.staged import Staged
 
+_LOCKED = "locked"
+
 
 class _Reusing(Store):
-    """A store that keeps the memory of its last run for the next one of the same plan: page-locking is slow."""
+    """A store that keeps the memory of its last run for the next one of the same plan."""
 
     def __init__(self, limit: int | None = None) -> None:
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
@@ -72,8 +74,15 @@ class HostStore(_Reusing):
         if not self.copies(device):
             slabs = self._memory(kind, lambda: self._reserve(plan, lambda: allocate(plan, device)))
             return InMemory(plan, device, slabs, lambda memory: self._keep(kind, memory))
-        memory = self._memory(kind, lambda: self._reserve(plan, lambda: HostMemory(plan)))
-        return Staged(plan, device, memory, CudaLanes(device), lambda: self._keep(kind, memory))
+        memory = self._locked(plan)
+        return Staged(plan, device, HostMemory(plan, memory), CudaLanes(device), lambda: self._keep(_LOCKED, memory))
+
+    def _locked(self, plan: Plan) -> LockedMemory:
+        """The last run's memory where it is large enough, whatever its plan was: locking takes longer than a step."""
+        nbytes = HostMemory.bytes_of(plan)
+        if self._idle is not None and self._idle[0] == _LOCKED and self._idle[1].nbytes >= nbytes:
+            return self._memory(_LOCKED, None)
+        return self._memory(plan, lambda: self._reserve(plan, lambda: LockedMemory(nbytes)))
 
     @staticmethod
     def _reserve(plan: Plan, make: Any) -> Any:

@@ -18,10 +18,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyckpt.store.file import Places, scratch_file
-from pyckpt.store.host import available_bytes
+from pyckpt.store.available import available_bytes
+from pyckpt.store.file import scratch_file
 from pyckpt.store.interface import OpenStore
-from pyckpt.store.plan import Key, Plan
+from pyckpt.store.plan import Key, Places, Plan
 
 _ALIGNED = 64  # as PyTorch's own memory: how products round may depend on it
 _POPULATE_WRITE = 23  # of Linux 5.14; before it pages are entered one by one, when they are touched

@@ -56,3 +56,20 @@ class Plan:
     def buffer_bytes(self) -> int:
         """What the ring of device buffers takes, whatever the number of tokens."""
         return sum(s.buffers * self.tile * s.token_bytes for s in self.slabs)
+
+
+class Places:
+    """Where each tile is in `total` bytes, of a file or of memory: one tensor after the other, each at a multiple of
+    `aligned`."""
+
+    def __init__(self, plan: Plan, aligned: int = 1) -> None:
+        self._plan, self.total = plan, 0
+        self._offsets: dict[tuple[str, int], int] = {}
+        for s in plan.slabs:
+            for i in range(s.count):
+                self._offsets[s.name, i] = self.total
+                self.total += -(-plan.tokens * s.token_bytes // aligned) * aligned
+
+    def start(self, key: Key) -> int:
+        name, index, tile = key
+        return self._offsets[name, index] + self._plan.rows(tile).start * self._plan.slab(name).token_bytes
