@@ -378,20 +378,30 @@ def run_blocks(
     """
     first = blocks[0]
     compute = compute_dtype(x)
+    if x.is_meta and len(blocks) > 1:  # nothing is kept there: a segment has the shapes of its blocks
+        for block in blocks:
+            x = run_blocks([block], x, positions, cu_seqlens, checked)
+        return x
     errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
     weights = [block.weights() for block in blocks]
     for block, part in zip(blocks, weights, strict=True):
         check_weights(block, part, x, compute)
-    if cu_seqlens is not None and not checked and not torch.compiler.is_compiling():
+    opaque = torch.compiler.is_compiling() or x.is_meta  # no values to look at
+    if cu_seqlens is not None and not checked and not opaque:
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if positions is not None:
         positions = errors.check_positions(positions, x)
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
-    placed = first.placed
-    if torch.compiler.is_compiling() and len(blocks) == 1 and first.spec_text is not None and placed is None:
+    placed = None if x.is_meta else first.placed
+    if opaque and len(blocks) == 1 and first.spec_text is not None and placed is None:
         options = (first.spec_text, first._save.name, first.tile, first.tile_bytes, compute)
         return compiled.block(*options, x, positions, cu_seqlens, draw_seeds(blocks), flat)
+    if x.is_meta:
+        raise ValueError(
+            f"x is on the meta device, where a {type(first).__name__} cannot run: its modules and attention compute by "
+            "tiles, with values; give x on a device that has some, and the block with .to_empty(device=...)"
+        )
     run = node.Run(
         [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],
         [tuple(part) for part in weights],

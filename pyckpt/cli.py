@@ -124,8 +124,7 @@ def compare(lengths: str, out: str, dtype: str, device: str, variants: str | Non
         "variants": None if variants is None else [v.strip() for v in variants.split(",")],
         **sizes,
     }
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     with console.status("starting") as status:
         results = comparing.run(**arguments, progress=lambda text: status.update(text))
     comparing.show(results, console)
@@ -135,6 +134,20 @@ def compare(lengths: str, out: str, dtype: str, device: str, variants: str | Non
         ("Figures", results.save_json(folder / "compare.json")),
     ):
         console.print(f"{what}  {path}", markup=False, highlight=False, soft_wrap=True)  # a path in one piece
+
+
+def _folder(out: str) -> Path:
+    """The folder of this name, made where there is none."""
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out={out} is a file: give the name of a folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"out={out} can't be made a folder: {error.strerror}. Give the name of another one."
+        ) from error
+    return path
 
 
 def _segments(value: str) -> str | int:

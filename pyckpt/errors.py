@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,3 +158,14 @@ def check_segments(value: object) -> None:
     count = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if not (count or value is None or value == "sqrt"):
         raise ValueError(f"segments must be None, 'sqrt' or a positive int (blocks in a segment), got {value!r}")
+
+
+def check_unbatched(what: str, grads: Iterable[Any]) -> None:
+    """Raise RuntimeError where a backward is given many gradients at once, as vmap has them."""
+    if torch.compiler.is_compiling():
+        return
+    if any(isinstance(g, Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        raise RuntimeError(
+            f"{what} takes one gradient at a time: backward was called with a batch of them (is_grads_batched=True, or "
+            "jacobian(vectorize=True)), which its kernels do not know. Call it once for each, in a loop"
+        )

@@ -62,7 +62,7 @@ def attention(
     Raises ValueError on shapes, dtypes and options that do not fit.
     """
     errors.check_transforms("pyckpt.attention", q, k, v, sinks)
-    q, k, v = autocast(q, k, v)
+    q, k, v = _autocast(q, k, v)
     _check_attention(q, k, v, packed=cu_seqlens is not None)
     _check_packed(q, k, cu_seqlens, cu_seqlens_k)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
@@ -76,6 +76,16 @@ def attention(
     starts = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     o, lse = ops.attention_fwd(q, k, v, *starts, left, right, cap, scale, *extras)
     return (o, lse) if return_lse else o
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """`autocast`, which PyTorch refuses to be asked about on the meta device."""
+    return tensors if on_meta(tensors[0]) else autocast(*tensors)
+
+
+def on_meta(*tensors: Any) -> bool:
+    """All have shapes and no values, so that there are none to check."""
+    return all(isinstance(t, Tensor) and t.is_meta for t in tensors)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
@@ -110,12 +120,14 @@ def _check_packed(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k:
         if cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_k is given without cu_seqlens, the starts of the queries")
         return
-    errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+    if not on_meta(cu_seqlens, q):
+        errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
     if cu_seqlens_k is None:
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"packed q has {q.shape[0]} tokens and k has {k.shape[0]}; they differ: give cu_seqlens_k")
         return
-    errors.check_cu_seqlens(cu_seqlens_k, k.shape[0], k.device, "cu_seqlens_k")
+    if not on_meta(cu_seqlens_k, k):
+        errors.check_cu_seqlens(cu_seqlens_k, k.shape[0], k.device, "cu_seqlens_k")
     if cu_seqlens_k.shape != cu_seqlens.shape:
         counts = cu_seqlens_k.numel() - 1, cu_seqlens.numel() - 1
         raise ValueError(f"cu_seqlens_k has {counts[0]} sequences and cu_seqlens {counts[1]}; they must be as many")
@@ -188,7 +200,7 @@ def linear_cross_entropy(
     on shapes, dtypes and labels that do not fit.
     """
     errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
-    x, weight, bias = autocast(x, weight, bias)
+    x, weight, bias = _autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
     cap = _softcap(softcap)
     weights = loss_weights(target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing)
@@ -272,27 +284,30 @@ def _check_loss(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token")
-    errors.check_labels(target, weight.shape[0], ignore_index, x.device)
+    if not on_meta(target, x):
+        errors.check_labels(target, weight.shape[0], ignore_index, x.device)
 
 
 @overload
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, residual: None = None) -> Tensor: ...
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-5, *, residual: None = None) -> Tensor: ...
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
+    x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-5, *, residual: Tensor
 ) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None
+    x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-5, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x * (mean(x²) + eps)^-½ * weight over the last dim, in float32 or better. x (..., D), weight (D,).
 
-    With `residual`, of x's shape and dtype: (norm(x + residual), x + residual), in one pass over memory.
+    eps=None: the machine epsilon of the dtype that it is computed in, as PyTorch's rms_norm has it. With `residual`, of
+    x's shape and dtype: (norm(x + residual), x + residual), in one pass over memory.
     """
     _check_norm(x, weight, residual=residual)
     errors.check_transforms("pyckpt.rms_norm", x, weight, residual)
+    eps = torch.finfo(acc_dtype(x.dtype)).eps if eps is None else _eps(eps)
     if residual is None:
-        return ops.rms_norm_fwd(x, weight, float(eps))[0]
-    return ops.add_rms_norm_fwd(x, residual, weight, float(eps))[:2]
+        return ops.rms_norm_fwd(x, weight, eps)[0]
+    return ops.add_rms_norm_fwd(x, residual, weight, eps)[:2]
 
 
 @overload
@@ -317,9 +332,10 @@ def layer_norm(
     """
     _check_norm(x, weight, bias, residual)
     errors.check_transforms("pyckpt.layer_norm", x, weight, bias, residual)
+    eps = _eps(eps)
     if residual is None:
-        return ops.layer_norm_fwd(x, weight, bias, float(eps))[0]
-    return ops.add_layer_norm_fwd(x, residual, weight, bias, float(eps))[:2]
+        return ops.layer_norm_fwd(x, weight, bias, eps)[0]
+    return ops.add_layer_norm_fwd(x, residual, weight, bias, eps)[:2]
 
 
 def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
@@ -337,6 +353,18 @@ def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, re
                 f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, expected x's "
                 f"{tuple(x.shape)} {x.dtype} on {x.device}"
             )
+
+
+def _eps(value: Any) -> float:
+    if value is None:
+        raise ValueError("eps=None has no meaning for a LayerNorm, as in PyTorch; give a number >= 0, as 1e-5")
+    if torch.compiler.is_compiling():  # it may be one that varies, of which nothing is known
+        return float(value)
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"eps must be a number >= 0, got {value!r}, a {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"eps must be a finite number >= 0, got {value!r}")
+    return float(value)
 
 
 def rope(

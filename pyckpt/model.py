@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
 from pyckpt.exec.lm_ends import following
+from pyckpt.exec.streamed_layers import gathers, hooks_of, others
 from pyckpt.exec.tiling import TILE_BYTES
-from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, rms_norm
+from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, on_meta, rms_norm
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import Window
 from pyckpt.stream import Stream, check_stream, run_loss, run_stack
@@ -38,20 +40,56 @@ class CkptTransformer(nn.ModuleList):
     "sqrt" takes k = ceil(sqrt(L)), the least of that sum (Chen et al. 2016, section 4.1). None keeps every block's
     save set and repeats no block.
 
-    Iterating, indexing and len() give the blocks.
+    Iterating, indexing and len() give the blocks; a slice is a stack of the same blocks, with the same `segments`.
+    Forward hooks on a block (FSDP2's too) run in a call of the block alone: then segments are not used, with a warning.
     """
+
+    _warned = False  # that segments are not used
 
     def __init__(self, blocks: Iterable[CheckpointedBlock], segments: Segments = None) -> None:
         blocks = list(blocks)
-        for i, block in enumerate(blocks):
-            if not isinstance(block, CheckpointedBlock):
-                raise TypeError(f"block {i} is a {type(block).__name__}, expected a CkptTransformerBlock")
-            if block.d_model != blocks[0].d_model:
-                raise ValueError(f"block {i} has d_model={block.d_model}, the first one has {blocks[0].d_model}")
         if not blocks:
             raise ValueError("a CkptTransformer needs at least one block, got none")
         super().__init__(blocks)
         self.segments = segments
+
+    @overload
+    def __getitem__(self, index: slice) -> CkptTransformer: ...
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        return type(self)(list(self)[index], self.segments)  # type: ignore[arg-type]
+
+    def __setitem__(self, index: int, block: nn.Module) -> None:
+        place = index + len(self) if index < 0 else index
+        self._check([block], place, [other for i, other in enumerate(self) if i != place])
+        super().__setitem__(index, block)
+
+    def append(self, block: nn.Module) -> CkptTransformer:
+        self._check([block], len(self), list(self))
+        return super().append(block)
+
+    def insert(self, index: int, block: nn.Module) -> None:
+        self._check([block], index, list(self))
+        super().insert(index, block)
+
+    def extend(self, blocks: Iterable[nn.Module]) -> CkptTransformer:
+        blocks = list(blocks)
+        self._check(blocks, len(self), list(self))
+        return super().extend(blocks)
+
+    @staticmethod
+    def _check(blocks: list[nn.Module], start: int, others: list[nn.Module]) -> None:
+        """Raise unless these, the first at the place `start`, are blocks of one width, which is that of the others."""
+        for i, block in enumerate(blocks, start):
+            if not isinstance(block, CheckpointedBlock):
+                raise TypeError(f"block {i} is a {type(block).__name__}, expected a CkptTransformerBlock")
+            width = next((b.d_model for b in (*others, *blocks)), block.d_model)
+            if block.d_model != width:
+                which = "the others have" if others else "the first one has"
+                raise ValueError(f"block {i} has d_model={block.d_model}, {which} {width}")
 
     @property
     def segments(self) -> Segments:
@@ -83,7 +121,7 @@ class CkptTransformer(nn.ModuleList):
             check_stream(stream)
             return run_stack(self, x, positions, cu_seqlens, stream)
         length = self.segment_length
-        if length == 1:
+        if length == 1 or self._is_watched():
             for block in self:
                 x = block(x, positions, cu_seqlens)
             return x
@@ -91,6 +129,22 @@ class CkptTransformer(nn.ModuleList):
         for start in range(0, len(blocks), length):
             x = run_blocks(blocks[start : start + length], x, positions, cu_seqlens)
         return x
+
+    def _is_watched(self) -> bool:
+        """Some block needs a call of its own, for its hooks or since it is in a wrapper; warns of that, once."""
+        why = next((text for text in map(_why_called, self) if text is not None), None)
+        if why is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f'{why}: segments are not used. save="input" keeps as little of each block', stacklevel=5)
+        return why is not None
+
+
+def _why_called(block: nn.Module) -> str | None:
+    """Why the block's own __call__ has to run, in words; None where its weights and its plan are enough."""
+    if not isinstance(block, CheckpointedBlock):  # FSDP1 puts a wrapper in the block's place
+        return f"a block is in a {type(block).__name__}"
+    watched = gathers(block) or others(hooks_of(block))  # no measurement of ours is to change what it measures
+    return f"a {type(block).__name__} has forward hooks" if watched else None
 
 
 class _Decoder(nn.Module):
@@ -238,7 +292,7 @@ class CkptCausalLM(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The final norm's output, (*tokens.shape, d_model): what the head reads."""
-        errors.check_tokens(tokens, self.vocab_size, self.model.embed_tokens.weight.device, cu_seqlens is not None)
+        self._check_tokens(tokens, cu_seqlens)
         x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens)
         norm = self.model.norm
         weight = with_offset(cast(Tensor, norm.weight), self.spec.norm_offset)
@@ -287,18 +341,24 @@ class CkptCausalLM(nn.Module):
         weights = None if weights is None else following(weights, 0.0)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, token_weight=weights, **options)
 
+    def _check_tokens(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
+        weight = self.model.embed_tokens.weight
+        if not on_meta(tokens, weight):
+            errors.check_tokens(tokens, self.vocab_size, weight.device, cu_seqlens is not None)
+
     def _labels(self, tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """The labels, default the tokens, after a check of all three."""
+        self._check_tokens(tokens, cu_seqlens)
         device = self.model.embed_tokens.weight.device
-        errors.check_tokens(tokens, self.vocab_size, device, cu_seqlens is not None)
         if labels is None:
             labels = tokens.long()
         elif labels.shape != tokens.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, expected the tokens', {tuple(tokens.shape)}")
-        errors.check_labels(labels, self.vocab_size, -100, device)
+        if not on_meta(labels, tokens):
+            errors.check_labels(labels, self.vocab_size, -100, device)
         if tokens.shape[-1] < 2:
             raise ValueError("a sequence of one token predicts nothing; give at least 2 tokens")
-        if cu_seqlens is not None:
+        if cu_seqlens is not None and not on_meta(cu_seqlens, tokens):
             errors.check_cu_seqlens(cu_seqlens, tokens.shape[0], device)
         return labels
 
@@ -348,7 +408,8 @@ def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     targets = following(labels, -100)
     if cu_seqlens is not None:
         ends = cu_seqlens[1:].long() - 1
-        targets[ends[ends >= 0]] = -100
+        if not on_meta(ends):  # how many are not empty is a value
+            targets[ends[ends >= 0]] = -100
     return targets
 
 

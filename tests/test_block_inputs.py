@@ -213,6 +213,28 @@ def test_inner_layers_that_were_replaced_are_noticed():
         block(x)
 
 
+def test_a_generic_block_without_values_is_refused():
+    block = pyckpt.CkptGenericBlock(nn.Linear(16, 48, device="meta"), nn.Linear(16, 16, device="meta"), 16, 2)
+    with pytest.raises(ValueError, match="on the meta device, where a CkptGenericBlock cannot run"):
+        block(torch.empty(1, 4, 16, device="meta"))
+
+
+def test_functions_give_shapes_of_tensors_without_values():
+    q, k, v = (torch.empty(2, 6, heads, width, device="meta") for heads, width in ((4, 8), (2, 8), (2, 5)))
+    o, lse = pyckpt.attention(q, k, v, return_lse=True)
+    assert o.is_meta and o.shape == (2, 6, 4, 5) and lse.shape == (2, 4, 6)
+    cu = torch.empty(3, dtype=torch.int32, device="meta")
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    assert pyckpt.attention(q, k, v, cu_seqlens=cu, cu_seqlens_k=cu).shape == (12, 4, 5)
+    x, weight = torch.empty(2, 6, 8, device="meta"), torch.empty(50, 8, device="meta", requires_grad=True)
+    target = torch.empty(2, 6, dtype=torch.int64, device="meta")
+    assert pyckpt.linear_cross_entropy(x, weight, target, reduction="none").shape == (2, 6)
+    pyckpt.linear_cross_entropy(x, weight, target).backward()
+    assert weight.grad.shape == (50, 8)
+    with pytest.raises(ValueError, match="labels are on meta, x is on cpu"):
+        pyckpt.linear_cross_entropy(torch.empty(2, 6, 8), torch.empty(50, 8), target)
+
+
 def test_unlike_blocks_do_not_stack():
     with pytest.raises(ValueError, match="block 1 has d_model=32, the first one has 48"):
         pyckpt.CkptTransformer([make_block(), pyckpt.CkptTransformerBlock(32, 4)])
@@ -262,3 +284,19 @@ def test_bad_sizes_of_the_model(name):
     sizes = {"vocab_size": 20, "n_layers": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be a positive int, got 0"):
         pyckpt.CkptCausalLM(**sizes, d_model=16, n_heads=2)
+
+
+@pytest.mark.parametrize("what", ["block", "rms_norm", "glu", "attention", "linear_cross_entropy"])
+def test_a_batch_of_gradients_is_refused_in_words(what):
+    """As vmap brings it; of its own it says that some op in place cannot run."""
+    block, x = make_block(), make_input(False)[0].requires_grad_()
+    heads, target = x.view(*x.shape[:2], 4, -1), torch.zeros(x.shape[:2], dtype=torch.long)
+    y = {
+        "block": lambda: block(x),
+        "rms_norm": lambda: pyckpt.rms_norm(x),
+        "glu": lambda: torch.ops.pyckpt.glu_fwd(x, x * 2, "swiglu"),
+        "attention": lambda: pyckpt.attention(heads, heads, heads),
+        "linear_cross_entropy": lambda: pyckpt.linear_cross_entropy(x, torch.randn(7, x.shape[-1]).double(), target),
+    }[what]()
+    with pytest.raises(RuntimeError, match="takes one gradient at a time"):
+        torch.autograd.grad(y, x, torch.randn(3, *y.shape, dtype=y.dtype), is_grads_batched=True)

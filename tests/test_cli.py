@@ -91,12 +91,24 @@ def test_a_resumed_run_keeps_its_own_settings(
         (["compare", "--dtype", "int8"], "dtype='int8'"),
         (["compare", "--device", "abacus"], "device='abacus'"),
         (["compare", "--variants", "best"], "'best'"),
+        (["compare", "--vocab-size", "1"], "vocab_size must be None or an int of at least 2, got 1"),
+        (["compare", "--out", "file"], "out=file is a file: give the name of a folder"),
+        (["compare", "--out", "file/under"], "out=file/under can't be made a folder"),
+        (["train", "two", "--seq-len", "2"], "two is too short: of its 2 bytes"),
+        (["train", "three", "--seq-len", "2"], "three is too short: of its 3 bytes the validation part has 0 bytes"),
+        (["train", "three", "--out", "file"], "out=file is a file: give the name of a folder"),
+        (["train", "empty"], "empty holds no text"),
+        (["train", "folder"], "folder holds no text files"),
+        (["train", "--steps", "3", "--warmup", "4"], "warmup=4 is longer than steps=3"),
     ],
 )
 def test_errors_are_one_line(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name, text in (("file", "x\n"), ("empty", ""), ("two", "ab"), ("three", "abc")):
+        Path(name).write_text(text, encoding="utf-8")
+    Path("folder").mkdir()
     said = called(monkeypatch, *arguments)
     assert isinstance(said, str) and said.startswith("pyckpt: error: ")
     assert message in said and "\n" not in said
@@ -132,7 +144,7 @@ def test_the_version_and_the_doctor_in_a_process(monkeypatch: pytest.MonkeyPatch
 def test_training_on_the_command_line(tmp_path: Path) -> None:
     text = tmp_path / "text.py"
     text.write_text("def f(x):\n    return x + 1\n\n" * 300, encoding="utf-8")
-    size = ["--d-model", 16, "--layers", 1, "--heads", 2, "--seq-len", 16, "--batch-size", 2, "--warmup", 1]
+    size = ["--d-model", 16, "--layers", 1, "--heads", 2, "--seq-len", 16, "--batch-size", 2]
     arguments = ["train", text, *size, "--steps", 3, "--sample-tokens", 5, "--out", tmp_path / "run"]
     first = pyckpt(*arguments)
     assert first.returncode == 0, first.stderr

@@ -282,6 +282,8 @@ class TestRun:
             {"repeats": 0},
             {"n_layers": 0},
             {"batch": 0},
+            {"vocab_size": 1},  # whose gradients are all 0
+            {"vocab_size": 2.5},
             {"n_heads": 5},
             {"mlp": "none"},
             {"tile": -1},

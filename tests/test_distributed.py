@@ -48,7 +48,7 @@ class Stack(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-RESIDENT = ("ddp", "ddp-segments", "fsdp2")
+RESIDENT = ("ddp", "ddp-segments", "fsdp2", "fsdp2-segments")
 STREAMED = ("ddp-streamed", "fsdp2-streamed", "fsdp2-streamed stack")
 
 
@@ -58,7 +58,7 @@ def worker(rank: int, kinds: tuple[str, ...], path: str) -> None:
         print(f"rank {rank}: {kind}", flush=True)
         tokens = make_tokens().chunk(WORLD)[rank]
         stream = pyckpt.Stream(7) if "streamed" in kind else None
-        lm = make_model(segments=2 if kind == "ddp-segments" else None)
+        lm = make_model(segments=2 if kind.endswith("segments") else None)
         model = Stack(lm, stream) if stream is not None and kind.endswith("stack") else Loss(lm, stream)
         if kind.startswith("ddp"):
             wrapped = torch.nn.parallel.DistributedDataParallel(model)

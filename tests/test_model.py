@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 
 import pytest
 import torch
@@ -64,6 +65,92 @@ def test_segments_with_frozen_blocks(frozen, input_grad):
         assert torch.equal(leaf.grad, whole["dx"])
     for name, p in stack.named_parameters():
         assert torch.equal(p.grad, whole[name]) if p.requires_grad else p.grad is None
+
+
+class Wrapped(torch.nn.Module):
+    """In a block's place, as FSDP1 puts itself there."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args):
+        return self.block(*args)
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "wrapper"])
+def test_segments_do_not_pass_over_what_watches_a_block(how):
+    stack = pyckpt.CkptTransformer([make_block(torch.float32, tile=10) for _ in range(5)], segments=2)
+    x, _ = make_input(packed=False, dtype=torch.float32)
+    expected, seen = stack(x), []
+    if how == "hook":
+        stack[3].register_forward_hook(lambda module, args, y: seen.append(module))
+    elif how == "pre-hook":
+        stack[3].register_forward_pre_hook(lambda module, args: seen.append(module))
+    else:
+        stack[3].forward = lambda *args: seen.append(stack[3]) or type(stack[3].block).forward(stack[3].block, *args)
+        setattr(stack, "3", Wrapped(stack[3]))
+    what = "is in a Wrapped" if how == "wrapper" else "CkptTransformerBlock has forward hooks"
+    with pytest.warns(UserWarning, match=f"{what}: segments are not used"):
+        assert torch.equal(stack(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once for a stack
+        stack(x)
+    assert len(seen) == 2
+
+
+def test_a_measurement_leaves_segments_as_they_are():
+    stack = pyckpt.CkptTransformer([make_block(torch.float32, tile=10) for _ in range(4)], segments=2)
+    x, _ = make_input(packed=False, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pyckpt.measure.memory(stack, device="cpu"):
+            stack(x).sum().backward()
+
+
+def test_a_slice_is_a_stack_with_the_same_segments():
+    stack = pyckpt.CkptTransformer([make_block(torch.float32) for _ in range(5)], segments=2)
+    part = stack[1:]
+    assert isinstance(part, pyckpt.CkptTransformer) and part.segments == 2 and list(part) == list(stack)[1:]
+    assert stack[-1] is list(stack)[4]
+
+
+def test_what_is_no_block_of_a_stack_is_refused_at_once():
+    stack = pyckpt.CkptTransformer([make_block(torch.float32) for _ in range(2)])
+    first, width = stack[0], stack[0].d_model
+    ways = {
+        "append": (2, stack.append),
+        "insert": (1, lambda block: stack.insert(1, block)),
+        "extend": (2, lambda block: stack.extend([block])),
+        "+=": (2, lambda block: stack.__iadd__([block])),
+        "[0] =": (0, lambda block: stack.__setitem__(0, block)),
+        "[-1] =": (1, lambda block: stack.__setitem__(-1, block)),
+    }
+    for place, way in ways.values():
+        with pytest.raises(TypeError, match=f"block {place} is a Linear, expected a CkptTransformerBlock"):
+            way(torch.nn.Linear(3, 3))
+        with pytest.raises(ValueError, match=f"block {place} has d_model=16, the others have {width}"):
+            way(pyckpt.CkptTransformerBlock(16, 2))
+    assert len(stack) == 2 and stack[0] is first
+    for _, way in ways.values():
+        way(make_block(torch.float32))
+    assert len(stack) == 6 and stack[0] is not first
+    with pytest.raises(IndexError):
+        stack[9] = first
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_shapes_without_values(packed):
+    model = pyckpt.CkptCausalLM(**SIZES, **OPTIONS, segments=2, dropout=0.1, device="meta", dtype=torch.bfloat16)
+    tokens = torch.zeros((2, 8), dtype=torch.int64, device="meta")
+    cu = torch.empty(3, dtype=torch.int32, device="meta") if packed else None
+    tokens = tokens.view(-1) if packed else tokens
+    logits = model(tokens, cu_seqlens=cu)
+    assert logits.is_meta and logits.shape == (*tokens.shape, 50) and logits.dtype == torch.bfloat16
+    assert model.loss(tokens, cu_seqlens=cu).shape == ()
+    x = torch.empty((2, 8, 32), dtype=torch.bfloat16, device="meta", requires_grad=True)
+    model.model.layers(x).backward(torch.empty_like(x))
+    assert x.grad.shape == x.shape and model.model.layers[0].mlp.down_proj.weight.grad.shape == (32, 48)
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -292,3 +292,60 @@ class TestBadInput:
                 fn(x, **{name: [1.0] * 4})
         with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
             fn([1.0])
+
+
+# --- what users do with it ----------------------------------------------------------------------------------
+
+
+@ALL_CASES
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_output_may_be_written_to(norm, given, residual, chunking):
+    """As that of PyTorch's own."""
+    mine, _, plain = functions(norm, given)
+    inputs = make((3, 4, 6), given)
+    gradients = []
+    for fn, sums in ((mine, residual), (plain, False)):
+        x, *params = (t.clone().requires_grad_() for t in inputs.values())
+        if sums:
+            named = dict(zip(given.split(), params, strict=True))
+            y = NORMS[norm][0](x, **named, eps=EPS, residual=torch.ones_like(x))[0]
+        else:
+            y = fn(x + 1.0 if residual else x, *params)
+        y *= 2.0
+        y += 1.0
+        y.square().sum().backward()
+        gradients.append([y.detach(), *(t.grad for t in (x, *params))])
+    for got, want in zip(*gradients, strict=True):
+        assert_exact(got, want, terms=10.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW_DTYPES], ids=str)
+def test_an_rms_norm_without_eps_is_pytorchs(dtype):
+    x = (torch.randn(5, 16, dtype=torch.float64) * 1e-4).to(dtype)  # small: eps counts
+    got, want = pyckpt.rms_norm(x, eps=None), F.rms_norm(x, (16,), eps=None)
+    torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps * 4, atol=0)
+
+
+def test_bad_eps_is_refused():
+    x = torch.randn(2, 4)
+    for fn in (pyckpt.rms_norm, pyckpt.layer_norm):
+        for eps in (True, "1e-5", [1e-5]):
+            with pytest.raises(TypeError, match="eps must be a number >= 0, got"):
+                fn(x, eps=eps)
+        for eps in (-1e-5, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="eps must be a finite number >= 0, got"):
+                fn(x, eps=eps)
+    with pytest.raises(ValueError, match="eps=None has no meaning for a LayerNorm"):
+        pyckpt.layer_norm(x, eps=None)
+    assert torch.equal(pyckpt.rms_norm(x, eps=0), pyckpt.rms_norm(x, eps=0.0))
+
+
+def test_a_compiled_norm_may_be_written_to():
+    def fn(x: Tensor, weight: Tensor) -> Tensor:
+        y = pyckpt.rms_norm(x, weight, None)
+        y += 1.0
+        return y.sum()
+
+    x, weight = torch.randn(3, 5), torch.randn(5, requires_grad=True)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight), fn(x, weight))

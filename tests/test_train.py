@@ -251,6 +251,7 @@ def _refuse(path: Path) -> bytes:
         ({"device": "meta"}, "device='meta'"),
         ({"device": "cuda:99"}, "device='cuda:99'"),
         ({"resume": True, "overwrite": True}, "one of them"),
+        ({"place": "x=file", "place_path": "/no/such/folder"}, "'/no/such/folder' is no folder"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(text: Path, changes: dict[str, Any], message: str) -> None:
@@ -265,7 +266,22 @@ def test_defaults_that_depend_on_others_are_filled_in() -> None:
     assert (full.kv_heads, full.d_ff) == (6, 512)
     assert full.dtype == ("bfloat16" if torch.cuda.is_available() else "float32")
     assert Path(str(full.data)).is_absolute()
+    assert full.warmup == 40 and train.TrainConfig(steps=3).resolved().warmup == 0
+    assert train.TrainConfig(steps=80).resolved().warmup == 20
     assert full.resolved() == full
+
+
+def test_a_run_whose_first_step_fails_is_not_in_the_way(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    given = config(text, steps=1, warmup=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "accumulate", fails)
+        with pytest.raises(RuntimeError, match="does not fit"):
+            train.run(given)
+    assert files_under(Path(given.out)) == {}
+    assert train.run(given).steps == 1
 
 
 # Optimiser

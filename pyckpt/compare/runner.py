@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +76,8 @@ def run(
     """
     lengths, chosen = _checked(lengths, variants)
     _check_counts(n_layers=n_layers, batch=batch, repeats=repeats)
+    if vocab_size is not None and (not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 2):
+        raise ValueError(f"vocab_size must be None or an int of at least 2, got {vocab_size!r}: one word says nothing")
     options = {"n_kv_heads": n_kv_heads, "d_ff": d_ff, **options}
     spec = BlockSpec.make(d_model, n_heads, **options)
     config = Config(
@@ -263,7 +266,10 @@ def _check_counts(**counts: int) -> None:
 def _relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     # Over all gradients together: some are zero by nature (a key's bias) and have no relative error.
     difference = sum((a.double() - b.double()).square().sum().item() for a, b in zip(got, want, strict=True))
-    return (difference / sum(b.double().square().sum().item() for b in want)) ** 0.5
+    size = sum(b.double().square().sum().item() for b in want)
+    if size == 0:
+        return math.inf if difference else 0.0
+    return (difference / size) ** 0.5
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt import errors
 from pyckpt.attend.dense import Layout
 from pyckpt.exec.offload import Parcel, keep
 from pyckpt.exec.resident import BlockPlan, Inputs, Kept, run_backward, run_forward
@@ -136,6 +137,7 @@ class _RunFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        errors.check_unbatched("a pyckpt block", grad_outputs)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "double backward through a pyckpt block is not supported: backward() or grad() was called with "

@@ -14,6 +14,11 @@ from pyckpt.ops.direct import ops
 from pyckpt.ops.registry import autograd, define
 
 
+def _output_like(x: Tensor) -> Tensor:
+    """For a norm's output: contiguous, and no view, since nobody may write to a view that an op of ours returns."""
+    return x.new_empty(x.shape)
+
+
 def _stat_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=acc_dtype(x.dtype))
 
@@ -33,20 +38,20 @@ def _rms_norm_fwd_fake(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Te
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """y = x * rstd * weight with rstd = (mean(x²) + eps)^-½. x (..., D); gives y (..., D) and rstd (...)."""
     d, acc = x.shape[-1], acc_dtype(x.dtype)
-    rows = x.reshape(-1, d)
-    y, rstd = rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], dtype=acc)
+    y, rstd = _output_like(x), _stat_like(x)
+    rows, y_rows, r_rows = x.reshape(-1, d), y.view(-1, d), rstd.view(-1)
     w = None if weight is None else weight.to(acc)
     for sl in row_chunks(rows):
         xf = rows[sl].to(acc)
         r = reciprocal_rms(xf, eps)
-        rstd[sl] = r[:, 0]
-        out = y[sl] if y.dtype == acc else torch.empty_like(xf)
+        r_rows[sl] = r[:, 0]
+        out = y_rows[sl] if y.dtype == acc else torch.empty_like(xf)
         torch.mul(xf, r, out=out)
         if w is not None:
             out.mul_(w)
         if y.dtype != acc:
-            y[sl] = out
-    return y.view(x.shape), rstd.view(x.shape[:-1])
+            y_rows[sl] = out
+    return y, rstd
 
 
 def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
@@ -126,15 +131,14 @@ def _layer_norm_fwd_fake(
 def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y = (x - mean) * rstd * weight + bias; returns y (..., D), mean (...), rstd (...)."""
     d, acc = x.shape[-1], acc_dtype(x.dtype)
-    rows = x.reshape(-1, d)
-    y = rows.new_empty(rows.shape)
-    mean, rstd = rows.new_empty(rows.shape[0], dtype=acc), rows.new_empty(rows.shape[0], dtype=acc)
+    y, mean, rstd = _output_like(x), _stat_like(x), _stat_like(x)
+    rows, y_rows, m_rows, r_rows = x.reshape(-1, d), y.view(-1, d), mean.view(-1), rstd.view(-1)
     w = None if weight is None else weight.to(acc)
     b = None if bias is None else bias.to(acc)
     for sl in row_chunks(rows):
         out, m, r = torch.native_layer_norm(rows[sl].to(acc), [d], w, b, eps)
-        y[sl], mean[sl], rstd[sl] = out, m[:, 0], r[:, 0]
-    return y.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+        y_rows[sl], m_rows[sl], r_rows[sl] = out, m[:, 0], r[:, 0]
+    return y, mean, rstd
 
 
 def _layer_norm_bwd(

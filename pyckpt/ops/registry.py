@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from pyckpt import errors
+
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 DEVICE_TYPES = ("cpu", "cuda")
 _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
@@ -125,6 +127,7 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
+        errors.check_unbatched(f"the op pyckpt::{name}", grads)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"double backward through the op pyckpt::{name} is not supported: backward() or grad() was "

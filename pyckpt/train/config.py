@@ -79,7 +79,9 @@ class TrainConfig:
     batch_size: int = _option(4, "Training", "Sequences in a batch.")
     grad_accum: int = _option(1, "Training", "Batches summed into one step.")
     lr: float = _option(4e-3, "Training", "Highest learning rate.")
-    warmup: int = _option(40, "Training", "Steps of linear warm-up, before the cosine.")
+    warmup: int | None = _option(
+        None, "Training", "Steps of linear warm-up, before the cosine (default: 40, at most a quarter of --steps)."
+    )
     min_lr: float = _option(0.1, "Training", "Learning rate at the end, as a fraction of --lr.")
     weight_decay: float = _option(0.1, "Training", "AdamW weight decay, on matrices only.")
     clip: float = _option(1.0, "Training", "Clip the gradient's norm to this (0: never).")
@@ -118,9 +120,15 @@ class TrainConfig:
             tokenizer=self.tokenizer and os.path.abspath(self.tokenizer),
             device=device,
             dtype=dtype,
+            warmup=self.warmup_steps,
             kv_heads=self.kv_heads or self.heads,
             d_ff=self.d_ff or -(-self.d_model * 8 // 3 // 64) * 64,
         )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up: as given, else what leaves most of even a short run to the cosine."""
+        return min(40, self.steps // 4) if self.warmup is None else self.warmup
 
     def kept(self) -> str | Save:
         """The save set, with its places where it has any. Raises ValueError for what is none."""
@@ -158,7 +166,7 @@ def _check_numbers(config: TrainConfig) -> None:
         raise ValueError(f"lr={config.lr!r}: expected a number above 0.")
     if config.min_lr > 1:
         raise ValueError(f"min_lr={config.min_lr}: expected a fraction of lr, between 0 and 1.")
-    if config.warmup > config.steps:
+    if config.warmup is not None and config.warmup > config.steps:
         raise ValueError(f"warmup={config.warmup} is longer than steps={config.steps}: lower warmup.")
     if config.resume and config.overwrite:
         raise ValueError("resume and overwrite were both given: expected one of them.")
@@ -197,6 +205,8 @@ def _check_memory(config: TrainConfig) -> None:
     from pyckpt.store import make_store
 
     config.kept()
+    if "file" in _places(config.place).values():
+        make_store("file", config.place_path)  # refuses a folder that is none, before a run begins
     if config.keep_within is not None:
         parse_bytes(config.keep_within, "keep_within")
         others = {"segments": config.segments, "place": config.place, "stream": config.stream}

@@ -102,8 +102,8 @@ def load_corpus(path: str | None, seq_len: int, tokenizer: str | None = None, vo
     for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         if len(tokens) < seq_len:
             raise ValueError(
-                f"{name} is too short: its {part} part has {len(tokens)} {corpus.unit}s, and one sequence "
-                f"takes seq_len={seq_len}. Give more text or a smaller seq_len."
+                f"{name} is too short: of its {corpus.total_bytes} bytes the {part} part has {len(tokens)} "
+                f"{corpus.unit}s, and one sequence takes seq_len={seq_len}. Give more text or a smaller seq_len."
             )
     return corpus
 
@@ -219,7 +219,9 @@ class _Encoder:
 
     def encode(self, texts: list[tuple[str, bytes]]) -> Tensor:
         if self.tokenizer is None:
-            return torch.frombuffer(bytearray(_SEPARATOR.join(text for _, text in texts)), dtype=torch.uint8)
+            joined = bytearray(_SEPARATOR.join(text for _, text in texts))
+            # Of a text that is too short one part is empty, of which PyTorch makes no tensor.
+            return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
         parts = []
         for name, text in texts:
             parts += [torch.tensor(e.ids, dtype=torch.int32) for e in self._encodings(name, text)]

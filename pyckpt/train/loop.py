@@ -85,9 +85,11 @@ def run(
         progress.table(_description(trainer) + _stream_rows(trainer))
         with folder.locked():
             folder.check(config)  # again: another process may have begun a run since
-            notes = _begin(trainer, folder)
+            notes = _resume(trainer, folder) if config.resume else []
             trainer.stopping = lambda: stop
             memory = _probe(trainer)
+            if not config.resume:  # not before the probe: a step that fails leaves no run that would be in the way
+                folder.begin(config)
             progress.table(_memory_rows(trainer, memory) + _time_rows(trainer))
             for note in notes:
                 progress.note(note)
@@ -95,12 +97,9 @@ def run(
             return _finish(trainer, folder, progress, memory, stop)
 
 
-def _begin(trainer: Trainer, folder: RunFolder) -> list[str]:
-    """Start from nothing, or from the last checkpoint; gives what there is to tell."""
+def _resume(trainer: Trainer, folder: RunFolder) -> list[str]:
+    """Go on from the last checkpoint, if there is one; gives what there is to tell."""
     config = trainer.config
-    if not config.resume:
-        folder.begin(config)
-        return []
     found = checkpoints.steps(folder.checkpoints)
     if not found:
         return ["No checkpoint was written yet: starting from the first step."]

@@ -13,9 +13,10 @@ from pyckpt.train.config import TrainConfig
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step number `step` (the first is 1): linear warm-up, then a cosine down to min_lr * lr."""
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return config.lr * step / warmup
+    done = (step - warmup) / max(config.steps - warmup, 1)
     low = config.lr * config.min_lr
     return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * done))
 
