@@ -291,7 +291,8 @@ class CkptGenericBlock(CheckpointedBlock):
     attention (DeepSeek-V2, section 2.1) has another.
 
     Both must treat every token by itself (they get any contiguous range of tokens) and be deterministic: they run
-    again in the backward, under autograd, one tile at a time. Save sets: "attention+qkv", "attention", "input".
+    again in the backward, under autograd, one tile at a time. What has a gradient and is read by them has to be an
+    input or a parameter of theirs (`LostGradientError` else). Save sets: "attention+qkv", "attention", "input".
     """
 
     def __init__(

@@ -259,3 +259,123 @@ def test_wrong_shapes_are_named():
     block = pyckpt.CkptGenericBlock(Wide(24), ParallelPost(24), 24, 3, tile=4)
     with pytest.raises(ValueError, match=r"pre's q has shape \(4, 48\), expected \(4, 24\) for a tile of 4 tokens"):
         block(torch.randn(1, 8, 24))
+
+
+# --- gradients of what is not the block's own ----------------------------------------------------------------------
+
+
+class ConditionedPost(nn.Module):
+    """Its output is scaled by a tensor that the model puts there, as in adaLN."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.out, self.scale = nn.Linear(d, d), torch.ones(d)
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        return (x + self.out(o)) * self.scale
+
+
+def conditioned(frozen: bool = False) -> tuple[pyckpt.CkptGenericBlock, nn.Module, Tensor]:
+    block = pyckpt.CkptGenericBlock(LinearPre(12), ConditionedPost(12), 12, 2, tile=4)
+    return block.requires_grad_(not frozen), nn.Linear(3, 12), torch.randn(2, 6, 12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_that_would_be_lost_is_an_error(frozen, compiled):
+    """Of a tensor that is an attribute, also where nothing of the block has a gradient; not one without a gradient."""
+    block, cond, x = conditioned(frozen)
+    run = torch.compile(block, backend="eager") if compiled else block
+    run(x)
+    block.post.scale = cond(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"post\.scale that post reads requires a gradient, which would be lost"):
+        run(x)
+    with torch.no_grad():
+        run(x)
+    block.post.scale = block.post.scale.detach()
+    run(x)
+
+
+def test_a_gradient_of_what_a_closure_holds_is_not_lost_silently():
+    activation, pre = nn.PReLU(), LinearPre(12)
+    pre.forward = lambda x, positions: pre.qkv(activation(x)).chunk(3, dim=-1)
+    block, x = pyckpt.CkptGenericBlock(pre, ConditionedPost(12), 12, 2), torch.randn(2, 6, 12)
+    with pytest.raises(RuntimeError, match=r"a tensor of shape \(1,\) that pre reads requires a gradient"):
+        block(x)
+    pre.activation = activation
+    block(x).sum().backward()
+    assert activation.weight.grad is not None
+
+
+def test_a_tensor_of_each_call_in_the_place_of_a_parameter_has_its_gradient():
+    """As the error advises."""
+    block, cond, x = conditioned()
+    del block.post.scale
+    block.post.scale = nn.Parameter(torch.zeros(12))
+    grads = []
+    for run in (lambda: torch.func.functional_call(block, {"post.scale": cond(torch.ones(3))}, (x,)), None):
+        if run is None:
+            del block.post.scale
+            block.post.scale = torch.ones(12)
+            run = lambda: block(x) * cond(torch.ones(3))  # noqa: E731
+        grads.append(torch.autograd.grad(run().square().sum(), list(cond.parameters())))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "adapter", "tied"])
+def test_parameters_by_other_ways_are_the_blocks_own(kind):
+    block, _, x = conditioned()
+    post: Any = block.post
+    if kind == "weight_norm":
+        nn.utils.parametrizations.weight_norm(post.out)
+    elif kind == "adapter":
+        block.requires_grad_(False)
+        post.out = nn.Sequential(post.out, nn.Linear(12, 12))
+    else:
+        post.out = nn.Sequential(post.out, nn.Linear(12, 12))
+        post.out[1].weight = post.out[0].weight
+    block(x).square().sum().backward()
+    assert all(p.grad is not None for p in block.parameters() if p.requires_grad)
+
+
+class SharedPre(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.qkv = norm, nn.Linear(12, 36)
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(self.norm(x)).chunk(3, dim=-1)
+
+
+class SharedPost(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.out, self.norm = nn.Linear(12, 12), norm
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        return x + self.out(self.norm(o)).tanh()
+
+
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("how", ["one tile", "tiles", "streamed", "post alone"])
+def test_a_module_that_both_parts_share(how, save):
+    """Its gradient is the sum of both, by plain autograd in float64; its hooks run once."""
+    norm = nn.LayerNorm(12)
+    randomise(norm)
+    pre, post = SharedPre(norm).double(), SharedPost(norm).double()
+    if how == "post alone":
+        pre.qkv.requires_grad_(False)
+    block = pyckpt.CkptGenericBlock(pre, post, 12, 2, save=save, tile=None if how == "one tile" else 5)
+    x = torch.randn(2, 13, 12, dtype=torch.float64, requires_grad=True)
+    flat = x.flatten(0, 1)
+    heads = (t.view(2, 13, 2, -1).transpose(1, 2) for t in pre(flat, torch.arange(26)))
+    o = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(26, 12)
+    leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
+    truth = torch.autograd.grad(post(flat, o).square().sum(), leaves)
+    fired = []
+    norm.weight.register_hook(lambda grad: fired.append(grad))
+    stream = {"stream": pyckpt.Stream(7, "host")} if how == "streamed" else {}
+    y = pyckpt.CkptTransformer([block])(x, **stream)
+    got = torch.autograd.grad(y.square().sum(), leaves)
+    torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
+    assert len(fired) == 1

@@ -210,6 +210,7 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "linear_cross_entropy_bwd": lambda grad: loss_bwd_samples(),
     "block_fwd": block_samples,
     "block_bwd": lambda grad: block_bwd_samples(),
+    "added_tokens": lambda grad: [(torch.tensor([[0.0, -1e9], [0.0, 0.0]]), False)],
     "packed_lengths": lambda grad: [(torch.tensor([[0, 1, 0, 0, 1]]), 1, 5)],
     "padded_lengths": lambda grad: [
         (torch.tensor([[1, 1, 0], [0, 1, 1]]), "before", None, None),
@@ -227,7 +228,8 @@ def test_every_op_has_samples():
         if name.startswith("pyckpt::")
     }
     assert declared == set(SAMPLES)
-    assert declared == set(registry.IMPLEMENTATIONS) | {"block_fwd", "block_bwd", "packed_lengths", "padded_lengths"}
+    compiled = {"block_fwd", "block_bwd", "packed_lengths", "padded_lengths", "added_tokens"}
+    assert declared == set(registry.IMPLEMENTATIONS) | compiled
 
 
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")

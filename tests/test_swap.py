@@ -958,21 +958,22 @@ def test_copies_of_encoder_layers_are_swapped_on_their_own():
         pyckpt.unswap(twin)
 
 
-def test_encoder_layers_of_unknown_parts_are_left_and_named():
+def test_encoder_layers_of_unknown_parts_run_again_as_a_whole_and_are_named():
     def message(**parts: nn.Module) -> str:
         layer = nn.TransformerEncoderLayer(48, 4, 72)
         for name, part in parts.items():
             setattr(layer, name, part)
-        with pytest.raises(ValueError, match="there is nothing to swap") as raised:
-            pyckpt.swap(layer)
-        return str(raised.value)
+        (entry,) = pyckpt.swap(layer).entries
+        assert entry.path == "checkpointed"
+        return entry.why
 
     assert "norm1 is a torch.nn.modules.batchnorm.BatchNorm1d" in message(norm1=nn.BatchNorm1d(48))
     assert "dropout2 is a torch.nn.modules.dropout.Dropout1d" in message(dropout2=nn.Dropout1d(0.1))
     assert "biases or zeros of its own" in message(self_attn=nn.MultiheadAttention(48, 4, add_bias_kv=True))
-    hooked = nn.Linear(48, 72)
-    hooked.register_forward_hook(lambda *_: None)
-    assert "linear1 has forward hooks" in message(linear1=hooked)
+    layer = nn.TransformerEncoderLayer(48, 4, 72)
+    layer.linear1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="linear1 has forward hooks"):
+        pyckpt.swap(layer)
 
 
 # --- transformers' Trainer -------------------------------------------------------------------------------------------

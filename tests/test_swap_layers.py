@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -397,3 +398,54 @@ def test_what_adapters_on_fused_projections_drop_is_dropped_again():
         assert_same_bits(results[0], other)
     pyckpt.swap(model, tile=10)
     assert step(model, batch)["loss"] != results[0]["loss"]
+
+
+# --- changes after the swap ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "said"),
+    [
+        ("input_layernorm", "variance_epsilon", "input_layernorm now has eps 0.5, not the 1e-06 it was when swapped"),
+        ("self_attn", "scaling", "self_attn now has scaling 0.5, not the "),
+    ],
+)
+@pytest.mark.parametrize("kind", ["standard", "generic"])
+def test_numbers_that_are_changed_after_the_swap(kind, path, name, said):
+    """A standard block has them from the swap; what runs the layer's own modules has its norms' from those."""
+    model, batch = make_model("Llama"), make_batch("plain")
+    if kind == "generic":
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.Mish()
+    twin = copy.deepcopy(model)
+    assert {e.path for e in pyckpt.swap(model, loss=False).entries} == {kind}
+    for changed in (model, twin):
+        for layer in changed.model.layers:
+            setattr(layer.get_submodule(path), name, 0.5)
+    if kind == "generic" and name != "scaling":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(model(**batch).loss, twin(**batch).loss)
+        return
+    with pytest.warns(UserWarning, match=said):
+        assert_same_bits(step(model, batch), step(twin, batch))
+
+
+@pytest.mark.parametrize("path", ["mlp", "self_attn.q_proj", "input_layernorm"])
+def test_a_module_of_the_same_class_in_the_place_of_another_runs(path):
+    """On the generic path, which holds modules."""
+    model, batch = make_model("Llama"), make_batch("plain")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Mish()
+    pyckpt.swap(model, tile=10)
+    step(model, batch)
+    parent, _, name = path.rpartition(".")
+    layer = model.model.layers[0]
+    setattr(layer.get_submodule(parent), name, copy.deepcopy(layer.get_submodule(path)))
+    with torch.no_grad():
+        for p in layer.get_submodule(path).parameters():
+            p *= 1.5
+    ours = step(model, batch)
+    pyckpt.unswap(model)
+    for n, t in step(model, batch).items():
+        torch.testing.assert_close(ours[n], t, rtol=1e-4, atol=1e-5)

@@ -807,3 +807,46 @@ def test_streaming_takes_layers_that_are_cut():
     with pytest.raises(ValueError, match="this model has none that can be streamed"):
         pyckpt.swap(MODELS["block"](), stream=pyckpt.Stream(tile=8))
     assert pyckpt.swap(MODELS["block"](), segments=2).entries[0].why.endswith("; not in segments")
+
+
+# --- classes derived from PyTorch's encoder layer -----------------------------------------------------------------
+
+
+class Derived(nn.TransformerEncoderLayer):
+    """With an attention of its own, which scales what the layer's gives."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, HEADS, 2 * WIDTH, batch_first=True)
+        self.scale = nn.Parameter(torch.full((WIDTH,), 0.5))
+
+    def _sa_block(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return self.scale * super()._sa_block(x, *rest, **options)
+
+
+def parametrized() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True)
+    nn.utils.parametrizations.weight_norm(layer.self_attn, "in_proj_weight")
+    return layer
+
+
+@pytest.mark.parametrize("make", [Derived, parametrized])
+def test_encoder_layers_of_other_kinds_run_again_as_a_whole(make):
+    """The same bits, dropout among them, and less is kept."""
+    model, ids, saved = Model([make() for _ in range(2)]), make_ids(), []
+    with measure.memory(model) as m:
+        before = step(model, ids)
+    saved.append(m.saved_bytes)
+    report = pyckpt.swap(model)
+    assert [e.path for e in report.entries] == ["checkpointed"] * 2
+    with measure.memory(model) as m:
+        assert_same_bits(step(model, ids), before)
+    saved.append(m.saved_bytes)
+    assert saved[1] < saved[0] / 2
+
+
+def test_a_layer_that_was_compiled_by_itself_is_told_of():
+    for layers in ([torch.compile(Block())], [Block()]):
+        if not hasattr(layers[0], "_orig_mod"):
+            layers[0].attn = torch.compile(layers[0].attn)
+        with pytest.raises(ValueError, match=r"was compiled by itself \(torch.compile\); swap the model first"):
+            pyckpt.swap(Model(layers))

@@ -15,7 +15,7 @@ from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
 from pyckpt.swap.layer import Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.modules import UnsupportedError, is_compiled, what_watches
 from pyckpt.swap.replaced import Replaced, replaced_in
 from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.survey import check_weights
@@ -73,7 +73,8 @@ def swap(
     made: list[Replaced] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            made += _encoder_layer(name, module, save, tile, entries)
+            if not _inside(name, entries):
+                made += _encoder_layer(_owner(model, name), name, module, save, tile, _apart(segments, stream), entries)
         elif layers := _decoder_layers(module):
             made += _decoder(_owner(model, name), name, module, layers, save, segments, stream, tile, entries)
         elif (layers := _other_layers(module)) and not _inside(name, entries):
@@ -187,6 +188,8 @@ def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) ->
 
 
 def _check_forward(module: nn.Module) -> None:
+    if is_compiled(module):
+        raise UnsupportedError(what_watches(module))
     if "forward" in module.__dict__:
         raise UnsupportedError("its forward was replaced already (by Accelerate?); swap the model before that")
 
@@ -260,7 +263,13 @@ def _entry(name: str, kind: str, mapping: Mapping, save: str | Save, note: str =
 
 
 def _encoder_layer(
-    name: str, layer: nn.TransformerEncoderLayer, save: str | Save, tile: int | None, entries: list[Entry]
+    owner: nn.Module,
+    name: str,
+    layer: nn.TransformerEncoderLayer,
+    save: str | Save,
+    tile: int | None,
+    note: str,
+    entries: list[Entry],
 ) -> list[Replaced]:
     kind = type(layer).__name__
     try:
@@ -269,8 +278,8 @@ def _encoder_layer(
         _check_forward(layer)
         blocks = {causal: encoder.block_of(layer, causal, save, tile) for causal in (False, True)}
     except UnsupportedError as reason:
-        entries.append(Entry(name, kind, ORIGINAL, str(reason)))
-        return []
+        entries.append(_refused(owner, name, layer, str(reason), save, note))
+        return [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []
     entries.append(_entry(name, kind, blocks[False].mapping, save))
     return [encoder.SwappedEncoderLayer(layer, blocks)]
 

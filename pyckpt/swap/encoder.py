@@ -12,13 +12,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.save import Save, save_set
+from pyckpt.spec import BlockSpec
 from pyckpt.swap import again, generic, masks, whole
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
-from pyckpt.swap.generic import GenericMappedBlock
+from pyckpt.swap.generic import GenericMappedBlock, Parts
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import Mapping, Source, rate_at, read_rates
+from pyckpt.tokenwise.generic import LostGradientError
 
 EncoderBlock = MappedBlock | GenericMappedBlock
 _ACTIVATIONS = {F.gelu: "gelu"}
@@ -88,6 +90,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("norm1", "norm2"), _NORMS),
     **dict.fromkeys(("dropout", "dropout1", "dropout2"), _DROPOUTS),
 }
+_PARTS = (*_KINDS, "linear1", "linear2")
 
 
 def _options(layer: nn.TransformerEncoderLayer, causal: bool) -> Options:
@@ -125,13 +128,21 @@ class _GenericEncoderBlock(GenericMappedBlock):
     """The encoder layer's own modules around our attention."""
 
     def __init__(self, layer: nn.TransformerEncoderLayer, mapping: Mapping, save: str | Save, tile: int | None) -> None:
-        super().__init__(layer, mapping, save, tile, (_Pre(layer), _Post(layer)))
-        self._steady = _is_steady(layer.activation)
+        super().__init__(layer, mapping, save, tile)
+        self._layer: tuple[nn.TransformerEncoderLayer] = (layer,)
+
+    def _read(self) -> list[Any]:
+        layer = self._layer[0]
+        return [layer.norm_first, layer.activation, *(layer.get_submodule(n) for n in _PARTS)]
+
+    def _made_of(self, layer: nn.Module, spec: BlockSpec) -> Parts:
+        assert isinstance(layer, nn.TransformerEncoderLayer)
+        return _Pre(layer), _Post(layer)
 
     @property
     def drops(self) -> bool:
         # An activation that is not known may draw what it does; a seed for nothing does no harm.
-        return super().drops or (not self._steady and self._layer[0].training)
+        return super().drops or (self._layer[0].training and not _is_steady(self._layer[0].activation))
 
 
 class _Pre(nn.Module):
@@ -181,11 +192,17 @@ class SwappedEncoderLayer(Replaced):
     unbatched ones run the original forward.
     """
 
+    _lost = ""
+    """What, in a call before this one, would have got no gradient."""
+
     def __init__(self, module: nn.TransformerEncoderLayer, blocks: dict[bool, EncoderBlock]) -> None:
         super().__init__(module)
-        self._batch_first = module.self_attn.batch_first
         self._twice = whole.passes(generic.check_unwatched, module)
         self.blocks = blocks  # by causal
+
+    @property
+    def batch_first(self) -> bool:
+        return bool(self.module.get_submodule("self_attn").batch_first)
 
     @property
     def ways(self) -> tuple[CheckpointedBlock, ...]:
@@ -194,39 +211,108 @@ class SwappedEncoderLayer(Replaced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
         src = given["src"]
-        if src.is_nested or src.dim() != 3:
-            return self.original(**given)
+        if src.is_nested or src.dim() != 3 or (given.get("is_causal") and given.get("src_mask") is None):
+            return self.original(**given)  # the last is an error of PyTorch's
         try:
             causal, cu_seqlens = self._masks(given)
+            return self._run(self.blocks[causal], src, cu_seqlens)
+        except LostGradientError as reason:
+            # As in the next call, most likely: to find out again there would take attention's time.
+            self._lost = f"{reason.what} and is no parameter of the layer"
+            return self._original(UnsupportedCallError(self._lost), given)
         except UnsupportedError as reason:
-            twice = isinstance(reason, UnsupportedCallError) and self._twice
-            how = "again as a whole in the backward" if twice else "which stores everything"
-            self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, {how}")
-            if not twice:
-                return self.original(**given)
-            return again.run_twice(self, (), given, save_set(self.blocks[False].save))
-        x = src if self._batch_first else src.transpose(0, 1)
-        block = self.blocks[causal]
+            return self._original(reason, given)
+
+    def _run(self, block: EncoderBlock, src: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        batch_first = self.batch_first
+        x = src if batch_first else src.transpose(0, 1)
         if cu_seqlens is None:
             y = run_blocks([block], x, None, None)
         else:
             y = run_blocks([block], x.flatten(0, 1), None, cu_seqlens, checked=True).view(x.shape)
-        return y if self._batch_first else y.transpose(0, 1)
+        return y if batch_first else y.transpose(0, 1)
+
+    def _original(self, reason: UnsupportedError, given: dict[str, Any]) -> Any:
+        """Its original forward, for this reason: again in the backward, if it is the call's and not the layer's."""
+        twice = isinstance(reason, UnsupportedCallError) and self._twice
+        how = "again as a whole in the backward" if twice else "which stores everything"
+        self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, {how}")
+        return again.run_twice(self, (), given, save_set(self.blocks[False].save)) if twice else self.original(**given)
 
     def _masks(self, given: dict[str, Any]) -> tuple[bool, Tensor | None]:
-        change = self.blocks[False].mapping.change(self.module)
+        if self._lost and torch.is_grad_enabled():
+            raise UnsupportedCallError(self._lost)
+        mapping = self.blocks[False].mapping
+        change = mapping.change(self.module) or _change(self.module, mapping)
         if change is not None:
             raise UnsupportedError(change)
         src, mask, padding = (given.get(n) for n in ("src", "src_mask", "src_key_padding_mask"))
         assert src is not None
-        batch, seq = src.shape[:2] if self._batch_first else (src.shape[1], src.shape[0])
+        batch, seq = src.shape[:2] if self.batch_first else (src.shape[1], src.shape[0])
         causal = mask is not None
         if mask is not None and not _is_causal(mask, seq):
             raise UnsupportedCallError("a src_mask that is not the causal one")
         if padding is None:
             return causal, None
-        tokens = ~padding if padding.dtype == torch.bool else padding == 0
+        tokens = ~padding if padding.dtype == torch.bool else _tokens(padding, causal)
         return causal, masks.packed(tokens, None, batch, seq, masks.Sight("before" if causal else "all"))
+
+
+def _change(layer: Any, mapping: Mapping) -> str | None:
+    """What of the layer, beside its modules' classes, is not as its mapping has it."""
+    spec = mapping.spec
+    now = {"self_attn.num_heads": layer.self_attn.num_heads}
+    then: dict[str, Any] = {"self_attn.num_heads": spec.n_heads}
+    if not mapping.why:  # else its own modules and activation run
+        now |= {"norm_first": layer.norm_first, "linear1.out_features": layer.linear1.out_features}
+        then |= {"norm_first": spec.norm_placement == "pre", "linear1.out_features": spec.d_ff}
+        try:
+            now["activation"] = _activation(layer.activation)
+        except UnsupportedError as reason:
+            return str(reason)
+        then["activation"] = spec.mlp
+    odd = next((n for n, value in now.items() if value != then[n]), None)
+    return odd and f"its {odd} is now {now[odd]}, not the {then[odd]} it was when swapped (unswap and swap again)"
+
+
+_HIDDEN = -1e4  # a score to which this is added has no share left beside another, of any size that occurs
+
+
+def _tokens(padding: Tensor, causal: bool) -> Tensor:
+    """Where a mask (B, S) that is added to the scores has tokens: 0 there, and a number that hides at padding.
+
+    Raises `UnsupportedCallError` for any other.
+    """
+    if torch.compiler.is_compiling():
+        return added_tokens(padding, causal)
+    tokens, hidden = padding == 0, padding <= _HIDDEN
+    added = "a src_key_padding_mask that is added to scores, "
+    if not bool((tokens | hidden).all()):
+        raise UnsupportedCallError(
+            f"{added}with numbers that neither are 0 nor hide a token (-inf, or below {_HIDDEN})"
+        )
+    # A query all of whose keys have one number sees them as without it; -inf makes it NaN.
+    sees = tokens[:, :1] if causal else tokens.any(1, keepdim=True)
+    if bool((hidden & ~sees & (padding != float("-inf"))).any()):
+        raise UnsupportedCallError(f"{added}of finite numbers, where some query sees padding alone")
+    return tokens
+
+
+@torch.library.custom_op("pyckpt::added_tokens", mutates_args=())
+def added_tokens(padding: Tensor, causal: bool) -> Tensor:
+    """`_tokens` of a graph, which says nothing of values."""
+    try:
+        return _tokens(padding, causal)
+    except UnsupportedError as reason:
+        raise RuntimeError(
+            f"{reason} came to a compiled model, which cannot take another way; call pyckpt.unswap(model), or the "
+            "model without torch.compile"
+        ) from reason
+
+
+@added_tokens.register_fake
+def _added_tokens_fake(padding: Tensor, causal: bool) -> Tensor:
+    return torch.empty_like(padding, dtype=torch.bool)
 
 
 def _is_causal(mask: Tensor, seq: int) -> bool:

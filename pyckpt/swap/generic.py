@@ -24,7 +24,7 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.modules import UnsupportedError, watched, what_watches
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.generic import GenericTokenwise
@@ -53,7 +53,7 @@ def check_unwatched(layer: nn.Module) -> None:
     """Raise `UnsupportedError` where a module inside the layer has forward hooks."""
     for path, module in inner(layer):
         if watched(module):
-            raise UnsupportedError(f"{path} has forward hooks, which a swapped layer would not run")
+            raise UnsupportedError(f"{path} {what_watches(module)}")
 
 
 def _norms(spec: BlockSpec) -> tuple[str | None, ...]:
@@ -131,6 +131,8 @@ class SeededTokenwise(GenericTokenwise):
 
     What they draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it again.
     """
+
+    _advice = "leave the model as it is: pyckpt.unswap(model)"
 
     def __init__(self, pre: nn.Module, post: nn.Module, precision: torch.autocast) -> None:
         super().__init__(pre, post)
@@ -212,22 +214,34 @@ class OwnModulesBlock(CheckpointedBlock):
         return SaveSet(save.name, attention=save.attention, qkv=save.qkv)
 
 
+Parts = tuple[nn.Module, nn.Module]
+
+
 class GenericMappedBlock(OwnModulesBlock):
-    """The modules in the order that the layer's family has.
+    """The modules in the order that the layer's family has, those of a decoder layer here."""
 
-    `parts` are `pre` and `post` (see `CkptGenericBlock`); by default those of a decoder layer.
-    """
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        mapping: Mapping,
-        save: str | Save,
-        tile: int | None,
-        parts: tuple[nn.Module, nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(layer, mapping, save, tile)
-        self._parts = parts or (_Pre(layer, mapping.spec), _Post(layer, mapping.spec))
+        self._put_together: tuple[list[Any], Parts] = self._read(), self._made_of(layer, mapping.spec)
+
+    @property
+    def _parts(self) -> Parts:
+        """`pre` and `post` (see `CkptGenericBlock`) of what is in the layer now: a module may have been replaced."""
+        now = self._read()
+        then, parts = self._put_together
+        if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
+            parts = self._made_of(self._layer[0], self.mapping.spec)
+            self._put_together = now, parts
+        return parts
+
+    def _read(self) -> list[Any]:
+        """What of the layer its parts are made of."""
+        layer, spec = self._layer[0], self.mapping.spec
+        norms = [*(f"{ATTENTION}.{n}_norm" for n in "qk" if spec.qk_norm), *(n for n in _norms(spec) if n is not None)]
+        return [layer.get_submodule(n) for n in (*_QKV, f"{ATTENTION}.o_proj", "mlp", *norms)]
+
+    def _made_of(self, layer: nn.Module, spec: BlockSpec) -> Parts:
+        return _Pre(layer, spec), _Post(layer, spec)
 
     @property
     def drops(self) -> bool:

@@ -97,6 +97,18 @@ def _is_harmless(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in _HARMLESS_HOOKS
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """It is what torch.compile has put around a module."""
+    return "_orig_mod" in module._modules
+
+
+def what_watches(module: nn.Module) -> str:
+    """Of a module that is `watched`: by what, and what to do where that can be told."""
+    if is_compiled(module):
+        return "was compiled by itself (torch.compile); swap the model first, and compile it, or its modules, then"
+    return "has forward hooks, which a swapped layer would not run"
+
+
 def watched(module: nn.Module, replaced: bool = False) -> bool:
     """The module has forward hooks, other than transformers' own that change no value.
 

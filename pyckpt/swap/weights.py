@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from pyckpt.spec import BlockSpec, LowRank
 from pyckpt.swap import lora
-from pyckpt.swap.modules import UnsupportedError, lacks_parameters, watched
+from pyckpt.swap.modules import UnsupportedError, lacks_parameters, watched, what_watches
 from pyckpt.swap.rope import MovingRope
-from pyckpt.tokenwise.parameters import parameter_shapes
+from pyckpt.tokenwise.parameters import ATTENTION, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +153,9 @@ class Mapping:
             module = layer.get_submodule(path)
             if type(module) is not kind:
                 now, then = (f"{k.__module__}.{k.__name__}" for k in (type(module), kind))
-                return f"{path} is now a {now}, not the {then} it was when swapped (unswap and swap again)"
+                return f"{path} is now a {now}, not the {then} {_ANEW}"
             if watched(module):
-                return f"{path} has forward hooks, which a swapped layer would not run{_advice(layer)}"
+                return f"{path} {what_watches(module)}{_advice(layer)}"
             if self.adapted and lora.is_adapted(module):
                 try:
                     lora.check(path, module)
@@ -163,7 +163,21 @@ class Mapping:
                     return str(reason)
         if self.why and lacks_parameters(layer):
             return "under FSDP1 it takes use_orig_params=True, else modules have no parameters"
-        return self._change_of_rates(layer)
+        return self._change_of_numbers(layer) or self._change_of_rates(layer)
+
+    def _change_of_numbers(self, layer: nn.Module) -> str | None:
+        """Of those of the spec that modules have too: a norm's eps, and what scales attention's scores."""
+        attention = ATTENTION
+        for source in self.sources:
+            if "norm" in source.names[0]:
+                eps = _eps(layer.get_submodule(source.path))
+                if eps != self.spec.norm_eps:
+                    return f"{source.path} now has eps {eps}, not the {self.spec.norm_eps} {_ANEW}"
+            elif source.names[0] == f"{ATTENTION}.q_proj":
+                attention = source.path.rpartition(".")[0]
+        then = self.spec.attention_scale  # None of layers that have no number of their own for it
+        scale = None if then is None else getattr(layer.get_submodule(attention), "scaling", then)
+        return None if scale == then else f"{attention} now has scaling {scale}, not the {then} {_ANEW}"
 
     def _change_of_rates(self, layer: nn.Module) -> str | None:
         try:
@@ -173,6 +187,14 @@ class Mapping:
         if found.get("inside") or (self.why and found.get("dropout")):
             return "its dropout was switched on since it was swapped, where its block has none (unswap and swap again)"
         return None
+
+
+_ANEW = "it was when swapped (unswap and swap again)"
+
+
+def _eps(norm: Any) -> Any:
+    """As PyTorch's norms have it, or transformers'."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else getattr(norm, "eps", None)
 
 
 def read_rates(layer: nn.Module, rates: tuple[tuple[str, str], ...]) -> dict[str, float]:

@@ -5,7 +5,8 @@ The oracle of the hand-written parts, and what runs an architecture that they do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,27 @@ from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.workspace import Workspace
 
 
+class LostGradientError(RuntimeError):
+    """`pre` or `post` depends on a tensor with a gradient that is none of its inputs and of the block's parameters.
+
+    `what`: the first words of its message, up to "requires a gradient".
+    """
+
+    def __init__(self, what: str, rest: str) -> None:
+        super().__init__(what, rest)
+        self.what = what
+
+    def __str__(self) -> str:
+        return "".join(self.args)
+
+
 class _Recorded(NamedTuple):
-    """What `pre` made of x and of leaves in the place of weights, the `names` of which want a gradient."""
+    """What `pre` made of x and of leaves in the place of weights; `names`: see `GenericTokenwise._leaves`."""
 
     x: Tensor
     made: tuple[Tensor, Tensor, Tensor]
     leaves: dict[str, Tensor]
-    names: list[str]
+    names: dict[str, str]
 
 
 class GenericTokenwise:
@@ -31,23 +46,37 @@ class GenericTokenwise:
 
     Weight names are "pre.<name>" and "post.<name>". No parameter's own gradient hooks run inside the loop over
     tiles: the modules are called on detached stand-ins, and the sums are returned once.
+
+    In a forward nothing of the block requires a gradient. What requires one of what a part makes, where the caller has
+    gradients enabled, then comes from elsewhere (an attribute, a closure), and would get none: `LostGradientError`.
     """
 
     makes_delta = False
     made_once: frozenset[str] = frozenset()
     by_autograd = True
+    _advice = "for that part of the model use a plain PyTorch block"
     _again: _Recorded | None = None
+    _checks = False
+    _shared: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, pre: nn.Module, post: nn.Module) -> None:
         self._pre, self._post = pre, post
         self.pre_names = tuple(f"pre.{n}" for n, _ in pre.named_parameters())
         self.post_names = tuple(f"post.{n}" for n, _ in post.named_parameters())
+        self._checks = torch.is_grad_enabled()
+        self._shared = _shared(pre, post)
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-        return dict(w)
+        found = {n: t.detach() if t.requires_grad else t for n, t in w.items()}
+        # A block names each of its parameters once.
+        self._shared = {n: first for n, first in self._shared.items() if n not in w}
+        return found | {n: found[first] for n, first in self._shared.items()}
 
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
-        _fill((q, k, v), self._call_pre(w, tile.x.detach(), tile.positions.tensor))
+        with torch.set_grad_enabled(self._checks):
+            made = self._call_pre(w, tile.x.detach(), tile.positions.tensor)
+        self._check_gradients("pre", made)
+        _fill((q, k, v), made)
 
     def pre_again(
         self,
@@ -67,7 +96,9 @@ class GenericTokenwise:
         raise AssertionError("a generic block keeps q and k as attention reads them")
 
     def post(self, w: Weights, tile: Tile, o: Tensor, y: Tensor, ws: Workspace) -> None:
-        got = self._call_post(w, tile.x.detach(), o.detach())
+        with torch.set_grad_enabled(self._checks):
+            got = self._call_post(w, tile.x.detach(), o.detach())
+        self._check_gradients("post", [got])
         _check_shape("post's output", got, y)
         y.copy_(got)
 
@@ -82,7 +113,7 @@ class GenericTokenwise:
         grads: WeightGradients,
         ws: Workspace,
     ) -> None:
-        leaves, names = _leaves(w, self.post_names, grads)
+        leaves, names = self._leaves(w, self.post_names, grads)
         x, o = _leaf(tile.x, dx is not None), _leaf(o, do is not None)
         with torch.enable_grad():
             y = self._call_post({**w, **leaves}, _inner(x), _inner(o))
@@ -109,11 +140,33 @@ class GenericTokenwise:
             dx += share
 
     def _recorded_pre(self, w: Weights, tile: Tile, need_dx: bool, grads: WeightGradients) -> _Recorded:
-        leaves, names = _leaves(w, self.pre_names, grads)
+        leaves, names = self._leaves(w, self.pre_names, grads)
         x = _leaf(tile.x, need_dx)
         with torch.enable_grad():
             made = self._call_pre({**w, **leaves}, _inner(x), tile.positions.tensor)
         return _Recorded(x, made, leaves, names)
+
+    def _leaves(
+        self, w: Weights, names: Sequence[str], grads: WeightGradients
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Leaves in the place of these weights; of those that want a gradient the names under which it is summed."""
+        sums = {n: self._shared.get(n, n) for n in names}
+        wanted = {n: of for n, of in sums.items() if grads.wants(of)}
+        return {n: _leaf(w[n], n in wanted) for n in names}, wanted
+
+    def _check_gradients(self, part: str, made: Sequence[Tensor]) -> None:
+        found = next((t for t in made if t.requires_grad), None)
+        if found is None:
+            return
+        module = getattr(self, f"_{part}", None)
+        name = None if module is None else _attribute(module, part)
+        raise LostGradientError(
+            f"{name or f'a tensor {_shape_of(found)}'} that {part} reads requires a gradient",
+            f", which would be lost: it is neither an input of {part} nor a parameter of the block. Make it a "
+            "parameter, or what holds it a submodule (a tensor made for each call can stand in for a parameter: "
+            "torch.func.functional_call(block, {name: tensor}, (x,))); detach() it, if it is to have no gradient; or "
+            f"{self._advice}",
+        )
 
     def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return functional_call(self._pre, _strip(w, "pre."), (x, positions))
@@ -139,9 +192,34 @@ def _inner(t: Tensor) -> Tensor:
     return t.view_as(t)
 
 
-def _leaves(w: Weights, names: Sequence[str], grads: WeightGradients) -> tuple[dict[str, Tensor], list[str]]:
-    wanted = [n for n in names if grads.wants(n)]
-    return {n: _leaf(w[n], n in wanted) for n in names}, wanted
+def _shared(pre: nn.Module, post: nn.Module) -> dict[str, str]:
+    """Names of parameters of `post` that are also in `pre`, with their names there."""
+    first = list(pre.named_parameters())
+    found = ((f"post.{n}", f"pre.{m}") for n, p in post.named_parameters() for m, q in first if p is q)
+    return dict(found)
+
+
+def _attribute(module: nn.Module, part: str) -> str | None:
+    """The name of an attribute inside the module that is a tensor with a gradient and no parameter."""
+    for path, inner in module.named_modules(prefix=part):
+        for name, value in inner.__dict__.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                return f"{path}.{name}"
+    return None
+
+
+def _shape_of(made: Tensor) -> str:
+    """Of a leaf that this tensor depends on."""
+    todo, seen = [made.grad_fn], set()
+    while todo:
+        fn = todo.pop()
+        if fn is None or fn in seen:
+            continue
+        seen.add(fn)
+        if isinstance(leaf := getattr(fn, "variable", None), Tensor):
+            return f"of shape {tuple(leaf.shape)}"
+        todo += [f for f, _ in fn.next_functions]
+    return "in a graph"
 
 
 def _differentiate(
@@ -149,17 +227,17 @@ def _differentiate(
     upstream: list[Tensor],
     inputs: list[Tensor],
     leaves: dict[str, Tensor],
-    names: list[str],
+    names: dict[str, str],
     grads: WeightGradients,
 ) -> list[Tensor | None]:
-    """Gradients of `inputs` (None where not wanted), after adding those of the weights `names` to `grads`."""
+    """Gradients of `inputs` (None where not wanted), after adding those of the weights to `grads`."""
     wanted = [t for t in inputs if t.requires_grad]
     pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
     targets = wanted + [leaves[n] for n in names]
     if not pairs or not targets:
         return [None] * len(inputs)
     made = torch.autograd.grad([o for o, _ in pairs], targets, [u for _, u in pairs], allow_unused=True)
-    for name, grad in zip(names, made[len(wanted) :], strict=True):
+    for name, grad in zip(names.values(), made[len(wanted) :], strict=True):
         if grad is not None:
             grads.add(name, grad)
     by_input = iter(made[: len(wanted)])
