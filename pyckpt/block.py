@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.attend.dense import DenseAttend
+from pyckpt.casting import autocasts
 from pyckpt.exec import compiled, node
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.plan import standard_plan
@@ -19,14 +20,10 @@ from pyckpt.exec.streamed_layers import InRun
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
-from pyckpt.tokenwise.generic import GenericTokenwise
+from pyckpt.tokenwise.generic import GenericTokenwise, precision
 from pyckpt.tokenwise.parameters import parameter_shapes
 
 INIT_STD = 0.02
-# torch.compile of older versions cannot ask this itself.
-AUTOCAST_KINDS = frozenset(
-    kind for kind in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu") if torch.amp.is_autocast_available(kind)
-)
 
 
 class CheckpointedBlock(nn.Module):
@@ -354,7 +351,7 @@ class CkptGenericBlock(CheckpointedBlock):
         from pyckpt.exec.plan import generic_plan
 
         return generic_plan(
-            GenericTokenwise(self.pre, self.post),
+            GenericTokenwise(self.pre, self.post, precision(device, x_dtype, dtype)),
             self._attend,
             self._save,
             self._tile,
@@ -415,9 +412,10 @@ def run_blocks(
 
 def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
     """Raise ValueError where matrices of the block are on another device than x, or of another dtype."""
+    one_dtype = compute == x.dtype and not autocasts(x)
     for name, w in weights.items():
         if w.dim() == 2 and not block.mixes_dtypes(name):
-            errors.check_matches(x, w, name, compute)
+            errors.check_matches(x, w, name, one_dtype)
 
 
 # Copies beside compute are nothing that a compiled graph knows.
@@ -439,10 +437,7 @@ def draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
 def compute_dtype(x: Any) -> torch.dtype:
     """The dtype of products and attention: x's own, or autocast's where it is on."""
     errors.check_tensor("x", x)
-    kind = x.device.type
-    if kind in AUTOCAST_KINDS and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def _parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -18,3 +18,15 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+# torch.compile of older versions cannot ask this itself.
+_KINDS = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu") if torch.amp.is_autocast_available(kind)
+)
+
+
+def autocasts(t: Tensor) -> bool:
+    """Autocast is on for products of this tensor."""
+    kind = t.device.type
+    return kind in _KINDS and torch.is_autocast_enabled(kind) and t.dtype != torch.float64

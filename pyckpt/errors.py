@@ -56,11 +56,11 @@ def check_activations(x: Tensor, d_model: int, packed: bool) -> None:
         raise ValueError(f"x has dtype {x.dtype}, expected one of {names(FLOAT_DTYPES)}")
 
 
-def check_matches(x: Tensor, weight: Tensor, what: str, compute: torch.dtype) -> None:
-    """x and the weights on one device and, unless autocast rules, in one dtype."""
+def check_matches(x: Tensor, weight: Tensor, what: str, one_dtype: bool = True) -> None:
+    """x and the weights on one device and, unless autocast rules, in `one_dtype`."""
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} and {what} is on {weight.device}; move one with .to(...)")
-    if x.dtype != weight.dtype and compute == x.dtype:
+    if x.dtype != weight.dtype and one_dtype:
         raise ValueError(
             f"x has dtype {x.dtype} and {what} has {weight.dtype}; convert one with .to(...), or run under "
             "torch.autocast"

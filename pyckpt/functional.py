@@ -147,7 +147,7 @@ def _check_heads(q: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, slo
         _check_floating(name, t)
         if t.device != q.device:
             raise ValueError(f"{name} is on {t.device}, q is on {q.device}; move one with .to(...)")
-    if slopes is not None and slopes.requires_grad:
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes get no gradient here; give alibi_slopes.detach()")
 
 
@@ -275,7 +275,7 @@ def _check_loss(
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., D) and weight (V, D), got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     _check_floating("x", x)
-    errors.check_matches(x, weight, "weight", x.dtype)
+    errors.check_matches(x, weight, "weight")
     if bias is not None:
         _check_vector("bias", bias, weight.shape[0], x)
     if reduction not in _REDUCTIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
@@ -265,6 +266,8 @@ class CkptCausalLM(nn.Module):
         """
         nn.init.normal_(self.model.embed_tokens.weight, std=INIT_STD)
         nn.init.constant_(cast(Tensor, self.model.norm.weight), 1.0 - self.spec.norm_offset)
+        if isinstance(self.model.norm, nn.LayerNorm):
+            nn.init.zeros_(self.model.norm.bias)
         for block in self.blocks:
             block.reset_parameters()
             for linear in (block.self_attn.o_proj, block.mlp.down_proj):  # type: ignore[union-attr]
@@ -273,6 +276,24 @@ class CkptCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         else:
             nn.init.normal_(self.lm_head.weight, std=INIT_STD)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As a module's: `to_empty` makes each of two places of one weight its own."""
+        with self._tied():
+            return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As a module's; what was one weight is one afterwards (`assign` gives each place its own)."""
+        with self._tied():
+            return super().load_state_dict(state_dict, strict, assign)
+
+    @contextlib.contextmanager
+    def _tied(self) -> Iterator[None]:
+        """The head has the embedding's weight afterwards, if it has it before."""
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        yield
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def blocks(self) -> Iterator[CkptTransformerBlock]:

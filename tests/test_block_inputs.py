@@ -300,3 +300,23 @@ def test_a_batch_of_gradients_is_refused_in_words(what):
     }[what]()
     with pytest.raises(RuntimeError, match="takes one gradient at a time"):
         torch.autograd.grad(y, x, torch.randn(3, *y.shape, dtype=y.dtype), is_grads_batched=True)
+
+
+def test_a_low_precision_x_under_autocast():
+    """As a linear layer before the block makes it there."""
+    block, x = make_block().float(), make_input(False)[0].bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    y.float().square().mean().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"or run under torch\.autocast"):
+        block(x)
+
+
+def test_a_compiled_blocks_second_derivative_is_refused():
+    """It was taken for 0 by a compiler that leaves autograd as it is."""
+    torch.compiler.reset()
+    block, x = make_block(), make_input(False)[0].requires_grad_()
+    y = torch.compile(block, backend="eager")(x)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -379,3 +379,72 @@ def test_a_module_that_both_parts_share(how, save):
     got = torch.autograd.grad(y.square().sum(), leaves)
     torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
     assert len(fired) == 1
+
+
+class _Sums(nn.Module):
+    """A post whose backward gives one tensor to two weights, and an expanded one to a third."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(d, d, dtype=torch.float64)) for _ in range(2))
+        self.c = nn.Parameter(torch.randn(d, dtype=torch.float64))
+        self.d = nn.Parameter(torch.randn(1, d, dtype=torch.float64))
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        return x + F.linear(o, self.a + self.b) + self.c.sum() + self.d
+
+
+class _Projections(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d, 3 * d, dtype=torch.float64)
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(x).chunk(3, -1)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 16])
+def test_gradients_that_share_memory_are_summed_apart(tile):
+    """Autograd may give one tensor for several weights, an expanded one, or what came from upstream."""
+    block = pyckpt.CkptGenericBlock(_Projections(8), _Sums(8), 8, 2, tile=tile)
+    x = torch.randn(1, 13, 8, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn_like(x)
+    before = dy.clone()
+    block(x).backward(dy)
+    assert torch.equal(dy, before)
+    found = {n: p.grad.clone() for n, p in block.named_parameters()} | {"x": x.grad.clone()}
+    x.grad = None
+    block.zero_grad()
+    q, k, v = (t.view(1, 13, 2, 4).transpose(1, 2) for t in block.pre(x[0], None))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(13, 8)
+    block.post(x[0], o)[None].backward(dy)
+    for name, p in (*block.named_parameters(), ("x", x)):
+        assert torch.allclose(found[name], p.grad, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize("of", ["x", "o"])
+def test_writing_in_place_to_what_a_part_is_given_is_an_error(of):
+    class Writes(_Sums):
+        def forward(self, x: Tensor, o: Tensor) -> Tensor:
+            if of == "x":
+                x += o
+            else:
+                o *= 2
+            return super().forward(x, o)
+
+    block = pyckpt.CkptGenericBlock(_Projections(8), Writes(8), 8, 2)
+    x = torch.randn(1, 13, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="post writes in place to what it is given"):
+        block(x)
+    with torch.no_grad():
+        block(x)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_its_modules_run_under_autocast(x_dtype):
+    block = pyckpt.CkptGenericBlock(_Projections(8), _Sums(8), 8, 2).float()
+    x = torch.randn(1, 13, 8).to(x_dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    y.float().square().mean().backward()
+    assert y.dtype == x_dtype and block.post.a.grad.dtype == torch.float32

@@ -513,3 +513,29 @@ class TestBadInput:
         for name in (*good, "bias", "token_weight", "class_weight"):
             with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got list"):
                 pyckpt.linear_cross_entropy(**good | {name: [1.0]})
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("size", [1e-4, 1e-8, 3.0])
+def test_small_weights_of_tokens_in_float16(size, recompute, reduction):
+    """Gradients that are made in the forward, before a scale lifts them, are not nothing."""
+    x, weight = torch.randn(40, 16).half(), (torch.randn(30, 16) / 4).half()
+    target, token_weight = torch.randint(30, (40,)), torch.rand(40) * size
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        a, b = (t.clone().to(dtype).requires_grad_() for t in (x, weight))
+        loss = pyckpt.linear_cross_entropy(
+            a, b, target, token_weight=token_weight, reduction=reduction, recompute=recompute
+        )
+        loss.backward(torch.tensor(65536.0 * (1.0 if reduction == "mean" else 1e-4 / size), dtype=loss.dtype))
+        found.append((a.grad.double(), b.grad.double()))
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).norm() <= 2e-3 * truth.norm()  # two roundings to half are 5e-4 each
+
+
+def test_a_float32_bias_keeps_its_gradient_beside_half_weights():
+    x, weight, bias = torch.randn(40, 16).half(), torch.randn(30, 16).half(), torch.randn(30, requires_grad=True)
+    target = torch.randint(30, (40,))
+    pyckpt.linear_cross_entropy(x, weight, target, bias=bias, reduction="sum").backward(torch.tensor(1e5))
+    assert bias.grad.dtype == torch.float32 and bias.grad.isfinite().all() and bias.grad.abs().max() > 66000

@@ -324,3 +324,22 @@ def test_a_residual_multiplier():
     again = pyckpt.CkptCausalLM(**model.config, dtype=torch.float64)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.loss(tokens), model.loss(tokens))
+
+
+def test_a_model_from_the_meta_device_is_initialised_and_tied():
+    options = {"d_ff": 24, "norm": "layernorm", "tie_embeddings": True}
+    model = pyckpt.CkptCausalLM(30, 2, 16, 2, **options, device="meta").to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.constant_(p, float("nan"))
+    model.reset_parameters()
+    assert all(p.isfinite().all() for p in model.parameters())
+    other = pyckpt.CkptCausalLM(30, 2, 16, 2, **options, device="meta")
+    for assign in (True, False):
+        if not assign:
+            other = pyckpt.CkptCausalLM(30, 2, 16, 2, **options, device="meta").to_empty(device="cpu")
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+        assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    untied = pyckpt.CkptCausalLM(30, 2, 16, 2, d_ff=24)
+    untied.load_state_dict(untied.state_dict(), assign=True)
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyckpt.exec import node
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import Kept
-from pyckpt.ops.registry import LIBRARY
+from pyckpt.ops.registry import LIBRARY, autograd
 from pyckpt.save import SaveSet, post_tensors, save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.parameters import parameter_shapes
@@ -167,4 +167,4 @@ def _backward(ctx, dy, _dkept):  # type: ignore[no-untyped-def]
 for _name, _fn, _fake in (("block_fwd", _fwd, _fwd_fake), ("block_bwd", _bwd, _bwd_fake)):
     LIBRARY.impl(_name, _fn, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyckpt::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd("pyckpt::block_fwd", _backward, setup_context=_setup, lib=LIBRARY)
+autograd("block_fwd", _backward, _setup)

@@ -14,7 +14,7 @@ from pyckpt.attend.dense import Layout
 from pyckpt.exec.ends import Gradients, Named, Tensors
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.direct import ops
-from pyckpt.ops.linear_cross_entropy import counted
+from pyckpt.ops.linear_cross_entropy import counted, unit_of
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.norm import Norm, with_offset
 
@@ -127,6 +127,14 @@ class Targets:
         self._labels, self._ends, self._ignore = labels.reshape(-1), ends, ignore_index
         self._weights = None if weights is None else weights.reshape(-1)
         self.given: Tensors = (self._labels, self._weights)
+        self._unit: Tensor | None = None
+
+    @property
+    def unit(self) -> Tensor | None:
+        """`unit_of` all weights; None where there are none."""
+        if self._unit is None and self._weights is not None:
+            self._unit = unit_of(self._weights)
+        return self._unit
 
     def of(self, rows: slice) -> Tensor:
         target = self._next(self._labels, rows, self._ignore)
@@ -274,7 +282,9 @@ class ReducedLoss:
         target = self._targets.of(rows)
         weights = self._targets.weights_of(rows, target, acc_dtype(x.dtype))
         if self._trained:
-            losses, dx = self._head.losses_and_gradients(w, x, target, weights)
+            unit = self._targets.unit
+            inward = None if weights is None or unit is None else weights / unit.to(weights.dtype)
+            losses, dx = self._head.losses_and_gradients(w, x, target, inward)
             if dx is not None:
                 x.copy_(dx)
         else:
@@ -291,6 +301,8 @@ class ReducedLoss:
     def take(self, w: Named, upstream: Tensor) -> None:
         assert self._count is not None
         self._scale = upstream / self._count.masked_fill(self._count == 0, 1) if self._mean else upstream
+        if self._targets.unit is not None:
+            self._scale = self._scale * self._targets.unit.to(self._scale.dtype)
 
     def upstream(self, rows: slice, left: Tensor, out: Tensor | None) -> None:
         assert self._scale is not None and out is not None

@@ -102,7 +102,8 @@ def linear_cross_entropy_fwd(
     token_weight (T,), in lse's dtype and 0 where ignored, multiplies each token's loss; "mean" then divides by its
     sum. It gets no gradient.
 
-    Gradients are of the sum of the tokens' losses, also with "mean"; dw and db in the accumulation dtype; those
+    Gradients are of the sum of the tokens' losses, also with "mean", and of weights over `unit_of` them; dw and db in
+    the accumulation dtype; those
     not needed are empty. None may be needed with reduction "none". If none is, `linear_cross_entropy_bwd` makes them.
     """
     head = _TorchHead(weight, bias, ignore_index, softcap, z_loss, label_smoothing)
@@ -250,13 +251,27 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `linear_cross_entropy_fwd` gives."""
     grads = _Gradients.of(head, x, need_dx, need_dw, need_db)
-    losses, lse = _losses(head, x, target, grads, token_weight)
+    losses, lse = _losses(
+        head, x, target, grads, None if token_weight is None else token_weight / unit_of(token_weight)
+    )
     if token_weight is not None:
         losses *= token_weight
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / counted(target, token_weight, head.ignore_index)
     return loss, lse, *grads.results()
+
+
+def unit_of(token_weight: Tensor) -> Tensor:
+    """A power of two near the largest of the weights, in size.
+
+    Gradients that are made before a loss is scaled are of weights in this unit: those of 1 / (tokens of a global batch)
+    are nothing in float16, and no scale brings them back.
+    """
+    if not token_weight.numel():
+        return token_weight.new_ones(())
+    most = token_weight.abs().amax()
+    return torch.where((most > 0) & most.isfinite(), most, 1.0).log2().floor().exp2()
 
 
 def counted(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -438,7 +453,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, lse, dx, dw, db = output
     ctx.mark_non_differentiable(lse, dx, dw, db)
     ctx.set_materialize_grads(False)
-    ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, weight.dtype)
+    # A bias in float32 beside half weights has a gradient that half may not hold.
+    ctx.has_bias = bias is not None
+    ctx.dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
     ctx.made = any(inputs[10:13])
     if ctx.made:
         ctx.save_for_backward(dx, dw, db, target, token_weight)
@@ -449,7 +466,6 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     nothing = (None,) * 10
     need = ctx.needs_input_grad[:3]
-    dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
     if dloss is None:
         return None, None, None, *nothing
     *saved, token_weight = ctx.saved_tensors  # read once: inside torch.utils.checkpoint a second reading is an error
@@ -459,8 +475,9 @@ def _backward(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     if ctx.made:
         # A factor of one dimension, or it would be rounded to the gradient's dtype before the product. Scaled and
         # rounded in one pass on CUDA: a scaled float32 copy of dW alone takes 2 GB at Llama 3's vocabulary.
-        factor, sums = dloss.view(1), saved[:3]
-        grads = tuple(torch.mul(g, factor, out=torch.empty_like(g, dtype=d)) for g, d in zip(sums, dtypes, strict=True))
+        factor = (dloss if token_weight is None else dloss * unit_of(token_weight)).view(1)
+        sums = zip(saved[:3], ctx.dtypes, strict=True)
+        grads = tuple(torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype)) for g, dtype in sums)
     else:
         if token_weight is not None:
             dloss = dloss * token_weight

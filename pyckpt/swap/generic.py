@@ -27,7 +27,7 @@ from pyckpt.spec import BlockSpec
 from pyckpt.swap.modules import UnsupportedError, watched, what_watches
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.weights import Mapping
-from pyckpt.tokenwise.generic import GenericTokenwise
+from pyckpt.tokenwise.generic import GenericTokenwise, precision
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 
@@ -127,24 +127,10 @@ class _Post(nn.Module):
 
 
 class SeededTokenwise(GenericTokenwise):
-    """Runs the modules under the autocast that the model runs under: the executor turns it off around them.
-
-    What they draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it again.
-    """
+    """What the modules draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it
+    again."""
 
     _advice = "leave the model as it is: pyckpt.unswap(model)"
-
-    def __init__(self, pre: nn.Module, post: nn.Module, precision: torch.autocast) -> None:
-        super().__init__(pre, post)
-        self._precision = precision
-
-    def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with self._precision:
-            return super()._call_pre(w, x, positions)
-
-    def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
-        with self._precision:
-            return super()._call_post(w, x, o)
 
     def _at(self, tile: Tile, site: int) -> contextlib.AbstractContextManager[None]:
         """In which `pre` (or `post`) of this tile runs."""
@@ -181,11 +167,6 @@ def _drawing(tile: Tile, site: int) -> Iterator[None]:
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(philox.derive(philox.derive(tile.seed, site), tile.first))
         yield
-
-
-def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) -> torch.autocast:
-    """The autocast under which products are in `dtype`."""
-    return torch.autocast(device.type, dtype, dtype != x_dtype, cache_enabled=False)
 
 
 class OwnModulesBlock(CheckpointedBlock):

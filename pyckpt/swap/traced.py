@@ -21,13 +21,14 @@ from pyckpt.exec.plan import generic_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.save import Save
 from pyckpt.spec import Window
-from pyckpt.swap.generic import SINKS, OwnModulesBlock, SeededTokenwise, precision
+from pyckpt.swap.generic import SINKS, OwnModulesBlock, SeededTokenwise
 from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
 from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping, rate_at
+from pyckpt.tokenwise.generic import precision
 from pyckpt.tokenwise.interface import Tile, Weights
 
 

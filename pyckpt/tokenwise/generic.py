@@ -5,14 +5,17 @@ The oracle of the hand-written parts, and what runs an architecture that they do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyckpt.casting import autocasts
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.workspace import Workspace
@@ -59,8 +62,9 @@ class GenericTokenwise:
     _checks = False
     _shared: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, pre: nn.Module, post: nn.Module) -> None:
-        self._pre, self._post = pre, post
+    def __init__(self, pre: nn.Module, post: nn.Module, precision: AbstractContextManager[Any]) -> None:
+        """precision: the autocast that the model runs under; the executor turns it off around the modules."""
+        self._pre, self._post, self._precision = pre, post, precision
         self.pre_names = tuple(f"pre.{n}" for n, _ in pre.named_parameters())
         self.post_names = tuple(f"post.{n}" for n, _ in post.named_parameters())
         self._checks = torch.is_grad_enabled()
@@ -73,7 +77,7 @@ class GenericTokenwise:
         return found | {n: found[first] for n, first in self._shared.items()}
 
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
-        with torch.set_grad_enabled(self._checks):
+        with torch.set_grad_enabled(self._checks), self._unwritten("pre", tile.x):
             made = self._call_pre(w, tile.x.detach(), tile.positions.tensor)
         self._check_gradients("pre", made)
         _fill((q, k, v), made)
@@ -96,7 +100,7 @@ class GenericTokenwise:
         raise AssertionError("a generic block keeps q and k as attention reads them")
 
     def post(self, w: Weights, tile: Tile, o: Tensor, y: Tensor, ws: Workspace) -> None:
-        with torch.set_grad_enabled(self._checks):
+        with torch.set_grad_enabled(self._checks), self._unwritten("post", tile.x, o):
             got = self._call_post(w, tile.x.detach(), o.detach())
         self._check_gradients("post", [got])
         _check_shape("post's output", got, y)
@@ -117,7 +121,7 @@ class GenericTokenwise:
         x, o = _leaf(tile.x, dx is not None), _leaf(o, do is not None)
         with torch.enable_grad():
             y = self._call_post({**w, **leaves}, _inner(x), _inner(o))
-        dx_made, do_made = _differentiate([y], [dy], [x, o], leaves, names, grads)
+        dx_made, do_made = self._differentiate([y], [dy], [x, o], leaves, names, grads)
         for out, made in ((dx, dx_made), (do, do_made)):
             if out is not None:
                 out.zero_() if made is None else out.copy_(made)
@@ -135,7 +139,7 @@ class GenericTokenwise:
     ) -> None:
         again = self._again or self._recorded_pre(w, tile, dx is not None, grads)
         self._again = None
-        (share,) = _differentiate(list(again.made), [dq, dk, dv], [again.x], again.leaves, again.names, grads)
+        (share,) = self._differentiate(list(again.made), [dq, dk, dv], [again.x], again.leaves, again.names, grads)
         if dx is not None and share is not None:
             dx += share
 
@@ -154,6 +158,43 @@ class GenericTokenwise:
         wanted = {n: of for n, of in sums.items() if grads.wants(of)}
         return {n: _leaf(w[n], n in wanted) for n in names}, wanted
 
+    def _differentiate(
+        self,
+        outputs: list[Tensor],
+        upstream: list[Tensor],
+        inputs: list[Tensor],
+        leaves: dict[str, Tensor],
+        names: dict[str, str],
+        grads: WeightGradients,
+    ) -> list[Tensor | None]:
+        """Gradients of `inputs` (None where not wanted), after adding those of the weights to `grads`."""
+        wanted = [t for t in inputs if t.requires_grad]
+        pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
+        targets = wanted + [leaves[n] for n in names]
+        if not pairs or not targets:
+            return [None] * len(inputs)
+        made = [*torch.autograd.grad([o for o, _ in pairs], targets, [u for _, u in pairs], allow_unused=True)]
+        # Autograd may give one tensor for several weights (of W + D), an expanded one, or what came from upstream.
+        # The last first, so that a copy of one stands beside what is left of them alone.
+        shared = set(self._shared.values())
+        for name in reversed(names.values()):
+            grad = made.pop()
+            if grad is not None:
+                grads.add(name, grad, owned=grads.single and name not in shared)
+        by_input = iter(made)
+        return [next(by_input) if t.requires_grad else None for t in inputs]
+
+    @contextlib.contextmanager
+    def _unwritten(self, part: str, *tensors: Tensor) -> Iterator[None]:
+        """Raise RuntimeError where what runs inside wrote to these, which a backward reads again."""
+        before = [(t, t._version) for t in tensors if self._checks and not t.is_inference()]
+        yield
+        if any(t._version != version for t, version in before):
+            raise RuntimeError(
+                f"{part} writes in place to what it is given (x, or attention's output), and the backward reads that "
+                "again: use x = x + ..., not x += ..., or write to a copy"
+            )
+
     def _check_gradients(self, part: str, made: Sequence[Tensor]) -> None:
         found = next((t for t in made if t.requires_grad), None)
         if found is None:
@@ -169,10 +210,18 @@ class GenericTokenwise:
         )
 
     def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return functional_call(self._pre, _strip(w, "pre."), (x, positions))
+        with self._precision:
+            return functional_call(self._pre, _strip(w, "pre."), (x, positions))
 
     def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
-        return functional_call(self._post, _strip(w, "post."), (x, o))
+        with self._precision:
+            return functional_call(self._post, _strip(w, "post."), (x, o))
+
+
+def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) -> torch.autocast:
+    """The autocast under which products of x are in `dtype`: that which is on now, if it concerns x."""
+    on = dtype != x_dtype or autocasts(torch.empty(0, dtype=x_dtype, device=device))
+    return torch.autocast(device.type, dtype, on, cache_enabled=False)
 
 
 def _strip(w: Weights, prefix: str) -> dict[str, Tensor]:
@@ -220,28 +269,6 @@ def _shape_of(made: Tensor) -> str:
             return f"of shape {tuple(leaf.shape)}"
         todo += [f for f, _ in fn.next_functions]
     return "in a graph"
-
-
-def _differentiate(
-    outputs: list[Tensor],
-    upstream: list[Tensor],
-    inputs: list[Tensor],
-    leaves: dict[str, Tensor],
-    names: dict[str, str],
-    grads: WeightGradients,
-) -> list[Tensor | None]:
-    """Gradients of `inputs` (None where not wanted), after adding those of the weights to `grads`."""
-    wanted = [t for t in inputs if t.requires_grad]
-    pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
-    targets = wanted + [leaves[n] for n in names]
-    if not pairs or not targets:
-        return [None] * len(inputs)
-    made = torch.autograd.grad([o for o, _ in pairs], targets, [u for _, u in pairs], allow_unused=True)
-    for name, grad in zip(names.values(), made[len(wanted) :], strict=True):
-        if grad is not None:
-            grads.add(name, grad)
-    by_input = iter(made[: len(wanted)])
-    return [next(by_input) if t.requires_grad else None for t in inputs]
 
 
 def _fill(qkv: tuple[Tensor | None, ...], made: Sequence[Tensor]) -> None:

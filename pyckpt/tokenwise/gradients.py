@@ -56,16 +56,22 @@ class WeightGradients:
         if name in self._wanted:
             self.add(name, dy.sum(0, dtype=acc_dtype(dy.dtype)))
 
-    def add(self, name: str, grad: Tensor) -> None:
-        """Add a gradient that is already summed over the tile."""
+    def add(self, name: str, grad: Tensor, owned: bool = True) -> None:
+        """Add a gradient that is already summed over the tile. Not `owned`: its memory is others' too."""
         if name not in self._wanted:
             return
-        grad = grad.to(acc_dtype(grad.dtype))
         total = self._sums.get(name)
         if total is None:
-            self._sums[name] = grad
+            made = grad.to(acc_dtype(grad.dtype))
+            copied = made is grad and not owned
+            self._sums[name] = grad.clone(memory_format=torch.contiguous_format) if copied else made
         else:
             total += grad
+
+    @property
+    def single(self) -> bool:
+        """There is one tile, and with it one gradient of each weight that a single part has."""
+        return self._single
 
     def result(self, name: str, like: Tensor) -> Tensor | None:
         """The gradient of `like`, in its dtype; None where it is not wanted. Gives the accumulator away."""
