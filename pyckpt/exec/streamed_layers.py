@@ -42,8 +42,9 @@ def others(hooks: Iterable[Any]) -> list[Any]:
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    """The forward hooks of a module."""
-    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    """The hooks that a call of the module, or its backward, runs."""
+    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return (*forward, *module._backward_hooks.values(), *module._backward_pre_hooks.values())
 
 
 def _is_gathering(hook: Any) -> bool:

@@ -127,6 +127,9 @@ class SwappedDecoder(Replaced):
         if self.unread and not call.whole:
             # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
+        elif self._makes_cache(given) and given.get("position_ids") is not None and given.get("attention_mask") is None:
+            # With the cache that it is not to make here it would not look whether positions start anew.
+            given["attention_mask"] = self._like(given).new_ones(self._like(given).shape[:2], dtype=torch.bool)
         with _not_checkpointed([] if call.whole else self._checkpointed):
             return self.original(**{**given, "use_cache": False, CALL: call})
 
@@ -181,6 +184,10 @@ class SwappedDecoder(Replaced):
     def _caches_by_default(self) -> bool:
         return bool(getattr(self.module.config, "use_cache", False))
 
+    def _makes_cache(self, given: dict[str, Any]) -> bool:
+        """The original would, whether or not somebody is to have it."""
+        return bool(self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
+
     def _call(self, given: dict[str, Any], read: Tensor | None) -> Call:
         for name in ("output_attentions", "output_router_logits"):
             if self.asks(given, name):
@@ -204,8 +211,7 @@ class SwappedDecoder(Replaced):
         if positions is not None and tuple(positions.shape) not in ((batch, seq), (1, seq)):
             raise UnsupportedCallError(f"position_ids of shape {tuple(positions.shape)}")
         # Where it makes a cache, transformers does not look whether positions start anew.
-        looks = not (self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
-        cut = positions if looks and self.cuts is not False else None
+        cut = positions if self.cuts is not False and not self._makes_cache(given) else None
         if read is not None and (read.numel() != batch * seq or self.asks(given, "output_hidden_states")):
             read = None
         cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read))

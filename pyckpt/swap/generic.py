@@ -26,6 +26,7 @@ from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.modules import UnsupportedError, watched, what_watches
 from pyckpt.swap.rope import MovingRope
+from pyckpt.swap.settings import Settings
 from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.generic import GenericTokenwise, precision
 from pyckpt.tokenwise.interface import Tile, Weights
@@ -132,9 +133,19 @@ class SeededTokenwise(GenericTokenwise):
 
     _advice = "leave the model as it is: pyckpt.unswap(model)"
 
-    def _at(self, tile: Tile, site: int) -> contextlib.AbstractContextManager[None]:
+    _settings: Settings | None = None
+
+    def of(self, layer: nn.Module) -> SeededTokenwise:
+        """The same, which sets the layer's modules in a backward as they are now."""
+        self._settings = Settings(layer)
+        return self
+
+    @contextlib.contextmanager
+    def _at(self, tile: Tile, site: int) -> Iterator[None]:
         """In which `pre` (or `post`) of this tile runs."""
-        return _drawing(tile, site)
+        settings = contextlib.nullcontext() if self._settings is None else self._settings.again()
+        with settings, _drawing(tile, site):
+            yield
 
     def pre(self, w: Weights, tile: Tile, *tensors: Any) -> None:
         with self._at(tile, PRE_SITE):
@@ -246,7 +257,7 @@ class GenericMappedBlock(OwnModulesBlock):
         pre, post = self._parts
         if self.mapping.moving is not None:
             pre = _Pre(self._layer[0], self.mapping.spec_now(self._layer[0]))  # of this call, also in its backward
-        tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype))
+        tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype)).of(self._layer[0])
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 

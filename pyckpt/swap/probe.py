@@ -65,7 +65,7 @@ def traced_block(
 def _mapping(layer: nn.Module, handed: Handed, trace: Trace, why: str) -> Mapping:
     # Of the spec the block reads its width alone; the trace has the rest.
     spec = BlockSpec.make(handed.width, 1, rope_theta=None, mlp="gelu")
-    return Mapping(spec, (), tuple((path, type(m)) for path, m in inner(layer)), why)
+    return Mapping(spec, (), tuple((path, type(m)) for path, m in inner(layer)), why, complete=True)
 
 
 class _Probe:

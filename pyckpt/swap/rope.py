@@ -21,14 +21,15 @@ class MovingRope:
 
     def __init__(self, rotary: nn.Module, prefix: str) -> None:
         self._rotary, self._prefix = (rotary,), prefix
-        self._seen: tuple[Tensor, int, Any] | None = None
+        self._seen: tuple[Tensor, int | None, Any] | None = None
 
     def now(self, spec: BlockSpec) -> BlockSpec:
         """The spec with the present frequencies."""
         frequencies = getattr(self._rotary[0], f"{self._prefix}inv_freq")
+        version = None if frequencies.is_inference() else frequencies._version
         # Read once a call, not by every layer: a GPU has to be waited for.
-        if self._seen is None or self._seen[0] is not frequencies or self._seen[1] != frequencies._version:
-            self._seen = frequencies, frequencies._version, given(self._rotary[0], self._prefix)
+        if self._seen is None or self._seen[0] is not frequencies or self._seen[1] != version:
+            self._seen = frequencies, version, given(self._rotary[0], self._prefix)
         return dataclasses.replace(spec, rope_scaling=canonical_rope_scaling(self._seen[2], spec.rope_theta))
 
 

@@ -179,7 +179,7 @@ class TracedBlock(OwnModulesBlock):
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         around = precision(device, x_dtype, dtype)
-        tokenwise = TracedTokenwise(self, self._handed(around), around)
+        tokenwise = TracedTokenwise(self, self._handed(around), around).of(self._layer[0])
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 

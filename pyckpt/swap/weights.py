@@ -74,7 +74,7 @@ class Mapping:
     read at each call, where they depend on it. `rates`: where those of dropout are, by the spec's names of them;
     "inside" is one that a block does not have, which has to stay 0. `text`: the spec as a string. `why` it is on the
     generic path, where it is. `kinds` are the classes of the modules that are read, by path: another class there means
-    that the layer has changed.
+    that the layer has changed. `complete`: they are all that run, so that another module beside them would not.
     """
 
     spec: BlockSpec
@@ -85,6 +85,7 @@ class Mapping:
     moving: MovingRope | None = None
     adapted: bool = False
     rates: tuple[tuple[str, str], ...] = ()
+    complete: bool = False
     text: str = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +151,9 @@ class Mapping:
     def change(self, layer: nn.Module) -> str | None:
         """What about the layer's inside has changed since the mapping was made, or None."""
         for path, kind in self.kinds:
-            module = layer.get_submodule(path)
+            module = _submodule(layer, path)
+            if module is None:
+                return f"{path} has been taken away since it was swapped (unswap and swap again)"
             if type(module) is not kind:
                 now, then = (f"{k.__module__}.{k.__name__}" for k in (type(module), kind))
                 return f"{path} is now a {now}, not the {then} {_ANEW}"
@@ -161,9 +164,15 @@ class Mapping:
                     lora.check(path, module)
                 except UnsupportedError as reason:
                     return str(reason)
+        if self.complete and (added := self._added(layer)) is not None:
+            return f"{added} has been added since it was swapped (unswap and swap again)"
         if self.why and lacks_parameters(layer):
             return "under FSDP1 it takes use_orig_params=True, else modules have no parameters"
         return self._change_of_numbers(layer) or self._change_of_rates(layer)
+
+    def _added(self, layer: nn.Module) -> str | None:
+        known = {path for path, _ in self.kinds}
+        return next((path for path, _ in layer.named_modules() if path and path not in known), None)
 
     def _change_of_numbers(self, layer: nn.Module) -> str | None:
         """Of those of the spec that modules have too: a norm's eps, and what scales attention's scores."""
@@ -186,6 +195,13 @@ class Mapping:
             return str(reason)
         if found.get("inside") or (self.why and found.get("dropout")):
             return "its dropout was switched on since it was swapped, where its block has none (unswap and swap again)"
+        return None
+
+
+def _submodule(layer: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
         return None
 
 

@@ -279,6 +279,8 @@ def _fill(qkv: tuple[Tensor | None, ...], made: Sequence[Tensor]) -> None:
 
 
 def _check_shape(what: str, got: Tensor, out: Tensor) -> None:
+    if got.is_meta and not out.is_meta:  # to copy it would do nothing, and say nothing
+        raise RuntimeError(f"{what} is on the meta device: it depends on a parameter that the block does not know")
     if got.shape != out.shape:
         raise ValueError(
             f"{what} has shape {tuple(got.shape)}, expected {tuple(out.shape)} for a tile of {out.shape[0]} tokens"

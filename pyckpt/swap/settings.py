@@ -1,0 +1,36 @@
+"""How a layer's modules are set in a call, for its backward, which may come when they are set otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+# Train mode, and PEFT's: which adapters count, and whether any do.
+_NAMES = ("training", "_disable_adapters", "_active_adapter")
+
+
+class Settings:
+    """Those of the modules of a layer, at present."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._of = [(m, _now(m)) for m in layer.modules()]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, modules are set as they were."""
+        others = [(m, then, now) for m, then in self._of if (now := _now(m)) != then]
+        for m, then, _ in others:
+            m.__dict__.update(then)
+        try:
+            yield
+        finally:
+            for m, _, now in others:
+                m.__dict__.update(now)
+
+
+def _now(module: nn.Module) -> dict[str, Any]:
+    found = {n: module.__dict__[n] for n in _NAMES if n in module.__dict__}
+    return {n: list(v) if isinstance(v, list) else v for n, v in found.items()}
