@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,8 @@ def test_a_resumed_run_keeps_its_own_settings(
     ("arguments", "message"),
     [
         (["train", "/no/such/file"], "/no/such/file does not exist"),
+        (["train", ""], "data='' names nothing: give a path"),
+        (["train", "--seed", str(1 << 64)], "expected a number below 2**64"),
         (["train", "--heads", "5"], "does not divide by heads=5"),
         (["train", "--segments", "cbrt"], "expected sqrt or a whole number"),
         (["train", "--resume", "--overwrite"], "one of them"),
@@ -153,6 +156,27 @@ def test_training_on_the_command_line(tmp_path: Path) -> None:
     refused = pyckpt(*arguments)
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
     assert "holds a run already" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_in_a_pipeline_whose_reader_is_gone_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """Of `pyckpt train 2>&1 | tee log`, Ctrl-C ends tee too, and often first."""
+    text = tmp_path / "text.py"
+    text.write_text("def f(x):\n    return x + 1\n\n" * 300, encoding="utf-8")
+    size = ["--d-model", 16, "--layers", 1, "--heads", 2, "--seq-len", 16, "--batch-size", 2, "--log-every", 1]
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pyckpt.cli import main; main()"
+    )
+    arguments = ["train", text, *size, "--steps", 1_000_000, "--warmup", 0, "--out", tmp_path / "run"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert any(line.startswith(b"step ") and b" peak " in line for line in process.stdout)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_comparing_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

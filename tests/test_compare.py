@@ -256,6 +256,54 @@ class TestRun:
         assert found.find(32, "attention").seconds > 0
         assert any("plain PyTorch fails: out of memory" in s for s in compare.sentences(found))
 
+    def test_out_of_memory_while_timed_is_a_row(self, monkeypatch):
+        """Memory that another process took meanwhile, say."""
+        runs, step = [], variants.Workload.step
+
+        def failing(self, variant, batch):
+            def run():
+                runs.append(variant)
+                if variant == "checkpoint" and runs.count(variant) > 3:  # gradients, memory, one timed run
+                    raise torch.OutOfMemoryError("no more")
+                step(self, variant, batch)()
+
+            return run
+
+        monkeypatch.setattr(variants.Workload, "step", failing)
+        found = compare.run([16], d_model=16, n_heads=2, repeats=3, variants=["plain", "checkpoint", "attention"])
+        assert found.find(16, "checkpoint") == Row(16, "checkpoint", error="out of memory")
+        for name in ("plain", "attention"):
+            assert len(found.find(16, name).all_seconds) == 3
+            assert found.find(16, name).gradient_error is not None
+
+    @pytest.mark.parametrize("failing", ["plain", "attention"])
+    def test_out_of_memory_of_gradients_is_a_note(self, failing, monkeypatch):
+        gradients = variants.Workload.gradients
+
+        def short(self, variant, batch):
+            if variant == failing:
+                raise torch.OutOfMemoryError("no more")
+            return gradients(self, variant, batch)
+
+        monkeypatch.setattr(variants.Workload, "gradients", short)
+        found = compare.run([16], d_model=16, n_heads=2, repeats=1, variants=["plain", "attention"])
+        assert all(row.error is None and row.seconds > 0 for row in found.rows)
+        unchecked = "plain, attention" if failing == "plain" else "attention"
+        assert found.notes == [f"Gradients of {unchecked} not checked: out of memory at S = 16."]
+        assert found.find(16, "attention").gradient_error is None
+
+    def test_a_batch_that_does_not_fit_is_rows(self, monkeypatch):
+        batch = variants.Workload.batch
+
+        def short(self, length):
+            if length > 16:
+                raise torch.OutOfMemoryError("no more")
+            return batch(self, length)
+
+        monkeypatch.setattr(variants.Workload, "batch", short)
+        found = compare.run([16, 32], d_model=16, n_heads=2, repeats=1, variants=["plain", "attention"])
+        assert all((row.error is None) == (row.length == 16) for row in found.rows)
+
     def test_other_errors_pass(self, monkeypatch):
         def failing(self, variant, batch):
             raise RuntimeError("a bug")

@@ -894,6 +894,21 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert whole(tmp_path, old, new) is old
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_two_writers_into_one_folder(tmp_path: Path) -> None:
+    old, new = old_and_new()
+    save_pretrained(old, tmp_path)
+    with pytest.raises(Killed), folder.saving(tmp_path) as staging:
+        (staging / "half").touch()
+        with pytest.raises(RuntimeError, match=r"another process is saving to .* now: wait"):
+            save_pretrained(new, tmp_path)
+        assert (staging / "half").exists()
+        assert whole(tmp_path, old, new) is old  # those who read need no lock
+        raise Killed
+    save_pretrained(new, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", folder.SINGLE}
+
+
 def test_a_folder_that_others_wrote_to_after_a_stopped_save(disk: Disk, tmp_path: Path) -> None:
     """config.json beside a finished save is newer than it, so it counts."""
     old, new = old_and_new()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
@@ -396,12 +397,58 @@ def test_segments_keep_inputs_only():
     assert set(m.per_module.values()) == {0}
 
 
+def test_a_measurement_that_cant_start_is_not_in_the_way(monkeypatch):
+    def fails(self):
+        raise RuntimeError("no driver")
+
+    weight = torch.ones(4, requires_grad=True)
+    m = measure.memory(device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(m._gauge), "start", fails)
+        with pytest.raises(RuntimeError, match="no driver"), m:
+            pass
+    kept = (weight * 2).exp()
+    assert m.saved_bytes == 0  # its hooks are gone
+    with m:
+        kept = (weight * 2).exp()
+    assert m.saved_bytes == kept.nbytes
+
+
 class TestTiming:
     def test_turns_rotate(self):
         order = []
         stats = measure.interleaved({n: lambda n=n: order.append(n) for n in "abc"}, repeats=3, warmup=1)
         assert "".join(order) == "abcbcacababc"
         assert all(len(s.all) == 3 and s.median > 0 and s.iqr >= 0 for s in stats.values())
+
+    def test_a_clock_of_cuda_is_that_of_its_device(self, monkeypatch):
+        """On a machine with several, the current device need not be the one that works."""
+        current, seen = [torch.device("cuda:0")], []
+
+        @contextlib.contextmanager
+        def device(wanted):
+            current.append(wanted)
+            yield
+            current.pop()
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                seen.append(current[-1])
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 1000.0
+
+        for name, fake in (("device", device), ("Event", Event), ("synchronize", lambda: seen.append(current[-1]))):
+            monkeypatch.setattr(torch.cuda, name, fake)
+        stats = measure.interleaved({"a": lambda: seen.append(current[-1])}, 1, 0, device="cuda:1")
+        assert stats["a"].all == (1.0,)
+        assert seen == [torch.device("cuda:1")] * 4
 
     def test_stats(self):
         s = measure.Stats.of([4.0, 1.0, 2.0, 3.0, 5.0])

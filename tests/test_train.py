@@ -9,7 +9,9 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -189,6 +191,57 @@ def test_pieces_of_a_long_text_are_all_tokenised(tmp_path: Path, tokenizer: Path
     assert both.replace("</s>", "") == TEXT * 15
 
 
+def test_a_tokenizer_cuts_and_fills_up_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    changed = Tokenizer.from_file(str(tokenizer))
+    changed.enable_truncation(64)
+    changed.enable_padding(length=10_000)
+    changed.save(str(tmp_path / "changed.json"))
+    corpus = data.load_corpus(str(text), 32, str(tmp_path / "changed.json"))
+    assert corpus.fingerprint == data.load_corpus(str(text), 32, str(tokenizer)).fingerprint
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_links_to_a_file_are_read_once(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(TEXT + name)
+    alone = data.load_corpus(str(tmp_path), 32)
+    (tmp_path / "d").symlink_to("a")
+    os.link(tmp_path / "b", tmp_path / "e")
+    again = data.load_corpus(str(tmp_path), 32)
+    assert (again.files, again.fingerprint) == (3, alone.fingerprint)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 elsewhere")
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xfe.txt")).write_text(TEXT)
+    corpus = data.load_corpus(str(folder), 32)
+    assert corpus.files == 1
+    corpus.name.encode()
+
+
+@pytest.mark.parametrize("inside", [".", "runs/one"])
+def test_a_run_inside_its_own_data_is_not_trained_on(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "text.py").write_text(TEXT)
+    (tmp_path / inside).mkdir(parents=True, exist_ok=True)
+    given = config(tmp_path / "text.py", data=str(tmp_path), out=str(tmp_path / inside), steps=4, checkpoint_every=2)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    train.run(given, on_step=stop)
+    if inside != ".":
+        (tmp_path / inside / "log.txt").write_text("step 1")
+    assert train.run(resume(given)).steps == 4
+    assert data.load_corpus(str(tmp_path), 32).files == 1
+    train.run(dataclasses.replace(given, out=str(tmp_path / "another"), steps=1, warmup=0))
+    assert data.load_corpus(str(tmp_path), 32).files == 1
+
+
 def test_data_that_cant_be_used_is_refused(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty, short, binary, latin, broken = (tmp_path / n for n in ("empty", "short", "binary", "latin", "broken"))
     folder = tmp_path / "folder"
@@ -232,6 +285,10 @@ def _refuse(path: Path) -> bytes:
     ("changes", "message"),
     [
         ({"d_model": 30, "heads": 4}, "does not divide by heads=4"),
+        ({"data": ""}, "data='' names nothing"),
+        ({"tokenizer": ""}, "tokenizer='' names nothing"),
+        ({"out": ""}, "out='' names nothing"),
+        ({"seed": 1 << 64}, r"seed=18446744073709551616: expected a number below 2\*\*64"),
         ({"d_model": 9, "heads": 3}, "head dim of 3.*even"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads=3"),
         ({"layers": 0}, "layers=0"),
@@ -258,7 +315,7 @@ def test_bad_settings_are_refused_before_anything_is_made(text: Path, changes: d
     given = config(text, **changes)
     with pytest.raises(ValueError, match=message):
         train.run(given)
-    assert not Path(given.out).exists()
+    assert not (text.parent / "run").exists()
 
 
 def test_defaults_that_depend_on_others_are_filled_in() -> None:
@@ -320,6 +377,20 @@ def test_small_updates_of_bf16_weights_are_not_lost() -> None:
     torch.testing.assert_close(layer.weight.float(), torch.full((8, 8), 0.9), atol=4e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_changes_no_weight(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 4, dtype=dtype)
+    optimizer = optim.Optimizer(layer, train.TrainConfig(steps=2, warmup=0))
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    optimizer.collect()
+    before = [p.detach().clone() for p in (*layer.parameters(), *optimizer.weights.values())]
+    _, norm = optimizer.step(1)
+    assert not math.isfinite(norm)
+    for now, then in zip((*layer.parameters(), *optimizer.weights.values()), before, strict=True):
+        assert torch.equal(now, then) and now.grad is None
+
+
 def test_accumulated_batches_are_one_large_batch(text: Path) -> None:
     whole = train.run(config(text, steps=3, batch_size=4))
     parts = train.run(config(text, steps=3, batch_size=2, grad_accum=2, out=str(text.parent / "parts")))
@@ -370,6 +441,33 @@ def test_a_checkpoint_that_cant_be_written_leaves_the_last_one(tmp_path: Path, m
         checkpoints.write(tmp_path, a_checkpoint(10), keep=1)
     assert files_under(tmp_path) == before
     assert checkpoints.read(path).step == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_the_files_of_a_checkpoint_are_as_readable_as_others(tmp_path: Path) -> None:
+    path = checkpoints.write(tmp_path, a_checkpoint(), keep=1)
+    (tmp_path / "mine").touch()
+    assert {p.stat().st_mode for p in path.iterdir()} == {(tmp_path / "mine").stat().st_mode}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows can't open folders")
+def test_a_file_system_that_cant_sync_folders_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def only_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    assert checkpoints.read(checkpoints.write(tmp_path, a_checkpoint(), keep=1)).step == 5
+
+    def none(handle: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", none)  # of a file it is an error
+    with pytest.raises(RuntimeError, match="Input/output error"):
+        checkpoints.write(tmp_path, a_checkpoint(6), keep=1)
 
 
 def _cut_short(file: Path) -> None:
@@ -551,7 +649,10 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(
     assert not list(folder.checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("number", a_few([signal.SIGINT, signal.SIGTERM], always=(1,)))
+_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+@pytest.mark.parametrize("number", a_few(_SIGNALS, always=(-1,)))
 def test_a_signal_ends_a_run_with_a_checkpoint(text: Path, straight: train.TrainResult, number: int) -> None:
     given = config(text)
     stopped = train.run(given, on_step=lambda r: signal.raise_signal(number) if r["step"] == 6 else None)
@@ -559,6 +660,19 @@ def test_a_signal_ends_a_run_with_a_checkpoint(text: Path, straight: train.Train
     assert stopped.steps == 6 and stopped.sample == ""
     assert checkpoints.steps(RunFolder(stopped.out).checkpoints)[-1].name == "step-00000006"
     assert_same(train.run(resume(given)), straight)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_hang_up_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(text: Path) -> None:
@@ -768,6 +882,34 @@ def test_a_folder_in_use_is_never_written_over_by_accident(text: Path) -> None:
     assert [p.name for p in checkpoints.steps(folder.checkpoints)] == ["step-00000004"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_a_run_that_is_replaced_leaves_what_its_links_lead_to(text: Path) -> None:
+    given = config(text, steps=2)
+    train.run(given)
+    out = Path(given.out)
+    for name in ("checkpoints", "model"):
+        (out / name).rename(text.parent / name)
+        (out / name).symlink_to(text.parent / name)
+    before = files_under(text.parent / "checkpoints") | files_under(text.parent / "model")
+    assert train.run(dataclasses.replace(given, overwrite=True, steps=3)).steps == 3
+    assert not (out / "checkpoints").is_symlink() and not (out / "model").is_symlink()
+    assert files_under(text.parent / "checkpoints") | files_under(text.parent / "model") == before
+
+
+def test_a_run_half_replaced_may_be_replaced_again(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(text, steps=2)
+    train.run(given)
+
+    def fails(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            RunFolder(Path(given.out)).begin(given)
+    assert train.run(dataclasses.replace(given, overwrite=True)).steps == 2
+
+
 def test_files_of_others_are_never_replaced(text: Path) -> None:
     mine = text.parent / "mine"
     (mine / "model").mkdir(parents=True)
@@ -797,6 +939,23 @@ def test_a_run_on_changed_text_is_not_resumed(text: Path) -> None:
 def test_a_run_that_diverges_says_so(text: Path) -> None:
     with pytest.raises(RuntimeError, match=r"diverged\. Lower --lr"):
         train.run(config(text, lr=1e30, clip=0.0, warmup=0))
+
+
+def test_a_validation_that_is_not_finite_ends_a_run_before_its_checkpoint(text: Path) -> None:
+    given = config(text, steps=8, eval_every=4, checkpoint_every=2, keep_checkpoints=1)
+
+    def spoil(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            patch.setattr(CkptCausalLM, "loss", _only_trains(CkptCausalLM.loss))
+
+    nan = "the validation loss is nan at step 4: training has diverged"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match=nan):
+        train.run(given, on_step=spoil)
+    assert [p.name for p in checkpoints.steps(RunFolder(Path(given.out)).checkpoints)] == ["step-00000002"]
+
+
+def _only_trains(loss: Any) -> Any:
+    return lambda self, tokens, **given: loss(self, tokens, **given) * (1.0 if self.training else math.nan)
 
 
 def test_a_missing_extra_is_named_before_any_work(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -834,6 +993,45 @@ def test_the_report_fits_80_columns(text: Path, terminal: bool) -> None:
         assert shown in plain
     assert ("step 20/20  loss" in plain) is not terminal
     assert ("20/20 ━" in plain) is terminal
+
+
+def test_the_title_of_the_plot_is_no_formula(tmp_path: Path) -> None:
+    from pyckpt.train.plot import loss_curve
+
+    loss_curve(tmp_path / "loss.png", [1.0, 2.0], [], unit="byte", title="data/x$^$y.txt")
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_the_command_that_resumes_can_be_copied(text: Path) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=40)
+    out = str(text.parent / "a folder's name that is longer than the line")
+    stopped = train.run(config(text, out=out), console, lambda record: signal.raise_signal(signal.SIGINT))
+    assert stopped.stopped_by == signal.SIGINT
+    (line,) = (line for line in console.file.getvalue().splitlines() if "--resume" in line)
+    assert shlex.split(line) == ["pyckpt", "train", "--resume", "--out", out]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_console_that_breaks_does_not_end_a_run(text: Path, terminal: bool) -> None:
+    from rich.console import Console
+
+    class Breaking(io.StringIO):
+        broken = False
+
+        def write(self, given: str) -> int:
+            if self.broken:
+                raise OSError(5, "Input/output error")  # what a terminal that was closed says
+            return super().write(given)
+
+    def hang_up(record: dict[str, Any]) -> None:
+        file.broken = True
+
+    file = Breaking()
+    console = Console(file=file, force_terminal=terminal)
+    assert train.run(config(text, steps=3, log_every=1), console, hang_up).steps == 3
+    assert console.quiet
 
 
 def test_a_sample_can_not_steer_the_terminal() -> None:

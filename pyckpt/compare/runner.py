@@ -94,6 +94,14 @@ def run(
     return _Run(config, chosen, repeats, budget_seconds, progress or (lambda _: None)).all(lengths)
 
 
+class _OutOfMemoryError(Exception):
+    """This variant ran out of memory."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(variant)
+        self.variant = variant
+
+
 class _Run:
     def __init__(
         self,
@@ -136,18 +144,20 @@ class _Run:
 
     def _measure(self, length: int, flops_to_come: float) -> tuple[list[Row], float]:
         """The rows of one length, and the seconds of one run of every variant."""
-        batch = self.work.batch(length)
+        try:
+            batch = self.work.batch(length)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return [Row(length, variant, error=OUT_OF_MEMORY) for variant in self.variants], 0.0
         memory: dict[str, tuple[int, int] | str] = {}
         start = time.monotonic()
         for variant in self.variants:
             self.progress(f"S = {length}: memory of {variant}")
             memory[variant] = self._memory(variant, batch)
         seconds = time.monotonic() - start  # measuring memory takes a little longer than running
-        steps = {v: self.work.step(v, batch) for v in self.variants if not isinstance(memory[v], str)}
         repeats = self._affordable(seconds, self._flops(length) / flops_to_come)
-        self.progress(f"S = {length}: time of {len(steps)} variants in turn, {repeats} times")
-        # The measurement of memory has warmed each variant up.
-        times = measure.interleaved(steps, repeats, warmup=0, device=self.config.device) if steps else {}
+        times = self._times(batch, length, memory, repeats)
         rows = [self._row(length, v, memory[v], times.get(v)) for v in self.variants]
         return rows, sum(stats.median for stats in times.values()) or seconds
 
@@ -160,6 +170,36 @@ class _Run:
                 raise
             return OUT_OF_MEMORY
         return m.peak_bytes, m.saved_bytes
+
+    def _times(
+        self, batch: Batch, length: int, memory: dict[str, tuple[int, int] | str], repeats: int
+    ) -> dict[str, measure.Stats]:
+        """Of the variants that have a figure in `memory`; one that runs out of memory now is noted there.
+
+        The others are timed from the start again then: all in the same turns.
+        """
+        while steps := {v: self._named_step(v, batch) for v in self.variants if not isinstance(memory[v], str)}:
+            self.progress(f"S = {length}: time of {len(steps)} variants in turn, {repeats} times")
+            try:
+                # The measurement of memory has warmed each variant up.
+                return measure.interleaved(steps, repeats, warmup=0, device=self.config.device)
+            except _OutOfMemoryError as error:
+                memory[error.variant] = OUT_OF_MEMORY
+        return {}
+
+    def _named_step(self, variant: str, batch: Batch) -> Callable[[], None]:
+        """A variant's step; where it runs out of memory, the error says which one did."""
+        step = self.work.step(variant, batch)
+
+        def run() -> None:
+            try:
+                step()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise _OutOfMemoryError(variant) from None
+
+        return run
 
     def _affordable(self, round_seconds: float, share: float) -> int:
         """How many timed rounds fit into this length's share of the time left."""
@@ -190,12 +230,18 @@ class _Run:
         return c.n_layers * block_flops(c.spec, length, c.batch)
 
     def _gradient_errors(self, length: int) -> dict[str, float]:
-        """Each variant's relative gradient error against plain; a wrong variant is not worth timing."""
-        batch = self.work.batch(length)
-        want = self.work.gradients(PLAIN, batch)
-        errors = {}
+        """Each variant's relative gradient error against plain; a wrong variant is not worth timing.
+
+        Variants for which the memory is not enough are left out, all of them where it is not enough for plain.
+        """
+        want = self._gradients(PLAIN, length)
+        errors: dict[str, float] = {}
+        unchecked = []
         for variant in self.variants:
-            got = self.work.gradients(variant, batch)
+            got = None if want is None else self._gradients(variant, length)
+            if want is None or got is None:
+                unchecked.append(variant)
+                continue
             errors[variant] = _relative_error(got, want)
             limit = GRADIENT_TOLERANCE.get(self.config.dtype, 1e-1)
             if not errors[variant] <= limit:
@@ -203,13 +249,26 @@ class _Run:
                     f"variant {variant!r} is wrong at S = {length}: its gradients differ from those of plain "
                     f"PyTorch by {errors[variant]:.2e} (relative), more than {limit:.0e}; nothing was timed"
                 )
+        if unchecked:
+            self.results.notes.append(
+                f"Gradients of {', '.join(unchecked)} not checked: out of memory at S = {length}."
+            )
         return errors
+
+    def _gradients(self, variant: str, length: int) -> list[Tensor] | None:
+        """None where the memory is not enough."""
+        try:
+            return self.work.gradients(variant, self.work.batch(length))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None
 
     @staticmethod
     def _with_error(row: Row, errors: dict[str, float], length: int) -> Row:
         if row.length != length or row.error is not None:
             return row
-        return Row(**{**vars(row), "gradient_error": errors[row.variant]})
+        return Row(**{**vars(row), "gradient_error": errors.get(row.variant)})
 
 
 def device_name(device: torch.device) -> str:

@@ -34,14 +34,53 @@ def shard_name(i: int, n: int) -> str:
 def saving(root: Path) -> Iterator[Path]:
     """An empty folder to write a checkpoint to. It replaces the one in `root` when the block ends.
 
-    Raises ValueError if root is a file, RuntimeError if something can't be written or moved.
+    Raises ValueError if root is a file, RuntimeError if something can't be written or moved, or if another process
+    saves to root now.
     """
-    staging, ready = root / UNFINISHED, root / FINISHED
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; give the name of a folder")
-    counts = False
     try:
         root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(_failure(root, False, error)) from error
+    with _locked(root), _replacing(root) as staging:
+        yield staging
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Keep other processes from saving to a folder meanwhile; RuntimeError where one does.
+
+    The lock is on the folder itself: a file for it would stay among the checkpoint's.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    handle = None
+    try:
+        try:
+            handle = os.open(root, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process is saving to {root} now: wait for it, or give the name of another folder"
+            ) from None
+        except OSError:  # a file system without locks, or, as NFS, without locks on folders
+            pass
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _replacing(root: Path) -> Iterator[Path]:
+    """`saving` in a folder that nobody else writes to."""
+    staging, ready = root / UNFINISHED, root / FINISHED
+    counts = False
+    try:
         recover(root)
         staging.mkdir()
         yield staging

@@ -109,10 +109,14 @@ class MemoryMeasurement:
             )
         if self._state != "new":
             raise RuntimeError("this measurement was used before; call pyckpt.measure.memory() again for a new one")
+        self._ledger.start()
+        try:
+            self._gauge.start()
+        except BaseException:  # __exit__ won't be called
+            self._ledger.stop()
+            raise
         _active = self
         self._state = "active"
-        self._ledger.start()
-        self._gauge.start()
         return self
 
     def __exit__(self, *exc: Any) -> None:

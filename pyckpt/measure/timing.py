@@ -40,9 +40,9 @@ def interleaved(
     alike.
 
     Each round runs every variant once, and each round starts with the next one, so that none always runs
-    first. ``warmup`` rounds are run and thrown away. On CUDA (``device="cuda"``) time is taken between two
-    events on the current stream, with a synchronisation after each run; elsewhere by the wall clock.
-    ``head_start`` keeps a CUDA device busy for that many clocks before each run: launches queue up meanwhile,
+    first. ``warmup`` rounds are run and thrown away. On CUDA (``device="cuda"``, ``"cuda:1"``) time is taken
+    between two events on that device's current stream, with a synchronisation after each run; elsewhere by the wall
+    clock. ``head_start`` keeps a CUDA device busy for that many clocks before each run: launches queue up meanwhile,
     and the time is the kernels' alone, without what the host takes to launch them.
 
     Raises:
@@ -52,7 +52,8 @@ def interleaved(
         raise ValueError("variants is empty; give at least one name and function")
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
-    clock = functools.partial(_cuda_seconds, head_start) if torch.device(device).type == "cuda" else _wall_seconds
+    device = torch.device(device)
+    clock = functools.partial(_cuda_seconds, device, head_start) if device.type == "cuda" else _wall_seconds
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
@@ -70,13 +71,14 @@ def _wall_seconds(fn: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_seconds(head_start: int, fn: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    if head_start:
-        torch.cuda._sleep(head_start)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    fn()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+def _cuda_seconds(device: torch.device, head_start: int, fn: Callable[[], Any]) -> float:
+    with torch.cuda.device(device):  # events are of the current device, which may not be the one that works
+        torch.cuda.synchronize()
+        if head_start:
+            torch.cuda._sleep(head_start)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3

@@ -107,6 +107,7 @@ class TrainConfig:
 
         Raises ValueError naming the field, what was given and what is expected.
         """
+        _check_names(self)
         _check_numbers(self)
         _check_heads(self)
         _check_memory(self)
@@ -152,6 +153,12 @@ _AT_LEAST: dict[str, float] = {
 }
 
 
+def _check_names(config: TrainConfig) -> None:
+    for name in ("data", "tokenizer", "out"):  # an empty one is most often a shell's variable that was not set
+        if getattr(config, name) == "":
+            raise ValueError(f"{name}='' names nothing: give a path (. is the folder you are in), or leave {name} out.")
+
+
 def _check_numbers(config: TrainConfig) -> None:
     for name, least in _AT_LEAST.items():
         value, default = getattr(config, name), TrainConfig.__dataclass_fields__[name].default
@@ -164,6 +171,10 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ValueError(f"{name}={value}: expected a number that is at least {least}.")
     if not isinstance(config.lr, (int, float)) or not math.isfinite(config.lr) or config.lr <= 0:
         raise ValueError(f"lr={config.lr!r}: expected a number above 0.")
+    if config.seed >= 1 << 64:
+        raise ValueError(
+            f"seed={config.seed}: expected a number below 2**64, which is all that PyTorch's generators take."
+        )
     if config.min_lr > 1:
         raise ValueError(f"min_lr={config.min_lr}: expected a fraction of lr, between 0 and 1.")
     if config.warmup is not None and config.warmup > config.steps:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.train.folder import RunFolder, is_run
+
 VALIDATION_SHARE = 0.05
 STDLIB_BYTES = 8_000_000
 # Tests, vendored wheels and tables of characters: they would teach little about how Python is written.
@@ -75,14 +77,23 @@ class Corpus:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
-def load_corpus(path: str | None, seq_len: int, tokenizer: str | None = None, vocab_size: int | None = None) -> Corpus:
+def load_corpus(
+    path: str | None,
+    seq_len: int,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    out: str | None = None,
+) -> Corpus:
     """Read the text, split it and turn it into tokens; the same call gives the same tokens on the same files.
+
+    Of a folder, hidden files, files that are not text, further links to a file, and runs of ours are left out. out:
+    the folder of this run, left out too: a run must not train on its own logs.
 
     Raises ValueError for text that is missing, empty, unreadable or too short, and for a tokenizer that can't
     be read or has more tokens than `vocab_size`.
     """
     encoder = _Encoder(tokenizer, vocab_size)
-    name, texts, notes = _stdlib_texts() if path is None else _texts_at(Path(path))
+    name, texts, notes = _stdlib_texts() if path is None else _texts_at(Path(path), out)
     if not any(text.strip() for _, text in texts):
         raise ValueError(f"{name} holds no text: every file is empty. Give a file or folder with text in it.")
     train, validation = split(texts, least=min(seq_len * 2, sum(len(t) for _, t in texts) // 4))
@@ -153,16 +164,16 @@ def _stdlib_texts() -> tuple[str, list[tuple[str, bytes]], list[str]]:
     return "Python's standard library", texts, []
 
 
-def _texts_at(path: Path) -> tuple[str, list[tuple[str, bytes]], list[str]]:
+def _texts_at(path: Path, out: str | None) -> tuple[str, list[tuple[str, bytes]], list[str]]:
     if path.is_file():
         text = _read(path)
         if _binary(text):
             raise ValueError(f"{path} is not text (it has zero bytes in it): give a text file or a folder of them.")
-        return str(path), [(path.name, text)], []
+        return _shown(path), [(path.name, text)], []
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: give a text file or a folder of text files.")
     texts, skipped = [], 0
-    for file in _walk(path, {"__pycache__", "node_modules"}):
+    for file in _walk(path, {"__pycache__", "node_modules"}, out):
         text = _read(file)
         if _binary(text):
             skipped += 1
@@ -170,20 +181,53 @@ def _texts_at(path: Path) -> tuple[str, list[tuple[str, bytes]], list[str]]:
             texts.append((file.relative_to(path).as_posix(), text))
     if not texts:
         raise ValueError(f"{path} holds no text files: give a text file or a folder of them.")
-    texts.sort(key=lambda item: hashlib.sha256(item[0].encode()).digest())
-    return str(path), texts, [f"{skipped} files that are not text were left out"] if skipped else []
+    texts.sort(key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())  # a name need not be UTF-8
+    return _shown(path), texts, [f"{skipped} files that are not text were left out"] if skipped else []
 
 
-def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """The files under a folder, without hidden ones and without following links to folders."""
+def _shown(path: Path) -> str:
+    """A path as text that can be printed, whatever the bytes of its name."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
+def _walk(root: Path, skipped: set[str], out: str | None = None) -> list[Path]:
+    """The files under a folder, each once, without hidden ones and without following links to folders.
+
+    Folders of runs and `out` are left out; where root is one itself, what a run writes to it.
+    """
 
     def fail(error: OSError) -> None:
         raise ValueError(f"{error.filename} can't be read: {error.strerror}. Make it readable or leave it out.")
 
     found = []
-    for folder, folders, files in os.walk(root, onerror=fail):
-        folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
-        found += [Path(folder, f) for f in sorted(files) if not f.startswith(".") and Path(folder, f).is_file()]
+    for name, folders, files in os.walk(root, onerror=fail):
+        folder, left_out = Path(name), skipped
+        if _is_of_a_run(folder, out):
+            if folder != root:
+                folders.clear()
+                continue
+            left_out = skipped | {path.name for path in RunFolder(folder).all}
+        folders[:] = sorted(f for f in folders if f not in left_out and not f.startswith("."))
+        names = sorted(f for f in files if f not in left_out and not f.startswith("."))
+        found += [folder / f for f in names if (folder / f).is_file()]
+    return _each_once(found)
+
+
+def _is_of_a_run(folder: Path, out: str | None) -> bool:
+    return (out is not None and os.path.realpath(folder) == os.path.realpath(out)) or is_run(folder)
+
+
+def _each_once(paths: list[Path]) -> list[Path]:
+    """Without further links to a file: with one in the training part and one in the other, validation says nothing."""
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for path in paths:
+        status = path.stat()
+        file = (status.st_dev, status.st_ino)
+        if status.st_ino and file in seen:  # some file systems number none
+            continue
+        seen.add(file)
+        found.append(path)
     return found
 
 
@@ -256,9 +300,13 @@ def _load_tokenizer(path: str) -> Any:
     if not Path(path).is_file():
         raise ValueError(f"tokenizer {path} does not exist: give a tokenizer.json file.")
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"tokenizer {path} can't be read as a tokenizer.json: {error}") from error
+    # Those of a fine-tuning would cut each piece of the text short, or fill it up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 _MASK = (1 << 64) - 1

@@ -12,13 +12,14 @@ from typing import Any
 
 def sync(path: Path) -> None:
     """Have the system write a file, or a folder's list of names, to the disk itself."""
-    if path.is_dir() and os.name == "nt":  # Windows can't open folders, and keeps names safe by itself
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    folder = path.is_dir()
+    # Windows can't open folders, and some network file systems can't sync them.
+    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

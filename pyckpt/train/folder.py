@@ -48,7 +48,8 @@ class RunFolder:
         return self.path / "model"
 
     @property
-    def _all(self) -> tuple[Path, ...]:
+    def all(self) -> tuple[Path, ...]:
+        """Everything that a run writes, run.json first."""
         return (self.run, self.checkpoints, self.metrics, self.plot, self.sample, self.model)
 
     def check(self, config: TrainConfig) -> None:
@@ -66,7 +67,7 @@ class RunFolder:
                 )
             _read_run(self.run)
             return
-        taken = [p.name for p in self._all if p.exists()]
+        taken = [p.name for p in self.all if p.exists()]
         if taken:
             raise ValueError(
                 f"{self.path} holds {', '.join(taken)}, but no run that pyckpt wrote: give another folder with --out."
@@ -88,10 +89,10 @@ class RunFolder:
 
     def begin(self, config: TrainConfig) -> None:
         """Remove the run that is replaced, and note the configuration."""
-        for path in self._all:
-            if path.is_dir():
+        for path in reversed(self.all):  # run.json last: until then this is a run, which may be replaced
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            else:
+            else:  # of a link the link alone: what it leads to is not ours
                 path.unlink(missing_ok=True)
         write_json(self.run, {"format": FORMAT, "config": dataclasses.asdict(config)})
 
@@ -119,6 +120,15 @@ def _lock(file: Any, path: Path) -> None:
         raise RuntimeError(f"another process is training in {path} now: wait for it, or give another folder.") from None
     except OSError:  # a file system without locks
         return
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is one that a run was written to."""
+    try:
+        _read_run(RunFolder(path).run)
+    except RuntimeError:
+        return False
+    return True
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -61,8 +62,8 @@ def run(
     console: a rich.console.Console to report to; None reports nothing. on_step: called after each step with
     its line of the log (and after its checkpoint, if one was due).
 
-    SIGINT and SIGTERM end the run after the step under way, with a checkpoint; a streamed one after the tile under way,
-    with a checkpoint of the steps before. PyTorch's global random state is as before when this returns.
+    SIGINT, SIGTERM and SIGHUP end the run after the step under way, with a checkpoint; a streamed one after the tile
+    under way, with a checkpoint of the steps before. PyTorch's global random state is as before when this returns.
 
     Raises ValueError for settings, data or a folder that can't be used, and RuntimeError for a damaged
     checkpoint, a missing extra, a loss that is not finite, a GPU out of memory; the first three before
@@ -72,7 +73,7 @@ def run(
     config = config.resolved()
     folder = RunFolder(Path(config.out))
     folder.check(config)
-    corpus = load_corpus(config.data, config.seq_len, config.tokenizer, config.vocab_size)
+    corpus = load_corpus(config.data, config.seq_len, config.tokenizer, config.vocab_size, config.out)
     start_of(corpus, config.prompt)  # so that a bad prompt fails now, not after the training
     progress = progress_for(console, corpus.unit, config.log_every)
     device = torch.device(config.device)
@@ -306,7 +307,7 @@ def _memory_rows(trainer: Trainer, memory: StepMemory) -> list[tuple[str, str]]:
 
 def _report_stop(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
     progress.note(f"Stopped after step {trainer.done} of {trainer.config.steps}. Nothing is lost. To go on:")
-    progress.note(f"  pyckpt train --resume --out {folder.path}")
+    progress.command(f"  pyckpt train --resume --out {shlex.quote(str(folder.path))}")
 
 
 def _report(result: TrainResult, trainer: Trainer, folder: RunFolder, progress: Progress) -> None:

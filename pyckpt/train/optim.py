@@ -57,16 +57,17 @@ class Optimizer:
     def step(self, number: int) -> tuple[float, float]:
         """Take optimiser step `number` (the first is 1) and drop the gradients.
 
-        Gives (learning rate, gradient norm before clipping).
+        Gives (learning rate, gradient norm before clipping). The weights stay as they are where it is not finite.
         """
         rate = learning_rate(self.config, number)
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip or math.inf)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
+        norm = float(nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip or math.inf))
+        if math.isfinite(norm):
+            for group in self.adam.param_groups:
+                group["lr"] = rate
+            self.adam.step()
+            self._publish()
         self.zero_grad()
-        self._publish()
-        return rate, float(norm)
+        return rate, norm
 
     def zero_grad(self) -> None:
         for tensor in (*self.weights.values(), *self.parameters.values()):

@@ -29,7 +29,7 @@ def loss_curve(
         axes.plot(*zip(*validation, strict=True), "o--", color="#d1495b", linewidth=1.0, markersize=6, label=final)
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss (nats per {unit})")
-    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_title(title, fontsize=11, loc="left", parse_math=False)  # a path may have two $ in it
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from pyckpt.measure import format_bytes
@@ -36,6 +39,9 @@ class Progress:
 
     def note(self, text: str = "") -> None:
         """A line of text."""
+
+    def command(self, text: str) -> None:
+        """A line to be copied: in one piece, however long."""
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """Rows of (what, text), aligned."""
@@ -70,8 +76,22 @@ class _Console(Progress):
         super().__init__(unit)
         self.console = console
 
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Where nobody reads any more (`| head`, a terminal that was closed), training goes on, untold."""
+        try:
+            yield
+        except (OSError, SystemExit):  # rich makes SystemExit of a closed pipe
+            self.console.quiet = True
+            _discard(self.console.file)
+
     def note(self, text: str = "") -> None:
-        self.console.print(text, markup=False, highlight=False)
+        with self._telling():
+            self.console.print(text, markup=False, highlight=False)
+
+    def command(self, text: str) -> None:
+        with self._telling():
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         from rich.table import Table
@@ -80,14 +100,16 @@ class _Console(Progress):
         grid = Table.grid(padding=(0, 2))
         for what, text in rows:
             grid.add_row(Text(what, style="bold"), Text(text, overflow="fold"))
-        self.console.print(grid)
+        with self._telling():
+            self.console.print(grid)
 
     def quote(self, title: str, text: str) -> None:
         from rich.text import Text
 
-        self.console.rule(Text(title), align="left", style="dim")
-        self.console.print(Text(text))
-        self.console.rule(style="dim")
+        with self._telling():
+            self.console.rule(Text(title), align="left", style="dim")
+            self.console.print(Text(text))
+            self.console.rule(style="dim")
 
 
 class Lines(_Console):
@@ -149,7 +171,8 @@ class Bar(_Console):
 
     def start(self, done: int, total: int) -> None:
         self._task = self._bar.add_task("starting", total=total, completed=done)
-        self._bar.start()
+        with self._telling():
+            self._bar.start()
 
     def step(self, record: dict[str, Any], memory: tuple[str, int]) -> None:
         super().step(record, memory)
@@ -162,7 +185,17 @@ class Bar(_Console):
             self._bar.update(self._task, description=f"{what}: block {block}, tile {tile}")
 
     def stop(self) -> None:
-        self._bar.stop()
+        with self._telling():
+            self._bar.stop()
+
+
+def _discard(file: Any) -> None:
+    """Send what stdout or stderr still holds nowhere: Python's own flush at the exit would fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not every file has a number
+        if file.fileno() in (1, 2):  # other files are not ours to turn off
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, file.fileno())
+            os.close(null)
 
 
 def progress_for(console: Any, unit: str, every: int) -> Progress:

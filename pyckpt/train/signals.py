@@ -11,8 +11,8 @@ from typing import Any
 
 
 class StopRequest:
-    """Inside the `with` block, the first SIGINT or SIGTERM only sets `signal`; a second SIGINT interrupts as
-    usual.
+    """Inside the `with` block, the first SIGINT, SIGTERM or SIGHUP only sets `signal`; a second SIGINT interrupts as
+    usual. SIGHUP (the terminal was closed) stays ignored where it is, as under nohup.
 
     A step that is under way is thus finished and a checkpoint written. Outside the main thread, where Python
     allows no handlers, signals work as they did.
@@ -28,7 +28,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _handled():
                 self._previous[number] = signal.signal(number, self._on_signal)
             # Handlers run in the main thread's Python, which waits in autograd's C++ while another thread runs a GPU's
             # backward. What arrives is written here at once.
@@ -58,4 +58,14 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        os.write(2, self._message)  # not print: the signal may have come in the middle of one
+        # Ctrl-C reaches all of a pipeline: who read our stderr may be gone.
+        with contextlib.suppress(OSError):
+            os.write(2, self._message)  # not print: the signal may have come in the middle of one
+
+
+def _handled() -> list[int]:
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
+        numbers.append(hang_up)
+    return numbers

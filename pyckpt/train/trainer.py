@@ -109,7 +109,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the validation sequences, nats per token; noted in the history."""
+        """Mean loss over the validation sequences, nats per token; noted in the history.
+
+        Raises RuntimeError when it is not finite.
+        """
         self.model.eval()
         total, rows = 0.0, 0
         for batch in self._validation:
@@ -117,6 +120,8 @@ class Trainer:
             rows += len(batch)
         self.model.train()
         loss = total / rows
+        if not math.isfinite(loss):  # before a checkpoint of such weights takes the place of a good one
+            raise _diverged("validation loss", loss, self.done)
         self.history.validation.append((self.done, loss))
         return loss
 
