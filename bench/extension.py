@@ -1,13 +1,22 @@
-"""The CUDA C++ extension on a machine with a GPU: built for that GPU, and its tests under compute-sanitizer."""
+"""The CUDA C++ extension on a machine with a GPU: built for that GPU, and its tests under compute-sanitizer.
+
+And how `make gpu` starts and ends a process: in a session of its own, so that all it started ends with it, and with a
+limit to every wait, as a process that is stuck in the driver does not end when it is killed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +25,7 @@ import torch
 from bench import common
 
 TESTS = "tests/test_cuda_kernels.py"
+ON_THE_DEVICE = f"{TESTS}::TestOnTheDevice"
 NO_NVCC = "no nvcc"
 TOOLS = ("memcheck", "racecheck")
 # Every kernel with few values: under these tools a kernel takes up to a hundred times as long.
@@ -23,6 +33,7 @@ _FEW = (
     "TestBadInput or 9-520 or 13-5120 or 11-33 or TestActivations or TestRope or TestDropout or TestAttention or 2048"
 )
 _FOUND = 9  # the exit status that the tools are asked for
+PATIENCE = 5.0  # seconds for a killed process to end
 
 
 def builder() -> ModuleType:
@@ -42,13 +53,12 @@ def build(seconds: float) -> dict[str, Any]:
     arch = ".".join(map(str, torch.cuda.get_device_capability()))
     start = time.monotonic()
     command = [sys.executable, "csrc/build.py", "--arch", arch]
-    try:
-        done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"built": False, "reason": f"not built within {seconds:.0f} s"}
+    status, _, errors = run(command, seconds)
     said = {"seconds": time.monotonic() - start, "arch": arch}
-    if done.returncode:
-        return {"built": False, "reason": done.stderr[-2000:], **said}
+    if status is None:
+        return {"built": False, "reason": f"not built within {seconds:.0f} s", **said}
+    if status:
+        return {"built": False, "reason": errors[-2000:] or f"exit status {status}", **said}
     return {"built": True, **said}
 
 
@@ -68,12 +78,85 @@ def sanitize(seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tool in TOOLS:
         command = [program, "--tool", tool, "--error-exitcode", str(_FOUND), "--target-processes", "all", *test]
-        try:
-            done = subprocess.run(
-                command, cwd=common.ROOT, env=env, capture_output=True, text=True, timeout=seconds / len(TOOLS)
-            )
-        except subprocess.TimeoutExpired:
+        status, said, _ = run(command, seconds / len(TOOLS), env)
+        if status is None:
             found[tool] = f"not ended within {seconds / len(TOOLS):.0f} s"
-            continue
-        found[tool] = "clean" if done.returncode == 0 else f"exit status {done.returncode}: {done.stdout[-2000:]}"
+        else:
+            found[tool] = "clean" if status == 0 else f"exit status {status}: {said[-2000:]}"
     return found
+
+
+# --- processes that end, with all that they started ---------------------------------------------------------
+
+
+class StoppedError(RuntimeError):
+    """Nothing more is started: this script is ending."""
+
+
+_running: set[subprocess.Popen[bytes]] = set()
+_lock = threading.RLock()
+_stopped = threading.Event()
+
+
+def start(
+    command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None, **files: Any
+) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, for `end`."""
+    with _lock:
+        if _stopped.is_set():
+            raise StoppedError("this script is ending")
+        process = subprocess.Popen(command, cwd=cwd or common.ROOT, env=env, start_new_session=True, **files)
+        _running.add(process)
+    return process
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill it and all that it started, which may still be there when it has ended; wait no longer than `PATIENCE`."""
+    _kill(process)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+    with _lock:
+        _running.discard(process)
+
+
+def end_all() -> None:
+    """End every process, and start no more until `begin`."""
+    with _lock:
+        _stopped.set()
+        processes = list(_running)
+    for process in processes:
+        _kill(process)
+    until = time.monotonic() + PATIENCE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+
+
+def begin() -> None:
+    """Processes may be started (again)."""
+    _stopped.clear()
+
+
+def run(command: list[str], seconds: float, env: dict[str, str] | None = None) -> tuple[int | None, str, str]:
+    """Exit status (None: it took longer than that and was ended), output and errors.
+
+    By files, as what outlives the process would keep a pipe open.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        process = start(command, env, stdout=out, stderr=errors)
+        status: int | None = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(max(0.0, seconds))
+        finally:
+            end(process)
+        said = []
+        for file in (out, errors):
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+    return status, said[0], said[1]
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,7 +1,8 @@
 """The tests that need a GPU, dealt out to processes; none takes others with it when it crashes, hangs or loses the GPU.
 
 A process runs its share in order and keeps a journal (bench/journal.py). One that ends early, or whose test takes too
-long, is ended, the test counts as failed, and the rest of the share goes to a new process.
+long, is ended with all that it started, the test counts as failed, and the rest of the share goes to a new process. A
+file that cannot be collected is a failed test too. Nothing is waited for without a limit.
 """
 
 from __future__ import annotations
@@ -12,50 +13,81 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from bench import common, extension, journal
 
-# Tests whose kernels run on the GPU; they need nothing but pytest.
+# Tests whose kernels run on the GPU, in this order; they need nothing but pytest. Each is collected by itself, with the
+# options that follow it. First what no GPU has confirmed yet, after what of the extension only a GPU shows.
 TESTS = (
+    "tests/test_hopper.py",
+    "tests/test_offload.py -m gpu",
+    "tests/test_store.py -m gpu",
     "tests/test_triton_attention.py",
     "tests/test_triton_pointwise.py",
     "tests/test_fused_ops.py",
     "tests/test_fused_block.py",
     "tests/test_products.py",
     "tests/test_gpu.py",
-    "tests/test_hopper.py",  # last, until a GPU has run these kernels: one that hangs takes time from all beside it
 )
 # pyproject.toml's options name plugins that may be missing here.
 PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short")
 # Compiling the kernels is most of the tests' time, so they are dealt out to processes.
 _WORKERS = 12
 _LONGEST = 90.0  # seconds of one test, the compiling of its kernels included
+_COLLECTING = 90.0  # seconds to collect a file's
 _LOOK = 0.2
+_KEEP = 10.0  # seconds between what is kept while they run
+_NONE = 5  # pytest's exit status where it found no tests
 
 
-def run(seconds: float, dry_run: bool = False) -> dict[str, Any]:
-    """Run the GPU tests in several processes for at most this long."""
+def run(
+    seconds: float,
+    dry_run: bool = False,
+    found: dict[str, Any] | None = None,
+    keep: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Run the GPU tests in several processes for at most this long.
+
+    What is known is in `found` all the time, also when this is interrupted; `keep` is called now and then.
+    """
+    found = {} if found is None else found
     start = time.monotonic()
-    names = collect(dry_run)
+    deadline = start + seconds
+    names, broken = collect(deadline, dry_run)
     count = max(1, min(_WORKERS, os.cpu_count() or 1, len(names)))
     folder = Path(tempfile.mkdtemp())
-    shares = [Share(names[i::count], folder / f"journal_{i}.jsonl", start + seconds) for i in range(count)]
+    shares = [Share(names[i::count], folder / f"journal_{i}.jsonl", deadline) for i in range(count)]
     for share in shares:
         share.start()
-    for share in shares:
-        share.join()
+    last = deadline + 2 * extension.PATIENCE  # a share ends its process at the deadline
+    try:
+        for share in shares:
+            while share.is_alive() and time.monotonic() < last:
+                share.join(min(_KEEP, max(0.0, last - time.monotonic())))
+                found.update(_figures(names, broken, shares, start))
+                keep()
+    finally:
+        found.update(_figures(names, broken, shares, start))
+    return found
+
+
+def _figures(names: list[str], broken: dict[str, str], shares: list[Share], start: float) -> dict[str, Any]:
     ended = [line for share in shares for line in share.ended()]
     counts = Counter(line["outcome"] for line in ended)
+    counts["failed"] += len(broken)
     failed = [line for line in ended if line["outcome"] == "failed"]
     slowest = sorted(ended, key=lambda line: -line["seconds"])[:10]
     return {
         **{k: counts[k] for k in ("passed", "failed", "skipped")},
-        "collected": len(names),
+        "collected": len(names) + len(broken),
         "not_run": len(names) - len(ended),
-        "failures": {line["test"]: line["text"] for line in failed},
+        "failures": broken | {line["test"]: line["text"] for line in failed},
         "slowest": {line["test"]: line["seconds"] for line in slowest},
         "seconds": time.monotonic() - start,
     }
@@ -82,6 +114,15 @@ class Share(threading.Thread):
         self._broken: dict[str, str] = {}  # tests that never ended: why
 
     def run(self) -> None:
+        try:
+            self._run()
+        except extension.StoppedError:
+            pass
+        except Exception:
+            done = {line["test"] for line in self.ended()}
+            self._broken |= dict.fromkeys((t for t in self.names if t not in done), traceback.format_exc())
+
+    def _run(self) -> None:
         left = self.names
         while left and time.monotonic() < self.deadline:
             why = self._process(left)
@@ -89,8 +130,11 @@ class Share(threading.Thread):
             done = {line["test"] for line in self.ended()}
             under_way = [t for t in begun if t not in done]
             if why and under_way and time.monotonic() < self.deadline:
-                self._broken[under_way[-1]] = why
-                done.add(under_way[-1])
+                hung = under_way[-1]
+                self._broken[hung] = why
+                done.add(hung)
+                # Those beside it may hang as well, and would take the time of all others.
+                left = sorted(left, key=lambda t: t.split("::")[0] == hung.split("::")[0])
             elif why and not done & set(left):  # not even begun: a test file that does not import, say
                 self._broken |= dict.fromkeys(left, why)
             left = [t for t in left if t not in done and t not in self._broken] if why else []
@@ -98,22 +142,20 @@ class Share(threading.Thread):
     def ended(self) -> list[dict[str, Any]]:
         lines = [line for line in journal.read(self.path) if line["outcome"] != "begun"]
         return lines + [
-            {"test": t, "outcome": "failed", "seconds": 0.0, "text": why} for t, why in self._broken.items()
+            {"test": t, "outcome": "failed", "seconds": 0.0, "text": why} for t, why in dict(self._broken).items()
         ]
 
     def _process(self, names: list[str]) -> str | None:
         """Run these; why it ended early, if it did."""
-        env = {k: v for k, v in os.environ.items() if k not in ("PYCKPT_BACKEND", "TRITON_INTERPRET")}
-        env |= {"PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", journal.FILE: str(self.path)}
+        env = _environment() | {"OMP_NUM_THREADS": "1", journal.FILE: str(self.path)}
         command = [sys.executable, *PYTEST, "-p", "bench.journal", *names]
         log = self.path.with_suffix(".txt")
         with log.open("w") as out:
-            process = subprocess.Popen(command, cwd=common.ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+            process = extension.start(command, env, stdout=out, stderr=subprocess.STDOUT)
         try:
             return self._watch(process) or _why(process.returncode, log)
         finally:
-            process.kill()
-            process.wait()
+            extension.end(process)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> str | None:
         changed, size = time.monotonic(), -1
@@ -131,23 +173,32 @@ class Share(threading.Thread):
 
 def _why(status: int | None, log: Path) -> str | None:
     """Why a process of pytest ended with that status; None where all its tests ran."""
-    return None if status in (0, 1) else f"exit status {status}: {log.read_text()[-1500:]}"
+    return None if status in (0, 1) else f"exit status {status}: {log.read_text(errors='replace')[-1500:]}"
 
 
-def _path() -> str:
+def _environment() -> dict[str, str]:
     """The source tree first, before what the caller has."""
-    return os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
+    env = {k: v for k, v in os.environ.items() if k not in ("PYCKPT_BACKEND", "TRITON_INTERPRET")}
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))}
 
 
-def collect(dry_run: bool) -> list[str]:
-    """The tests' names."""
-    command = [sys.executable, *PYTEST, "--collect-only", *(("-k", "TestBadInput") if dry_run else ()), *TESTS]
+def collect(deadline: float, dry_run: bool) -> tuple[list[str], dict[str, str]]:
+    """The tests' names, and why files could not be collected."""
+    wanted = [*TESTS]
     if not dry_run and extension.is_there():
-        command.append(extension.TESTS)
-    done = subprocess.run(
-        command, cwd=common.ROOT, env={**os.environ, "PYTHONPATH": _path()}, capture_output=True, text=True
-    )
-    names = [line for line in done.stdout.splitlines() if "::" in line and " " not in line.split("[", 1)[0]]
-    if not names:
-        raise RuntimeError(f"pytest found no tests:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return names
+        wanted = [extension.ON_THE_DEVICE, *TESTS, extension.TESTS]
+    with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+        found = list(pool.map(lambda file: _collect(file, deadline, dry_run), wanted))
+    names = list(dict.fromkeys(name for names, _ in found for name in names))
+    return names, {file: why for file, (_, why) in zip(wanted, found, strict=True) if why}
+
+
+def _collect(file: str, deadline: float, dry_run: bool) -> tuple[list[str], str | None]:
+    command = [sys.executable, *PYTEST, "--collect-only", *(("-k", "TestBadInput") if dry_run else ()), *file.split()]
+    seconds = min(_COLLECTING, max(0.0, deadline - time.monotonic()))
+    status, said, errors = extension.run(command, seconds, _environment())
+    names = [line for line in said.splitlines() if "::" in line and " " not in line.split("[", 1)[0]]
+    if status == 0 or (status == _NONE and dry_run):
+        return names, None
+    why = f"not collected within {seconds:.0f} s" if status is None else f"not collected: exit status {status}"
+    return names, f"{said[-4000:]}{errors[-2000:]}\n{why}"

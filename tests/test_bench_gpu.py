@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +19,7 @@ from pyckpt.triton_kernels import tuning
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_tests, hopper, journal, own_model, stream_gpu  # noqa: E402
+from bench import common, extension, gpu, gpu_tests, hopper, journal, own_model, stream_gpu  # noqa: E402
 
 # --- tests that take their process with them --------------------------------------------------------------------
 
@@ -93,8 +97,9 @@ def test_b(): pass
     assert set(failures) == {"test_a", "test_b"}
 
 
-def test_tests_that_found_no_time_are_counted_and_fail_the_run(fake):
-    found, failures = fake("def test_a(): pass\ndef test_b(): pass\n", seconds=0.0)
+def test_tests_that_found_no_time_are_counted_and_fail_the_run(fake, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "collect", lambda deadline, dry_run: (["f.py::test_a", "f.py::test_b"], {}))
+    found, failures = fake("", seconds=0.0)
     assert (found["passed"], found["not_run"], failures) == (0, 2, {})
     assert gpu_tests.show(found)
 
@@ -109,6 +114,424 @@ def test_a_journal_cut_off_in_a_line_is_read_up_to_it(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"test": "a", "outcome": "begun"}\n{"test": "a", "outc')
     assert [line["test"] for line in journal.read(path)] == ["a"]
+
+
+# --- files that cannot be collected, processes that do not end --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("import no_such_module_here", "No module named 'no_such_module_here'"),
+        ("import os; os.abort()", "exit status -6"),
+        ("x = 1", "exit status 5"),
+    ],
+    ids=["import", "crash", "empty"],
+)
+def test_a_file_that_cannot_be_collected_is_a_failure_and_the_others_run(
+    fake, monkeypatch, tmp_path, capsys, source, why
+):
+    (tmp_path / "broken_tests.py").write_text(source)
+    monkeypatch.setattr(gpu_tests, "TESTS", ("broken_tests.py", "fake_gpu_tests.py"))
+    (tmp_path / "fake_gpu_tests.py").write_text("def test_a(): pass\n")
+    found = gpu_tests.run(300.0)
+    assert (found["passed"], found["failed"], found["collected"], found["not_run"]) == (1, 1, 2, 0)
+    assert list(found["failures"]) == ["broken_tests.py"]
+    assert why in found["failures"]["broken_tests.py"]
+    assert gpu_tests.show(found)
+    assert "FAILED broken_tests.py" in capsys.readouterr().out
+
+
+def test_options_after_a_file_choose_its_tests(fake, monkeypatch, tmp_path):
+    source = "import pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): pass\n"
+    monkeypatch.setattr(gpu_tests, "TESTS", ("fake_gpu_tests.py -m gpu",))
+    (tmp_path / "fake_gpu_tests.py").write_text(source)
+    assert gpu_tests.collect(time.monotonic() + 60, False) == (["fake_gpu_tests.py::test_a"], {})
+
+
+def test_what_a_gpu_has_to_confirm_is_first(monkeypatch):
+    """And what is collected twice runs once."""
+
+    def run(command, seconds, env):
+        file = next(c for c in command if c.startswith("tests/"))
+        names = [f"{file}::test"]
+        if file.startswith(extension.TESTS):
+            names = [f"{extension.ON_THE_DEVICE}::test", *([f"{file}::test"] if file == extension.TESTS else [])]
+        return 0, "\n".join(names), ""
+
+    monkeypatch.setattr(extension, "run", run)
+    monkeypatch.setattr(extension, "is_there", lambda: True)
+    names, broken = gpu_tests.collect(time.monotonic() + 60, False)
+    assert not broken
+    assert names[:4] == [
+        "tests/test_cuda_kernels.py::TestOnTheDevice::test",
+        "tests/test_hopper.py::test",
+        "tests/test_offload.py::test",
+        "tests/test_store.py::test",
+    ]
+    assert len(names) == len(set(names)) == len(gpu_tests.TESTS) + 2 and names[-1] == "tests/test_cuda_kernels.py::test"
+    monkeypatch.setattr(extension, "is_there", lambda: False)
+    assert not any("cuda" in name for name in gpu_tests.collect(time.monotonic() + 60, False)[0])
+
+
+def test_the_files_named_are_there():
+    for file in (*gpu_tests.TESTS, extension.TESTS):
+        assert (ROOT / file.split()[0]).exists()
+    for file in (f for f in gpu_tests.TESTS if f.endswith("-m gpu")):
+        assert "@pytest.mark.gpu" in (ROOT / file.split()[0]).read_text()
+    assert "class TestOnTheDevice:" in (ROOT / extension.TESTS).read_text()
+
+
+# Leaves a process behind that holds the output, and waits as well where it is told to.
+CHILD = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open("child.txt.tmp", "w").write(str(child.pid))
+os.replace("child.txt.tmp", "child.txt")
+"""
+
+
+def _is_there(path):
+    """Whether that process still is; one that nobody has waited for yet is not."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{int(path.read_text())}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state in "ZX":
+            return False
+        time.sleep(0.1)
+    os.kill(int(path.read_text()), signal.SIGKILL)
+    return True
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+@pytest.mark.slow
+@linux
+def test_a_file_that_hangs_is_not_waited_for_nor_what_it_started(fake, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_tests, "_COLLECTING", 8.0)
+    start = time.monotonic()
+    _, failures = gpu_tests_of(fake, tmp_path, CHILD + "time.sleep(600)\n")
+    assert "not collected within 8 s" in failures["fake_gpu_tests.py"]
+    assert time.monotonic() - start < 60
+    assert not _is_there(tmp_path / "child.txt")
+
+
+def test_collecting_ends_with_the_time(fake, tmp_path):
+    found, failures = gpu_tests_of(fake, tmp_path, "import time; time.sleep(600)\n", seconds=2.0)
+    assert "not collected within 2 s" in failures["fake_gpu_tests.py"]
+    assert found["seconds"] < 30
+
+
+def gpu_tests_of(fake, tmp_path, source, seconds=300.0):
+    (tmp_path / "fake_gpu_tests.py").write_text(source)
+    found = gpu_tests.run(seconds)
+    return found, found["failures"]
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "ends"])
+def test_what_a_test_started_ends_with_its_process(fake, monkeypatch, tmp_path, hangs):
+    body = "    " + CHILD.strip().replace("\n", "\n    ") + ("\n    time.sleep(600)" if hangs else "")
+    _, failures = fake(f"def test_a():\n{body}\n")
+    assert set(failures) == ({"test_a"} if hangs else set())
+    assert not _is_there(tmp_path / "child.txt")
+
+
+@linux
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "ends"])
+@pytest.mark.parametrize("way", ["command", "benchmark"])
+def test_what_a_command_started_ends_with_it(monkeypatch, tmp_path, way, hangs):
+    """The extension's build and its tests under compute-sanitizer; a benchmark."""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "bench").mkdir()
+    code = CHILD + "print('said', flush=True)\n" + ("time.sleep(600)\n" if hangs else "sys.exit(3)\n")
+    (tmp_path / "bench" / "fake.py").write_text(code)
+    start = time.monotonic()
+    if way == "command":
+        status, said, errors = extension.run([sys.executable, "bench/fake.py"], 8.0 if hangs else 60.0)
+        assert (status, said, errors) == (None if hangs else 3, "said\n", "")
+    else:
+        found = gpu.run_script("fake", (), 1.0, 8.0 if hangs else 60.0, tmp_path / "fake.json")
+        assert ("unfinished" in found, found.get("broke")) == (hangs, None if hangs else "exit status 3")
+    assert time.monotonic() - start < 40
+    assert not _is_there(tmp_path / "child.txt")
+
+
+@pytest.mark.parametrize("tool", ["nvcc", "compute-sanitizer"])
+def test_the_extensions_commands_say_when_they_took_too_long(monkeypatch, tmp_path, tool):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nsleep 600\n")
+    program.chmod(0o755)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "build.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(extension.shutil, "which", lambda name: str(program))
+    start = time.monotonic()
+    if tool == "nvcc":
+        assert extension.build(1.0)["reason"] == "not built within 1 s"
+    else:
+        assert extension.sanitize(2.0) == dict.fromkeys(extension.TOOLS, "not ended within 1 s")
+    assert time.monotonic() - start < 30
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """No process ends when it is killed, as one in the driver."""
+    kill, started = extension._kill, []
+    monkeypatch.setattr(extension, "_kill", started.append)
+    monkeypatch.setattr(extension, "PATIENCE", 0.5)
+    yield
+    for process in started:
+        kill(process)
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_be_killed_is_left(stuck, fake, tmp_path, monkeypatch):
+    start = time.monotonic()
+    sleep = [sys.executable, "-c", "import time; time.sleep(120)"]
+    assert extension.run(sleep, 0.5)[0] is None
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "fake.py").write_text("import time; time.sleep(120)")
+    assert "unfinished" in gpu.run_script("fake", (), 1.0, 1.0, tmp_path / "fake.json")
+    found, failures = fake("import time\ndef test_a(): time.sleep(120)\ndef test_b(): pass\n")
+    assert set(failures) == {"test_a"} and found["passed"] == 1
+    extension.end_all()
+    extension.begin()
+    assert time.monotonic() - start < 100
+
+
+def test_a_share_that_does_not_end_is_left(fake, monkeypatch):
+    monkeypatch.setattr(extension, "PATIENCE", 0.5)
+    monkeypatch.setattr(gpu_tests.Share, "run", lambda self: time.sleep(120))
+    monkeypatch.setattr(gpu_tests, "collect", lambda deadline, dry_run: (["f.py::test_a"], {}))
+    start = time.monotonic()
+    found, _ = fake("", seconds=1.0)
+    assert time.monotonic() - start < 60
+    assert found["not_run"] == 1
+
+
+@pytest.mark.slow
+def test_after_a_hang_the_other_files_are_first(fake, monkeypatch, tmp_path):
+    """One that hangs may have others beside it that do."""
+    monkeypatch.setattr(gpu_tests, "TESTS", ("fake_gpu_tests.py", "other_tests.py"))
+    note = "import time\ndef note(name): open('order.txt', 'a').write(name)\n"
+    (tmp_path / "other_tests.py").write_text(note + "def test_c(): note('c')\n")
+    _, failures = fake(note + "def test_a(): note('a'); time.sleep(600)\ndef test_b(): note('b')\n")
+    assert set(failures) == {"test_a"}
+    assert (tmp_path / "order.txt").read_text() == "acb"
+
+
+def test_a_share_that_breaks_fails_its_tests(fake, monkeypatch):
+    def process(self, names):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(gpu_tests.Share, "_process", process)
+    _, failures = fake("def test_a(): pass\ndef test_b(): pass\n")
+    assert set(failures) == {"test_a", "test_b"} and "no space left" in failures["test_a"]
+
+
+# --- the script: results are left, whatever happens -------------------------------------------------------------
+
+
+@pytest.fixture
+def out(monkeypatch, tmp_path):
+    """Where results are handed to."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    monkeypatch.setenv("OUT", str(folder))
+    monkeypatch.setattr(common, "stamp", lambda device: {"device": "none", "commit": "none"})
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    return folder
+
+
+ALL_WELL = {"passed": 1, "failed": 0, "skipped": 0, "collected": 1, "not_run": 0, "failures": {}, "seconds": 1.0}
+PARTS = ("--dry-run", "--only", "tests", "norm", "mlp")
+FILE = "gpu_cpu_tests_norm_mlp.json"
+
+
+def _left(folder):
+    return json.loads((folder / FILE).read_text())
+
+
+@pytest.mark.parametrize("part", ["tests", "norm", "none"])
+def test_a_part_that_raises_is_noted_and_the_next_ones_run(monkeypatch, out, capsys, part):
+    def tests(seconds, dry_run, found, keep):
+        if part == "tests":
+            raise RuntimeError("nothing was collected")
+        found |= ALL_WELL
+
+    def benchmark(name, budget, left, folder, device, found):
+        if part == name:
+            raise RuntimeError("no such benchmark")
+        found |= {"rows": [name]}
+
+    monkeypatch.setattr(gpu, "_ours_failed", lambda found: False)
+    monkeypatch.setattr(gpu_tests, "run", tests)
+    monkeypatch.setattr(gpu, "run_benchmark", benchmark)
+    assert gpu.main([*PARTS]) == (part != "none")
+    left = _left(out)
+    assert [name for name in ("tests", "norm", "mlp") if "broke" in left[name]] == ([part] if part != "none" else [])
+    assert left["mlp"]["rows"] == ["mlp"]
+    if part != "none":
+        assert "RuntimeError" in left[part]["broke"] and "RuntimeError" in capsys.readouterr().out
+
+
+def test_results_are_handed_over_after_every_part(monkeypatch, out):
+    there = []
+
+    def look():
+        there.append([k for k in ("tests", "norm", "mlp") if (out / FILE).exists() and _left(out).get(k)])
+
+    def tests(seconds, dry_run, found, keep):
+        found |= ALL_WELL
+        keep()  # while they run
+        look()
+
+    def benchmark(name, budget, left, folder, device, found):
+        look()
+        found |= {"rows": [name]}
+
+    monkeypatch.setattr(gpu, "_ours_failed", lambda found: False)
+    monkeypatch.setattr(gpu_tests, "run", tests)
+    monkeypatch.setattr(gpu, "run_benchmark", benchmark)
+    assert gpu.main([*PARTS]) == 0
+    assert there == [["tests"], ["tests"], ["tests", "norm"]]
+    assert [path.name for path in out.iterdir()] == [FILE]
+
+
+@pytest.mark.slow
+def test_what_is_known_is_kept_while_tests_run(fake, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "_KEEP", 0.1)
+    kept, found = [], {}
+    monkeypatch.setattr(gpu_tests, "run", lambda *a, run=gpu_tests.run: run(*a, found=found, keep=keep))
+
+    def keep():
+        kept.append(found["passed"])
+
+    fake("import time\ndef test_a(): pass\ndef test_b(): time.sleep(2)\n")
+    assert {0, 1, 2} >= set(kept) >= {1} and found["passed"] == 2
+
+
+def test_a_copy_that_fails_leaves_the_one_before_and_breaks_nothing(monkeypatch, out):
+    def copy(path, to):
+        (Path(to) / path.name if Path(to).is_dir() else Path(to)).write_text("{half")
+        raise OSError("no space left on device")
+
+    (out / FILE).write_text('{"before": true}')
+    monkeypatch.setattr(gpu_tests, "run", lambda seconds, dry_run, found, keep: found.update(ALL_WELL))
+    monkeypatch.setattr(gpu, "run_benchmark", lambda *a: a[-1].update(rows=[]))
+    monkeypatch.setattr(gpu.shutil, "copy", copy)
+    assert gpu.main([*PARTS]) == 1
+    assert _left(out) == {"before": True}
+
+
+def test_a_result_that_is_no_json_breaks_its_benchmark_alone(monkeypatch, tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "fake.py").write_text("import sys; open(sys.argv[-1], 'w').write('{')")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    found = gpu.run_script("fake", (), 60.0, 60.0, tmp_path / "fake.json")
+    assert found["rows"] == [] and "no JSON" in found["broke"]
+
+
+# bench/gpu.py with other tests and benchmarks, in `sys.argv[1]`.
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from bench import common, extension, gpu, gpu_tests
+common.ROOT = gpu.ROOT = Path(sys.argv[1])
+common.stamp = lambda device: {"device": "none", "commit": "none"}
+gpu_tests.TESTS = ("fake_gpu_tests.py",)
+"""
+
+
+def _script(tmp_path, code, *arguments):
+    """That script, and where it hands results to."""
+    out = tmp_path / "out"
+    out.mkdir()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", SCRIPT + code, str(tmp_path), "--dry-run", *arguments]
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL), out
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("part", ["tests", "norm"])
+def test_a_signal_ends_every_process_and_leaves_what_was_found(tmp_path, part, number):
+    hang = "    " + CHILD.strip().replace("\n", "\n    ") + "\n    time.sleep(600)\n"
+    (tmp_path / "fake_gpu_tests.py").write_text(
+        f"class TestBadInput:\n  def test_a(self): pass\n  def test_b(self):\n{hang}"
+    )
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "norm.py").write_text(
+        f"import sys\nopen(sys.argv[-1], 'w').write('{{\"rows\": [1]}}')\ndef run():\n{hang}\nrun()"
+    )
+    code = "gpu_tests._WORKERS = 1\nsys.exit(gpu.main(sys.argv[2:]))\n"
+    process, out = _script(tmp_path, code, "--only", part)
+    try:
+        until = time.monotonic() + 90
+        while not (tmp_path / "child.txt").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    finally:
+        process.kill()
+        process.wait(30)
+    assert not _is_there(tmp_path / "child.txt")
+    left = json.loads((out / f"gpu_cpu_{part}.json").read_text())
+    assert left["unfinished"] == f"signal {int(number)}"
+    if part == "tests":
+        assert (left["tests"]["passed"], left["tests"]["collected"]) == (1, 2)
+    else:
+        assert left["norm"] == {"rows": [1], "unfinished": f"signal {int(number)}"}
+        assert json.loads((out / "norm_cpu.json").read_text())["rows"] == [1]
+
+
+def test_a_signal_that_was_ignored_still_is(monkeypatch):
+    """As nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with gpu._signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_script_ends_whatever_it_waits_for(tmp_path):
+    code = (
+        "gpu._OVER = 1.0\ngpu_tests.run = lambda *a: (a[2].update(passed=3), time.sleep(600))\n"
+        "sys.exit(gpu.main(sys.argv[2:]))\n"
+    )
+    process, out = _script(tmp_path, code, "--only", "tests", "--minutes", "0.02")
+    try:
+        assert process.wait(90) == 1
+    finally:
+        process.kill()
+        process.wait(30)
+    left = json.loads((out / "gpu_cpu_tests.json").read_text())
+    assert left["tests"] == {"passed": 3} and "had not ended" in left["unfinished"]
+
+
+def test_nothing_is_started_once_all_was_ended(tmp_path, monkeypatch):
+    extension.end_all()
+    try:
+        with pytest.raises(extension.StoppedError):
+            extension.start([sys.executable, "-c", ""])
+    finally:
+        extension.begin()
+    assert extension.run([sys.executable, "-c", "print(3)"], 60.0)[:2] == (0, "3\n")
 
 
 # --- a trace's arithmetic ---------------------------------------------------------------------------------------

@@ -31,7 +31,12 @@ SIZES = {"n_kv_heads": 2, "d_ff": 72}
 WAYS = [
     ("cpu", "file"),
     pytest.param(
-        "cuda", "host", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+        "cuda",
+        "host",
+        marks=(
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU"),
+        ),
     ),
 ]
 
