@@ -412,7 +412,7 @@ def run_blocks(
 
 def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
     """Raise ValueError where matrices of the block are on another device than x, or of another dtype."""
-    one_dtype = compute == x.dtype and not autocasts(x)
+    one_dtype = compute == x.dtype and not autocasts(x.device.type, x.dtype)
     for name, w in weights.items():
         if w.dim() == 2 and not block.mixes_dtypes(name):
             errors.check_matches(x, w, name, one_dtype)
@@ -437,7 +437,7 @@ def draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
 def compute_dtype(x: Any) -> torch.dtype:
     """The dtype of products and attention: x's own, or autocast's where it is on."""
     errors.check_tensor("x", x)
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type, x.dtype) else x.dtype
 
 
 def _parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

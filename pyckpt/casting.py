@@ -11,7 +11,7 @@ from torch import Tensor
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, as a matrix product would take them."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not _is_on(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
@@ -26,7 +26,11 @@ _KINDS = frozenset(
 )
 
 
-def autocasts(t: Tensor) -> bool:
-    """Autocast is on for products of this tensor."""
-    kind = t.device.type
-    return kind in _KINDS and torch.is_autocast_enabled(kind) and t.dtype != torch.float64
+def autocasts(device_type: str, dtype: torch.dtype) -> bool:
+    """Autocast is on for products of such a tensor."""
+    return _is_on(device_type) and dtype != torch.float64
+
+
+def _is_on(device_type: str) -> bool:
+    """PyTorch refuses to be asked about devices that have no autocast, the meta device for one."""
+    return device_type in _KINDS and torch.is_autocast_enabled(device_type)

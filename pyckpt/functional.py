@@ -62,7 +62,7 @@ def attention(
     Raises ValueError on shapes, dtypes and options that do not fit.
     """
     errors.check_transforms("pyckpt.attention", q, k, v, sinks)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check_attention(q, k, v, packed=cu_seqlens is not None)
     _check_packed(q, k, cu_seqlens, cu_seqlens_k)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
@@ -76,11 +76,6 @@ def attention(
     starts = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     o, lse = ops.attention_fwd(q, k, v, *starts, left, right, cap, scale, *extras)
     return (o, lse) if return_lse else o
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """`autocast`, which PyTorch refuses to be asked about on the meta device."""
-    return tensors if on_meta(tensors[0]) else autocast(*tensors)
 
 
 def on_meta(*tensors: Any) -> bool:
@@ -200,7 +195,7 @@ def linear_cross_entropy(
     on shapes, dtypes and labels that do not fit.
     """
     errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
     cap = _softcap(softcap)
     weights = loss_weights(target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing)

@@ -344,7 +344,7 @@ def test_threads_copy_in_inference_mode(tmp_path):
 @pytest.mark.parametrize("name", STORES)
 def test_host_memory_is_on_the_host_whatever_the_default_device(name, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(pool, "lock", lambda t: seen.append(t.device))
+    monkeypatch.setattr(host, "lock", lambda t: seen.append(t.device))
     before = torch.get_default_device()
     torch.set_default_device("meta")
     try:

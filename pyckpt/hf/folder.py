@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pyckpt import files
+
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,25 +56,15 @@ def _locked(root: Path) -> Iterator[None]:
     The lock is on the folder itself: a file for it would stay among the checkpoint's.
     """
     try:
-        import fcntl
-    except ImportError:  # not on Windows
+        handle = os.open(root, os.O_RDONLY)
+    except OSError:  # Windows can't open folders
         yield
         return
-    handle = None
     try:
-        try:
-            handle = os.open(root, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"another process is saving to {root} now: wait for it, or give the name of another folder"
-            ) from None
-        except OSError:  # a file system without locks, or, as NFS, without locks on folders
-            pass
+        files.lock(handle, f"another process is saving to {root} now: wait for it, or give the name of another folder")
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -85,11 +77,11 @@ def _replacing(root: Path) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         for path in (*staging.rglob("*"), staging):
-            _sync(path)
+            files.sync(path)
         os.replace(staging, ready)
         (root / CONFIG).unlink(missing_ok=True)
         counts = True
-        _sync(root)
+        files.sync(root)
         _install(root)
     except OSError as error:
         raise RuntimeError(_failure(root, counts, error)) from error
@@ -173,7 +165,7 @@ def _install(root: Path) -> None:
     _move_up(new, root, [name for name in others if name != CONFIG])
     _move_up(new, root, [CONFIG])
     shutil.rmtree(new, ignore_errors=True)
-    _sync(root)
+    files.sync(root)
 
 
 def _move_up(new: Path, root: Path, names: list[str]) -> None:
@@ -199,15 +191,3 @@ def _failure(root: Path, counts: bool, error: OSError) -> str:
         f"the checkpoint could not be written to {root}: {error}. What was there before is untouched: make room or "
         "choose another folder"
     )
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk itself."""
-    folder = path.is_dir()
-    # Windows can't open folders, and some network file systems can't sync them.
-    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from pyckpt.store.host import as_like, check_available, lock
+from pyckpt.store.host import LockedMemory, as_like, check_available
 from pyckpt.store.lanes import Event, Place
 
 
@@ -70,10 +69,7 @@ class HostRoom:
 
     def __init__(self, nbytes: int) -> None:
         check_available(nbytes, "keep less (save='input', segments) or place it in a file")
-        self.nbytes = nbytes
-        self._bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        if nbytes:
-            lock(self._bytes)
+        self.nbytes, self._bytes = nbytes, LockedMemory(nbytes).bytes
 
     def read(self, into: Tensor) -> None:
         into.copy_(as_like(self._bytes, into), non_blocking=True)

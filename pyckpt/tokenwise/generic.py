@@ -220,7 +220,7 @@ class GenericTokenwise:
 
 def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) -> torch.autocast:
     """The autocast under which products of x are in `dtype`: that which is on now, if it concerns x."""
-    on = dtype != x_dtype or autocasts(torch.empty(0, dtype=x_dtype, device=device))
+    on = dtype != x_dtype or autocasts(device.type, x_dtype)
     return torch.autocast(device.type, dtype, on, cache_enabled=False)
 
 

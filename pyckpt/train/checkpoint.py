@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt.files import sync
 from pyckpt.train.config import TrainConfig
-from pyckpt.train.files import sync
 
 FORMAT = "pyckpt-train-checkpoint-1"
 _FILES = ("model.safetensors", "state.pt")

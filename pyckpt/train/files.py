@@ -9,17 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk itself."""
-    folder = path.is_dir()
-    # Windows can't open folders, and some network file systems can't sync them.
-    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+from pyckpt.files import sync
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyckpt import files
 from pyckpt.train.config import TrainConfig
 from pyckpt.train.files import write_json
 
@@ -105,21 +106,8 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"out={self.path} can't be written: {error.strerror}. Give another folder.") from error
         with lock:
-            _lock(lock, self.path)
+            files.lock(lock, f"another process is training in {self.path} now: wait for it, or give another folder.")
             yield
-
-
-def _lock(file: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RuntimeError(f"another process is training in {path} now: wait for it, or give another folder.") from None
-    except OSError:  # a file system without locks
-        return
 
 
 def is_run(path: Path) -> bool:
