@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
+from pyckpt.swap.apart import apart
 from pyckpt.swap.modules import UnsupportedError, watched, what_watches
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.settings import Settings
@@ -36,6 +39,7 @@ kernels = torch.ops.pyckpt
 SINKS = "attend.sinks"  # among the weights, beside those of "pre." and "post."
 # Where a seed is derived for random numbers; attention's probabilities take site 0.
 PRE_SITE, POST_SITE = 1, 2
+_one_thread = threading.RLock()
 _QKV = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
 
 
@@ -128,23 +132,21 @@ class _Post(nn.Module):
 
 
 class SeededTokenwise(GenericTokenwise):
-    """What the modules draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it
-    again."""
+    """Modules of a layer, set in a backward as they are now.
+
+    What they draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it again.
+    """
 
     _advice = "leave the model as it is: pyckpt.unswap(model)"
 
-    _settings: Settings | None = None
-
-    def of(self, layer: nn.Module) -> SeededTokenwise:
-        """The same, which sets the layer's modules in a backward as they are now."""
-        self._settings = Settings(layer)
-        return self
+    def __init__(self, pre: nn.Module, post: nn.Module, precision: AbstractContextManager[Any]) -> None:
+        super().__init__(apart(pre), apart(post), precision)
+        self._settings = Settings(self._pre, self._post)
 
     @contextlib.contextmanager
     def _at(self, tile: Tile, site: int) -> Iterator[None]:
         """In which `pre` (or `post`) of this tile runs."""
-        settings = contextlib.nullcontext() if self._settings is None else self._settings.again()
-        with settings, _drawing(tile, site):
+        with self._settings.again(), _drawing(tile, site):
             yield
 
     def pre(self, w: Weights, tile: Tile, *tensors: Any) -> None:
@@ -170,12 +172,12 @@ class SeededTokenwise(GenericTokenwise):
 
 @contextlib.contextmanager
 def _drawing(tile: Tile, site: int) -> Iterator[None]:
-    """PyTorch's generators seeded for this tile, and afterwards as they were."""
+    """PyTorch's generators, which all threads share, seeded for this tile, and afterwards as they were."""
     if tile.seed is None:
         yield
         return
     device = tile.x.device
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+    with _one_thread, torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(philox.derive(philox.derive(tile.seed, site), tile.first))
         yield
 
@@ -257,7 +259,7 @@ class GenericMappedBlock(OwnModulesBlock):
         pre, post = self._parts
         if self.mapping.moving is not None:
             pre = _Pre(self._layer[0], self.mapping.spec_now(self._layer[0]))  # of this call, also in its backward
-        tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype)).of(self._layer[0])
+        tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype))
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 

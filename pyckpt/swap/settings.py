@@ -13,10 +13,10 @@ _NAMES = ("training", "_disable_adapters", "_active_adapter")
 
 
 class Settings:
-    """Those of the modules of a layer, at present."""
+    """Those of all modules inside these, at present."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._of = [(m, _now(m)) for m in layer.modules()]
+    def __init__(self, *parts: nn.Module) -> None:
+        self._of = [(m, _now(m)) for m in {m: None for part in parts for m in part.modules()}]
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def twin_of(
@@ -42,7 +42,7 @@ def twin_of(
     twin: nn.Module = nn.Module.__new__(kind)
     # The dicts of parameters and buffers are the module's own: what is put there is seen in both.
     twin.__dict__.update(module.__dict__)
-    twin.__dict__.update({name: OrderedDict() for name in _HOOKS}, _modules=children)
+    twin.__dict__.update({name: OrderedDict() for name in HOOKS}, _modules=children)
     twin.__dict__.pop("forward", None)
     if "gradient_checkpointing" in twin.__dict__:
         twin.__dict__["gradient_checkpointing"] = False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import attention_config, twin_of
 
@@ -42,45 +43,44 @@ class _ReachedError(BaseException):
 
 
 class Tap:
-    """Stands in for the attention function of one layer, for a batch of one."""
+    """Stands in for the attention function of one layer, for a batch of one, in several threads if need be."""
 
     def __init__(self) -> None:
-        self._taken: Taken | None = None
-        self._o: Tensor | None = None
-        self._calls = 0
+        self._now = ByThread()
 
     def take(self, forward: Callable[[], Any]) -> Taken:
         """What attention is called with when `forward` comes to it."""
         try:
             forward()
         except _ReachedError:
-            taken, self._taken = self._taken, None
-            assert taken is not None
+            taken: Taken = self._now.taken
+            del self._now.taken
             return taken
         raise UnsupportedError("its attention does not go through transformers' attention functions")
 
     def fill(self, forward: Callable[[], Any], o: Tensor) -> Any:
         """What `forward` returns where its attention gives o (t, heads, head_dim)."""
-        self._o, self._calls = o, 0
+        self._now.o, self._now.calls = o, 0
         try:
             made = forward()
+            calls = self._now.calls
         finally:
-            self._o = None
-        if self._calls != 1:
-            raise UnsupportedError(f"it calls an attention function {self._calls} times")
+            del self._now.o, self._now.calls
+        if calls != 1:
+            raise UnsupportedError(f"it calls an attention function {calls} times")
         return made
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """As transformers calls it: q, k, v (1, heads, t, head_dim) to o (1, t, heads, head_dim)."""
-        self._calls += 1
-        if self._o is not None:
-            return self._o[None], None
+        if self._now.o is not None:
+            self._now.calls += 1
+            return self._now.o[None], None
         options.pop("attention_mask", None)
         sizes = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
         q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))
-        self._taken = Taken(q, k, v, *sizes, options, module)
+        self._now.taken = Taken(q, k, v, *sizes, options, module)
         raise _ReachedError
 
 

@@ -21,10 +21,13 @@ from pyckpt.exec.plan import generic_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.save import Save
 from pyckpt.spec import Window
+from pyckpt.swap.apart import apart
+from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.generic import SINKS, OwnModulesBlock, SeededTokenwise
 from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.settings import Settings
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
 from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping, rate_at
@@ -89,9 +92,10 @@ class TracedTokenwise(SeededTokenwise):
         self.pre_names = tuple(f"pre.{n}" for n in trace.pre)
         self.post_names = tuple(f"post.{n}" for n in trace.post)
         idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
-        self._pre_twin, self._post_twin = block.twin(), block.twin(idle)
+        self._pre_twin, self._post_twin = apart(block.twin()), apart(block.twin(idle))
         unread = block.unread()
-        self._post_again_twin = block.twin(idle | unread) if unread else self._post_twin
+        self._post_again_twin = apart(block.twin(idle | unread)) if unread else self._post_twin
+        self._settings = Settings(self._pre_twin, self._post_twin, self._post_again_twin)
         self._others = [_others(t, names) for t, names in ((self._pre_twin, trace.pre), (self._post_twin, trace.post))]
         self._options: dict[str, Any] = {}
 
@@ -137,7 +141,7 @@ class TracedBlock(OwnModulesBlock):
         super().__init__(layer, mapping, save, tile)
         self.trace, self.tap = trace, Tap()
         self._configs = configs_of(layer, self.tap)
-        self._arguments: Arguments | None = None
+        self._of_call = ByThread()
 
     def twin(self, replaced: dict[str, nn.Module] | None = None) -> nn.Module:
         # Anew for each call: what was put into the layer since is in it.
@@ -151,11 +155,11 @@ class TracedBlock(OwnModulesBlock):
     @contextlib.contextmanager
     def called_with(self, given: dict[str, Any], batch: int, seq: int) -> Iterator[None]:
         """Plans made inside are for a call of the layer with these arguments."""
-        self._arguments = Arguments({n: given.get(n) for n in self.trace.arguments}, batch, seq)
+        self._of_call.arguments = Arguments({n: given.get(n) for n in self.trace.arguments}, batch, seq)
         try:
             yield
         finally:
-            self._arguments = None
+            del self._of_call.arguments
 
     @property
     def drops(self) -> bool:
@@ -179,13 +183,14 @@ class TracedBlock(OwnModulesBlock):
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         around = precision(device, x_dtype, dtype)
-        tokenwise = TracedTokenwise(self, self._handed(around), around).of(self._layer[0])
+        tokenwise = TracedTokenwise(self, self._handed(around), around)
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
     def _handed(self, around: AbstractContextManager[Any]) -> Arguments | Placed:
-        if self._arguments is not None:
-            return self._arguments
+        arguments: Arguments | None = self._of_call.arguments
+        if arguments is not None:
+            return arguments
         if self.handing is None:
             raise RuntimeError("this layer runs on what its model hands to it, and cannot be planned without a call")
         return Placed(self.handing, self.place, self.trace.arguments, around)
