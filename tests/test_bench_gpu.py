@@ -442,9 +442,10 @@ def test_a_result_that_is_no_json_breaks_its_benchmark_alone(monkeypatch, tmp_pa
     assert found["rows"] == [] and "no JSON" in found["broke"]
 
 
-# bench/gpu.py with other tests and benchmarks, in `sys.argv[1]`.
+# bench/gpu.py with other tests and benchmarks, in `sys.argv[1]`. What a shell runs in the background ignores SIGINT.
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from bench import common, extension, gpu, gpu_tests
 common.ROOT = gpu.ROOT = Path(sys.argv[1])

@@ -20,6 +20,16 @@ def is_adapted(module: nn.Module) -> bool:
     return (type(module).__module__, type(module).__name__) == _CLASS
 
 
+def inside(layer: nn.Module) -> dict[str, nn.Module]:
+    """The modules of adapters inside the layer, by path, which may come and go."""
+    found: dict[str, nn.Module] = {}
+    for path, module in layer.named_modules():
+        if is_adapted(module):
+            children = ((n, m) for n, m in module.named_children() if n != "base_layer")
+            found |= {at: m for n, child in children for at, m in child.named_modules(prefix=f"{path}.{n}")}
+    return found
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The linear layer itself, without what adapters are beside it."""
     base = module.base_layer if is_adapted(module) else module

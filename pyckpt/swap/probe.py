@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from pyckpt.exec import node
 from pyckpt.precision import exact_products
 from pyckpt.spec import BlockSpec
+from pyckpt.swap import lora
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.generic import inner
 from pyckpt.swap.handing import MASK, Arguments
@@ -31,7 +32,7 @@ from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import attention_config, mode, twin_of, untouched
 from pyckpt.swap.survey import SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
-from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise
+from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, is_around, unit_of
 from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping
 
@@ -65,7 +66,9 @@ def traced_block(
 def _mapping(layer: nn.Module, handed: Handed, trace: Trace, why: str) -> Mapping:
     # Of the spec the block reads its width alone; the trace has the rest.
     spec = BlockSpec.make(handed.width, 1, rope_theta=None, mlp="gelu")
-    return Mapping(spec, (), tuple((path, type(m)) for path, m in inner(layer)), why, complete=True)
+    adapters = lora.inside(layer)
+    kinds = tuple((path, type(m)) for path, m in inner(layer) if path not in adapters)
+    return Mapping(spec, (), kinds, why, complete=True)
 
 
 class _Probe:
@@ -147,8 +150,8 @@ class _Probe:
         called: dict[str, int | None] = {}
         with mode(self.layer, training=False), _calls(self.eager, called), torch.no_grad():
             self._layer_forward(self.x, "plain")
-        run = {_unit(path, attention) for path in called}
-        units = {_unit(name, attention): name for name in self.weights}
+        run = {unit_of(path, attention) for path in called}
+        units = {unit_of(name, attention): name for name in self.weights}
         idle = sorted(unit for unit, name in units.items() if unit not in run and unit != name)
         if idle:
             raise UnsupportedError(f"it has {', '.join(idle)}, which it does not run")
@@ -207,11 +210,11 @@ class _Probe:
     # --- which parameters and modules either part runs on ---------------------------------------------------------
 
     def _parameters(self, trace: Trace, called: dict[str, Any]) -> dict[str, Any]:
-        units = {_unit(path, trace.attention) for path in called if not _around(path, trace.attention)}
+        units = {unit_of(path, trace.attention) for path in called if not is_around(path, trace.attention)}
         idle = self._idle(trace, {u: called[u] for u in units if called.get(u)})
-        direct = {n for n in self.weights if _unit(n, trace.attention) == n}
-        pre = tuple(n for n in self.weights if n in direct or _unit(n, trace.attention) in units)
-        post = tuple(n for n in self.weights if _unit(n, trace.attention) not in dict(idle))
+        direct = {n for n in self.weights if unit_of(n, trace.attention) == n}
+        pre = tuple(n for n in self.weights if n in direct or unit_of(n, trace.attention) in units)
+        post = tuple(n for n in self.weights if unit_of(n, trace.attention) not in dict(idle))
         return {"pre": pre, "post": post, "idle": idle}
 
     def _idle(self, trace: Trace, shapes: dict[str, Any]) -> tuple[tuple[str, int], ...]:
@@ -380,19 +383,6 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     """Of the generators that are drawn from by default."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _unit(path: str, attention: str) -> str:
-    """The outermost module that holds the module or parameter at `path` and does not hold the attention."""
-    parts = path.split(".")
-    for i in range(1, len(parts) + 1):
-        if not _around(".".join(parts[:i]), attention):
-            return ".".join(parts[:i])
-    return path
-
-
-def _around(path: str, attention: str) -> bool:
-    return path in ("", attention) or attention.startswith(f"{path}.")
 
 
 def _close(a: Tensor, b: Tensor, floor: float = 0.0) -> bool:

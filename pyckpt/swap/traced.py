@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -64,6 +65,14 @@ class Trace:
     returns: int
     draws: bool
 
+    def parts(self, names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Those of the layer's parameters now that `pre` and `post` run on, of adapters that were added since too."""
+        return self._of_part(self.pre, names), self._of_part(self.post, names)
+
+    def _of_part(self, known: tuple[str, ...], names: Collection[str]) -> tuple[str, ...]:
+        units = {unit_of(n, self.attention) for n in known}
+        return tuple(n for n in names if unit_of(n, self.attention) in units)
+
     def attend(self, dropout: float) -> DenseAttend:
         return DenseAttend(
             self.n_heads,
@@ -89,14 +98,16 @@ class TracedTokenwise(SeededTokenwise):
     ) -> None:
         trace = block.trace
         self._trace, self._tap, self._arguments, self.around = trace, block.tap, arguments, precision
-        self.pre_names = tuple(f"pre.{n}" for n in trace.pre)
-        self.post_names = tuple(f"post.{n}" for n in trace.post)
+        self._pre_of, self._post_of = block.parts()
+        self.pre_names = tuple(f"pre.{n}" for n in self._pre_of)
+        self.post_names = tuple(f"post.{n}" for n in self._post_of)
         idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
         self._pre_twin, self._post_twin = apart(block.twin()), apart(block.twin(idle))
         unread = block.unread()
         self._post_again_twin = apart(block.twin(idle | unread)) if unread else self._post_twin
         self._settings = Settings(self._pre_twin, self._post_twin, self._post_again_twin)
-        self._others = [_others(t, names) for t, names in ((self._pre_twin, trace.pre), (self._post_twin, trace.post))]
+        parts = ((self._pre_twin, self._pre_of), (self._post_twin, self._post_of))
+        self._others = [_others(twin, names) for twin, names in parts]
         self._options: dict[str, Any] = {}
 
     @contextlib.contextmanager
@@ -106,12 +117,12 @@ class TracedTokenwise(SeededTokenwise):
             yield
 
     def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values = self._others[0] | {n: w[f"pre.{n}"] for n in self._trace.pre}
+        values = self._others[0] | {n: w[f"pre.{n}"] for n in self._pre_of}
         taken = self._tap.take(lambda: self._call(self._pre_twin, values, x))
         return taken.q, taken.k, taken.v
 
     def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
-        values = self._others[1] | {n: w[f"post.{n}"] for n in self._trace.post}
+        values = self._others[1] | {n: w[f"post.{n}"] for n in self._post_of}
         heads = o.unflatten(1, (self._trace.n_heads, -1))
         twin = self._post_again_twin if torch.is_grad_enabled() else self._post_twin
         made = self._tap.fill(lambda: self._call(twin, values, x), heads)
@@ -120,6 +131,20 @@ class TracedTokenwise(SeededTokenwise):
     def _call(self, twin: nn.Module, values: dict[str, Tensor], x: Tensor) -> Any:
         with self.around:
             return functional_call(twin, values, (x[None],), self._options)
+
+
+@functools.cache
+def unit_of(path: str, attention: str) -> str:
+    """The outermost module that holds the module or parameter at `path` and does not hold the attention."""
+    parts = path.split(".")
+    for i in range(1, len(parts) + 1):
+        if not is_around(".".join(parts[:i]), attention):
+            return ".".join(parts[:i])
+    return path
+
+
+def is_around(path: str, attention: str) -> bool:
+    return path in ("", attention) or attention.startswith(f"{path}.")
 
 
 def _others(twin: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -149,7 +174,8 @@ class TracedBlock(OwnModulesBlock):
 
     def unread(self) -> dict[str, nn.Module]:
         """What stands in a backward for linear layers whose outputs it does not read."""
-        found = {path: self._layer[0].get_submodule(path) for path in self.trace.unread}
+        modules = dict(self._layer[0].named_modules())
+        found = {path: modules.get(path) for path in self.trace.unread}  # an adapter's may be gone
         return {path: Unread(m) for path, m in found.items() if isinstance(m, nn.Linear) and stands_for(m)}
 
     @contextlib.contextmanager
@@ -175,9 +201,13 @@ class TracedBlock(OwnModulesBlock):
     def weights(self) -> dict[str, Tensor]:
         return self.named(dict(self._layer[0].named_parameters()))
 
+    def parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The layer's parameters that `pre` and `post` run on now."""
+        return self.trace.parts([n for n, _ in self._layer[0].named_parameters()])
+
     def named(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """The block's weights, from the layer's parameters by name."""
-        parts = (("pre", self.trace.pre), ("post", self.trace.post))
+        parts = zip(("pre", "post"), self.trace.parts(found), strict=True)
         weights = {f"{part}.{n}": found[n] for part, names in parts for n in names}
         return weights | ({SINKS: found[self.trace.sinks]} if self.trace.sinks else {})
 

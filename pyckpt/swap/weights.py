@@ -164,15 +164,21 @@ class Mapping:
                     lora.check(path, module)
                 except UnsupportedError as reason:
                     return str(reason)
-        if self.complete and (added := self._added(layer)) is not None:
-            return f"{added} has been added since it was swapped (unswap and swap again)"
+        if self.complete and (odd := self._change_beside(layer)) is not None:
+            return odd
         if self.why and lacks_parameters(layer):
             return "under FSDP1 it takes use_orig_params=True, else modules have no parameters"
         return self._change_of_numbers(layer) or self._change_of_rates(layer)
 
-    def _added(self, layer: nn.Module) -> str | None:
-        known = {path for path, _ in self.kinds}
-        return next((path for path, _ in layer.named_modules() if path and path not in known), None)
+    def _change_beside(self, layer: nn.Module) -> str | None:
+        """Of modules that it did not have: those of adapters run, if nothing watches them."""
+        known, adapters = {path for path, _ in self.kinds}, lora.inside(layer)
+        for path, module in layer.named_modules():
+            if path in adapters and watched(module):
+                return f"{path} {what_watches(module)}"
+            if path and path not in known and path not in adapters:
+                return f"{path} has been added since it was swapped (unswap and swap again)"
+        return None
 
     def _change_of_numbers(self, layer: nn.Module) -> str | None:
         """Of those of the spec that modules have too: a norm's eps, and what scales attention's scores."""
