@@ -5,9 +5,12 @@
     python bench/attention.py --tune             # times candidate tiles, and prints rows for the table
     python bench/attention.py --plot RESULT.json # draw docs/attention_<device>.png from a result
 
-Variants take turns in one process; medians of device events. FLOPs are 4 S² H D for the forward and 2.5 times that for
-the backward, half of it when causal, recomputation not counted (as FlashAttention's papers count). The ceiling is a
-matrix product of the same dtype in the same run. A variant whose result is wrong gets no time.
+Variants take turns in one process; medians of device events. Times and rates are the kernels' own: a device is kept busy
+until all launches are queued, as it is in training, and as FlashAttention's benchmarks have it by running many in a
+row. `forward_call_ms` and `backward_call_ms` begin with an idle device and count what the host takes for its launches.
+FLOPs are 4 S² H D for the forward and 2.5 times that for the backward, half of it when causal, recomputation not counted
+(as FlashAttention's papers count). The ceiling is a matrix product of the same dtype in the same run. A variant whose
+result is wrong gets no time.
 
 Needs nothing beyond torch and triton (and matplotlib to plot).
 """
@@ -47,6 +50,7 @@ SDPA = {
 FLEX = "flex"
 TOKENS = 16384
 WIDTH = 2048
+_HEAD_START = 4_000_000  # clocks, two milliseconds: what launches a backward takes half a one on a slow host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +160,13 @@ def measure(case: Case, flex: bool, device: str, repeats: int) -> list[dict[str,
         forwards[name] = lambda fn=fn: fn(*(t.detach() for t in leaves))
         backwards[name] = lambda o=o: torch.autograd.grad(o, leaves, do, retain_graph=True)
     for kind, runs, factor in (("forward", forwards, 1.0), ("backward", backwards, 2.5)):
-        times = interleaved(runs, repeats, warmup=2, device=device) if runs else {}
+        times = interleaved(runs, repeats, warmup=2, device=device, head_start=_HEAD_START) if runs else {}
+        calls = interleaved(runs, max(3, repeats // 3), warmup=0, device=device) if runs else {}
         for row in rows:
             if row["variant"] in times:
                 seconds = times[row["variant"]]
                 row[f"{kind}_ms"] = seconds.median * 1e3
+                row[f"{kind}_call_ms"] = calls[row["variant"]].median * 1e3
                 row[f"{kind}_iqr_ms"] = seconds.iqr * 1e3
                 row[f"{kind}_tflops"] = case.flops * factor / seconds.median / 1e12
     for row in rows:

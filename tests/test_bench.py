@@ -71,6 +71,7 @@ def test_attention_measures_and_plots(tmp_path):
         assert "failed" not in row
         assert row["error"] < 1e-5  # float32, against a truth in float32
         assert min(row["forward_ms"], row["backward_ms"], row["both_tflops"]) > 0
+        assert min(row["forward_call_ms"], row["backward_call_ms"]) > 0
     assert all(len(line) <= 118 for line in done.stdout.splitlines() if "%" in line)
     drawn = script(
         "-c",

@@ -22,7 +22,7 @@ from . import tuning
 from .attention_bwd import attention_bwd_kernel_delta, attention_bwd_kernel_dkdv, attention_bwd_kernel_dq
 from .attention_fwd import attention_fwd_kernel_tile
 from .rows import exact_float32, on
-from .sizes import cdiv, next_power_of_2
+from .sizes import cdiv, even_part, next_power_of_2
 from .tuning import Config, Key
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -391,9 +391,13 @@ class _Problem:
         return min(tiles, config.persistent * tuning.multiprocessors(self.device)) if config.persistent else tiles
 
     def section(self, n: int, heads: int) -> int:
-        """Rows whose n tokens of two tensors fill half the L2 cache, in multiples of the heads that share them."""
-        tokens = tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes)
-        return min(self.rows, heads * max(1, tokens))  # kernels multiply it by their tiles, in 32 bits
+        """Rows whose n tokens of two tensors fill at most half the L2 cache, in multiples of the heads that share them.
+
+        All sections are about as long: a last one of a few rows has too few tiles to keep the GPU busy to the end
+        (`bench/schedule.py`).
+        """
+        fit = tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes)
+        return heads * even_part(self.rows // self.groups, max(1, fit))  # kernels multiply it by tiles, in 32 bits
 
     def copied(self, *tensors: Tensor) -> bool:
         """Whether the copy engine may bring these (B, S, H, D): it wants multiples of 16 bytes, and no empty dim."""
