@@ -20,7 +20,7 @@ from pyckpt.exec.streamed_layers import InRun
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
-from pyckpt.tokenwise.generic import GenericTokenwise, precision
+from pyckpt.tokenwise.generic import GenericTokenwise, in_place, precision
 from pyckpt.tokenwise.parameters import parameter_shapes
 
 INIT_STD = 0.02
@@ -258,10 +258,12 @@ class CkptTransformerBlock(CheckpointedBlock):
         found = dict(_parameters(self))
         if found.keys() != self._known:
             odd = sorted(found.keys() ^ self._known)
+            advice = "Adapters and parametrizations that replace inner layers are not read by its kernels: merge them"
+            if "_flat_param" in odd:
+                advice = "FSDP1 leaves a block its parameters with use_orig_params=True alone"
             raise RuntimeError(
                 f"the parameters of this CkptTransformerBlock are not the ones it was built with: {', '.join(odd)} "
-                "added or missing. Adapters and parametrizations that replace inner layers are not read by its "
-                "kernels; merge them first"
+                f"added or missing. {advice}"
             )
         return {name: found[name] for name in self._names}
 
@@ -345,7 +347,8 @@ class CkptGenericBlock(CheckpointedBlock):
         return save
 
     def weights(self) -> dict[str, Tensor]:
-        return dict(self.named_parameters())
+        with in_place():
+            return dict(self.named_parameters())
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         from pyckpt.exec.plan import generic_plan

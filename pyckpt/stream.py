@@ -15,7 +15,7 @@ from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
-from pyckpt.exec.lm_ends import IGNORE, Ends, LossOptions, Targets, last_tokens
+from pyckpt.exec.lm_ends import IGNORE, EmbeddingOptions, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
@@ -154,6 +154,7 @@ def run_loss(
     options: dict[str, Any],
 ) -> Tensor:
     """`CkptCausalLM.loss` of checked tokens, labels and the labels' weights, streamed."""
+    _check_called(model)
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
     if hasattr(embed, "full_tensor"):  # torch.distributed's DTensor, which is not there in every build
         raise ValueError(
@@ -161,7 +162,8 @@ def run_loss(
             "torch.distributed.fsdp.register_fsdp_forward_method(model, 'loss') first, or wrap the loss in a forward"
         )
     weights: dict[str, Tensor] = {"embed": embed, **{f"norm.{n}": p for n, p in norm.named_parameters()}, "head": head}
-    ends = Ends(weights, norm_of(model.spec, "norm"), model.spec.norm_offset, loss=_loss_options(**options))
+    embedding = EmbeddingOptions(unlearned=model.model.embed_tokens.padding_idx)
+    ends = Ends(weights, norm_of(model.spec, "norm"), model.spec.norm_offset, embedding, _loss_options(**options))
     if positions is not None:
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
     layout = _layout(tokens.shape, cu_seqlens)
@@ -205,6 +207,7 @@ def run_stack(
     transformer: CkptTransformer, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, stream: Stream
 ) -> Tensor:
     """`CkptTransformer.forward`, streamed. x and y are whole: what is flat is all between them."""
+    _check_called(transformer)
     errors.check_activations(x, transformer[0].d_model, packed=cu_seqlens is not None)  # type: ignore[arg-type]
     if cu_seqlens is not None:
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
@@ -296,6 +299,15 @@ def _layer_run(
 
 def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:
     return list(transformer), transformer.segment_length  # type: ignore[arg-type]
+
+
+def _check_called(module: nn.Module) -> None:
+    """Raise ValueError where something inside has its weights, or has their gradients reduced, in calls of it alone."""
+    if any("_fsdp_wrapped_module" in m._modules for m in module.modules()):
+        raise ValueError(
+            "FSDP1 gathers weights, and reduces their gradients, in calls of the modules that it wraps, and a streamed "
+            "run calls none of them. Shard with FSDP2 (torch.distributed.fsdp.fully_shard), or run without stream="
+        )
 
 
 def _gathered(blocks: list[CheckpointedBlock]) -> list[CheckpointedBlock] | None:

@@ -123,8 +123,9 @@ def test_double_backward_is_a_clear_error():
         torch.autograd.grad(block(x).sum(), x, create_graph=True)
 
 
-def test_forward_mode_is_a_clear_error():
-    block = make_block(torch.float32)
+@pytest.mark.parametrize("trained", [True, False])
+def test_forward_mode_is_a_clear_error(trained):
+    block = make_block(torch.float32).requires_grad_(trained)
     x, _ = make_input(packed=False, dtype=torch.float32)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -420,6 +422,64 @@ def test_gradients_that_share_memory_are_summed_apart(tile):
     block.post(x[0], o)[None].backward(dy)
     for name, p in (*block.named_parameters(), ("x", x)):
         assert torch.allclose(found[name], p.grad, rtol=1e-10, atol=1e-10), name
+
+
+class _Adapted(nn.Module):
+    """A post whose weight is that of all blocks, and what it adds to it: gradients of both in one memory."""
+
+    def __init__(self, base: nn.Parameter) -> None:
+        super().__init__()
+        self.base, self.own = base, nn.Parameter(torch.randn(base.numel(), dtype=base.dtype))
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        return x + F.linear(o, self.base + self.own.view_as(self.base))
+
+
+@pytest.mark.parametrize("how", ["resident", "together", "by block"])
+def test_gradients_of_one_memory_are_each_weights_own(how):
+    """Where they are added to: in a second backward, and as those of a weight that several blocks read."""
+    base = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+    blocks = 1 if how == "resident" else 2
+    stack = pyckpt.CkptTransformer(
+        [pyckpt.CkptGenericBlock(_Projections(8), _Adapted(base), 8, 2) for _ in range(blocks)]
+    )
+    stream = {} if how == "resident" else {"stream": pyckpt.Stream(16, "host", gradients=how)}
+    x, found = torch.randn(1, 13, 8, dtype=torch.float64), []
+    for tile in (16, 5):  # sums of several tiles have memory of their own
+        stack.zero_grad()
+        for block in stack:
+            block.tile = tile
+        for _ in range(2):
+            stack(x, **stream).square().sum().backward()
+        found.append([p.grad.clone() for p in stack.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_threads_may_use_one_block():
+    """PyTorch's notes on autograd allow it: none is to see what another has put in the place of parameters."""
+    block = pyckpt.CkptGenericBlock(_Projections(8), _Sums(8), 8, 2, tile=4)
+    parameters, x = list(block.parameters()), torch.randn(1, 13, 8, dtype=torch.float64)
+    want, wrong = torch.autograd.grad(block(x).square().sum(), parameters), []
+
+    def work() -> None:
+        for _ in range(10):
+            try:
+                torch.testing.assert_close(torch.autograd.grad(block(x).square().sum(), parameters), want)
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert all(a is b for a, b in zip(block.parameters(), parameters, strict=True))
 
 
 @pytest.mark.parametrize("of", ["x", "o"])

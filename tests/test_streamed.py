@@ -383,6 +383,25 @@ def test_double_backward_is_a_clear_error():
         torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
 
 
+@pytest.mark.parametrize("how", ["frozen", "no_grad", "trained"])
+def test_forward_mode_is_a_clear_error(how):
+    """Also where there is no node, which would know of the tangent."""
+    stack = pyckpt.CkptTransformer([make_block(torch.float32)]).requires_grad_(how != "frozen")
+    x, dual = make_input(False, torch.float32)[0], torch.autograd.forward_ad
+    with dual.dual_level(), pytest.raises(RuntimeError, match="does not support forward-mode differentiation"):
+        x = dual.make_dual(x, torch.ones_like(x))
+        with torch.set_grad_enabled(how != "no_grad"):
+            stack(x, stream=stream())
+
+
+@pytest.mark.parametrize("kind", ["together", "by block"])
+def test_a_batch_of_gradients_is_refused_in_words(kind):
+    stack = pyckpt.CkptTransformer([make_block(torch.float32)])
+    y = stack(make_input(False, torch.float32)[0], stream=stream(gradients=kind))
+    with pytest.raises(RuntimeError, match="a streamed run takes one gradient at a time"):
+        torch.autograd.grad(y, list(stack.parameters()), torch.randn(3, *y.shape), is_grads_batched=True)
+
+
 def test_in_place_change_of_a_weight_is_caught():
     model = make_lm(torch.float32)
     loss = model.loss(torch.randint(0, VOCAB, (1, 61)), stream=stream())

@@ -224,6 +224,44 @@ def test_hooks_of_others():
         model(tokens_of(), stream())
 
 
+def test_layers_that_would_run_again():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = make_model()
+    layers = model.model.model.layers
+    for i, layer in enumerate(layers):
+        layers._modules[str(i)] = checkpoint_wrapper(layer)
+    loss = sharded(model, model.layers)(tokens_of(), stream())
+    with pytest.raises(RuntimeError, match=r"out of turn.*checkpoint_wrapper"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore:.*NO_SHARD.*deprecated")
+@pytest.mark.parametrize("what", ["loss", "stack"])
+def test_fsdp1_is_told_that_it_cannot_stream(what):
+    """Without shards the weights are there, and gradients of a run that calls no wrapper would stay each process's."""
+    model = wrapped_by_fsdp1(use_orig_params=True)
+    with pytest.raises(ValueError, match="FSDP1 gathers weights"):
+        if what == "loss":
+            model(tokens_of(), stream())
+        else:
+            model.module.model.model.layers(torch.randn(1, 5, SIZES["d_model"]), stream=stream())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore:.*NO_SHARD.*deprecated")
+def test_fsdp1_without_parameters_of_blocks_is_told_what_to_do():
+    with pytest.raises(RuntimeError, match="use_orig_params=True"):
+        wrapped_by_fsdp1(use_orig_params=False)(tokens_of(), None)
+
+
+def wrapped_by_fsdp1(**options: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({pyckpt.CkptTransformerBlock})
+    return FullyShardedDataParallel(make_model(), auto_wrap_policy=policy, device_id=torch.device("cpu"), **options)
+
+
 def test_a_loss_outside_the_models_forward():
     """FSDP2 gathers the embedding in the forward of the model alone, unless it is told of another method."""
     from torch.distributed.fsdp import register_fsdp_forward_method

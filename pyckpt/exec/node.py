@@ -61,6 +61,7 @@ def execute(
         if run.placed is not None:
             x = x.contiguous()  # as it comes back: the backward runs on what the forward ran on
         return _RunFunction.apply(run, x, positions, cu_seqlens, seeds, *weights)
+    errors.check_transforms("a pyckpt block", x, *weights)  # a node has its own word on tangents
     return forward(run, x, positions, cu_seqlens, seeds, weights, keeping=False)[0]
 
 

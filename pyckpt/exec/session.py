@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt import errors
 from pyckpt.exec.ends import Given, Gradients, Named, Sink, Source
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
 from pyckpt.exec.unchanged import Unchanged
@@ -203,8 +204,9 @@ def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def check_first_order() -> None:
-    """In a node's backward: raise RuntimeError where that is to be differentiated itself."""
+def check_backward(grad_outputs: Iterable[Any]) -> None:
+    """In a node's backward: raise RuntimeError where that is to be differentiated itself, or for many at once."""
+    errors.check_unbatched("a streamed run", grad_outputs)
     if torch.is_grad_enabled():
         raise RuntimeError(
             "double backward through a streamed run is not supported: backward() or grad() was called with "

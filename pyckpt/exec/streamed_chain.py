@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyckpt.exec.session import Node, Session, check_first_order
+from pyckpt.exec.session import Node, Session, check_backward
 
 
 def apply(session: Session, x: Tensor | None, weights: tuple[Tensor, ...]) -> Tensor:
@@ -40,7 +40,7 @@ class _Others(Node):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        check_first_order()
+        check_backward(grad_outputs)
         session, (_, need_dx, *need) = ctx.session, ctx.needs_input_grad
         looked_up = any(n and session.reads_source(i) for n, i in zip(need, session.of_others(), strict=True))
         grads = session.end_backward(tuple(need), need_dx or looked_up)
@@ -57,7 +57,7 @@ class _Block(Node):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        check_first_order()
+        check_backward(grad_outputs)
         _, _, _, need_token, *need = ctx.needs_input_grad
         grads = ctx.session.back(ctx.block, tuple(need), ctx.inward and need_token, not need_token)
         return None, None, None, torch.zeros_like(grad_outputs[0]) if need_token else None, *grads
@@ -75,6 +75,6 @@ class _Run(Node):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        check_first_order()
+        check_backward(grad_outputs)
         ctx.session.begin_backward(ctx.saved_tensors, grad_outputs[0])
         return None, None, ctx.session.new_token()

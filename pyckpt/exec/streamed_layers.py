@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt import errors
 from pyckpt.exec.ends import Gradients, Named, Sink, Source
 from pyckpt.exec.schedule import Back
-from pyckpt.exec.session import HOW_TO, Node, at_work, check_first_order, given_gradient, summed
+from pyckpt.exec.session import HOW_TO, Node, at_work, check_backward, given_gradient, summed
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
 from pyckpt.exec.unchanged import Unchanged
 from pyckpt.store import OpenStore, Store
@@ -95,10 +96,11 @@ class LayerRun:
         check: Callable[[int, Named], None],
         progress: Progress | None,
     ) -> None:
+        errors.check_transforms("a streamed run", x, *ends.values())
         assert all(isinstance(step, Back) for step in stack.schedule.backward)
         self.stack, self.ends, self._x, self._start, self._check = stack, ends, x, start, check
         self._backs = frozenset(stack.schedule.backward_blocks)
-        self._here, self._begun = _Here(), False
+        self._here, self._begun, self._next = _Here(), False, 0
         self._source, sink = make_ends()
         self._given = Unchanged()
         self._given.note(stack, self._source, sink)
@@ -113,6 +115,13 @@ class LayerRun:
 
     def layer(self, block: int, token: Tensor, read: Callable[[], Named]) -> Tensor:
         """The next layer's token. `read` gives the block's weights while the layer is called, and in its backward."""
+        if block != self._next:
+            raise RuntimeError(
+                f"layer {block} of a streamed run was called out of turn: each is called once, one after the other. "
+                "What runs a layer again in the backward (torch.utils.checkpoint, checkpoint_wrapper) has to go: a "
+                "streamed layer keeps nothing on the device that would be worth it"
+            )
+        self._next += 1
         weights = read()
         if block not in self._backs:
             self.advance(block, weights)
@@ -210,7 +219,7 @@ class _Ends(Node):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        check_first_order()
+        check_backward(grad_outputs)
         (need_start, *need), grads = ctx.needs_input_grad[2:], ctx.run.end_backward()
         given = [
             summed((grads.get(n) for n in names), weight) if needed else None
@@ -244,7 +253,7 @@ class _Layer(Node):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        check_first_order()
+        check_backward(grad_outputs)
         (need_token, *need), weights = ctx.needs_input_grad[5:], dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         if any(w is None for w in weights.values()):
             weights |= {n: w for n, w in ctx.read().items() if weights[n] is None}
@@ -265,7 +274,7 @@ class _Loss(Node):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        check_first_order()
+        check_backward(grad_outputs)
         _ = ctx.saved_tensors  # raises where they were written to since
         ctx.run.begin_backward(grad_outputs[0])
         return None, None, ctx.like

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyckpt import errors
 from pyckpt.exec import streamed_chain
-from pyckpt.exec.session import HOW_TO, Node, Session, check_first_order
+from pyckpt.exec.session import Node, Session, check_backward
 
 
 @torch.compiler.disable
@@ -17,9 +18,11 @@ def execute(session: Session, x: Tensor | None, weights: tuple[Tensor, ...], by_
 
     by_block: a node for each block instead, so that its weights have their gradients as soon as they are made.
     """
-    if torch._C._are_functorch_transforms_active():
+    try:
+        errors.check_transforms("a streamed run", x, *weights)
+    except RuntimeError:
         session.close()
-        raise RuntimeError("streamed runs do not support torch.func transforms. " + HOW_TO.format(what="the transform"))
+        raise
     grad = torch.is_grad_enabled()
     if grad and ((x is not None and x.requires_grad) or any(w.requires_grad for w in weights)):
         return streamed_chain.apply(session, x, weights) if by_block else _Streamed.apply(session, x, *weights)
@@ -36,7 +39,7 @@ class _Streamed(Node):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        check_first_order()
+        check_backward(grad_outputs)
         session, weights = ctx.session, ctx.saved_tensors
         need = ctx.needs_input_grad
         looked_up = any(n and session.reads_source(i) for i, n in enumerate(need[2:]))

@@ -5,7 +5,9 @@ The oracle of the hand-written parts, and what runs an architecture that they do
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -19,6 +21,16 @@ from pyckpt.casting import autocasts
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.workspace import Workspace
+
+_IN_PLACE = threading.RLock()
+
+
+def in_place() -> AbstractContextManager[Any]:
+    """Held while a call has tensors of its own in the place of modules' parameters, and where parameters are read.
+
+    Another thread would take those for the parameters, and put them back as such after a call of its own.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _IN_PLACE
 
 
 class LostGradientError(RuntimeError):
@@ -65,10 +77,11 @@ class GenericTokenwise:
     def __init__(self, pre: nn.Module, post: nn.Module, precision: AbstractContextManager[Any]) -> None:
         """precision: the autocast that the model runs under; the executor turns it off around the modules."""
         self._pre, self._post, self._precision = pre, post, precision
-        self.pre_names = tuple(f"pre.{n}" for n, _ in pre.named_parameters())
-        self.post_names = tuple(f"post.{n}" for n, _ in post.named_parameters())
         self._checks = torch.is_grad_enabled()
-        self._shared = _shared(pre, post)
+        with in_place():
+            self.pre_names = tuple(f"pre.{n}" for n, _ in pre.named_parameters())
+            self.post_names = tuple(f"post.{n}" for n, _ in post.named_parameters())
+            self._shared = _shared(pre, post)
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
         found = {n: t.detach() if t.requires_grad else t for n, t in w.items()}
@@ -176,11 +189,12 @@ class GenericTokenwise:
         made = [*torch.autograd.grad([o for o, _ in pairs], targets, [u for _, u in pairs], allow_unused=True)]
         # Autograd may give one tensor for several weights (of W + D), an expanded one, or what came from upstream.
         # The last first, so that a copy of one stands beside what is left of them alone.
-        shared = set(self._shared.values())
+        shared, users = set(self._shared.values()), _users((*made, *upstream)) if grads.single else {}
         for name in reversed(names.values()):
             grad = made.pop()
             if grad is not None:
-                grads.add(name, grad, owned=grads.single and name not in shared)
+                alone = grad.is_contiguous() and users.get(_memory(grad)) == 1
+                grads.add(name, grad, owned=alone and name not in shared)
         by_input = iter(made)
         return [next(by_input) if t.requires_grad else None for t in inputs]
 
@@ -210,11 +224,11 @@ class GenericTokenwise:
         )
 
     def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with self._precision:
+        with self._precision, in_place():
             return functional_call(self._pre, _strip(w, "pre."), (x, positions))
 
     def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
-        with self._precision:
+        with self._precision, in_place():
             return functional_call(self._post, _strip(w, "post."), (x, o))
 
 
@@ -246,6 +260,15 @@ def _shared(pre: nn.Module, post: nn.Module) -> dict[str, str]:
     first = list(pre.named_parameters())
     found = ((f"post.{n}", f"pre.{m}") for n, p in post.named_parameters() for m, q in first if p is q)
     return dict(found)
+
+
+def _users(tensors: Sequence[Tensor | None]) -> Mapping[int, int]:
+    """How many of them lie in each memory."""
+    return collections.Counter(_memory(t) for t in tensors if t is not None)
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage()._cdata if torch._C._has_storage(t) else id(t)
 
 
 def _attribute(module: nn.Module, part: str) -> str | None:
