@@ -23,7 +23,7 @@ from helpers import assert_close_to_truth, check_truth
 from torch import Tensor
 
 import pyckpt
-from pyckpt.ops import attention_torch, cuda_backend, philox, reference, registry
+from pyckpt.ops import attention_torch, cuda_backend, philox, pointwise_triton, reference, registry
 from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import GATED_MLPS, MLPS
 
@@ -228,6 +228,27 @@ class TestNorm:
         x = randn(3, 5, dtype=torch.float64)
         assert torch.allclose(ops.rms_norm_fwd(x, None, EPS)[0], reference.rms_norm(x, eps=EPS))
 
+    def test_to_one_that_runs_there(self, monkeypatch):
+        """Without Triton too."""
+        monkeypatch.setattr(registry, "_runs_on", lambda backend, device_type: backend != "triton")
+        monkeypatch.setattr(pointwise_triton, "kernels", None)
+        x = randn(3, 5, dtype=torch.float64)
+        assert torch.allclose(ops.rms_norm_fwd(x, None, EPS)[0], reference.rms_norm(x, eps=EPS))
+
+    @NORMS
+    def test_a_gradient_in_the_dtype_of_the_products(self, kind):
+        """As a block under autocast has it, whose residual stream is float32."""
+        x, dy, w = randn(9, 64), randn(9, 64, dtype=torch.bfloat16), randn(64)
+        if kind == "rms":
+            stats, bwd, add = ops.rms_norm_fwd(x, w, EPS)[1:], ops.rms_norm_bwd, ops.rms_norm_bwd_add_
+        else:
+            stats, bwd, add = ops.layer_norm_fwd(x, w, None, EPS)[1:], ops.layer_norm_bwd, ops.layer_norm_bwd_add_
+        got, want, into = (*bwd(dy, x, w, *stats, True),), (*bwd(dy.float(), x, w, *stats, True),), torch.ones_like(x)
+        assert add(dy, x, w, *stats, into, False) is not None
+        for a, b in zip((*got, into), (*want, 1.0 + want[0]), strict=True):
+            assert a.dtype == torch.float32
+            assert (a - b).abs().max() < 1e-5
+
 
 # --- activations --------------------------------------------------------------------------------------------
 
@@ -360,6 +381,12 @@ class TestRope:
             ops.rope(x, *column, False, False), ops.rope(x, *(t.expand(5, 4) for t in column), False, False)
         )
 
+    def test_float64_with_positions_of_each_sequence_goes_to_another_backend(self):
+        x = randn(2, 5, 3, 8, dtype=torch.float64)
+        tables = rope_tables(torch.arange(10, device=DEVICE).view(2, 5), 8, 1e4, dtype=torch.float64)
+        want = torch.stack([ops.rope(x[i], *(t[i] for t in tables), False, False) for i in range(2)])
+        assert torch.equal(ops.rope(x, *tables, False, False), want)
+
     @pytest.mark.parametrize("shape", [(0, 2, 8), (3, 0, 8), (2, 0, 4, 8)])
     def test_nothing(self, shape):
         x = randn(*shape)
@@ -432,6 +459,15 @@ class TestAttention:
             ops.attention_merge_(o, lse, part_o, part_lse)
             assert_close_to_truth(o, plain, want_o)
             assert_close_to_truth(lse, want_lse.float(), want_lse, terms=5.0)
+
+    def test_a_running_lse_with_gaps_goes_to_another_backend(self):
+        """As that of some of the queries is."""
+        part_o, part_lse = randn(2, 5, 3, 16), randn(2, 3, 5)
+        o, lse = randn(2, 5, 3, 16), randn(2, 3, 9)
+        want_o, want_lse = o.clone(), lse[..., :5].contiguous()
+        ops.attention_merge_(want_o, want_lse, part_o, part_lse)
+        ops.attention_merge_(o, lse[..., :5], part_o, part_lse)
+        assert (o - want_o).abs().max() < 1e-5 and (lse[..., :5] - want_lse).abs().max() < 1e-5
 
 
 # --- loss ---------------------------------------------------------------------------------------------------
@@ -562,6 +598,16 @@ class TestBlock:
         plain = step(plain_twin(block, torch.float32, **options).to(DEVICE), x.float(), dy.float())
         got = step(block.float(), x.float(), dy.float())
         assert_as_good(got, plain, truth, torch.float32)
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2-like", "qk_norm"])
+    def test_autocast(self, name):
+        block, x = make_block(torch.float32, **OPTIONS[name]).to(DEVICE), make_input(False)[0].float().to(DEVICE)
+        dy = torch.randn_like(x)
+        truth = step(plain_twin(block, torch.float64, **OPTIONS[name]).to(DEVICE), x.double(), dy.double())
+        with torch.autocast(DEVICE, torch.bfloat16):
+            plain = step(plain_twin(block, torch.float32, **OPTIONS[name]).to(DEVICE), x, dy)
+            got = step(block, x, dy)
+        assert_as_good(got, plain, truth, torch.bfloat16)
 
 
 @pytest.mark.gpu

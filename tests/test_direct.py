@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -11,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyckpt
 from pyckpt.attend.dense import Layout
 from pyckpt.exec.positions import positions_of
-from pyckpt.ops import direct, registry
+from pyckpt.ops import direct, keeping, registry
 from pyckpt.ops.keeping import belongs_to
 from pyckpt.ops.rope import rope_tables
 from pyckpt.tokenwise import positions as places
@@ -175,6 +178,20 @@ def test_nothing_is_kept_of_what_a_mode_made():
     assert belongs_to(CPU) == CPU
     with Seen():
         assert belongs_to(CPU) is None
+
+
+def test_nothing_is_kept_in_the_memory_of_inductors_graphs(monkeypatch):
+    """They warm up outside of any capture, on a stream that is not the default one."""
+    device, stream = torch.device("cuda:1"), SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.delitem(sys.modules, keeping._GRAPHS, raising=False)
+    assert belongs_to(device) == (device, 7)
+    monkeypatch.setitem(sys.modules, keeping._GRAPHS, SimpleNamespace())
+    assert belongs_to(device) is None
+    stream.cuda_stream = 0
+    assert belongs_to(device) == (device, 0)
 
 
 def test_what_inference_made_serves_training():

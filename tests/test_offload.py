@@ -353,6 +353,22 @@ def test_memory_is_given_up_after_its_copy_only(seed):
     assert got.shape == (10,)
 
 
+def test_so_is_the_copy_of_a_tensor_that_is_no_row_after_row():
+    """What leaves is then another tensor, which the allocator must not take back sooner either."""
+    log, queue = _Log(), Queue()
+
+    class Watched(_Heap):
+        def write(self, source: Tensor) -> None:
+            weakref.finalize(source.untyped_storage(), lambda: log.events.append(("freed", 0)))
+            super().write(source)
+
+    route = Route(log, Pool(Watched))
+    parcels = [queue.add({"x": torch.randn(4, 6).t()}, {"x": route}, last=0) for _ in range(2)]
+    (copy, *_) = [e for kind, e in log.events if kind == "out"]
+    assert log.events.index(("hold", copy)) < log.events.index(("freed", 0))
+    assert log.events.count(("freed", 0)) == 1 and parcels[1].state == "leaving"
+
+
 def test_the_parcel_before_is_sent_for_while_one_is_used():
     log, queue = _Log(), Queue()
     route = Route(log, Pool(_Heap))

@@ -43,7 +43,10 @@ def test_no_temporary_on_a_gpu(dtype):
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="the meta kernel of addmm knows no out_dtype")
+META_WIDENS = pytest.mark.skipif(torch.__version__ < "2.12", reason="the meta kernel of addmm knows no out_dtype")
+
+
+@META_WIDENS
 def test_a_wide_product_is_asked_for_where_it_exists(monkeypatch):
     """On a CPU there is none: the calls are looked at, by shape and dtype alone."""
     monkeypatch.setattr(products, "_widens", lambda *_: True)
@@ -51,6 +54,15 @@ def test_a_wide_product_is_asked_for_where_it_exists(monkeypatch):
     total = products.product(a, b, torch.float32)
     assert total.dtype == torch.float32
     products.add_product_(total, a, b)
+
+
+@META_WIDENS
+def test_a_counter_of_flops_does_not_decide_whether_it_exists():
+    """The answer is kept: a first backward under the counter would round every product from then on."""
+    products._tried.cache_clear()
+    with FlopCounterMode(display=False) as m:
+        assert products._tried(torch.device("meta"), torch.bfloat16, torch.float32)
+    assert m.get_total_flops() == 0
 
 
 def test_flops_are_counted():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -716,6 +717,24 @@ class TestAutotuning:
         cache.write_text("{ not json")
         tuning._tuned.cache_clear()
         assert tuning.configured(self.KEY, print, repeatable=True) == wanted
+
+    @pytest.mark.parametrize("kept", [[128, 64, 4, 2, True, 0], {"block_m": 128}, None, "everything"])
+    def test_what_another_version_kept_is_found_anew(self, cache, monkeypatch, kept):
+        monkeypatch.setenv("PYCKPT_AUTOTUNE", "1")
+        monkeypatch.setattr(tuning, "time_config", lambda config, run: float(config != tuning.candidates(self.KEY)[3]))
+        wanted = tuning.configured(self.KEY, print, repeatable=True)
+        (name,) = json.loads(cache.read_text())
+        cache.write_text(json.dumps([kept] if kept == "everything" else {name: kept}))
+        tuning._tuned.cache_clear()
+        assert tuning.configured(self.KEY, print, repeatable=True) == wanted == tuning.candidates(self.KEY)[3]
+
+    def test_nothing_is_timed_inside_a_graph(self, cache, monkeypatch):
+        """It waits for the device, which ends the capture."""
+        monkeypatch.setenv("PYCKPT_AUTOTUNE", "1")
+        monkeypatch.setattr(tuning, "_capturing", lambda: True)
+        monkeypatch.setattr(tuning, "time_config", None)
+        assert tuning.configured(self.KEY, print, repeatable=True) == LOOKUP(self.KEY)
+        assert not cache.exists()
 
     def test_never_runs_twice_what_writes_in_place(self, monkeypatch):
         monkeypatch.setenv("PYCKPT_AUTOTUNE", "1")

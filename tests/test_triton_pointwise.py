@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from blocks import OPTIONS, assert_as_good, assert_same_bits, make_block, make_input, plain_twin, step
 from helpers import a_few, assert_close_to_truth, assert_exact, check_exact, check_truth
 from torch import Tensor
@@ -22,6 +24,7 @@ from pyckpt.save import SAVE_SETS
 from pyckpt.spec import GATED_MLPS, MLPS
 
 norm, norm_bwd = triton_backend.kernels("norm"), triton_backend.kernels("norm_bwd")
+place = triton_backend.kernels("activation")._place
 ops = torch.ops.pyckpt
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -138,12 +141,40 @@ class TestNorm:
         runs = [torch.autograd.grad(norms(kind)[0](*leaves), leaves, dy) for _ in range(3)]
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
+    @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+    @pytest.mark.parametrize("width", [64, 20001])
+    def test_squares_that_pass_float32(self, width):
+        """The row becomes 0, as in PyTorch and from the other backends, and not NaN."""
+        x = torch.full((2, width), 1e20, device=DEVICE)
+        y, rstd = ops.rms_norm_fwd(x, None, EPS)
+        assert (rstd == 0).all() and torch.equal(y, F.rms_norm(x, (width,), None, EPS))
+
     def test_an_eps_that_float32_has_not(self):
         x = torch.zeros(1, 4, dtype=torch.float64, device=DEVICE)
         assert_exact(ops.rms_norm_fwd(x, None, 0.1)[1], torch.full((1,), 0.1**-0.5, dtype=torch.float64, device=DEVICE))
 
 
+@triton.jit
+def last_place(p_out, width, last, BLOCK: tl.constexpr):
+    """Row and first column of the last program."""
+    if tl.program_id(0) == last:
+        row, o_c, m = place(width, BLOCK)
+        tl.store(p_out, row)
+        tl.store(p_out + 1, tl.min(o_c, 0))
+        tl.store(p_out + 2, tl.sum(m.to(tl.int32), 0))
+
+
 class TestPointwise:
+    @pytest.mark.parametrize("missing", [1, 100, 5000])
+    def test_one_row_of_nearly_31_bits(self, missing):
+        """As the launcher makes of rows without gaps."""
+        width, block = 2**31 - missing, 1 << 16
+        programs = -(-width // block)
+        out = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        last_place[(programs,)](out, width, programs - 1, BLOCK=block)
+        start = (programs - 1) * block
+        assert out.tolist() == [0, start, width - start]
+
     @pytest.mark.parametrize("kind", MLPS)
     def test_one_projection_for_gate_and_up(self, kind):
         """Halves of one product: rows with a gap between them."""

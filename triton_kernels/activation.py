@@ -63,7 +63,7 @@ def phi_and_slope(x, FUNCTION: tl.constexpr):
 def _place(width, BLOCK: tl.constexpr):
     """(row, columns, mask) of a program: rows of `width` columns, cut into blocks."""
     pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(width, BLOCK)
+    blocks = (width - 1) // BLOCK + 1  # not cdiv, whose sum passes 31 bits where a width just does not
     o_c = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     return pid // blocks, o_c, o_c < width
 

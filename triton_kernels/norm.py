@@ -35,7 +35,7 @@ def reciprocal_root(v, ACC: tl.constexpr):
     if tl.float64 == ACC:
         r = 1.0 / tl.sqrt(v)
     else:
-        r = tl.div_rn(v * 0.0 + 1.0, tl.sqrt_rn(v))
+        r = tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))  # 0 where the squares passed float32's range
     return r
 
 

@@ -154,12 +154,33 @@ def configured(key: Key, run: Callable[[Config], None], repeatable: bool) -> Con
     """The configuration for a launch. `run` launches with one; it may be called often if `repeatable`."""
     if os.environ.get("PYCKPT_AUTOTUNE") != "1" or key.arch == INTERPRETED or not repeatable:
         return lookup(key)
-    found = _tuned()
-    name = f"{key}/{torch.version.cuda or torch.version.hip}"
-    if name not in found:
-        found[name] = dataclasses.astuple(_fastest(key, run))
+    found, name = _tuned(), f"{key}/{_compiler()}"
+    kept = _entry(found.get(name))
+    if kept is None:
+        if _capturing():  # a graph can't be made of what waits for the device
+            return lookup(key)
+        kept = _fastest(key, run)
+        found[name] = dataclasses.asdict(kept)
         _write(found)
-    return Config(*found[name])
+    return kept
+
+
+@functools.cache
+def _compiler() -> str:
+    """What makes one configuration faster than another, beside the chip."""
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _entry(value: Any) -> Config | None:
+    """A configuration from the file; None for none, and for that of another version, which had other fields."""
+    fields = {f.name for f in dataclasses.fields(Config)}
+    return Config(**value) if isinstance(value, dict) and set(value) == fields else None
 
 
 def candidates(key: Key) -> list[Config]:
@@ -241,9 +262,10 @@ def _cache_file() -> Path:
 @functools.cache
 def _tuned() -> dict[str, Any]:
     try:
-        return json.loads(_cache_file().read_text())
+        found = json.loads(_cache_file().read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(found: dict[str, Any]) -> None:

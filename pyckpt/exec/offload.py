@@ -46,6 +46,7 @@ class _Item:
         self.device, self.route = tensor.device, route
         self.tensor: Tensor | None = tensor.detach()  # which shares the version
         self.room: Room | None = None
+        self._leaving: Tensor | None = None  # what is copied: the tensor, or its values row after row
         self.spoiled = False
         self._version: int | None = tensor._version
         self._going: Event | None = None
@@ -58,6 +59,7 @@ class _Item:
         self.check()
         source = self.tensor.contiguous()
         self.room = self.route.pool.take(source.nbytes)
+        self._leaving = source
         memory, lanes = self.room.memory, self.route.lanes
         after = [*self.room.place.before_write(), *_events(lanes.compute())]
         self._going = lanes.run("out", lambda: memory.write(source), after)
@@ -87,7 +89,7 @@ class _Item:
         """Give up the memory on the device, for compute that is queued from here on."""
         self.check()
         self.route.lanes.hold(self._copies())
-        self.tensor = None
+        self.tensor = self._leaving = None
 
     def wait(self) -> None:
         """Wait for the copies on the host: so that the memory may be given up in any thread and stream."""

@@ -23,7 +23,7 @@ from pyckpt.ops import (  # noqa: F401
     registry,
 )
 from pyckpt.ops.linear_cross_entropy_triton import InPlaceHead
-from pyckpt.ops.registry import IMPLEMENTATIONS, implement
+from pyckpt.ops.registry import implement
 from pyckpt.ops.rope import angle_rows
 
 MODULE = "pyckpt._cuda"
@@ -56,13 +56,25 @@ def register() -> str:
 
 # --- what the extension takes -------------------------------------------------------------------------------
 
+# Which arguments of an op have to be of one dtype, where that is more than the first: a block whose residual stream is
+# float32 has a norm's dy in the products' dtype.
+_ALIKE = {
+    **dict.fromkeys(("add_rms_norm_fwd", "add_layer_norm_fwd", "attention_delta", "rope_qk_"), (0, 1)),
+    **dict.fromkeys(("rms_norm_bwd", "layer_norm_bwd", "glu_fwd", "glu_fwd_", "act_bwd", "act_bwd_"), (0, 1)),
+    **dict.fromkeys(("glu_bwd", "glu_bwd_"), (0, 1, 2)),
+    "rms_norm_bwd_add_": (0, 1, 4),
+    "layer_norm_bwd_add_": (0, 1, 5),
+}
 
-def _one_dtype(*args: Any) -> bool:
-    return args[0].dtype in DTYPES
 
+def _one_dtype(name: str) -> Callable[..., bool]:
+    alike = _ALIKE.get(name, (0,))
 
-def _residual_alike(x: Tensor, residual: Tensor, *args: Any) -> bool:
-    return x.dtype in DTYPES and residual.dtype == x.dtype
+    def takes(*args: Any) -> bool:
+        dtype = args[0].dtype
+        return dtype in DTYPES and all(args[i].dtype == dtype for i in alike)
+
+    return takes
 
 
 def _dropout(x: Tensor, residual: Tensor | None, out: Tensor, *args: Any) -> bool:
@@ -71,38 +83,31 @@ def _dropout(x: Tensor, residual: Tensor | None, out: Tensor, *args: Any) -> boo
 
 
 def _merge(o: Tensor, lse: Tensor, part_o: Tensor, *args: Any) -> bool:
-    return part_o.dtype in DTYPES and o.dtype in (part_o.dtype, torch.float32)
+    return part_o.dtype in DTYPES and o.dtype in (part_o.dtype, torch.float32) and lse.is_contiguous()
 
 
-_TAKES: dict[str, Callable[..., bool]] = {
-    "add_rms_norm_fwd": _residual_alike,
-    "add_layer_norm_fwd": _residual_alike,
-    "attention_delta": _residual_alike,
-    "dropout_": _dropout,
-    "attention_merge_": _merge,
-}
+_TAKES: dict[str, Callable[..., bool]] = {"dropout_": _dropout, "attention_merge_": _merge}
 
 
 def _where_it_can(name: str) -> Callable[..., Any]:
-    """The extension's op for the dtypes that it takes, the next backend's for others."""
-    ours, have, takes = (
-        getattr(torch.ops.pyckpt_cuda, name).default,
-        IMPLEMENTATIONS[name],
-        _TAKES.get(name, _one_dtype),
-    )
-    other = have.get("triton", have["torch"])
+    """The extension's op for what it takes, the next backend's for the rest."""
+    takes, ours = _TAKES.get(name) or _one_dtype(name), getattr(torch.ops.pyckpt_cuda, name).default
+    if name.startswith("rope"):
+        ours = _with_rows(ours, 2 if name == "rope_qk_" else 1)
 
     def run(*args: Any) -> Any:
-        return (ours if takes(*args) else other)(*args)
+        return (ours if takes(*args) else registry.beside_cuda(name, args[0].device.type))(*args)
 
-    if not name.startswith("rope"):
-        return run
-    first = 2 if name == "rope_qk_" else 1  # where the tables are
+    return run
 
-    def run_with_tables(*args: Any) -> Any:
-        return run(*args[:first], *angle_rows(args[0], *args[first : first + 2]), *args[first + 2 :])
 
-    return run_with_tables
+def _with_rows(ours: Callable[..., Any], first: int) -> Callable[..., Any]:
+    """Give it the angles as rows; `first` is where cos and sin are."""
+
+    def run(*args: Any) -> Any:
+        return ours(*args[:first], *angle_rows(args[0], *args[first : first + 2]), *args[first + 2 :])
+
+    return run
 
 
 # --- the loss -----------------------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ class _Head(InPlaceHead):
 
 def _loss_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
     if x.dtype not in DTYPES:
-        return linear_cross_entropy_triton.linear_cross_entropy_fwd(x, weight, bias, target, *args)
+        return registry.beside_cuda("linear_cross_entropy_fwd", x.device.type)(x, weight, bias, target, *args)
     *options, token_weight, reduction, need_dx, need_dw, need_db = args
     head = _Head(weight, bias, *options)
     return linear_cross_entropy.forward(head, x, target, token_weight, reduction, need_dx, need_dw, need_db)
@@ -128,7 +133,9 @@ def _loss_bwd(
     dloss: Tensor, lse: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
 ) -> Any:
     if x.dtype not in DTYPES:
-        return linear_cross_entropy_triton.linear_cross_entropy_bwd(dloss, lse, x, weight, bias, target, *args)
+        return registry.beside_cuda("linear_cross_entropy_bwd", x.device.type)(
+            dloss, lse, x, weight, bias, target, *args
+        )
     *options, need_dx, need_dw, need_db = args
     head = _Head(weight, bias, *options)
     return linear_cross_entropy.backward(head, dloss, lse, x, target, need_dx, need_dw, need_db)
@@ -136,7 +143,7 @@ def _loss_bwd(
 
 def _loss_tile(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
     if x.dtype not in DTYPES:
-        return linear_cross_entropy_triton.linear_cross_entropy_tile_(x, weight, bias, target, *args)
+        return registry.beside_cuda("linear_cross_entropy_tile_", x.device.type)(x, weight, bias, target, *args)
     *options, dloss, dx, dw, db = args
     return linear_cross_entropy.tile(_Head(weight, bias, *options), x, target, dloss, dx, dw, db)
 

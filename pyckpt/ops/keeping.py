@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Hashable
 from typing import ParamSpec, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_GRAPHS = "torch._inductor.cudagraph_trees"  # imported with the first of them
 
 
 def remembered(most: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -34,7 +36,8 @@ def belongs_to(device: torch.device) -> Hashable | None:
     """A key for what is made on a device now, which later calls with the same key may read; None: keep nothing.
 
     On CUDA that is the stream too: on another one it might be read before it is made. A graph under capture would
-    read it when it is gone, and what a dispatch mode makes (fakes, say) is its own.
+    read it when it is gone, and what a dispatch mode makes (fakes, say) is its own. Inductor warms its graphs up on a
+    stream of their own, in memory where what outlives the call is an error.
     """
     if torch.compiler.is_compiling() or device.type == "meta" or torch._C._len_torch_dispatch_stack():
         return None
@@ -42,4 +45,7 @@ def belongs_to(device: torch.device) -> Hashable | None:
         return device
     if torch.cuda.is_current_stream_capturing():
         return None
-    return device, torch.cuda.current_stream(device).cuda_stream
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if _GRAPHS in sys.modules and stream != torch.cuda.default_stream(device).cuda_stream:
+        return None
+    return device, stream

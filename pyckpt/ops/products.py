@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyckpt.ops.registry import define
 
@@ -47,17 +48,24 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _widens(device: torch.device, factors: torch.dtype, total: torch.dtype) -> bool:
     """Whether mm and addmm write `total` from factors of a narrower dtype: CUDA's do, and not in every version."""
-    if device.type != "cuda":
+    return device.type == "cuda" and _tried(device, factors, total)
+
+
+@functools.cache
+def _tried(device: torch.device, factors: torch.dtype, total: torch.dtype) -> bool:
+    if device.type == "cuda" and not torch.cuda.is_available():  # only fakes of its tensors are here
         return False
-    a, sums = (torch.zeros(16, 16, dtype=d, device=device) for d in (factors, total))
-    try:
-        torch.mm(a, a, out_dtype=total)
-        torch.addmm(sums, a, a, total, out=sums)
-    except (RuntimeError, TypeError):
-        return False
+    # Seen by no mode: the FLOP counter, which fails on this addmm, would make the answer no, for good.
+    with _disable_current_modes():
+        a, sums = (torch.zeros(16, 16, dtype=d, device=device) for d in (factors, total))
+        try:
+            torch.mm(a, a, out_dtype=total)
+            torch.addmm(sums, a, a, total, out=sums)
+        except (RuntimeError, TypeError):
+            return False
     return True
 
 

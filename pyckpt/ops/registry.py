@@ -97,6 +97,12 @@ def choose(op: str, device_type: str) -> tuple[str, str]:
     raise RuntimeError(f"op {op} has no implementation for {device_type}")
 
 
+def beside_cuda(op: str, device_type: str) -> Callable[..., Any]:
+    """What serves an op's arguments that the extension does not take."""
+    have = IMPLEMENTATIONS[op]
+    return next(have[b] for b in ("triton", "torch") if b in have and _runs_on(b, device_type))
+
+
 def define(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the ``torch`` implementation of a new op: declares the schema, the fake and the dispatch."""
     name = schema.split("(", 1)[0].strip()
