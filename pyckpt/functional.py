@@ -12,7 +12,15 @@ from pyckpt import errors
 from pyckpt.casting import autocast
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
-from pyckpt.spec import GATED_MLPS, MLPS, PLAIN_MLPS, Window, canonical_rope_scaling, canonical_window
+from pyckpt.spec import (
+    GATED_MLPS,
+    MLPS,
+    PLAIN_MLPS,
+    Window,
+    canonical_rope_scaling,
+    canonical_window,
+    check_frequencies,
+)
 
 ops = torch.ops.pyckpt
 _REDUCTIONS = ("mean", "sum", "none")
@@ -398,7 +406,9 @@ def rope(
     if not 0 < theta < math.inf:
         raise ValueError(f"theta must be a positive finite number, got {theta!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = rope_tables(positions, dim, theta, canonical_rope_scaling(scaling, theta), dtype)
+    canonical = canonical_rope_scaling(scaling, theta)
+    check_frequencies(canonical, dim)
+    cos, sin = rope_tables(positions, dim, theta, canonical, dtype)
     return ops.rope(x, cos, sin, False, interleaved)
 
 

@@ -245,7 +245,7 @@ class BlockSpec:
             raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
         _check_rope_dim(rope_dim, head_dim, rope_theta)
         scaling = canonical_rope_scaling(rope_scaling, rope_theta)
-        _check_frequencies(scaling, rope_dim or head_dim)
+        check_frequencies(scaling, rope_dim or head_dim)
         if attention_scale is not None:
             _positive_float("attention_scale", attention_scale)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
@@ -315,7 +315,19 @@ def canonical_rope_scaling(scaling: dict[str, Any] | None, theta: float | None) 
         return None
     if theta is None:
         raise ValueError("rope_scaling was given with rope_theta=None: there is no rotary embedding to scale")
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling must be None or a dict as in Hugging Face configs, got {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type"))
+    # A config's rope_parameters hold what is an argument of its own here.
+    if scaling.get("rope_theta") not in (None, theta):
+        raise ValueError(f"rope_scaling has rope_theta={scaling['rope_theta']!r}, and {theta!r} is given beside it")
+    if scaling.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(
+            f"rope_scaling has partial_rotary_factor={scaling['partial_rotary_factor']!r}, which is not read: give the "
+            "number of dims that RoPE turns, rope_dim (rotary_dim of pyckpt.rope)"
+        )
+    if kind is None and not scaling.keys() <= {"rope_theta", "partial_rotary_factor"}:
+        raise ValueError(f"rope_scaling has no rope_type, which says how to scale; got {scaling!r}")
     if kind in (None, "default"):
         return None
     if kind not in ROPE_TYPES:
@@ -354,7 +366,7 @@ def _given_frequencies(scaling: dict[str, Any]) -> RopeScaling:
     )
 
 
-def _check_frequencies(scaling: RopeScaling | None, dims: int) -> None:
+def check_frequencies(scaling: RopeScaling | None, dims: int) -> None:
     given = dict(scaling or ()).get("frequencies")
     if given is not None and 2 * len(given) != dims:
         raise ValueError(

@@ -23,9 +23,11 @@ def token_losses(model: nn.Module, input_ids: Tensor, labels: Tensor | None = No
         inputs: what the model takes else, e.g. attention_mask (its padding should be -100 in the labels) or
             position_ids; for a `CkptCausalLM` what its `loss` takes.
 
-    Raises ValueError where the model makes its loss itself.
+    Raises ValueError for labels of another shape, and where the model makes its loss itself.
     """
     labels = input_ids if labels is None else labels
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected input_ids', {tuple(input_ids.shape)}")
     if isinstance(model, CkptCausalLM):
         return model.loss(input_ids, labels, reduction="none", **inputs)
     outputs = model(input_ids=input_ids, labels=labels, reduction="none", **inputs)

@@ -77,6 +77,18 @@ BAD_OPTIONS = {
         {"rope_scaling": {"rope_type": "yarn"}},
         r"'yarn' is not supported; expected one",
     ),
+    "rope scaling a number": ((48, 4), {"rope_scaling": 8.0}, r"must be None or a dict .*, got 8\.0"),
+    "rope scaling without a type": ((48, 4), {"rope_scaling": {"factor": 8.0}}, r"has no rope_type"),
+    "rope scaling with another theta": (
+        (48, 4),
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        r"rope_scaling has rope_theta=500000\.0, and 10000\.0 is given",
+    ),
+    "rope scaling of a part": (
+        (48, 4),
+        {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        r"partial_rotary_factor=0\.5, which is not read: .* rope_dim",
+    ),
     "rope scaling lacks": ((48, 4), {"rope_scaling": {"rope_type": "linear"}}, r"lacks factor"),
     "rope factor zero": (
         (48, 4),

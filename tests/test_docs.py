@@ -90,7 +90,7 @@ def test_snippets_run(snippet, alone):
 
 
 def test_the_tests_that_are_named_are_there():
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGE)
+    named = re.findall(r"`(tests/\w+\.py)::(?:\w+::)?(\w+)`", PAGE)
     assert len(named) >= 10
     for path, name in named:
         assert re.search(rf"^ *def {name}\(", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE), name

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from helpers import a_few, assert_exact, assert_within
 from torch import Tensor, nn
 
-from pyckpt import CkptCausalLM, CkptGenericBlock, CkptTransformerBlock
+from pyckpt import CkptCausalLM, CkptGenericBlock, CkptTransformerBlock, Stream
 from pyckpt.hf import folder, load_pretrained, save_pretrained
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it then
@@ -475,6 +475,44 @@ def test_entries_that_are_not_there_are_transformers_defaults(checkpoint: Path) 
     assert load_pretrained(checkpoint).spec.window == (4095, 0)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen3"])
+def test_token_ids_that_are_not_there_are_transformers_defaults(kind: str, tmp_path: Path) -> None:
+    theirs(kind, head_dim=8).save_pretrained(tmp_path / "theirs")
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range")
+    edit(tmp_path / "theirs", dict.fromkeys(keys, DROP))
+    save_pretrained(load_pretrained(tmp_path / "theirs"), tmp_path / "ours")
+    before, after = (transformers.AutoConfig.from_pretrained(tmp_path / name) for name in ("theirs", "ours"))
+    assert [getattr(after, key) for key in keys] == [getattr(before, key) for key in keys]
+
+
+def test_layer_types_of_a_mistral_that_agree_with_its_window(tmp_path: Path) -> None:
+    """With them AutoModel takes it for a Ministral."""
+    theirs("Mistral", sliding_window=5).save_pretrained(tmp_path)
+    edit(tmp_path, {"layer_types": ["sliding_attention"] * 2})
+    reference, ids = auto(tmp_path), tokens()
+    torch.testing.assert_close(load_pretrained(tmp_path)(ids), reference(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("token", [5, -1])
+def test_the_embedding_of_padding_is_not_trained(token: int, tied: bool, tmp_path: Path) -> None:
+    reference = theirs("Llama", pad_token_id=token, tie_word_embeddings=tied)
+    reference.save_pretrained(tmp_path)
+    model, ids = load_pretrained(tmp_path), tokens()
+    ids[:, 3] = token % V
+    truth = results(exact(reference), ids)
+    assert_as_good(results(model, ids), results(reference, ids), truth)
+    model.zero_grad()
+    model.loss(ids, stream=Stream(tile=7)).backward()
+    got = model.model.embed_tokens.weight.grad
+    torch.testing.assert_close(got, truth["dmodel.embed_tokens.weight"].float(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_padding_token_out_of_range_is_none(checkpoint: Path) -> None:
+    edit(checkpoint, {"pad_token_id": V})
+    assert load_pretrained(checkpoint).model.embed_tokens.padding_idx is None
+
+
 def test_buffers_of_old_files_are_ignored(checkpoint: Path) -> None:
     change(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     load_pretrained(checkpoint)
@@ -514,6 +552,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pretraining_tp": 2}, r"pretraining_tp is 2, expected 1"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"quantized weights are not read"),
     ({"is_causal": False}, r"expected a causal model"),
+    ({"is_causal": None}, r"is_causal is None, expected a causal model"),  # which for transformers is not one
     ({"num_attention_heads": 3}, r"n_heads=3 is not a multiple of n_kv_heads=2"),
     ({"hidden_size": DROP}, r"hidden_size is None, expected a positive whole number"),
     ({"vocab_size": "61"}, r"vocab_size is '61', expected a positive whole number"),
@@ -523,6 +562,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"model_type": "mistral", "architectures": None, "sliding_window": 0},
         r"sliding_window is 0, expected a positive",
+    ),
+    (
+        {"model_type": "mistral", "architectures": None, "layer_types": ["full_attention", "sliding_attention"]},
+        r"expected all 'full_attention' or all 'sliding_attention'",
+    ),
+    (
+        {"model_type": "mistral", "architectures": None, "layer_types": ["full_attention"] * 2},
+        r"layer_types is .* and sliding_window is 4096: .* make them agree",
     ),
     (
         {"model_type": "qwen3", "architectures": None, "layer_types": ["full_attention", "sliding_attention"]},
@@ -690,10 +737,24 @@ def test_shards_that_are_not_whole(tmp_path: Path) -> None:
     spoilt(lambda p: os.truncate(p / second, 3000), rf"{second} \(3000 bytes\) is not a whole safetensors file")
     spoilt(lambda p: shutil.copy(p / first, p / second), r"do not hold the same tensors: .* fetch or save")
     spoilt(lambda p: change(p, lambda t: t.popitem(), first), r"do not hold the same tensors: .* fetch or save")
+
+    def twice(path: Path) -> None:
+        """A tensor of the first shard in the second one too, with other numbers."""
+        name, t = next(iter(safetensors.torch.load_file(path / first).items()))
+        change(path, lambda tensors: tensors.update({name: t + 1}), second)
+
+    spoilt(twice, r"do not hold the same tensors: .* or in another shard")
     spoilt(lambda p: (p / folder.INDEX).write_text("{"), r"index\.json can't be read as JSON")
     spoilt(lambda p: (p / folder.INDEX).write_text("{}"), r"has no weight_map from tensor names")
     outside = json.dumps({"weight_map": {"a": "../model.safetensors"}})
     spoilt(lambda p: (p / folder.INDEX).write_text(outside), r"names the shard '\.\./model\.safetensors', expected")
+
+
+def test_adapters_in_the_folder_are_not_read(checkpoint: Path) -> None:
+    """transformers would load them into the model."""
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has adapter_config\.json, and adapters are not read: .* Merge them"):
+        load_pretrained(checkpoint)
 
 
 # --- models that can't be saved, and arguments that are wrong ---
@@ -731,6 +792,10 @@ def test_models_that_were_changed(tmp_path: Path) -> None:
     model = ours()
     model.model.layers[1] = CkptGenericBlock(nn.Identity(), nn.Identity(), 32, 4)
     with pytest.raises(RuntimeError, match=r"blocks are not the ones it was built with"):
+        save_pretrained(model, tmp_path / "m")
+    model = ours()
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(RuntimeError, match=r"layers\.0\.\S+ and model\.layers\.1\.\S+ are one parameter"):
         save_pretrained(model, tmp_path / "m")
     with pytest.raises(RuntimeError, match=r"on meta, expected a plain tensor .* with data"):
         save_pretrained(CkptCausalLM(V, 2, 32, 4, device="meta"), tmp_path / "m")

@@ -197,6 +197,13 @@ def test_a_model_whose_loss_is_its_own():
         pyckpt.token_losses(mixture, **batch, output_router_logits=True)
 
 
+def test_labels_of_another_shape():
+    model, ids = make_model("Llama"), make_batch("plain")["input_ids"]
+    pyckpt.swap(model)
+    with pytest.raises(ValueError, match=r"labels have shape \(2, 4\), expected input_ids', \(2, 19\)"):
+        pyckpt.token_losses(model, ids, ids[:, :4])
+
+
 def test_copies_give_the_same():
     model, ids = make_model("Llama"), make_batch("plain")["input_ids"]
     pyckpt.swap(model)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pyckpt.model import CkptCausalLM
-from pyckpt.spec import GATED_MLPS, ROPE_TYPES, BlockSpec
+from pyckpt.spec import GATED_MLPS, BlockSpec
 
 Config = dict[str, Any]
 Arguments = dict[str, Any]
@@ -23,9 +23,21 @@ OWN_KEY = OWN_TYPE = "pyckpt"
 _CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What transformers takes where a config.json has no such entry.
 _DEFAULTS: dict[str, Config] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "max_position_embeddings": 131072,
+    },
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "max_position_embeddings": 32768,
+    },
 }
 # The name to write, then others of the same function.
 _ACTIVATIONS = {
@@ -44,6 +56,7 @@ _CARRIED_DEFAULTS: Config = {
 }
 CARRIED = tuple(_CARRIED_DEFAULTS)
 """Entries of config.json that describe no computation. They go through `CkptCausalLM.extra_config`."""
+_ROPE_READ = ("default", "linear", "llama3")
 _STACK = ("vocab_size", "n_layers", "tie_embeddings")
 _OPTIONS = tuple(name for name in inspect.signature(BlockSpec.make).parameters if name != "causal")
 
@@ -202,6 +215,12 @@ def from_config(config: Config, where: str) -> Arguments:
     return arguments
 
 
+def carried_of(config: Config) -> Config:
+    """The entries of a config.json that are named in `CARRIED`, those that transformers would fill in too."""
+    whole = {**_DEFAULTS.get(config["model_type"], {}), **config}
+    return {key: whole[key] for key in CARRIED if key in whole}
+
+
 class _Fields:
     """Entries of a config.json, read with the type they must have."""
 
@@ -283,8 +302,8 @@ def _check_plain(kind: str, fields: _Fields) -> None:
             f"pretraining_tp is {fields.get('pretraining_tp')!r}, expected 1. If the products need not be summed in "
             "slices as in pretraining, set it to 1"
         )
-    if fields.get("is_causal") is False:
-        raise fields.error("is_causal is false, expected a causal model")
+    if fields.values.get("is_causal", True) is not True:
+        raise fields.error(f"is_causal is {fields.get('is_causal')!r}, expected a causal model: true, or no entry")
     for key in ("per_layer_config", "transformers_weights"):
         if fields.get(key):
             raise fields.error(f"{key} is {fields.get(key)!r}, which is not read; expected none")
@@ -313,30 +332,44 @@ def _bias(kind: str, fields: _Fields) -> bool:
 def _window(kind: str, fields: _Fields, n_layers: int) -> int | None:
     if kind == "llama":
         return None
-    sliding = fields.get("sliding_window") is not None
-    if kind == "qwen3":
-        sliding = _qwen_slides(fields, n_layers)
+    sliding = _mistral_slides(fields, n_layers) if kind == "mistral" else _qwen_slides(fields, n_layers)
     return fields.count("sliding_window") - 1 if sliding else None
+
+
+def _mistral_slides(fields: _Fields, n_layers: int) -> bool:
+    types, on = fields.get("layer_types"), fields.get("sliding_window") is not None
+    if types is not None and _all_slide(fields, types, n_layers) != on:
+        # A Mistral does not read them, and AutoModel makes it a Ministral, which does.
+        raise fields.error(
+            f"layer_types is {types!r} and sliding_window is {fields.get('sliding_window')!r}: transformers' AutoModel "
+            "goes by the one, and its Mistral by the other. Remove layer_types, or make them agree"
+        )
+    return on
 
 
 def _qwen_slides(fields: _Fields, n_layers: int) -> bool:
     types = fields.get("layer_types")
-    if types is not None and not isinstance(types, list):
-        raise fields.error(f"layer_types is {types!r}, expected a list of {n_layers} names")
     on = fields.flag("use_sliding_window") and fields.get("sliding_window") is not None
     if types is None:
         first = fields.get("max_window_layers") or 0
         types = ["sliding_attention" if on and i >= first else "full_attention" for i in range(n_layers)]
+    slides = _all_slide(fields, types, n_layers)
+    if slides and not on:
+        raise fields.error("layer_types asks for sliding attention, but use_sliding_window or sliding_window is off")
+    return slides
+
+
+def _all_slide(fields: _Fields, types: Any, n_layers: int) -> bool:
+    """Whether all layers have a sliding window; none of them has one if not."""
+    if not isinstance(types, list):
+        raise fields.error(f"layer_types is {types!r}, expected a list of {n_layers} names")
     kinds = set(map(str, types))
     if len(types) != n_layers or len(kinds) != 1 or not kinds <= {"sliding_attention", "full_attention"}:
         raise fields.error(
             f"the {n_layers} layers are of types {sorted(kinds)}, expected all 'full_attention' or all "
             "'sliding_attention': a CkptCausalLM has one kind of block"
         )
-    slides = kinds == {"sliding_attention"}
-    if slides and not on:
-        raise fields.error("layer_types asks for sliding attention, but use_sliding_window or sliding_window is off")
-    return slides
+    return kinds == {"sliding_attention"}
 
 
 def _rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
@@ -356,8 +389,8 @@ def _rope_form(fields: _Fields, key: str, given: Any) -> tuple[float, dict[str, 
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise fields.error(f"{key} is {given!r}, expected one flat object for all layers")
     kind = given.get("rope_type", given.get("type")) or "default"
-    if kind not in ("default", *ROPE_TYPES):
-        raise fields.error(f"{key} is of type {kind!r}, expected default, {', '.join(ROPE_TYPES)}")
+    if kind not in _ROPE_READ:
+        raise fields.error(f"{key} is of type {kind!r}, expected {', '.join(_ROPE_READ)}")
     if given.get("partial_rotary_factor") not in (None, 1):
         raise _partial(fields, given["partial_rotary_factor"])
     theta = fields.number("rope_theta", given.get("rope_theta") or 10000.0)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.block import CkptTransformerBlock
 from pyckpt.hf import folder, weights
-from pyckpt.hf.config import CARRIED, Arguments, arguments_of, from_config, to_config
+from pyckpt.hf.config import Arguments, arguments_of, carried_of, from_config, to_config
 from pyckpt.hf.weights import listed
 from pyckpt.model import CkptCausalLM, Segments
 from pyckpt.save import Save, SaveSet
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ADAPTER = "adapter_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 # A buffer in files of old versions of transformers, which computes it now, as we do.
 _IGNORED = "rotary_emb.inv_freq"
@@ -85,7 +86,20 @@ def _tensors(model: CkptCausalLM) -> dict[str, Tensor]:
             )
     if arguments["tie_embeddings"]:
         del found[HEAD]
+    _check_single(found)
     return found
+
+
+def _check_single(tensors: dict[str, Tensor]) -> None:
+    """Raise RuntimeError where two names are one parameter: a model that is loaded has two."""
+    names: dict[int, str] = {}
+    for name, t in tensors.items():
+        first = names.setdefault(id(t), name)
+        if first != name:
+            raise RuntimeError(
+                f"{first} and {name} are one parameter, and files keep no tie but that of the embeddings; give the "
+                "second one its own, a copy of the first"
+            )
 
 
 def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
@@ -139,9 +153,10 @@ def load_pretrained(
 
     device: default PyTorch's. dtype: float32, float64, bfloat16 or float16; default: as in the files.
     save, segments, tile: as for `CkptCausalLM`. Tensors are copied one by one, so memory is the model's own.
+    As in transformers, the embedding of config.json's pad_token_id is not trained (`padding_idx` of nn.Embedding).
 
-    Raises ValueError for a config.json that a CkptCausalLM does not compute exactly, RuntimeError for files
-    that are missing, damaged or do not fit the config.
+    Raises ValueError for a config.json that a CkptCausalLM does not compute exactly and for a folder with adapters,
+    RuntimeError for files that are missing, damaged or do not fit the config.
     """
     weights.require_safetensors()
     if dtype is not None and dtype not in errors.FLOAT_DTYPES:
@@ -158,7 +173,8 @@ def load_pretrained(
         if HEAD in files.shapes and HEAD not in names:
             _check_tied(files.read(HEAD), files.read(EMBEDDING), config_path)
     _fill(model, tensors)
-    model.extra_config = {key: config[key] for key in CARRIED if key in config}
+    model.model.embed_tokens.padding_idx = _padding_row(config.get("pad_token_id"), model.vocab_size)
+    model.extra_config = carried_of(config)
     return model
 
 
@@ -168,6 +184,11 @@ def _find(root: Path) -> tuple[Path, Path]:
         raise ValueError(
             f"{root} is {'a file' if root.exists() else 'not there'}; give a folder with config.json and "
             f"{folder.SINGLE}. Models on the Hugging Face Hub must be downloaded first"
+        )
+    if (root / ADAPTER).is_file():
+        raise ValueError(
+            f"{root} has {ADAPTER}, and adapters are not read: transformers would add them to the model. Merge them "
+            "(merge_and_unload of PEFT) and save the model again, or, for the model without them, move that file away"
         )
     config, found = folder.locate(root, folder.CONFIG), folder.locate_weights(root)
     if config is None:
@@ -229,3 +250,10 @@ def _fill(model: CkptCausalLM, tensors: dict[str, Tensor]) -> None:
         setattr(model.get_submodule(owner), leaf, nn.Parameter(t))
     if model.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def _padding_row(token: Any, vocab: int) -> int | None:
+    """The row of this token; None if there is none. A negative one counts from the end, as in nn.Embedding."""
+    if not isinstance(token, int) or isinstance(token, bool) or not -vocab <= token < vocab:
+        return None
+    return token % vocab

@@ -82,15 +82,20 @@ def _plain(t: Tensor) -> Tensor:
 
 
 class WeightFiles:
-    """The tensors of open safetensors files: `shapes` and `dtypes` by name, from the headers, and `read`."""
+    """The tensors of open safetensors files: `shapes` and `dtypes` by name, from the headers, and `read`.
+
+    `places`: the name of each and its file's.
+    """
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self.places: set[tuple[str, str]] = set()
         self._files: dict[str, Any] = {}
 
-    def add(self, file: Any) -> None:
+    def add(self, path: Path, file: Any) -> None:
         for name in file.keys():  # noqa: SIM118 (not a dict)
+            self.places.add((name, path.name))
             header = file.get_slice(name)
             self.shapes[name], self.dtypes[name] = tuple(header.get_shape()), header.get_dtype()
             self._files[name] = file
@@ -109,16 +114,17 @@ def open_weights(root: Path, path: Path) -> Iterator[WeightFiles]:
     weights = WeightFiles()
     with contextlib.ExitStack() as stack:
         if path.name != INDEX:
-            weights.add(stack.enter_context(_open(library, path)))
+            weights.add(path, stack.enter_context(_open(library, path)))
         else:
             weight_map = read_weight_map(path)
             for file in _shard_paths(root, path, weight_map):
-                weights.add(stack.enter_context(_open(library, file)))
-            odd = sorted(weight_map.keys() ^ weights.shapes.keys())
+                weights.add(file, stack.enter_context(_open(library, file)))
+            odd = sorted({name for name, _ in weight_map.items() ^ weights.places})
             if odd:
                 raise RuntimeError(
-                    f"{path} and its shards do not hold the same tensors: {listed(odd)} in one of them only. The files "
-                    "are of different models or the download is incomplete; fetch or save the checkpoint again"
+                    f"{path} and its shards do not hold the same tensors: {listed(odd)} in one of them only, or in "
+                    "another shard. The files are of different models or the download is incomplete; fetch or save "
+                    "the checkpoint again"
                 )
         yield weights
 
