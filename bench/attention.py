@@ -9,7 +9,7 @@ Variants take turns in one process; medians of device events. Times and rates ar
 until all launches are queued, as in training, and as in FlashAttention's benchmarks, which run many in a row.
 `forward_call_ms` and `backward_call_ms` begin with an idle device and count what the host takes for its launches. FLOPs
 are 4 S² H D for the forward and 2.5 times that for the backward, half of it when causal, recomputation not counted (as
-FlashAttention's papers count). The ceiling is a matrix product of the same dtype in the same run. A variant whose result
+FlashAttention's papers count). The ceiling is a matrix product of that dtype in the same run. A variant whose result
 is wrong gets no time.
 
 Needs nothing beyond torch and triton (and matplotlib to plot).

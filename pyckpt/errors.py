@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -67,6 +68,11 @@ def check_matches(x: Tensor, weight: Tensor, what: str, one_dtype: bool = True) 
         )
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether there are values to look at: not while torch.compile traces, on the meta device or in FakeTensorMode."""
+    return not (torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor))
+
+
 def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = "cu_seqlens") -> None:
     """int32, (N + 1,), from 0, not descending, up to the token count. Reads the values (a sync on CUDA)."""
     check_tensor(name, cu)
@@ -76,7 +82,7 @@ def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = 
         raise ValueError(f"{name} must be one-dimensional with at least 2 entries, got shape {tuple(cu.shape)}")
     if cu.device != device:
         raise ValueError(f"{name} is on {cu.device}, the tokens are on {device}; move it with .to(...)")
-    if torch.compiler.is_compiling():  # values are not known while tracing
+    if not has_values(cu):
         return
     values = cu.tolist()
     if values[0] != 0 or values[-1] != tokens:
@@ -120,7 +126,7 @@ def check_labels(target: Tensor, vocab: int, ignore_index: int, device: torch.de
         raise ValueError(f"labels have dtype {target.dtype}, expected int64; convert them with .long()")
     if target.device != device:
         raise ValueError(f"labels are on {target.device}, x is on {device}; move one with .to(...)")
-    if torch.compiler.is_compiling():
+    if not has_values(target):
         return
     good = (target == ignore_index) | ((target >= 0) & (target < vocab))
     if target.is_cuda:
@@ -146,7 +152,7 @@ def check_tokens(tokens: Tensor, vocab: int, device: torch.device, packed: bool)
         raise ValueError(f"tokens are empty: shape {tuple(tokens.shape)}; give at least one token")
     if tokens.device != device:
         raise ValueError(f"tokens are on {tokens.device}, the model is on {device}; move one with .to(...)")
-    if torch.compiler.is_compiling() or tokens.is_cuda:
+    if tokens.is_cuda or not has_values(tokens):
         return
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab:

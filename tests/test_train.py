@@ -654,8 +654,11 @@ _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, 
 
 @pytest.mark.parametrize("number", a_few(_SIGNALS, always=(-1,)))
 def test_a_signal_ends_a_run_with_a_checkpoint(text: Path, straight: train.TrainResult, number: int) -> None:
-    given = config(text)
-    stopped = train.run(given, on_step=lambda r: signal.raise_signal(number) if r["step"] == 6 else None)
+    given, before = config(text), signal.signal(number, signal.SIG_DFL)  # nohup ignores one of them
+    try:
+        stopped = train.run(given, on_step=lambda r: signal.raise_signal(number) if r["step"] == 6 else None)
+    finally:
+        signal.signal(number, before)
     assert stopped.stopped_by == number and train.exit_code(stopped) == 128 + number
     assert stopped.steps == 6 and stopped.sample == ""
     assert checkpoints.steps(RunFolder(stopped.out).checkpoints)[-1].name == "step-00000006"
