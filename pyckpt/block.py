@@ -471,7 +471,15 @@ def _build(root: nn.Module, shapes: dict[str, tuple[int, ...]], **factory: Any) 
 
 def _carrier(shape: tuple[int, ...], bias: bool) -> Callable[..., nn.Module]:
     if len(shape) == 2:
-        return functools.partial(nn.utils.skip_init, nn.Linear, shape[1], shape[0], bias=bias)
+        return functools.partial(_empty_linear, shape[1], shape[0], bias)
     if bias:
         return functools.partial(nn.LayerNorm, shape[0])
     return functools.partial(nn.RMSNorm, shape[0])
+
+
+def _empty_linear(d_in: int, d_out: int, bias: bool, device: Any, dtype: torch.dtype | None) -> nn.Linear:
+    """With no values, as `nn.utils.skip_init` makes it, which FakeTensorMode does not take."""
+    made = nn.Linear(d_in, d_out, bias, device="meta", dtype=dtype)
+    for name, p in made.named_parameters():
+        setattr(made, name, nn.Parameter(torch.empty_like(p, device=device)))
+    return made

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
+from pyckpt.exec.gathering import gather, gathers, hooks_of, others, unshards
 from pyckpt.exec.lm_ends import following
-from pyckpt.exec.streamed_layers import gathers, hooks_of, others
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, on_meta, rms_norm
 from pyckpt.save import Save, SaveSet
@@ -316,6 +316,7 @@ class CkptCausalLM(nn.Module):
         self._check_tokens(tokens, cu_seqlens)
         x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens)
         norm = self.model.norm
+        gather(norm)
         weight = with_offset(cast(Tensor, norm.weight), self.spec.norm_offset)
         if isinstance(norm, nn.LayerNorm):
             return layer_norm(x, weight, norm.bias, self.spec.norm_eps)
@@ -326,7 +327,15 @@ class CkptCausalLM(nn.Module):
 
         This holds the logits of all tokens; `loss` does not.
         """
-        return self.lm_head(self.hidden(tokens, positions, cu_seqlens))
+        return self._logits(self.hidden(tokens, positions, cu_seqlens))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.lm_head
+        if unshards(head) and not others(hooks_of(head)):
+            # A call would tell FSDP2 that what it gathers with the head, a norm say, is done when the head's backward is.
+            gather(head)
+            return nn.functional.linear(hidden, head.weight, head.bias)
+        return head(hidden)
 
     def loss(
         self,
@@ -360,6 +369,7 @@ class CkptCausalLM(nn.Module):
         targets = _targets(labels, cu_seqlens)
         hidden = self.hidden(tokens, positions, cu_seqlens)
         weights = None if weights is None else following(weights, 0.0)
+        gather(self.lm_head)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, token_weight=weights, **options)
 
     def _check_tokens(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -403,7 +413,7 @@ class CkptCausalLM(nn.Module):
                 f"{max_new_tokens}"
             )
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(tokens)[:, -1]).float()
+            logits = self._logits(self.hidden(tokens)[:, -1]).float()
             tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
         return tokens
 
@@ -427,11 +437,12 @@ class CkptCausalLM(nn.Module):
 def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """What the token at each place is to predict."""
     targets = following(labels, -100)
-    if cu_seqlens is not None:
-        ends = cu_seqlens[1:].long() - 1
-        if not on_meta(ends):  # how many are not empty is a value
-            targets[ends[ends >= 0]] = -100
-    return targets
+    if cu_seqlens is None:
+        return targets
+    places = targets.shape[0] + 1  # one more, for the last token before the first that empty sequences begin with
+    last = torch.zeros(places, dtype=torch.bool, device=targets.device)
+    last.index_fill_(0, (cu_seqlens[1:].long() - 1) % places, True)
+    return targets.masked_fill(last[:-1], -100)
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

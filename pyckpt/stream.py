@@ -15,13 +15,14 @@ from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
+from pyckpt.exec.gathering import gather, gathers, hooks_of, others
 from pyckpt.exec.lm_ends import IGNORE, EmbeddingOptions, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
 from pyckpt.exec.session import ENDS, Session
 from pyckpt.exec.streamed import Stack, store_plan
-from pyckpt.exec.streamed_layers import InRun, LayerRun, gathers, hooks_of, others
+from pyckpt.exec.streamed_layers import InRun, LayerRun
 from pyckpt.exec.streamed_node import execute
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
@@ -155,6 +156,7 @@ def run_loss(
 ) -> Tensor:
     """`CkptCausalLM.loss` of checked tokens, labels and the labels' weights, streamed."""
     _check_called(model)
+    gather(model.model.embed_tokens, model.model.norm, model.lm_head)
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
     if hasattr(embed, "full_tensor"):  # torch.distributed's DTensor, which is not there in every build
         raise ValueError(

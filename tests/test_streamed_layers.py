@@ -42,8 +42,10 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: torch.Tensor, stream: pyckpt.Stream, **options: Any) -> torch.Tensor:
-        return self.model.loss(tokens, stream=stream, **options)
+    def forward(
+        self, tokens: torch.Tensor, stream: pyckpt.Stream | None, logits: bool = False, **options: Any
+    ) -> torch.Tensor:
+        return self.model(tokens) if logits else self.model.loss(tokens, stream=stream, **options)
 
     @property
     def layers(self) -> list[torch.nn.Module]:
@@ -260,6 +262,35 @@ def wrapped_by_fsdp1(**options: Any) -> Any:
 
     policy = ModuleWrapPolicy({pyckpt.CkptTransformerBlock})
     return FullyShardedDataParallel(make_model(), auto_wrap_policy=policy, device_id=torch.device("cpu"), **options)
+
+
+@pytest.mark.parametrize("how", ["loss", "streamed", "logits"])
+@pytest.mark.parametrize("groups", [["norm", "head"], ["norm"], ["head"], ["embedding"], ["embedding", "norm", "head"]])
+def test_groups_beside_the_layers(groups, how):
+    """As `fully_shard([model.norm, model.lm_head])`, which recipes have: the loss reads them without a call."""
+    from torch.distributed.fsdp import fully_shard
+
+    plain = make_model()
+    model = copy.deepcopy(plain)
+    tokens = torch.randint(0, VOCAB, (2, 11))
+    inner = model.model.model
+    parts = {"norm": inner.norm, "head": model.model.lm_head, "embedding": inner.embed_tokens}
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard([parts[g] for g in groups])
+    fully_shard(model)
+
+    def loss_of(m: Loss) -> torch.Tensor:
+        if how == "logits":
+            return m(tokens, None, logits=True).square().mean()
+        return m(tokens, pyckpt.Stream(tile=4) if how == "streamed" else None)
+
+    for _ in range(3):  # what one step leaves must not stand in the way of the next
+        for m in (plain, model):
+            m.zero_grad()
+            loss_of(m).backward()
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(q.grad.full_tensor(), p.grad)
 
 
 def test_a_loss_outside_the_models_forward():

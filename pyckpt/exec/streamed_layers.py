@@ -16,12 +16,12 @@ twice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyckpt import errors
 from pyckpt.exec.ends import Gradients, Named, Sink, Source
@@ -30,32 +30,6 @@ from pyckpt.exec.session import HOW_TO, Node, at_work, check_backward, given_gra
 from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
 from pyckpt.exec.unchanged import Unchanged
 from pyckpt.store import OpenStore, Store
-
-
-def gathers(module: nn.Module) -> bool:
-    """FSDP2, or DeepSpeed's ZeRO-3, gathers the module's weights for each call of it."""
-    return any(map(_is_gathering, hooks_of(module)))
-
-
-def others(hooks: Iterable[Any]) -> list[Any]:
-    """Those of these forward hooks that neither gather weights nor are a measurement's of ours."""
-    return [h for h in hooks if not (_is_gathering(h) or _origin(h).startswith("pyckpt.measure."))]
-
-
-def hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    """The hooks that a call of the module, or its backward, runs."""
-    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return (*forward, *module._backward_hooks.values(), *module._backward_pre_hooks.values())
-
-
-def _is_gathering(hook: Any) -> bool:
-    return _origin(hook).startswith(("torch.distributed.fsdp.", "deepspeed."))
-
-
-def _origin(hook: Any) -> str:
-    """The Python module that a hook, or the object whose method it is, comes from."""
-    owner = getattr(hook, "__self__", None)
-    return (getattr(hook, "__module__", "") if owner is None else type(owner).__module__) or ""
 
 
 class _Here:

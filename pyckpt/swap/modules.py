@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyckpt.exec import streamed_layers
-from pyckpt.exec.streamed_layers import hooks_of
+from pyckpt.exec import gathering
+from pyckpt.exec.gathering import hooks_of
 from pyckpt.swap.shadow import unsharded_class
 
 
@@ -39,26 +39,17 @@ _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
 
 def gathers(module: nn.Module) -> bool:
     """FSDP2 or ZeRO-3 gathers the module's weights for each call of it, and nobody else watches it."""
-    return streamed_layers.gathers(module) and all(map(_is_harmless, streamed_layers.others(hooks_of(module))))
+    return gathering.gathers(module) and all(map(_is_harmless, gathering.others(hooks_of(module))))
 
 
 def gather(*modules: Any) -> None:
-    """Have FSDP2 gather the weights of those that it shards by themselves, for who reads them without a call.
-
-    They are let go at the end of the backward, as those of the outermost module are.
-    """
-    for module in modules:
-        if _unshards(module):
-            module.unshard()
+    """`pyckpt.exec.gathering.gather` where nobody else watches a module."""
+    gathering.gather(*filter(gathers, modules))
 
 
 def foreign(module: nn.Module, replaced: bool = False) -> bool:
     """The module has forward hooks other than those that gather its weights. `replaced`: as for `watched`."""
     return watched(module, replaced) and not gathers(module)
-
-
-def _unshards(module: Any) -> bool:
-    return gathers(module) and hasattr(module, "unshard")
 
 
 def is_flattened(module: nn.Module) -> bool:
@@ -83,7 +74,7 @@ def is_wrapper(module: nn.Module) -> bool:
 
 def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """forward(x), in a call of the module where that is what gathers its weights."""
-    if not gathers(module) or _unshards(module):
+    if not gathers(module) or gathering.unshards(module):
         gather(module)
         return forward(x)
     module.forward = forward
