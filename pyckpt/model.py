@@ -332,7 +332,7 @@ class CkptCausalLM(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.lm_head
         if unshards(head) and not others(hooks_of(head)):
-            # A call would tell FSDP2 that what it gathers with the head, a norm say, is done when the head's backward is.
+            # A call would tell FSDP2 that what it gathers with the head, a norm say, is done with the head's backward.
             gather(head)
             return nn.functional.linear(hidden, head.weight, head.bias)
         return head(hidden)
