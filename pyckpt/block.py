@@ -20,8 +20,9 @@ from pyckpt.exec.streamed_layers import InRun
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
-from pyckpt.tokenwise.generic import GenericTokenwise, in_place, precision
+from pyckpt.tokenwise.generic import in_place, precision
 from pyckpt.tokenwise.parameters import parameter_shapes
+from pyckpt.tokenwise.seeded import SeededTokenwise, drops_inside
 
 INIT_STD = 0.02
 
@@ -289,9 +290,11 @@ class CkptGenericBlock(CheckpointedBlock):
     v (t, n_kv_heads * v_head_dim) and o (t, n_heads * v_head_dim). `v_head_dim` is head_dim, unless given: latent
     attention (DeepSeek-V2, section 2.1) has another.
 
-    Both must treat every token by itself (they get any contiguous range of tokens) and be deterministic: they run
-    again in the backward, under autograd, one tile at a time. What has a gradient and is read by them has to be an
-    input or a parameter of theirs (`LostGradientError` else). Save sets: "attention+qkv", "attention", "input".
+    Both must treat every token by itself (they get any contiguous range of tokens) and be deterministic, but for
+    `nn.Dropout` modules in them, which drop the same again: they run again in the backward, under autograd, one tile at
+    a time, in the train mode that they had. What has a gradient and is read by them has to be an input or a parameter
+    (`LostGradientError` else). What else draws random numbers raises RuntimeError. Save sets: "attention+qkv",
+    "attention", "input".
     """
 
     def __init__(
@@ -346,6 +349,10 @@ class CkptGenericBlock(CheckpointedBlock):
             return SaveSet(save.name, attention=True, qkv=True)
         return save
 
+    @property
+    def drops(self) -> bool:
+        return drops_inside(self)
+
     def weights(self) -> dict[str, Tensor]:
         with in_place():
             return dict(self.named_parameters())
@@ -354,7 +361,7 @@ class CkptGenericBlock(CheckpointedBlock):
         from pyckpt.exec.plan import generic_plan
 
         return generic_plan(
-            GenericTokenwise(self.pre, self.post, precision(device, x_dtype, dtype)),
+            SeededTokenwise(self.pre, self.post, precision(device, x_dtype, dtype)),
             self._attend,
             self._save,
             self._tile,

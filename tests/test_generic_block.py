@@ -508,3 +508,97 @@ def test_its_modules_run_under_autocast(x_dtype):
         y = block(x)
     y.float().square().mean().backward()
     assert y.dtype == x_dtype and block.post.a.grad.dtype == torch.float32
+
+
+class Dropping(nn.Module):
+    """`post` that drops values of both its sublayers."""
+
+    def __init__(self, width: int, dropout: nn.Module) -> None:
+        super().__init__()
+        self.o_proj, self.mlp, self.dropout = nn.Linear(width, width), nn.Linear(width, width), dropout
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        mid = x + self.dropout(self.o_proj(o))
+        return mid + self.dropout(F.gelu(self.mlp(mid)))
+
+
+class Projections(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.dropout = nn.Linear(width, 3 * width), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return self.dropout(self.qkv(x)).chunk(3, -1)
+
+
+def dropping(save: str = "attention", dropout: nn.Module | None = None, tile: int = 7) -> pyckpt.CkptGenericBlock:
+    parts = Projections(16), Dropping(16, nn.Dropout(0.3) if dropout is None else dropout)
+    return pyckpt.CkptGenericBlock(*parts, 16, 2, save=save, tile=tile).double()
+
+
+def assert_is_its_gradient(run: Any, module: nn.Module) -> None:
+    """The loss falls as the gradients of its parameters say, while the same values are dropped."""
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        return run()
+
+    weights = list(module.parameters())
+    grads = torch.autograd.grad(loss(), weights)
+    ways = [torch.randn_like(w) for w in weights]
+    found = []
+    for step_size in (1e-5, -1e-5):
+        with torch.no_grad():
+            for w, way in zip(weights, ways, strict=True):
+                w += step_size * way
+            found.append(float(loss()))
+            for w, way in zip(weights, ways, strict=True):
+                w -= step_size * way
+    slope = sum(float((g * way).sum()) for g, way in zip(grads, ways, strict=True))
+    # Differences of float64 over 1e-5: 1e-10 of the loss, and the third derivative's 1e-10.
+    assert (found[0] - found[1]) / 2e-5 == pytest.approx(slope, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_what_dropout_drops_it_drops_again(save):
+    block, x = dropping(save), torch.randn(2, 19, 16, dtype=torch.float64)
+    assert_is_its_gradient(lambda: block(x).square().mean(), block)
+    assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("segments", [None, 2])
+def test_what_dropout_drops_it_drops_again_in_segments_and_streams(segments):
+    stack = pyckpt.CkptTransformer([dropping() for _ in range(2)], segments)
+    x = torch.randn(2, 19, 16, dtype=torch.float64)
+    assert_is_its_gradient(lambda: stack(x).square().mean(), stack)
+    assert_is_its_gradient(lambda: stack(x, stream=pyckpt.Stream(tile=6)).square().mean(), stack)
+
+
+def test_the_train_mode_of_the_call_is_that_of_its_backward():
+    block, x = dropping(), torch.randn(2, 19, 16, dtype=torch.float64)
+    found = []
+    for train, after in ((True, True), (True, False), (False, False), (False, True)):
+        torch.manual_seed(3)
+        loss = block.train(train)(x).square().mean()
+        block.train(after)
+        found.append(torch.autograd.grad(loss, list(block.parameters())))
+    for a, b in ((0, 1), (2, 3)):
+        assert all(torch.equal(g, h) for g, h in zip(found[a], found[b], strict=True))
+    before = torch.get_rng_state()
+    block.eval()(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class ByFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.3, self.training)
+
+
+def test_what_draws_by_a_function_is_an_error():
+    block, x = dropping(dropout=ByFunction()), torch.randn(2, 19, 16, dtype=torch.float64)
+    block.pre.dropout.p = 0.0
+    with pytest.raises(RuntimeError, match=r"post draws random numbers.*nn\.Dropout modules"):
+        block(x)
+    with torch.no_grad():
+        block(x)
+    block.eval()(x).sum().backward()

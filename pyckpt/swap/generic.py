@@ -6,10 +6,7 @@ differentiated by autograd, one tile at a time.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +18,6 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.plan import generic_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
-from pyckpt.ops import philox
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
@@ -29,17 +25,14 @@ from pyckpt.spec import BlockSpec
 from pyckpt.swap.apart import apart
 from pyckpt.swap.modules import UnsupportedError, watched, what_watches
 from pyckpt.swap.rope import MovingRope
-from pyckpt.swap.settings import Settings
 from pyckpt.swap.weights import Mapping
-from pyckpt.tokenwise.generic import GenericTokenwise, precision
-from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.generic import precision
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
+from pyckpt.tokenwise.seeded import SeededTokenwise, drops_inside
 
 kernels = torch.ops.pyckpt
 SINKS = "attend.sinks"  # among the weights, beside those of "pre." and "post."
-# Where a seed is derived for random numbers; attention's probabilities take site 0.
-PRE_SITE, POST_SITE = 1, 2
-_one_thread = threading.RLock()
+ADVICE = "leave the model as it is: pyckpt.unswap(model)"
 _QKV = tuple(f"{ATTENTION}.{n}_proj" for n in "qkv")
 
 
@@ -131,55 +124,13 @@ class _Post(nn.Module):
         return mid + m * self.after_mlp((made[0] if isinstance(made, tuple) else made)[0])
 
 
-class SeededTokenwise(GenericTokenwise):
-    """Modules of a layer, set in a backward as they are now.
+class LayerTokenwise(SeededTokenwise):
+    """Modules of a layer, in which nothing is put for a call."""
 
-    What they draw at random (LoRA's dropout) follows from the call's seed and the tile: a backward draws it again.
-    """
-
-    _advice = "leave the model as it is: pyckpt.unswap(model)"
+    _advice = ADVICE
 
     def __init__(self, pre: nn.Module, post: nn.Module, precision: AbstractContextManager[Any]) -> None:
         super().__init__(apart(pre), apart(post), precision)
-        self._settings = Settings(self._pre, self._post)
-
-    @contextlib.contextmanager
-    def _at(self, tile: Tile, site: int) -> Iterator[None]:
-        """In which `pre` (or `post`) of this tile runs."""
-        with self._settings.again(), _drawing(tile, site):
-            yield
-
-    def pre(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with self._at(tile, PRE_SITE):
-            super().pre(w, tile, *tensors)
-
-    def pre_again(self, w: Weights, tile: Tile, *rest: Any) -> None:
-        with self._at(tile, PRE_SITE):
-            super().pre_again(w, tile, *rest)
-
-    def post(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with self._at(tile, POST_SITE):
-            super().post(w, tile, *tensors)
-
-    def pre_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with self._at(tile, PRE_SITE):
-            super().pre_bwd(w, tile, *tensors)
-
-    def post_bwd(self, w: Weights, tile: Tile, *tensors: Any) -> None:
-        with self._at(tile, POST_SITE):
-            super().post_bwd(w, tile, *tensors)
-
-
-@contextlib.contextmanager
-def _drawing(tile: Tile, site: int) -> Iterator[None]:
-    """PyTorch's generators, which all threads share, seeded for this tile, and afterwards as they were."""
-    if tile.seed is None:
-        yield
-        return
-    device = tile.x.device
-    with _one_thread, torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(philox.derive(philox.derive(tile.seed, site), tile.first))
-        yield
 
 
 class OwnModulesBlock(CheckpointedBlock):
@@ -197,11 +148,6 @@ class OwnModulesBlock(CheckpointedBlock):
 
     def mixes_dtypes(self, name: str) -> bool:
         return True  # adapters have a dtype of their own
-
-    def _drops_inside(self) -> bool:
-        # By each module's own mode: some keep dropout on in a model in eval mode.
-        inside = (m for m in self._layer[0].modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-        return any(m.training and m.p > 0.0 for m in inside)
 
     def _check_save(self, save: SaveSet) -> SaveSet:
         # What lies inside `post` it can't see; it keeps the rest of the save set.
@@ -239,7 +185,7 @@ class GenericMappedBlock(OwnModulesBlock):
 
     @property
     def drops(self) -> bool:
-        return self._attend().dropout > 0.0 or self._drops_inside()
+        return self._attend().dropout > 0.0 or drops_inside(self._layer[0])
 
     def _attend(self) -> DenseAttend:
         spec = self.mapping.spec_but_for_rope(self._layer[0])
@@ -259,7 +205,7 @@ class GenericMappedBlock(OwnModulesBlock):
         pre, post = self._parts
         if self.mapping.moving is not None:
             pre = _Pre(self._layer[0], self.mapping.spec_now(self._layer[0]))  # of this call, also in its backward
-        tokenwise = SeededTokenwise(pre, post, precision(device, x_dtype, dtype))
+        tokenwise = LayerTokenwise(pre, post, precision(device, x_dtype, dtype))
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 

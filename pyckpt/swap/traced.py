@@ -24,16 +24,17 @@ from pyckpt.save import Save
 from pyckpt.spec import Window
 from pyckpt.swap.apart import apart
 from pyckpt.swap.by_thread import ByThread
-from pyckpt.swap.generic import SINKS, OwnModulesBlock, SeededTokenwise
+from pyckpt.swap.generic import ADVICE, SINKS, OwnModulesBlock
 from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
-from pyckpt.swap.settings import Settings
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
 from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping, rate_at
 from pyckpt.tokenwise.generic import precision
 from pyckpt.tokenwise.interface import Tile, Weights
+from pyckpt.tokenwise.seeded import SeededTokenwise, drops_inside
+from pyckpt.tokenwise.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,8 @@ class TracedTokenwise(SeededTokenwise):
 
     What is no weight of theirs is on the meta device, so that it can't be read.
     """
+
+    _advice = ADVICE
 
     def __init__(
         self, block: TracedBlock, arguments: Arguments | Placed, precision: AbstractContextManager[Any]
@@ -190,7 +193,7 @@ class TracedBlock(OwnModulesBlock):
     @property
     def drops(self) -> bool:
         training = any(m.training for m in self._layer[0].modules())
-        return self._attend().dropout > 0.0 or self._drops_inside() or (self.trace.draws and training)
+        return self._attend().dropout > 0.0 or drops_inside(self._layer[0]) or (self.trace.draws and training)
 
     def _attend(self) -> DenseAttend:
         layer, rate = self._layer[0], self.trace.dropout
