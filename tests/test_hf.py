@@ -49,6 +49,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("Llama", {}),
     "mha-tied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "biases-of-attention": ("Llama", {"attention_bias": True}),
+    "biases-of-the-mlp": ("Llama", {"mlp_bias": True, "head_dim": 12}),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 256}),
     "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     "head-dim": ("Llama", {"head_dim": 14, "rms_norm_eps": 1e-5}),
@@ -58,7 +60,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("Mistral", {"sliding_window": 5}),
     "mistral-window-of-one": ("Mistral", {"sliding_window": 1}),
     "mistral-uneven": ("Mistral", {"sliding_window": None, "hidden_size": 30, "head_dim": 8}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
+    "qwen2-head-dim": ("Qwen2", {"head_dim": 12}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "qwen3-window-tied": (
         "Qwen3",
         {
@@ -78,6 +85,8 @@ OWN: dict[str, dict[str, Any]] = {
     "no-rope": {"rope_theta": None},
     "biases-window": {"bias": True, "window": 3},
     "biases-qk-norm": {"bias": True, "qk_norm": True},
+    "biases-of-the-mlp-window": {"bias": "mlp", "window": 3},
+    "biases-of-qkv-qk-norm": {"bias": "qkv", "qk_norm": True},
     "layernorm-rope": {"norm": "layernorm", "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
 }
 
@@ -126,7 +135,8 @@ def _norm64(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _rotary64(config: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    rope, dim = config.rope_parameters, config.head_dim
+    rope = config.rope_parameters
+    dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)  # no field of a Qwen2
     frequencies = []
     for i in range(dim // 2):
         frequency = rope["rope_theta"] ** (-2 * i / dim)
@@ -253,6 +263,11 @@ def test_transformers_to_pyckpt_and_back(name: str, tmp_path: Path) -> None:
         ({"tie_embeddings": True, "bias": True, "norm_eps": 1e-6}, "Llama"),
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3, "mlp": "geglu"}, "Llama"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "Llama"),
+        ({"bias": "attention"}, "Llama"),
+        ({"bias": "mlp"}, "Llama"),
+        ({"bias": "qkv"}, "Qwen2"),
+        ({"bias": "qkv", "window": 4, "head_dim": 20, "tie_embeddings": True}, "Qwen2"),
+        ({"bias": "attention", "qk_norm": True}, "Qwen3"),
         ({"window": 4}, "Mistral"),
         ({"window": (0, 9), "mlp": "geglu_tanh"}, "Mistral"),
         ({"qk_norm": True, "window": 3}, "Qwen3"),
@@ -475,7 +490,7 @@ def test_entries_that_are_not_there_are_transformers_defaults(checkpoint: Path) 
     assert load_pretrained(checkpoint).spec.window == (4095, 0)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen3"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_token_ids_that_are_not_there_are_transformers_defaults(kind: str, tmp_path: Path) -> None:
     theirs(kind, head_dim=8).save_pretrained(tmp_path / "theirs")
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range")
@@ -530,7 +545,7 @@ def test_dropout_is_read_and_written(checkpoint: Path, tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "qwen2"}, r"model_type is 'qwen2', expected one of llama, mistral, qwen3"),
+    ({"model_type": "phi3"}, r"model_type is 'phi3', expected one of llama, mistral, qwen2, qwen3"),
     ({"model_type": DROP}, r"model_type is None"),
     ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
     ({"model_type": "pyckpt"}, r"'pyckpt' is None, expected the arguments"),
@@ -547,8 +562,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_theta": 5e5}, r"rope_theta is 500000.0 and rope_parameters has 10000.0"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"they disagree"),
     ({"hidden_act": "relu"}, r"hidden_act is 'relu', expected one of silu"),
-    ({"attention_bias": True}, r"biases in attention only"),
-    ({"mlp_bias": True}, r"biases in the MLP only"),
     ({"pretraining_tp": 2}, r"pretraining_tp is 2, expected 1"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"quantized weights are not read"),
     ({"is_causal": False}, r"expected a causal model"),
@@ -583,7 +596,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"model_type": "qwen3", "architectures": None, "use_sliding_window": True, "max_window_layers": 1},
         r"expected all 'full_attention' or all 'sliding_attention'",
     ),
-    ({"model_type": "qwen3", "architectures": None, "attention_bias": True}, r"biases in attention only"),
+    (
+        {"model_type": "qwen2", "architectures": None, "use_sliding_window": True, "max_window_layers": 1},
+        r"expected all 'full_attention' or all",
+    ),
 ]
 
 

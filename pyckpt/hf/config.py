@@ -1,8 +1,8 @@
 """`CkptCausalLM`'s arguments as a config.json of Hugging Face's dense decoders, and back.
 
-Written: a Llama's config, a Qwen3's where q and k are normed, a Mistral's where there is a sliding window;
-one that transformers refuses where none of them computes the same. Our own arguments are always there too,
-under "pyckpt". Read: only what a block computes exactly. Anything else is a ValueError.
+Written: a Llama's config, a Qwen3's where q and k are normed, a Qwen2's where q, k and v alone have biases, a Mistral's
+where there is a sliding window; one that transformers refuses where none of them computes the same. Our own arguments
+are always there too, under "pyckpt". Read: only what a block computes exactly. Anything else is a ValueError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ Config = dict[str, Any]
 Arguments = dict[str, Any]
 
 OWN_KEY = OWN_TYPE = "pyckpt"
-_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 # What transformers takes where a config.json has no such entry.
 _DEFAULTS: dict[str, Config] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
@@ -30,6 +35,12 @@ _DEFAULTS: dict[str, Config] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
         "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "max_position_embeddings": 32768,
     },
     "qwen3": {
         "num_key_value_heads": 32,
@@ -56,6 +67,7 @@ _CARRIED_DEFAULTS: Config = {
 }
 CARRIED = tuple(_CARRIED_DEFAULTS)
 """Entries of config.json that describe no computation. They go through `CkptCausalLM.extra_config`."""
+_QWEN = ("qwen2", "qwen3")  # of which each layer's window is said in one way
 _ROPE_READ = ("default", "linear", "llama3")
 _STACK = ("vocab_size", "n_layers", "tie_embeddings")
 _OPTIONS = tuple(name for name in inspect.signature(BlockSpec.make).parameters if name != "causal")
@@ -115,7 +127,6 @@ def standard_type(spec: BlockSpec) -> str | None:
         or spec.norm_offset
         or spec.norm_placement != "pre"
         or spec.parallel
-        or not isinstance(spec.bias, bool)
         or spec.mlp not in GATED_MLPS
         or spec.softcap
         or spec.attention_scale is not None
@@ -128,9 +139,11 @@ def standard_type(spec: BlockSpec) -> str | None:
     ):
         return None
     if spec.qk_norm:
-        return None if spec.bias or spec.qk_norm == "full" else "qwen3"
+        return "qwen3" if spec.bias in (False, "attention") and spec.qk_norm != "full" else None
     # transformers refuses a Llama with such widths, and takes a Mistral.
     uneven = spec.d_model % spec.n_heads != 0
+    if spec.bias == "qkv":
+        return None if uneven else "qwen2"
     if spec.window[0] >= 0 or uneven:
         return None if spec.bias else "mistral"
     return "llama"
@@ -164,8 +177,8 @@ def _standard_fields(kind: str, spec: BlockSpec, n_layers: int) -> Config:
         "hidden_act": _ACTIVATIONS[spec.mlp][0],
         "rms_norm_eps": spec.norm_eps,
         "attention_dropout": spec.attention_dropout,
-        "attention_bias": spec.bias,
-        "mlp_bias": spec.bias,
+        "attention_bias": spec.bias in (True, "attention"),
+        "mlp_bias": spec.bias in (True, "mlp"),
         # transformers 5 reads the first, 4 the other two.
         "rope_parameters": {"rope_theta": spec.rope_theta, **(scaling or {"rope_type": "default"})},
         "rope_theta": spec.rope_theta,
@@ -175,7 +188,7 @@ def _standard_fields(kind: str, spec: BlockSpec, n_layers: int) -> Config:
     window = spec.window[0] + 1 if spec.window[0] >= 0 else None
     if kind == "mistral":
         fields["sliding_window"] = window
-    elif kind == "qwen3":
+    elif kind in _QWEN:
         layer = "full_attention" if window is None else "sliding_attention"
         fields |= {
             "use_sliding_window": window is not None,
@@ -318,15 +331,13 @@ def _mlp(fields: _Fields) -> str:
     raise fields.error(f"hidden_act is {given!r}, expected one of {known}")
 
 
-def _bias(kind: str, fields: _Fields) -> bool:
-    if kind == "mistral":
-        return False  # transformers has no biases there, whatever the config says
+def _bias(kind: str, fields: _Fields) -> bool | str:
+    if kind in ("mistral", "qwen2"):
+        return "qkv" if kind == "qwen2" else False  # in transformers, whatever the config says
     attention, mlp = fields.flag("attention_bias"), kind == "llama" and fields.flag("mlp_bias")
-    if attention != mlp:
-        raise fields.error(
-            f"biases in {'attention' if attention else 'the MLP'} only, expected them on all linear layers or on none"
-        )
-    return attention
+    if attention == mlp:
+        return attention
+    return "attention" if attention else "mlp"
 
 
 def _window(kind: str, fields: _Fields, n_layers: int) -> int | None:

@@ -34,8 +34,8 @@ def save_pretrained(
 ) -> None:
     """Write config.json and the weights, in the dtypes they have, into the folder `path`.
 
-    transformers loads it as a Llama, a Mistral (sliding window) or a Qwen3 (qk_norm). A model that none of
-    them computes is written too, in a form that `load_pretrained` reads and transformers refuses.
+    transformers loads it as a Llama, a Mistral (sliding window), a Qwen2 (bias="qkv") or a Qwen3 (qk_norm). A model
+    that none of them computes is written too, in a form that `load_pretrained` reads and transformers refuses.
     `model.extra_config` gives the token ids and max_position_embeddings in config.json.
 
     A checkpoint that is there already is replaced when the new one is complete; whenever this stops, one of
@@ -149,7 +149,7 @@ def load_pretrained(
     segments: Segments = None,
     tile: int | None = None,
 ) -> CkptCausalLM:
-    """The model in a folder that `save_pretrained` wrote, or transformers from a Llama, Mistral or Qwen3.
+    """The model in a folder that `save_pretrained` wrote, or transformers from a Llama, Mistral, Qwen2 or Qwen3.
 
     device: default PyTorch's. dtype: float32, float64, bfloat16 or float16; default: as in the files.
     save, segments, tile: as for `CkptCausalLM`. Tensors are copied one by one, so memory is the model's own.
