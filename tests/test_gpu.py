@@ -311,8 +311,9 @@ def test_autocast(dtype):
     assert_as_good(run(model), run(twin(model, torch.float32)), truth, dtype)
 
 
-def test_a_cuda_graph():
-    block = pyckpt.CkptTransformerBlock(**BLOCK, device=DEVICE, dtype=torch.bfloat16)
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "given", "frequencies": [0.5**i for i in range(32)]}])
+def test_a_cuda_graph(scaling):
+    block = pyckpt.CkptTransformerBlock(**BLOCK, rope_scaling=scaling, device=DEVICE, dtype=torch.bfloat16)
     x, dy = (torch.randn(1, 512, 256, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     want = step(block, x, dy)
     sample = torch.randn_like(x).requires_grad_()

@@ -258,3 +258,17 @@ class TestBadInput:
             pyckpt.rope([1.0])
         with pytest.raises(TypeError, match=r"positions must be a torch\.Tensor, got list"):
             pyckpt.rope(torch.randn(2, 3, 4), [0, 1])
+
+
+def test_frequencies_that_are_given_are_no_copy_from_the_host_in_a_graph(monkeypatch):
+    """Which a CUDA graph could not hold. The device is a stand-in: its tensors are on the CPU."""
+    from pyckpt.ops import rope
+
+    class Device:
+        type = "cuda"
+
+    full, cpu = torch.full, torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "full", lambda *args, device, **kw: full(*args, device=cpu, **kw))
+    monkeypatch.setattr(torch, "tensor", None)
+    assert rope._from_host((0.5, 0.25), Device()).tolist() == [0.5, 0.25]

@@ -37,13 +37,21 @@ def _kept_frequencies(
 def _make_frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     options = dict(scaling or ())
     if options.get("rope_type") == "given":
-        return torch.tensor(options["frequencies"], dtype=torch.float64, device=device)
+        return _from_host(options["frequencies"], device)
     inv_freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     if options.get("rope_type") == "linear":
         inv_freq = inv_freq / options["factor"]
     elif options.get("rope_type") == "llama3":
         inv_freq = _llama3(inv_freq, options)
     return inv_freq
+
+
+def _from_host(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """These as float64."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A CUDA graph can't hold a copy that the host waits for; numbers are arguments of kernels.
+        return torch.cat([torch.full((1,), v, dtype=torch.float64, device=device) for v in values])
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _llama3(inv_freq: Tensor, options: dict[str, float]) -> Tensor:
