@@ -228,6 +228,23 @@ class TestExact:
                 assert_exact(got[n], want[n], n)
 
     @SOFTCAP
+    @pytest.mark.parametrize("mask", ["causal", "full", "window"])
+    def test_the_op_takes_a_strided_last_dim(self, mask, softcap, tiling):
+        """The function makes it dense, which the op cannot count on: PyTorch's flash kernels would read beside it."""
+        dense = qkv(25, 25)
+        strided = {n: t.transpose(1, 3).contiguous().transpose(1, 3) for n, t in dense.items()}
+        options = (None, None, *raw(mask, softcap or 0.0))
+        o, lse = ops.attention_fwd(*dense.values(), *options)
+        for got, want in zip(ops.attention_fwd(*strided.values(), *options), (o, lse), strict=True):
+            assert_exact(got, want, "forward")
+        do = torch.randn_like(o)
+        turned = o.transpose(1, 3).contiguous().transpose(1, 3)
+        want = ops.attention_bwd(do, *dense.values(), o, lse, None, *options)
+        got = ops.attention_bwd(do, *strided.values(), turned, lse, None, *options)
+        for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
+            assert_exact(a, b, name)
+
+    @SOFTCAP
     @pytest.mark.parametrize("mask", ["full", "window-both"])
     def test_shares_of_the_gradient_by_tiles_of_keys(self, softcap, mask):
         """With the lse of all keys, the backward over some keys gives those keys' share: what a ring adds up."""

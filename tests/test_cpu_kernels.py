@@ -302,6 +302,17 @@ class TestMemory:
             assert all(not t.isnan().any() for t in found.values())
             assert (found["out 0"] == 0).all() and (found["out 1"] == float("-inf")).all()
 
+    @pytest.mark.parametrize("mask", ["causal", "window"])
+    def test_a_gradient_of_no_queries(self, mask):
+        """What knows a backward by its queries' counters took this for a forward, and left its memory in a window."""
+        found, _ = step(ours(mask), qkv(0, 170, heads=(8, 1)))
+        assert not found["dk"].any() and not found["dv"].any()
+        q, k, v = qkv(0, 170, heads=(8, 1)).values()
+        dk, dv = torch.ones_like(k), torch.ones_like(v)
+        lse = q.new_empty(1, 8, 0)
+        ops.attention_tile_bwd_(q, q, k, v, lse, lse.clone(), q.clone(), dk, dv, *MASKS[mask], 0.0, 0.3, 0, 0)
+        assert (dk == 1).all() and (dv == 1).all()
+
 
 @needs_library
 @pytest.mark.usefixtures("isa")

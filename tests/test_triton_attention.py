@@ -475,6 +475,13 @@ class TestBlindQueries:
 
 
 class TestCost:
+    @pytest.mark.parametrize("part", ["fwd_kernel_tile", "bwd_kernel_dkdv", "bwd_kernel_dq"])
+    def test_a_new_seed_compiles_nothing(self, part):
+        """Unless told otherwise, Triton compiles anew for the first seed that is a multiple of 16."""
+        kernel = getattr(attention, f"attention_{part}")
+        told = [p.name for p in kernel.params if p.do_not_specialize] if GPU else kernel.kwargs["do_not_specialize"]
+        assert "seed" in told
+
     @pytest.mark.parametrize("mask", a_few(["causal", "window", "window-both"], always=(2,)))
     def test_hidden_tiles_are_never_read(self, mask):
         """NaN in every key that no query of a tile sees, and in every query that sees no key of one."""

@@ -15,7 +15,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Arguments that change with the lengths and the batch: specialised, each new length would compile anew.
+# Arguments that change with the lengths, the batch and the step: specialised, each new length would compile anew, and
+# in the middle of a run the first seed that is a multiple of 16.
 LENGTHS = [
     "n_heads",
     "groups",
@@ -30,6 +31,7 @@ LENGTHS = [
     "left",
     "right",
     "threshold",
+    "seed",
     "stride_lb",
     "stride_lh",
     "stride_slopes",

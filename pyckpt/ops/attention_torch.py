@@ -280,6 +280,11 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 # --- PyTorch's flash kernels --------------------------------------------------------------------------------
 
 
+def _flash_inputs(*tensors: Tensor) -> list[Tensor]:
+    """With the heads first, and a unit last stride, which the kernels take for granted."""
+    return _heads_first(*(t if t.stride(-1) == 1 else t.contiguous() for t in tensors))
+
+
 def _flash_tiles(mask: Mask, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """(queries, keys, additive mask) of each query tile that sees some key."""
     for start in range(0, mask.sq, _FLASH_TILE):
@@ -297,7 +302,7 @@ def _flash_tiles(mask: Mask, dtype: torch.dtype, device: torch.device) -> Iterat
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, o: Tensor, lse: Tensor) -> None:
     flash = aten._scaled_dot_product_flash_attention_for_cpu
-    qh, kh, vh = _heads_first(q, k, v)
+    qh, kh, vh = _flash_inputs(q, k, v)
     if mask.full or mask.plain_causal:
         oh, stats = flash(qh, kh, vh, 0.0, not mask.full, scale=scale)
         o.copy_(oh.transpose(1, 2))
@@ -318,7 +323,7 @@ def _flash_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Mask, scale: float
 ) -> Gradients:
     flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    doh, qh, kh, vh, oh = _heads_first(do.contiguous(), q, k, v, o)
+    doh, qh, kh, vh, oh = _flash_inputs(do.contiguous(), q, k, v, o)
     # In float16 PyTorch's backward takes ten times as long as in float32, which tiles are brought to.
     if (mask.full or mask.plain_causal) and q.dtype != torch.float16:
         grads = flash(doh, qh, kh, vh, oh, lse, 0.0, not mask.full, scale=scale)
