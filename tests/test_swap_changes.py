@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -83,6 +84,56 @@ def test_a_compiled_model_follows_the_rates_of_the_call():
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.0
     assert torch.equal(compiled(**batch).loss, model(**batch).loss)
+
+
+def unswap_one(model: Any) -> None:
+    if "forward" in vars(model.model.layers[1]):
+        pyckpt.unswap(model.model.layers[1])
+
+
+def put_one_in(model: Any) -> None:
+    layer = copy.deepcopy(model.model.layers[1])
+    if "forward" in vars(layer):
+        pyckpt.unswap(layer)
+    model.model.layers[1] = layer
+
+
+def take_one_out(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def see_later_tokens(model: Any) -> None:
+    model.config.is_causal = False
+
+
+def see_later_tokens_by_attention(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
+CHANGES = [unswap_one, put_one_in, take_one_out, see_later_tokens, see_later_tokens_by_attention]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_other_layers_and_attention_that_is_not_causal_any_more(change):
+    """Layers that are not swapped find the model's own mask, and segments run no others than the model has."""
+    model, batch = make_model("Llama"), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, segments=2, loss=False)
+    change(plain)
+    change(model)
+    with pytest.warns(UserWarning, match="runs its original forward"):
+        found = step(model, batch)
+    assert_same_bits(found, step(plain, batch))
+
+
+def test_layers_that_are_wrapped_since_are_the_same():
+    model, batch = make_model("Llama"), make_batch("plain")
+    pyckpt.swap(model)
+    before = step(model, batch)
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+    assert_same_bits({"loss": model(**batch).loss}, {"loss": before["loss"]})
 
 
 def test_a_head_of_more_than_logits_keeps_its_loss():

@@ -154,6 +154,67 @@ def test_flash_attention_is_handed_no_padding():
     assert torch.equal(call.cu_seqlens, masks.packed(mask, None, 3, SEQ, Sight("none")))
 
 
+def toy_flash(module, q, k, v, mask, scaling=None, position_ids=None, cu_seq_lens_q=None, max_length_q=None, **_):
+    """Causal attention that is cut where transformers cuts flash attention."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    batch, _, seq, _ = q.shape
+    assert mask is None
+    starts = torch.arange(0, batch * seq + 1, seq)
+    if cu_seq_lens_q is not None and max_length_q is not None:
+        starts = cu_seq_lens_q
+    elif flash._is_packed_sequence(position_ids, batch):
+        starts = flash.prepare_fa_kwargs_from_position_ids(position_ids)[0][0]
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    q, k, v = (t.transpose(0, 1).flatten(1, 2) for t in (q, k, v))
+    token = torch.arange(batch * seq)
+    row = torch.bucketize(token, starts.long(), right=True)
+    seen = (row[:, None] == row) & (token[:, None] >= token)
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scaling)
+    return o.unflatten(1, (batch, seq)).permute(1, 2, 0, 3), None
+
+
+ROW = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]])
+FLASH = {
+    "a cache by default": {"position_ids": ROW},
+    "a mask of ones": {"position_ids": ROW, "attention_mask": torch.ones_like(ROW)},
+    "positions with gaps": {"position_ids": ROW.sort().values * 3},
+    "two rows": {"position_ids": ROW.expand(2, -1)},
+    "lengths alone": {"lengths": [0, 5, 12]},
+    "lengths of two rows": {"position_ids": ROW.expand(2, -1), "lengths": [0, 5, 12, 14, 24]},
+}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Glm"])
+@pytest.mark.parametrize("what", FLASH)
+def test_what_cuts_flash_attention(what, family, monkeypatch):
+    from transformers import masking_utils, modeling_utils
+
+    monkeypatch.setitem(modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping, "toy_flash", toy_flash)
+    flash_mask = masking_utils.flash_attention_mask
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, "toy_flash", flash_mask)
+    model, batch = make_model(family), dict(FLASH[what])
+    model.config._attn_implementation = "toy_flash"
+    rows = 2 if "two rows" in what else 1
+    batch["input_ids"] = batch["labels"] = torch.randint(1, 61, (rows, 12))
+    if (lengths := batch.pop("lengths", None)) is not None:
+        starts = torch.tensor(lengths, dtype=torch.int32)
+        longest = int(starts.diff().max())
+        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    plain = step(copy.deepcopy(model), batch)
+    pyckpt.swap(model, tile=10)
+    found = step(model, batch)
+    for name, value in plain.items():  # float32's roundings, against another mask's tenths
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [[0, 3, 11], [0, 4, 12]])
+def test_lengths_that_are_not_one_layout_are_refused(keys):
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 3, keys[-1]]), "cu_seq_lens_k": torch.tensor(keys)}
+    with pytest.raises(UnsupportedCallError, match="differ, or leave out"):
+        masks.given_lengths(lengths, 12)
+
+
 def test_a_graph_says_what_it_cannot_do():
     model, batch = eager(mask_of("left", "right"))
     pyckpt.swap(model)

@@ -472,6 +472,50 @@ def test_a_window_that_shows_in_longer_masks_alone_is_seen():
     assert_run_whole(pyckpt.swap(model), "its mask is not that of causal attention")
 
 
+@pytest.mark.parametrize("patched", [llama.LlamaModel, llama.LlamaAttention], ids=lambda kind: kind.__name__)
+def test_another_forward_than_the_known_classs_own_is_seen(patched, monkeypatch):
+    """A model's, that makes other masks, or one put into the class of a part of its layers."""
+    own = patched.forward
+
+    def everywhere(self, *args, **kwargs):
+        made = own(self, *args, **kwargs)
+        return (made[0].flip(1), *made[1:])
+
+    model, batch = make_model("Llama", max_position_embeddings=256), make_batch("plain")
+    if patched is llama.LlamaModel:
+        monkeypatch.setattr(Narrow, "span", 4)
+        model.model.__class__ = Narrow
+    else:
+        monkeypatch.setattr(patched, "forward", everywhere)
+    before = step(model, batch)
+    report = pyckpt.swap(model, loss=False)
+    assert_run_whole(report, "the forward of ")
+    assert_same_bits(step(model, batch), before)
+
+
+def passing_on(kind: type) -> type:
+    """Derived from it, with a forward that names no arguments."""
+
+    class Passing(kind):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    return Passing
+
+
+@pytest.mark.parametrize("what", ["model", "layer", "head"])
+def test_a_forward_that_passes_on_whatever_it_is_given(what):
+    """Position_ids cut its masks though it does not name them, and arguments may be given by position."""
+    model = make_model("Llama")
+    of_kind = {"model": [model.model], "layer": model.model.layers, "head": [model]}
+    for module in of_kind[what]:
+        module.__class__ = passing_on(type(module))
+    plain, batch = copy.deepcopy(model), make_batch("padded")
+    check(model, [make_batch(kind) for kind in KINDS])
+    for called in (lambda m: m(batch["input_ids"], batch["attention_mask"]), lambda m: m.model(batch["input_ids"])):
+        torch.testing.assert_close(called(model)[0], called(plain)[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("option", [{"sliding_windows": [7, 9]}, {"local_span": {"first": 7}}])
 def test_windows_that_cannot_be_read_are_not_guessed(option):
     model = odd_model(OddDecoderLayer)
@@ -536,6 +580,15 @@ class Penalised(LlamaForCausalLM):
 class Unshifted(LlamaForCausalLM):
     def loss(self, logits, labels):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class WithoutPadding(LlamaForCausalLM):
+    """Padding has no share of its loss, whatever its labels are."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        if labels is not None and attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, -100)
+        return super().forward(input_ids, attention_mask, labels=labels, **kwargs)
 
 
 class Shuffling(LlamaForCausalLM):
@@ -638,7 +691,7 @@ def test_losses_of_classes_that_scale_their_logits_or_name_no_base_model(family)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "kind", [Capped, ScaledHead, Penalised, Unshifted, Shuffling, Twice], ids=lambda kind: kind.__name__
+    "kind", [Capped, ScaledHead, Penalised, Unshifted, WithoutPadding, Shuffling, Twice], ids=lambda kind: kind.__name__
 )
 def test_no_head_deceives_the_trial(kind, dtype):
     """Its loss is left as it is, and what was known of its class's name is not believed."""
@@ -655,6 +708,22 @@ def test_no_head_deceives_the_trial(kind, dtype):
     torch.testing.assert_close(model(**batch).loss, before, rtol=eps if dtype == torch.float32 else 4 * eps, atol=1e-5)
     pyckpt.unswap(model)
     assert_unchanged(state, snapshot(model))
+
+
+def test_another_forward_put_into_a_known_heads_class_is_seen(monkeypatch):
+    model, batch = make_model("Llama", num_hidden_layers=1), make_batch("plain")
+    own = llama.LlamaForCausalLM.forward
+
+    def doubled(self, *args, **kwargs):
+        made = own(self, *args, **kwargs)
+        made.loss = None if made.loss is None else 2 * made.loss
+        return made
+
+    monkeypatch.setattr(llama.LlamaForCausalLM, "forward", doubled)
+    before = model(**batch).loss
+    (left,) = pyckpt.swap(model).left
+    assert "logits or loss" in left.why
+    torch.testing.assert_close(model(**batch).loss, before, rtol=torch.finfo().eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["Glm", "Phi", "VaultGemma"])

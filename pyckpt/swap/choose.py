@@ -13,8 +13,9 @@ from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
 from pyckpt.swap.layer import SwappedLayer
-from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.modules import UnsupportedError, is_own_forward
 from pyckpt.swap.rope import MovingRope
+from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.survey import Survey
 from pyckpt.swap.traced import TracedLayer
 
@@ -32,6 +33,7 @@ class Chooser:
     def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
         """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
         try:
+            self._check_forward()
             mapping = families.mapping_of(layer, getattr(self._model, "rotary_emb", None), self._moving)
         except UnsupportedError as reason:
             return self._traced(layer, place, str(reason))
@@ -40,6 +42,12 @@ class Chooser:
         self._fits(DenseAttend.of(mapping.spec))
         block = GenericMappedBlock if mapping.why else MappedBlock
         return SwappedLayer(layer, block(layer, mapping, self._save, self._tile), place, self._twice(layer))
+
+    def _check_forward(self) -> None:
+        """Raise `UnsupportedError` where what the layers are handed is not what transformers' models hand to them."""
+        kind = unsharded_class(self._model)
+        if not is_own_forward(kind):
+            raise UnsupportedError(f"the forward of {kind.__name__} is not transformers' own, and may make other masks")
 
     def _traced(self, layer: nn.Module, place: int, why: str) -> TracedLayer:
         try:

@@ -18,6 +18,7 @@ from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers,
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.survey import packs_by_itself
 
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Arguments that do not change what a layer computes from its hidden states, or that are looked at below.
 _KNOWN = frozenset(
     (
@@ -31,7 +32,7 @@ _KNOWN = frozenset(
             "return_dict",
         ),
         # Beside position_ids, which say the same (TRL's packing): for kernels that take packed sequences.
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        *(*_LENGTHS, "seq_idx"),
         *("num_items_in_batch", "labels", "shift_labels", "ignore_index", "logits_to_keep"),
     )
 )
@@ -81,6 +82,8 @@ class SwappedDecoder(Replaced):
         self.cuts, self.known, self.axes = cuts, known, axes
         self.layers, self.complete, self.unread = layers, complete, unread
         self.segments, self.stream = segments, stream
+        held, lists = {s.module for s in layers}, module.named_children()
+        self._lists = [(name, found) for name, m in lists if held.intersection(found := tuple(m.children()))]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
@@ -192,6 +195,11 @@ class SwappedDecoder(Replaced):
         for name in ("output_attentions", "output_router_logits"):
             if self.asks(given, name):
                 raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
+        if self._has_other_layers():
+            # One that is not swapped would read the mask that stands for the model's.
+            raise UnsupportedError("its layers are not those that were swapped (unswap and swap again)")
+        if not getattr(self.module.config, "is_causal", True):
+            raise UnsupportedError("its attention is not causal any more (unswap and swap again)")
         for layer in self.layers:
             change = layer.block.mapping.change(layer.module)
             if change is not None:
@@ -210,18 +218,38 @@ class SwappedDecoder(Replaced):
             positions, seen = None, [*seen, "position_ids of three axes"]
         if positions is not None and tuple(positions.shape) not in ((batch, seq), (1, seq)):
             raise UnsupportedCallError(f"position_ids of shape {tuple(positions.shape)}")
-        # Where it makes a cache, transformers does not look whether positions start anew.
-        cut = positions if self.cuts is not False and not self._makes_cache(given) else None
         if read is not None and (read.numel() != batch * seq or self.asks(given, "output_hidden_states")):
             read = None
+        flash = packs_by_itself(self.module.config)
+        cut = self._flash_cut(positions, batch) if flash else self._cut(given, positions)
         cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read))
-        if cu_seqlens is not None and mask is None and self.cuts is None:
+        if flash and (mask is None or cu_seqlens is None or cu_seqlens.dim() == 1):
+            told = masks.given_lengths({n: given.get(n) for n in _LENGTHS}, batch * seq)
+            cu_seqlens = cu_seqlens if told is None else told
+        if cu_seqlens is not None and mask is None and self.cuts is None and not flash:
             raise UnsupportedCallError("position_ids start anew, and whether that cuts the model's masks is not known")
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
         runs, streamed, gathered = self._runs(given, seen)
         return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered)
+
+    def _cut(self, given: dict[str, Any], positions: Tensor | None) -> Tensor | None:
+        """Positions that cut the model's masks where they start anew: making a cache, it does not look at them."""
+        return None if self.cuts is False or self._makes_cache(given) else positions
+
+    @staticmethod
+    def _flash_cut(positions: Tensor | None, batch: int) -> Tensor | None:
+        """Flash attention looks by itself, with a cache too, but at a single row alone."""
+        return None if positions is None or batch != 1 else masks.restarted(positions)
+
+    def _has_other_layers(self) -> bool:
+        """Some were put in or taken out since, or unswapped by themselves; not: wrapped."""
+        for name, before in self._lists:
+            now = tuple(getattr(self.module, name).children())
+            if len(now) != len(before) or not all(a is b or b in a.modules() for a, b in zip(now, before, strict=True)):
+                return True
+        return not all(s.installed for s in self.layers)
 
     def _sight(self, read: Tensor | None) -> masks.Sight:
         """What padding sees in transformers' attention functions: to flash attention it does not even come."""

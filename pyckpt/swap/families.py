@@ -13,7 +13,7 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic, lora
-from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
+from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps, replaced_forward
 from pyckpt.swap.rope import MOVING, MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import Mapping, Source, bias_of, read_rates
@@ -51,6 +51,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None, moving_of: dict[str, 
     if make is None:
         raise UnsupportedError("this class is not known")
     check_version()
+    _check_forwards(layer)
     options, sources = make(layer)
     attention: Any = layer.get_submodule(options.pop("attention", ATTENTION))
     config = attention.config
@@ -108,6 +109,13 @@ def finish(
     mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted), rates=rates)
     mapping.check(layer)
     return mapping
+
+
+def _check_forwards(layer: nn.Module) -> None:
+    """Raise `UnsupportedError` where somebody has put another forward into one of the layer's classes."""
+    patched = next((m for m in layer.modules() if replaced_forward(m)), None)
+    if patched is not None:
+        raise UnsupportedError(f"the forward of {type(patched).__name__} is not the one that its class was made with")
 
 
 def check_version() -> None:

@@ -117,9 +117,11 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
     """Calls the model with labels, and with hidden states in the place of those that it would make."""
     from transformers.utils import ModelOutput
 
+    mask = torch.ones_like(labels)
+    mask[1, -2:] = 0  # padding that has labels, which some models leave out of their loss
     given = {
         "input_ids": labels.clamp_min(0),
-        "attention_mask": torch.ones_like(labels),
+        "attention_mask": mask,
         "position_ids": torch.arange(_SEQ, device=labels.device)[None],
     }
     base = _Given(hidden, base_of(model))

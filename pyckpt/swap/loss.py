@@ -19,7 +19,7 @@ from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, called, foreign, gather
+from pyckpt.swap.modules import UnsupportedError, called, foreign, gather, is_own_forward
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, unsharded_class
 
@@ -95,8 +95,8 @@ def head_of(model: nn.Module, decoders: Sequence[SwappedDecoder] = ()) -> Head:
 
 def _known_head(model: nn.Module) -> Head:
     kind = unsharded_class(model)
-    # Another's class may have the same name.
-    if kind.__name__ in HEADS and kind.__module__.startswith("transformers.models."):
+    # Another's class may have the same name, and a class another's forward.
+    if kind.__name__ in HEADS and kind.__module__.startswith("transformers.models.") and is_own_forward(kind):
         return HEADS[kind.__name__]
     try:
         found = heads.tried(model)

@@ -8,7 +8,7 @@ outputs somebody may read: labels may be the padded input_ids.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int, 
 
     mask: (B, S), nonzero at tokens, zero at padding before or after them; gives (2, 5 * B + 1) int32, of queries and
     of keys (`Layout`). positions: (B, S) or (1, S) int; without a mask a sequence starts wherever they do not rise by
-    one, as transformers has it; gives (N + 1,) int32. Raises `UnsupportedError` for another mask.
+    one, as transformers has it; gives (N + 1,) int32. So it does beside a mask of ones with flash attention (`sight`
+    "none"), which that does not come to. Raises `UnsupportedError` for another mask.
 
     Traced by torch.compile, what depends on values is an op that says nothing of them: it gives cu_seqlens where every
     row is one sequence too, and raises where it runs.
@@ -45,8 +46,9 @@ def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int, 
         if torch.compiler.is_compiling():
             return padded_lengths(mask, sight.tokens, sight.reach, sight.read)
         mask = mask.bool()
-        return None if bool(mask.all()) else _padded(mask, sight)
-    if positions is None:
+        if not bool(mask.all()):
+            return _padded(mask, sight)
+    if positions is None or (mask is not None and sight.tokens != "none"):
         return None
     if torch.compiler.is_compiling():
         return packed_lengths(positions, batch, seq)
@@ -126,6 +128,22 @@ def _ends(positions: Tensor, batch: int, seq: int) -> Tensor:
     """Where in a row, (B, S - 1) bool, the next token starts another sequence."""
     rows = positions.expand(batch, seq)
     return rows[:, 1:] - rows[:, :-1] != 1
+
+
+def restarted(positions: Tensor) -> Tensor:
+    """Positions (1, S) that start anew where flash attention cuts: at each of the least, whatever lies between."""
+    token = torch.arange(positions.shape[1], device=positions.device)
+    return token - torch.where(positions == positions.min(), token, 0).cummax(1).values
+
+
+def given_lengths(lengths: dict[str, Any], tokens: int) -> Tensor | None:
+    """cu_seqlens of a flat batch of so many tokens, as flash attention is told them; None where it is not told all."""
+    if any(value is None for value in lengths.values()):
+        return None
+    queries, keys = lengths["cu_seq_lens_q"], lengths["cu_seq_lens_k"]
+    if not torch.compiler.is_compiling() and not (torch.equal(queries, keys) and int(queries[-1]) == tokens):
+        raise UnsupportedCallError("cu_seq_lens_q and cu_seq_lens_k that differ, or leave out tokens")
+    return queries.to(torch.int32)
 
 
 def _cut(ends: Tensor) -> Tensor:

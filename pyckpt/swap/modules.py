@@ -25,6 +25,17 @@ def is_known(kind: type) -> bool:
     return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
 
 
+def replaced_forward(module: nn.Module) -> bool:
+    """Its class is known, and its forward is not of PyTorch or transformers: derived, or patched into the class."""
+    kind = unsharded_class(module)
+    return is_known(kind) and not is_own_forward(kind)
+
+
+def is_own_forward(kind: type[Any]) -> bool:
+    """The class's forward is one of PyTorch's or transformers' own. Decorators keep the module of what they wrap."""
+    return kind.forward.__module__.startswith(("torch.nn.modules.", "transformers."))
+
+
 def norm_eps(module: nn.Module) -> float | None:
     """The eps of an RMSNorm or a LayerNorm of a known class; None of anything else."""
     kind = unsharded_class(module)

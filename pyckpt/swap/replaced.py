@@ -13,6 +13,7 @@ from torch import nn
 
 from pyckpt.block import CheckpointedBlock
 from pyckpt.stream import Parts
+from pyckpt.swap.shadow import argument_names
 
 _PLACE = "_pyckpt_forward"  # the attribute by which `unbound` finds a module's
 _REPLICATE = "_replicate_for_data_parallel"  # the method by which torch.nn.DataParallel copies a module
@@ -57,8 +58,8 @@ class Replaced:
     def __init__(self, module: nn.Module) -> None:
         self._module = (module,)
         self._before = module.__dict__.get("forward")
-        # Of the class: a forward that was put there before need not have names. The first is self.
-        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        # Of the class: a forward that was put there before need not have names.
+        self.names = argument_names(module)
         self._warned: set[str] = set()
 
     @property
@@ -120,6 +121,11 @@ class Replaced:
             del attributes[name]
         if self._before is not None:
             attributes["forward"] = self._before
+
+    @property
+    def installed(self) -> bool:
+        """It has not been removed, whatever else calls it since."""
+        return _PLACE in self.module.__dict__
 
     def in_place(self) -> bool:
         forward = self.module.__dict__.get("forward")

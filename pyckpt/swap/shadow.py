@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -97,8 +98,15 @@ def unsharded_class(module: nn.Module) -> type[Any]:
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Of the module's own forward, in order."""
-    return tuple(inspect.signature(unsharded_class(module).forward).parameters)[1:]
+    """Of the module's own forward, in order; where that takes any others, those of classes it is derived from too."""
+    names: dict[str, None] = {}
+    for kind in unsharded_class(module).__mro__:
+        if "forward" in vars(kind):
+            found = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
+            names |= {p.name: None for p in found if p.kind not in _ANY}
+            if not any(p.kind in _ANY for p in found):
+                break
+    return tuple(names)
 
 
 def attention_config(config: Any, implementation: str, **changes: Any) -> Any:

@@ -190,6 +190,10 @@ class Mapping:
                     return f"{source.path} now has eps {eps}, not the {self.spec.norm_eps} {_ANEW}"
             elif source.names[0] == f"{ATTENTION}.q_proj":
                 attention = source.path.rpartition(".")[0]
+        # What is cut at its attention (`complete`) passes on by itself whether that is causal.
+        causal = getattr(_submodule(layer, attention), "is_causal", self.spec.causal)
+        if causal != self.spec.causal and not self.complete:
+            return f"{attention} now has is_causal {causal}, not the {self.spec.causal} {_ANEW}"
         then = self.spec.attention_scale  # None of layers that have no number of their own for it
         scale = None if then is None else getattr(layer.get_submodule(attention), "scaling", then)
         return None if scale == then else f"{attention} now has scaling {scale}, not the {then} {_ANEW}"
