@@ -110,7 +110,7 @@ def forward(
         if tiles == 0:
             return
         if config.specialize and hopper:
-            section = problem.section(problem.sk, problem.groups)
+            section = problem.section(problem.sk, problem.groups, tiles)
             launch = problem.hopper(config, tiles, problem.rows, section, options)
             launch.forward((q, k, v, o), lse, options.sinks, accumulate=into is not None)
             return
@@ -135,7 +135,7 @@ def forward(
             problem.n_sequences,
             problem.rows,
             tiles,
-            problem.section(problem.sk, problem.groups),
+            problem.section(problem.sk, problem.groups, tiles),
             **problem.shared,
             SINKS=options.sinks is not None,
             ACCUMULATE=into is not None,
@@ -232,7 +232,7 @@ def backward(
         tiles = problem.tiles(problem.sk, config.block_n)
         if tiles == 0:
             return
-        section = problem.section(problem.sq * problem.groups, 1)
+        section = problem.section(problem.sq * problem.groups, 1, tiles)
         if config.specialize and hopper:
             problem.hopper(config, tiles, rows, section, options).dkdv((q, k, v, do), lse, delta, dk, dv)
             return
@@ -267,7 +267,7 @@ def backward(
         tiles = problem.tiles(problem.sq, config.block_m)
         if tiles == 0:
             return
-        section = problem.section(problem.sk, problem.groups)
+        section = problem.section(problem.sk, problem.groups, tiles)
         if config.specialize and hopper:
             launch = problem.hopper(config, tiles, problem.rows, section, options)
             launch.dq((q, k, v, do), lse, delta, dq, accumulate=into is not None)
@@ -390,14 +390,15 @@ class _Problem:
         """Programs to launch for so many tiles."""
         return min(tiles, config.persistent * tuning.multiprocessors(self.device)) if config.persistent else tiles
 
-    def section(self, n: int, heads: int) -> int:
+    def section(self, n: int, heads: int, tiles: int) -> int:
         """Rows whose n tokens of two tensors fill at most half the L2 cache, in multiples of the heads that share them.
 
-        All sections are about as long: a last one of a few rows has too few tiles to keep the GPU busy to the end
-        (`bench/schedule.py`).
+        All sections are about as long, and of at least some two tiles for each multiprocessor, `tiles` being a row's: a
+        last one of fewer can't keep the GPU busy while its first, the longest, is computed (`bench/schedule.py`).
         """
         fit = tuning.l2_bytes(self.device) // 2 // max(1, n * self.row_bytes)
-        return heads * even_part(self.rows // self.groups, max(1, fit))  # kernels multiply it by tiles, in 32 bits
+        busy = cdiv(2 * tuning.multiprocessors(self.device), max(1, heads * tiles))
+        return heads * even_part(self.rows // self.groups, max(fit, busy))  # kernels multiply it by tiles, in 32 bits
 
     def copied(self, *tensors: Tensor) -> bool:
         """Whether the copy engine may bring these (B, S, H, D): it wants multiples of 16 bytes, and no empty dim."""
