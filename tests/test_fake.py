@@ -25,6 +25,22 @@ def test_a_block_trains(save):
     assert all(p.grad.shape == p.shape for p in block.parameters())
 
 
+class Parts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(48, 48)
+
+    def forward(self, x, other):
+        return (self.linear(x),) * 3 if other.dim() == 1 else x + self.linear(other)
+
+
+def test_a_generic_block_trains():
+    block = pyckpt.CkptGenericBlock(Parts(), Parts(), 48, 4, tile=8)
+    x = torch.randn(2, 21, 48, requires_grad=True)
+    block(x).sum().backward()
+    assert x.grad.shape == x.shape and all(p.grad.shape == p.shape for p in block.parameters())
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_language_model_trains(packed):
     model = pyckpt.CkptCausalLM(61, 2, d_model=48, n_heads=4)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyckpt.ops import philox
 from pyckpt.tokenwise.generic import GenericTokenwise
@@ -69,11 +70,16 @@ class SeededTokenwise(GenericTokenwise):
         """Raise RuntimeError where what runs inside drew from PyTorch's generators, which nothing makes draw again."""
         before = _states(tile.x.device) if self._checks and tile.seed is None else []
         yield
-        if before and any(not torch.equal(a, b) for a, b in zip(before, _states(tile.x.device), strict=True)):
+        if before and _differ(before, _states(tile.x.device)):
             raise RuntimeError(
                 f"{part} draws random numbers, and would draw others when it runs again in the backward: give what it "
                 f"drops to nn.Dropout modules inside it, which draw the same again, or {self._advice}"
             )
+
+
+def _differ(before: list[Tensor], now: list[Tensor]) -> bool:
+    with _disable_current_modes():  # FakeTensorMode's have no values, and others need not hear of it
+        return any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 
 @contextlib.contextmanager
