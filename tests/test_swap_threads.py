@@ -130,6 +130,14 @@ def test_a_copy_apart_takes_other_weights_alone():
     assert not any(m.training for m in copied.modules())
 
 
+def test_a_copy_reads_what_is_put_in_where_an_attribute_hides_it():
+    """FSDP1 has views of its flat weight as attributes too."""
+    module, x = nn.Linear(4, 4), torch.randn(3, 4)
+    module.__dict__["weight"] = module.weight.detach()
+    made = torch.func.functional_call(apart(module), {"weight": torch.zeros(4, 4), "bias": torch.ones(4)}, (x,))
+    assert made.equal(torch.ones(3, 4))
+
+
 def test_what_hangs_on_a_module_finds_it_in_a_copy():
     module, seen = _Odd(), []
     module.first.register_forward_hook(lambda m, *_: seen.append(m))

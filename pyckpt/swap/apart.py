@@ -36,7 +36,9 @@ def _copied(module: nn.Module, copies: dict[int, tuple[nn.Module, nn.Module]]) -
         children = {name: child if child is None else _copied(child, copies) for name, child in module._modules.items()}
         made = object.__new__(unsharded_class(module))
         own = {"_modules": children, "_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
-        made.__dict__.update(module.__dict__ | own)
+        # FSDP1 has its views as attributes too, which would be read before what is put in.
+        had = {n: v for n, v in module.__dict__.items() if n not in module._parameters and n not in module._buffers}
+        made.__dict__.update(had | own)
     copies[id(module)] = module, made
     return made
 
