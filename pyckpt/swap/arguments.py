@@ -6,11 +6,11 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyckpt.swap.contents import Contents
+from pyckpt.tokenwise.gradients import storage_of
 
 
 class CallArguments:
@@ -99,11 +99,6 @@ def tensors_written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
         for t in tree_leaves(kwargs[name] if name in kwargs else args[place : place + 1]):
             if isinstance(t, Tensor):
                 yield t
-
-
-def storage_of(t: Tensor) -> int:
-    """What tensors on the same memory have in common; of one without a memory of its own (a sparse one) the tensor."""
-    return t.untyped_storage()._cdata if torch._C._has_storage(t) else id(t)
 
 
 @functools.cache

@@ -35,6 +35,7 @@ from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, is_around, unit_of
 from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping
+from pyckpt.tokenwise.seeded import generator_states, have_drawn
 
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
 _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above
@@ -296,9 +297,9 @@ class _Probe:
     def _compare(self, trace: Trace, kind: str, watch: _Watch, gradients: bool) -> None:
         """Raise `UnsupportedError` where the block's output or gradients are not the layer's."""
         dy = torch.randn_like(self.x) if gradients else None
-        before = _generator_states(self.device)
+        before = generator_states(self.device)
         truth = self._results(lambda x: self._layer_forward(x, kind), dy)
-        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(self.device), strict=True)):
+        if have_drawn(before, self.device):
             raise UnsupportedError("it draws random numbers for something else than dropout")
         self._check_buffers()
         if not _close(self._results(lambda x: self._layer_forward(x, kind), None)["y"], truth["y"]):
@@ -377,12 +378,6 @@ def _widened_all(values: Any) -> Any:
     if isinstance(values, (tuple, list)):
         return type(values)(_widened_all(v) for v in values)
     return _widened(values) if isinstance(values, Tensor) else values
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    """Of the generators that are drawn from by default."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _close(a: Tensor, b: Tensor, floor: float = 0.0) -> bool:

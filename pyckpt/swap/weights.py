@@ -172,12 +172,14 @@ class Mapping:
 
     def _change_beside(self, layer: nn.Module) -> str | None:
         """Of modules that it did not have: those of adapters run, if nothing watches them."""
-        known, adapters = {path for path, _ in self.kinds}, lora.inside(layer)
-        for path, module in layer.named_modules():
-            if path in adapters and watched(module):
-                return f"{path} {what_watches(module)}"
-            if path and path not in known and path not in adapters:
+        known = {"", *(path for path, _ in self.kinds)}
+        unknown = {path: module for path, module in layer.named_modules() if path not in known}
+        adapters = lora.inside(layer) if unknown else {}
+        for path, module in unknown.items():
+            if path not in adapters:
                 return f"{path} has been added since it was swapped (unswap and swap again)"
+            if watched(module):
+                return f"{path} {what_watches(module)}"
         return None
 
     def _change_of_numbers(self, layer: nn.Module) -> str | None:

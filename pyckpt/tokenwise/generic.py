@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyckpt.casting import autocasts
-from pyckpt.tokenwise.gradients import WeightGradients
+from pyckpt.tokenwise.gradients import WeightGradients, storage_of
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.workspace import Workspace
 
@@ -28,7 +28,8 @@ _IN_PLACE = threading.RLock()
 def in_place() -> AbstractContextManager[Any]:
     """Held while a call has tensors of its own in the place of modules' parameters, and where parameters are read.
 
-    Another thread would take those for the parameters, and put them back as such after a call of its own.
+    Another thread would take those for the parameters, and put them back as such after a call of its own. And while
+    generators, which all threads share, are seeded for a tile.
     """
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _IN_PLACE
 
@@ -193,7 +194,7 @@ class GenericTokenwise:
         for name in reversed(names.values()):
             grad = made.pop()
             if grad is not None:
-                alone = grad.is_contiguous() and users.get(_memory(grad)) == 1
+                alone = grad.is_contiguous() and users.get(storage_of(grad)) == 1
                 grads.add(name, grad, owned=alone and name not in shared)
         by_input = iter(made)
         return [next(by_input) if t.requires_grad else None for t in inputs]
@@ -264,11 +265,7 @@ def _shared(pre: nn.Module, post: nn.Module) -> dict[str, str]:
 
 def _users(tensors: Sequence[Tensor | None]) -> Mapping[int, int]:
     """How many of them lie in each memory."""
-    return collections.Counter(_memory(t) for t in tensors if t is not None)
-
-
-def _memory(t: Tensor) -> int:
-    return t.untyped_storage()._cdata if torch._C._has_storage(t) else id(t)
+    return collections.Counter(storage_of(t) for t in tensors if t is not None)
 
 
 def _attribute(module: nn.Module, part: str) -> str | None:

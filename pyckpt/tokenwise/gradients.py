@@ -79,3 +79,8 @@ class WeightGradients:
             return None
         total = self._sums.pop(name, None)
         return torch.zeros_like(like) if total is None else total.to(like.dtype)
+
+
+def storage_of(t: Tensor) -> int:
+    """What tensors on the same memory have in common; of one without a memory of its own (a sparse one) the tensor."""
+    return t.untyped_storage()._cdata if torch._C._has_storage(t) else id(t)

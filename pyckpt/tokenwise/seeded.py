@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pyckpt.ops import philox
-from pyckpt.tokenwise.generic import GenericTokenwise
+from pyckpt.tokenwise.generic import GenericTokenwise, in_place
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.settings import Settings
 
 # Where a seed is derived for random numbers; attention's probabilities take site 0.
 PRE_SITE, POST_SITE = 1, 2
-_one_thread = threading.RLock()
 
 
 def drops_inside(module: nn.Module) -> bool:
@@ -68,16 +66,27 @@ class SeededTokenwise(GenericTokenwise):
     @contextlib.contextmanager
     def _undrawn(self, part: str, tile: Tile) -> Iterator[None]:
         """Raise RuntimeError where what runs inside drew from PyTorch's generators, which nothing makes draw again."""
-        before = _states(tile.x.device) if self._checks and tile.seed is None else []
+        before = generator_states(tile.x.device) if self._checks and tile.seed is None else []
         yield
-        if before and _differ(before, _states(tile.x.device)):
+        if before and have_drawn(before, tile.x.device):
             raise RuntimeError(
                 f"{part} draws random numbers, and would draw others when it runs again in the backward: give what it "
                 f"drops to nn.Dropout modules inside it, which draw the same again, or {self._advice}"
             )
 
 
-def _differ(before: list[Tensor], now: list[Tensor]) -> bool:
+def generator_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that are drawn from by default; none where a CUDA graph is captured, which has its own."""
+    if device.type != "cuda":
+        return [torch.get_rng_state()]
+    if torch.cuda.is_current_stream_capturing():
+        return []
+    return [torch.get_rng_state(), torch.cuda.get_rng_state(device)]
+
+
+def have_drawn(before: list[Tensor], device: torch.device) -> bool:
+    """Whether the generators' states are other ones now."""
+    now = generator_states(device)
     with _disable_current_modes():  # FakeTensorMode's have no values, and others need not hear of it
         return any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
@@ -89,15 +98,6 @@ def _drawing(tile: Tile, site: int) -> Iterator[None]:
         yield
         return
     device = tile.x.device
-    with _one_thread, torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+    with in_place(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(philox.derive(philox.derive(tile.seed, site), tile.first))
         yield
-
-
-def _states(device: torch.device) -> list[Tensor]:
-    """Of the generators that are drawn from by default; none where a CUDA graph is captured, which has its own."""
-    if device.type != "cuda":
-        return [torch.get_rng_state()]
-    if torch.cuda.is_current_stream_capturing():
-        return []
-    return [torch.get_rng_state(), torch.cuda.get_rng_state(device)]
