@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
+import os
 import sys
 import typing
 from pathlib import Path
@@ -38,14 +40,21 @@ def main() -> None:
             raise
         sys.exit(f"pyckpt: error: the command line needs {error.name}: pip install 'pyckpt[train]'")
     debug = sys.argv[1:2] == ["--debug"]
+    _print_anything()
     try:
         app()
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError, MemoryError) as error:
         if debug:
             raise
-        sys.exit(f"pyckpt: error: {error}")
+        sys.exit(f"pyckpt: error: {str(error) or 'out of memory'}")  # Python's own MemoryError says nothing
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_anything() -> None:
+    """Have stdout write a question mark for what its encoding lacks: a run must not end over a character."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def build_app() -> typer.Typer:
@@ -101,10 +110,18 @@ def train(**given: Any) -> None:
         chosen["segments"] = _segments(chosen["segments"])
     config = training.TrainConfig(**chosen)
     if config.resume and not config.overwrite:  # a run goes on with the settings that it was started with
-        config = dataclasses.replace(training.read_config(Path(config.out)), overwrite=False, **chosen)
+        begun = training.read_config(Path(config.out))
+        config = dataclasses.replace(begun, overwrite=False, **(_given_up(chosen) | chosen))
     code = training.exit_code(training.run(config, Console()))
     if code:
         raise SystemExit(code)
+
+
+def _given_up(chosen: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run had, and what is chosen now takes the place of: keep_within, or what it chooses itself."""
+    if "keep_within" in chosen:
+        return {"save": "attention", **dict.fromkeys(("segments", "place", "place_path"))}
+    return {"keep_within": None} if {"save", "segments", "place"} & chosen.keys() else {}
 
 
 def compare(lengths: str, out: str, dtype: str, device: str, variants: str | None, **sizes: Any) -> None:
@@ -127,17 +144,18 @@ def compare(lengths: str, out: str, dtype: str, device: str, variants: str | Non
     folder = _folder(out)
     with console.status("starting") as status:
         results = comparing.run(**arguments, progress=lambda text: status.update(text))
-    comparing.show(results, console)
+    figures = results.save_json(folder / "compare.json")  # before a word: who reads the table may be gone (`| head`)
+    try:
+        picture = comparing.plot(results, folder / "compare.png")
+    finally:
+        comparing.show(results, console)
     console.print()
-    for what, path in (
-        ("Picture", comparing.plot(results, folder / "compare.png")),
-        ("Figures", results.save_json(folder / "compare.json")),
-    ):
+    for what, path in (("Picture", picture), ("Figures", figures)):
         console.print(f"{what}  {path}", markup=False, highlight=False, soft_wrap=True)  # a path in one piece
 
 
 def _folder(out: str) -> Path:
-    """The folder of this name, made where there is none."""
+    """The folder of this name, to be written to; made where there is none."""
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise ValueError(f"out={out} is a file: give the name of a folder.")
@@ -147,6 +165,8 @@ def _folder(out: str) -> Path:
         raise ValueError(
             f"out={out} can't be made a folder: {error.strerror}. Give the name of another one."
         ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"out={out} can't be written to: give the name of another folder.")
     return path
 
 

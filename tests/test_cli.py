@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pyckpt import cli, train
+from pyckpt import cli, compare, train
+from pyckpt.compare.results import Results, Row
 
 for _extra in ("typer", "rich", "matplotlib"):
     pytest.importorskip(_extra, reason="needs pip install 'pyckpt[train]'")
@@ -81,6 +83,47 @@ def test_a_resumed_run_keeps_its_own_settings(
 
 
 @pytest.mark.parametrize(
+    ("begun", "flags", "resumed"),
+    [
+        ({"keep_within": "1GiB"}, "--save input", {"save": "input"}),
+        ({"keep_within": "1GiB"}, "--segments sqrt", {"segments": "sqrt"}),
+        ({"keep_within": "1GiB"}, "--keep-within 2GiB", {"keep_within": "2GiB"}),
+        ({"keep_within": "1GiB"}, "--prompt x", {"keep_within": "1GiB", "prompt": "x"}),
+        ({"save": "input", "segments": 2}, "--keep-within 1GiB", {"keep_within": "1GiB"}),
+        ({"place": "x=file", "place_path": "."}, "--keep-within 1GiB", {"keep_within": "1GiB"}),
+    ],
+)
+def test_what_a_resumed_run_keeps_is_what_is_said_last(
+    begun: dict[str, Any],
+    flags: str,
+    resumed: dict[str, Any],
+    run: list[train.TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from pyckpt.train.folder import RunFolder
+
+    RunFolder(tmp_path).begin(train.TrainConfig(**begun))
+    assert called(monkeypatch, "train", "--resume", "--out", tmp_path, *flags.split()) == 0
+    assert run == [train.TrainConfig(resume=True, out=str(tmp_path), **resumed)]
+    run[0].resolved()
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is_now(
+    run: list[train.TrainConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And not one that is still, or again, where it was begun."""
+    from pyckpt.train.folder import RunFolder
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/train", "runs/mine"):
+        Path(name).mkdir(parents=True)
+        RunFolder(Path(name)).begin(train.TrainConfig(out="runs/mine"))
+    assert called(monkeypatch, "train", "--resume") == 0
+    assert run == [train.TrainConfig(resume=True, out=str(Path("runs/train")))]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "/no/such/file"], "/no/such/file does not exist"),
@@ -95,6 +138,9 @@ def test_a_resumed_run_keeps_its_own_settings(
         (["compare", "--device", "abacus"], "device='abacus'"),
         (["compare", "--variants", "best"], "'best'"),
         (["compare", "--vocab-size", "1"], "vocab_size must be None or an int of at least 2, got 1"),
+        (["compare", "--budget", "-1"], "budget_seconds must be None or a number of seconds, at least 0, got -1.0"),
+        (["compare", "--budget", "inf"], "at least 0, got inf"),
+        (["compare", "--seed", str(1 << 64)], "seed must be an int of at least 0 and below 2**63, got 1844"),
         (["compare", "--out", "file"], "out=file is a file: give the name of a folder"),
         (["compare", "--out", "file/under"], "out=file/under can't be made a folder"),
         (["train", "two", "--seq-len", "2"], "two is too short: of its 2 bytes"),
@@ -123,6 +169,26 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"), [("this run needs 9 bytes of host memory", "this run needs 9 bytes"), ("", "out of memory")]
+)
+def test_too_little_memory_is_one_line(said: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError(said)
+
+    monkeypatch.setattr(train, "run", fails)
+    assert called(monkeypatch, "train").startswith(f"pyckpt: error: {shown}")
+
+
+def test_what_an_encoding_lacks_is_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a pipe on Windows, or under PYTHONIOENCODING=ascii."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii", write_through=True))
+    monkeypatch.setattr("pyckpt.doctor.main_text", lambda: "2 × 3\n")
+    assert called(monkeypatch, "doctor") == 0
+    assert out.getvalue() == b"2 ? 3\n"
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_a_missing_extra_is_one_line_that_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n == missing or n.startswith(missing + ".")]:
@@ -137,14 +203,15 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(missing: str, mon
 def test_the_version_and_the_doctor_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import pyckpt as package
 
-    assert pyckpt("--version").stdout == f"pyckpt {package.__version__}\n"
+    shown = pyckpt("--version").stdout
+    assert shown == f"pyckpt {package.__version__}\n"
     module = subprocess.run([sys.executable, "-m", "pyckpt", "--version"], capture_output=True, text=True)
-    assert module.stdout == pyckpt("--version").stdout
+    assert module.stdout == shown
     found = pyckpt("doctor")
     assert found.returncode == 0 and "torch" in found.stdout and "attention_fwd" in found.stdout
 
 
-def test_training_on_the_command_line(tmp_path: Path) -> None:
+def test_training_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.py"
     text.write_text("def f(x):\n    return x + 1\n\n" * 300, encoding="utf-8")
     size = ["--d-model", 16, "--layers", 1, "--heads", 2, "--seq-len", 16, "--batch-size", 2]
@@ -153,9 +220,8 @@ def test_training_on_the_command_line(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "step 3/3  loss" in first.stdout and "Validation loss" in first.stdout
     assert (tmp_path / "run" / "loss.png").exists() and (tmp_path / "run" / "model").is_dir()
-    refused = pyckpt(*arguments)
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert "holds a run already" in refused.stderr and "Traceback" not in refused.stderr
+    refused = called(monkeypatch, *arguments)
+    assert "holds a run already" in refused and "\n" not in refused
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
@@ -190,3 +256,39 @@ def test_comparing_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
         (length, variant) for length in (16, 32) for variant in ("plain", "checkpoint", "attention")
     }
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def a_comparison(**row: Any) -> Results:
+    sizes = {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64, "causal": True}
+    config = {**sizes, "n_layers": 1, "batch": 1, "dtype": "float32"}
+    return Results(config, "a CPU", {}, [Row(16, "plain", **row)])
+
+
+def test_a_comparison_is_on_the_disk_before_it_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pyckpt compare | head` reads a few lines and is gone: rich ends the process."""
+
+    def gone(*_: Any) -> None:
+        raise SystemExit(1)
+
+    found = a_comparison(peak_bytes=1, saved_bytes=1, seconds=1.0, iqr_seconds=0.0, all_seconds=(1.0,))
+    monkeypatch.setattr(compare, "run", lambda **_: found)
+    monkeypatch.setattr(compare, "show", gone)
+    assert called(monkeypatch, "compare", "--out", tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.json", "compare.png"]
+
+
+def test_a_comparison_that_failed_throughout_is_shown_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "run", lambda **_: a_comparison(error="out of memory"))
+    assert "nothing to draw" in called(monkeypatch, "compare", "--out", tmp_path)
+    assert "OOM" in capsys.readouterr().out
+    assert Results.load_json(tmp_path / "compare.json").rows == [Row(16, "plain", error="out of memory")]
+
+
+def test_a_folder_that_cant_be_written_to_is_refused_before_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr(compare, "run", lambda **_: pytest.fail("it ran"))
+    assert f"out={tmp_path} can't be written to" in called(monkeypatch, "compare", "--out", tmp_path)

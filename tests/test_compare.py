@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -304,6 +305,35 @@ class TestRun:
         found = compare.run([16, 32], d_model=16, n_heads=2, repeats=1, variants=["plain", "attention"])
         assert all((row.error is None) == (row.length == 16) for row in found.rows)
 
+    @pytest.mark.parametrize("error", [OSError(28, "no room in /tmp"), MemoryError("no room in /tmp")], ids=repr)
+    def test_a_scratch_file_without_room_is_a_row(self, error, monkeypatch):
+        step = variants.Workload.step
+
+        def failing(self, variant, batch):
+            def run():
+                if variant == "streamed" and batch.x.shape[1] > 16:
+                    raise error
+                step(self, variant, batch)()
+
+            return run
+
+        monkeypatch.setattr(variants.Workload, "step", failing)
+        options = {"d_model": 16, "n_heads": 2, "repeats": 1, "variants": ["plain", "streamed"]}
+        found = compare.run([16, 32], **options)
+        assert found.find(32, "streamed") == Row(32, "streamed", error="out of memory")
+        assert found.find(32, "plain").seconds > 0
+        assert found.notes == ["S = 32, streamed: no room in /tmp."]
+        found = compare.run([32], **options)
+        assert found.notes[0] == "Gradients of streamed not checked: out of memory at S = 32."
+
+    def test_other_errors_of_the_system_pass(self, monkeypatch):
+        def failing(self, variant, batch):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(variants.Workload, "step", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            compare.run([16], d_model=16, n_heads=2, variants=["plain"])
+
     def test_other_errors_pass(self, monkeypatch):
         def failing(self, variant, batch):
             raise RuntimeError("a bug")
@@ -332,6 +362,8 @@ class TestRun:
             {"batch": 0},
             {"vocab_size": 1},  # whose gradients are all 0
             {"vocab_size": 2.5},
+            *({"budget_seconds": value} for value in (-1.0, math.inf, math.nan)),
+            *({"seed": value} for value in (-1, 1 << 63, 0.5)),
             {"n_heads": 5},
             {"mlp": "none"},
             {"tile": -1},
@@ -379,6 +411,12 @@ class TestWords:
         found.rows = [dataclasses.replace(r, peak_bytes=1000, saved_bytes=1000) for r in found.rows if r.length == 1000]
         assert "needs about the same memory at its peak as plain" in compare.sentences(found)[0]
         assert "and keeps about as much from forward" in compare.sentences(found)[0]
+
+    def test_streamed_keeps_nothing_on_the_device(self):
+        found = synthetic()
+        found.rows = [r for r in found.rows if r.variant == "plain"]
+        found.rows += [dataclasses.replace(r, saved_bytes=0, variant="streamed") for r in found.rows]
+        assert "and keeps nothing on the device from forward to backward" in compare.sentences(found)[0]
 
     def test_unsteady_machine(self):
         found = synthetic()

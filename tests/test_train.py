@@ -26,7 +26,7 @@ from torch import nn
 
 from pyckpt import CkptCausalLM, train
 from pyckpt.train import checkpoint as checkpoints
-from pyckpt.train import data, optim
+from pyckpt.train import data, loop, optim
 from pyckpt.train.folder import RunFolder
 from pyckpt.train.history import History, MetricsLog
 from pyckpt.train.sample import printable, start_of
@@ -53,6 +53,8 @@ TINY: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
 }
+
+SMALLEST: dict[str, Any] = {"layers": 1, "batch_size": 1, "eval_batches": 1, "steps": 1, "warmup": 0}
 
 
 @pytest.fixture
@@ -93,6 +95,7 @@ def test_without_a_path_the_text_is_pythons_own_library() -> None:
     corpus = data.load_corpus(None, 256)
     again = data.load_corpus(None, 256)
     assert corpus.fingerprint == again.fingerprint
+    assert corpus.fingerprint is corpus.fingerprint  # not made for every checkpoint anew
     assert corpus.vocab_size == 256 and corpus.train.dtype == torch.uint8
     assert 1_000_000 < corpus.total_bytes <= data.STDLIB_BYTES
     held = len(corpus.validation) / (len(corpus.train) + len(corpus.validation))
@@ -200,6 +203,18 @@ def test_a_tokenizer_cuts_and_fills_up_nothing(text: Path, tokenizer: Path, tmp_
     changed.save(str(tmp_path / "changed.json"))
     corpus = data.load_corpus(str(text), 32, str(tmp_path / "changed.json"))
     assert corpus.fingerprint == data.load_corpus(str(text), 32, str(tokenizer)).fingerprint
+
+
+def test_tokens_of_many_bytes_are_held_out_in_sequences(text: Path, tokenizer: Path) -> None:
+    """Two sequences' worth of bytes are much less than a sequence of tokens."""
+    whole = data.load_corpus(str(text), 32, str(tokenizer))
+    tokens = len(whole.train) + len(whole.validation)
+    corpus = data.load_corpus(str(text), tokens // 10, str(tokenizer))
+    assert len(corpus.validation) >= tokens // 10
+    both = corpus.decode([*corpus.train.tolist(), *corpus.validation.tolist()])
+    assert both.replace("</s>", "") == TEXT
+    with pytest.raises(ValueError, match="too short"):
+        data.load_corpus(str(text), tokens // 2, str(tokenizer))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
@@ -328,6 +343,13 @@ def test_defaults_that_depend_on_others_are_filled_in() -> None:
     assert full.resolved() == full
 
 
+def test_folders_mean_the_same_in_another_one(tmp_path: Path) -> None:
+    """A run is resumed from wherever its user is then."""
+    placed = train.TrainConfig(place="x=file", place_path=os.path.relpath(tmp_path)).resolved()
+    streamed = train.TrainConfig(stream="file", stream_path=os.path.relpath(tmp_path)).resolved()
+    assert placed.place_path == streamed.stream_path == os.path.abspath(tmp_path)
+
+
 def test_a_run_whose_first_step_fails_is_not_in_the_way(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
@@ -335,8 +357,10 @@ def test_a_run_whose_first_step_fails_is_not_in_the_way(text: Path, monkeypatch:
     given = config(text, steps=1, warmup=None)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "accumulate", fails)
-        with pytest.raises(RuntimeError, match="does not fit"):
+        with pytest.raises(RuntimeError, match=r"save='attention' does not fit.*keep less there: --save input"):
             train.run(given)
+        with pytest.raises(RuntimeError, match=r"keep_within='1GiB' does not fit.*: a smaller --keep-within, --save"):
+            train.run(dataclasses.replace(given, keep_within="1GiB"))
     assert files_under(Path(given.out)) == {}
     assert train.run(given).steps == 1
 
@@ -450,6 +474,14 @@ def test_the_files_of_a_checkpoint_are_as_readable_as_others(tmp_path: Path) -> 
     assert {p.stat().st_mode for p in path.iterdir()} == {(tmp_path / "mine").stat().st_mode}
 
 
+def test_a_file_system_without_modes_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    assert checkpoints.read(checkpoints.write(tmp_path, a_checkpoint(), keep=1)).step == 5
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows can't open folders")
 def test_a_file_system_that_cant_sync_folders_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync = os.fsync
@@ -548,6 +580,23 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_mended(tmp_path: Path) -> Non
     ]
 
 
+def test_a_log_that_cant_be_written_says_what_to_do(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        name = "metrics.jsonl"
+
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = flush
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", History())
+    log.close()
+    log._file = Full()
+    with pytest.raises(RuntimeError, match=r"metrics\.jsonl could not be written: No space left.*then resume"):
+        log.write({"step": 1, "loss": 1.5})
+    log.close()
+
+
 # Whole runs
 
 
@@ -586,9 +635,10 @@ def test_the_model_that_is_left_is_the_model_that_was_trained(straight: train.Tr
         assert torch.equal(loaded.loss(tokens), straight.model.loss(tokens))
 
 
-def test_a_run_leaves_global_random_state_and_handlers_alone(text: Path) -> None:
+def test_a_run_leaves_global_random_state_and_handlers_alone(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("nobody sets other GPUs' state back"))
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     train.run(config(text, steps=2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -678,6 +728,17 @@ def test_a_hang_up_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_process_without_stderr_writes_to_no_other_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`2>&-`: the next file that is opened has the number 2."""
+    written: list[bytes] = []
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr("pyckpt.train.signals.os.write", lambda number, text: written.append(text))
+    with StopRequest("stopping") as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop
+    assert written == []
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(text: Path) -> None:
     def twice(record: dict[str, Any]) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -721,8 +782,26 @@ def test_the_memory_of_a_streamed_step_is_measured_on_some_tiles(text: Path, mon
         "loss",
         lambda self, tokens, **given: lengths.append(tokens.shape[1]) or loss(self, tokens, **given),
     )
-    train.run(config(text, steps=1, warmup=0, seq_len=64, stream="file", stream_tile=8, stream_path=str(text.parent)))
-    assert lengths[:2] == [32, 32] and set(lengths[2:]) == {64}
+    streamed = {"seq_len": 64, "stream": "file", "stream_tile": 8, "stream_path": str(text.parent)}
+    train.run(config(text, **SMALLEST, **streamed))
+    assert lengths[:3] == [64, 32, 32] and set(lengths[3:]) == {64}  # the first one for its store alone
+
+
+def test_the_memory_of_a_cpus_own_store_is_that_of_all_tokens(text: Path) -> None:
+    peaks = []
+    for store in ("host", "device"):
+        given = config(text, layers=1, batch_size=1, seq_len=64, stream=store, stream_tile=8).resolved()
+        peaks.append(loop._probe(Trainer(given, data.load_corpus(given.data, 64))).peak_bytes)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+def test_a_store_without_room_is_refused_before_a_run_begins(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though what is measured, a few tiles, has room."""
+    given = config(text, steps=1, warmup=None, seq_len=256, batch_size=1, stream="host", stream_tile=8)
+    monkeypatch.setattr("pyckpt.store.host.available_bytes", lambda: 100_000)
+    with pytest.raises(MemoryError, match="bytes of host memory, and 100,000 are available"):
+        train.run(given)
+    assert files_under(Path(given.out)) == {}
 
 
 @pytest.mark.parametrize("store", a_few(["host", "file"], always=(1,)))
@@ -755,7 +834,8 @@ def test_a_streamed_run_says_what_it_will_take(text: Path) -> None:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=200)
-    train.run(config(text, steps=2, warmup=0, seq_len=80, stream="host", stream_tile=16), console=console)
+    streamed = {"seq_len": 80, "stream": "host", "stream_tile": 16}
+    train.run(config(text, **SMALLEST, **streamed), console=console)
     assert re.search(r"Streamed .* on the device, .* in the host store *\n", console.file.getvalue())
     assert re.search(r"Time .*about .* a step; 64 tokens took", console.file.getvalue())
 
@@ -787,6 +867,7 @@ def test_bad_settings_of_memory(text: Path) -> None:
         ({"keep_within": "much"}, "keep_within='much': expected a number of bytes above 0, or text such as '20GiB'"),
         ({"keep_within": "1GiB", "segments": 2}, "keep_within and segments were both given"),
         ({"keep_within": "1GiB", "stream": "host"}, "keep_within and stream were both given"),
+        ({"keep_within": "1GiB", "save": "input"}, "keep_within and save were both given"),
         ({"place": "x"}, "place='x': expected each tensor once, with its place"),
         ({"place": "x=host,x=file"}, "expected each tensor once"),
         ({"place": "q=host"}, "names nothing that save='attention' keeps"),
@@ -887,21 +968,25 @@ def test_a_folder_in_use_is_never_written_over_by_accident(text: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
 def test_a_run_that_is_replaced_leaves_what_its_links_lead_to(text: Path) -> None:
-    given = config(text, steps=2)
-    train.run(given)
+    given = config(text, **SMALLEST)
     out = Path(given.out)
+    out.mkdir()
+    RunFolder(out).begin(given)
     for name in ("checkpoints", "model"):
-        (out / name).rename(text.parent / name)
+        (text.parent / name).mkdir()
+        (text.parent / name / "mine").write_text("years of work")
         (out / name).symlink_to(text.parent / name)
     before = files_under(text.parent / "checkpoints") | files_under(text.parent / "model")
-    assert train.run(dataclasses.replace(given, overwrite=True, steps=3)).steps == 3
+    assert train.run(dataclasses.replace(given, overwrite=True)).steps == 1
     assert not (out / "checkpoints").is_symlink() and not (out / "model").is_symlink()
     assert files_under(text.parent / "checkpoints") | files_under(text.parent / "model") == before
 
 
 def test_a_run_half_replaced_may_be_replaced_again(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = config(text, steps=2)
-    train.run(given)
+    given, folder = config(text, **SMALLEST), RunFolder(text.parent / "run")
+    folder.path.mkdir()
+    folder.begin(given)
+    folder.checkpoints.mkdir()
 
     def fails(path: Path) -> None:
         raise OSError(5, "Input/output error")
@@ -909,8 +994,21 @@ def test_a_run_half_replaced_may_be_replaced_again(text: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", fails)
         with pytest.raises(OSError, match="Input/output"):
-            RunFolder(Path(given.out)).begin(given)
-    assert train.run(dataclasses.replace(given, overwrite=True)).steps == 2
+            folder.begin(given)
+    assert train.run(dataclasses.replace(given, overwrite=True)).steps == 1
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer"])
+def test_what_a_run_reads_is_not_removed_with_the_one_it_replaces(text: Path, tokenizer: Path, name: str) -> None:
+    given = config(text, overwrite=True)
+    RunFolder(Path(given.out)).path.mkdir()
+    RunFolder(Path(given.out)).begin(given)
+    inside = RunFolder(Path(given.out)).model / "mine"
+    inside.parent.mkdir()
+    inside.write_bytes({"data": text, "tokenizer": tokenizer}[name].read_bytes())
+    with pytest.raises(ValueError, match=f"{name}=.*mine belongs to the run that --overwrite removes: copy it"):
+        train.run(dataclasses.replace(given, **{name: str(inside)}))
+    assert inside.exists()
 
 
 def test_files_of_others_are_never_replaced(text: Path) -> None:
@@ -989,13 +1087,32 @@ def test_the_report_fits_80_columns(text: Path, terminal: bool) -> None:
 
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=terminal, color_system=None, legacy_windows=False)
-    train.run(config(text, log_every=5, out=str(text.parent / "run")), console)
+    train.run(config(text, **{**SMALLEST, "steps": 20}, log_every=5), console)
     plain = Text.from_ansi(out.getvalue()).plain if terminal else out.getvalue()
     assert max(len(line.rstrip()) for line in plain.replace("\r", "\n").splitlines()) <= 80
     for shown in ("Data", "Memory", "from forward to", "loss", "bytes/s", "Validation loss", "bits"):
         assert shown in plain
     assert ("step 20/20  loss" in plain) is not terminal
     assert ("20/20 ━" in plain) is terminal
+
+
+def test_a_terminal_that_renews_nothing_gets_lines() -> None:
+    from rich.console import Console
+
+    from pyckpt.train.progress import Bar, Lines, progress_for
+
+    for kind, term in ((Lines, "dumb"), (Bar, "xterm")):
+        console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": term})
+        assert type(progress_for(console, "byte", 25)) is kind
+
+
+@pytest.mark.parametrize(("tokens", "rate"), [(30, "0.5 "), (54_000, "900.0 "), (60_000, "1.0k "), (9e7, "1.50M ")])
+def test_a_slow_run_has_a_rate_too(tokens: int, rate: str) -> None:
+    from pyckpt.train.progress import Progress
+
+    progress = Progress()
+    progress.step({"tokens": tokens, "seconds": 60.0}, ("RSS", 0))
+    assert progress.rate == f"{rate}bytes/s"
 
 
 def test_the_title_of_the_plot_is_no_formula(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import platform
 import time
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyckpt import measure
-from pyckpt.compare.results import OUT_OF_MEMORY, PLAIN, Results, Row
+from pyckpt.compare.results import OUT_OF_MEMORY, PLAIN, Results, Row, label
 from pyckpt.compare.variants import VARIANTS, Batch, Config, Workload
 from pyckpt.measure.flops import block_flops, causal_lm_flops
 from pyckpt.spec import BlockSpec
@@ -22,6 +23,7 @@ from pyckpt.spec import BlockSpec
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096)
 # The gradient error of a correct variant against plain, both rounding in this dtype, is well below these.
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_SHORTAGES = (RuntimeError, MemoryError, OSError)  # the kinds of error that `out_of_memory` may be true of
 
 
 def run(
@@ -62,13 +64,13 @@ def run(
         tile: tokens in a tile of the save sets; None lets each choose.
         repeats: timed runs of each variant.
         budget_seconds: fewer repeats, and in the end fewer lengths, so that the whole ends in about this
-            time.
+            time; the shortest length is measured in any case. None: no limit.
         progress: called with a short line before each piece of work.
         options: further options of the block (``norm``, ``mlp``, ``window``, ``softcap``, ...).
 
     Returns:
-        Results, lengths ascending. A variant that runs out of memory has a row that says so. ``notes`` says
-        what the budget left out.
+        Results, lengths ascending. A variant that runs out of memory, or of disk for its scratch file, has a row
+        that says so. ``notes`` says what the budget left out.
 
     Raises:
         ValueError: for a bad length, variant or option. RuntimeError: when gradients differ from those of
@@ -78,6 +80,10 @@ def run(
     _check_counts(n_layers=n_layers, batch=batch, repeats=repeats)
     if vocab_size is not None and (not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 2):
         raise ValueError(f"vocab_size must be None or an int of at least 2, got {vocab_size!r}: one word says nothing")
+    if budget_seconds is not None and not 0 <= budget_seconds < math.inf:
+        raise ValueError(f"budget_seconds must be None or a number of seconds, at least 0, got {budget_seconds!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be an int of at least 0 and below 2**63, got {seed!r}")
     options = {"n_kv_heads": n_kv_heads, "d_ff": d_ff, **options}
     spec = BlockSpec.make(d_model, n_heads, **options)
     config = Config(
@@ -165,9 +171,11 @@ class _Run:
         try:
             with measure.memory(self.work.model(variant), device=self.config.device) as m:
                 self.work.step(variant, batch)()
-        except RuntimeError as error:
+        except _SHORTAGES as error:
             if not out_of_memory(error):
                 raise
+            if not isinstance(error, RuntimeError):  # of the machine, not of the device: what was short?
+                self.results.notes.append(f"S = {batch.x.shape[1]}, {label(variant)}: {_reason(error)}.")
             return OUT_OF_MEMORY
         return m.peak_bytes, m.saved_bytes
 
@@ -194,7 +202,7 @@ class _Run:
         def run() -> None:
             try:
                 step()
-            except RuntimeError as error:
+            except _SHORTAGES as error:
                 if not out_of_memory(error):
                     raise
                 raise _OutOfMemoryError(variant) from None
@@ -259,7 +267,7 @@ class _Run:
         """None where the memory is not enough."""
         try:
             return self.work.gradients(variant, self.work.batch(length))
-        except RuntimeError as error:
+        except _SHORTAGES as error:
             if not out_of_memory(error):
                 raise
             return None
@@ -331,5 +339,11 @@ def _relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     return (difference / size) ** 0.5
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Of the device, of the machine, or of the disk that a streamed sequence is on."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return full or isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or "out of memory"

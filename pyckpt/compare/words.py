@@ -160,11 +160,10 @@ def _against(results: Results, mine: Row, other: str) -> list[str]:
     subject, name = f"At S = {mine.length}, {_name(mine.variant)}", _name(other)
     if base.error is not None:
         return [f"{subject} runs in {format_bytes(mine.peak_bytes or 0)}; {name} fails: {base.error}."]
-    peak, saved, seconds = (
-        results.ratio(mine, figure, other) or 1.0 for figure in ("peak_bytes", "saved_bytes", "seconds")
-    )
+    ratios = (results.ratio(mine, figure, other) for figure in ("peak_bytes", "saved_bytes", "seconds"))
+    peak, saved, seconds = (1.0 if ratio is None else ratio for ratio in ratios)
     needs = f"{_times(peak)} memory at its peak than" if _differs(peak) else "about the same memory at its peak as"
-    keeps = _times(saved) if _differs(saved) else "about as much"
+    keeps = "nothing on the device" if not saved else _times(saved) if _differs(saved) else "about as much"
     return [f"{subject} needs {needs} {name} and keeps {keeps} from forward to backward, in {seconds:.2f}x its time."]
 
 

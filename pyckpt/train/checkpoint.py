@@ -12,6 +12,7 @@ place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -62,8 +63,9 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.weights.items()}
         save_file(weights, temporary / _FILES[0])
         torch.save(checkpoint.state, temporary / _FILES[1])
-        # safetensors makes its files readable by their owner only.
-        (temporary / _FILES[0]).chmod((temporary / _FILES[1]).stat().st_mode & 0o777)
+        # safetensors makes its files readable by their owner only. Not every file system lets modes be changed.
+        with contextlib.suppress(OSError):
+            (temporary / _FILES[0]).chmod((temporary / _FILES[1]).stat().st_mode & 0o777)
         head = {
             "format": FORMAT,
             "step": checkpoint.step,

@@ -119,6 +119,8 @@ class TrainConfig:
             self,
             data=self.data and os.path.abspath(self.data),
             tokenizer=self.tokenizer and os.path.abspath(self.tokenizer),
+            place_path=self.place_path and os.path.abspath(self.place_path),
+            stream_path=self.stream_path and os.path.abspath(self.stream_path),
             device=device,
             dtype=dtype,
             warmup=self.warmup_steps,
@@ -221,6 +223,7 @@ def _check_memory(config: TrainConfig) -> None:
     if config.keep_within is not None:
         parse_bytes(config.keep_within, "keep_within")
         others = {"segments": config.segments, "place": config.place, "stream": config.stream}
+        others["save"] = None if config.save == TrainConfig.save else config.save
         if given := [name for name, value in others.items() if value is not None]:
             raise ValueError(f"keep_within and {given[0]} were both given: expected one of them.")
     if config.stream is not None and config.place is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import os
 import sysconfig
 from collections.abc import Sequence
@@ -58,7 +60,7 @@ class Corpus:
         """What one token is, in words."""
         return "byte" if self.tokenizer is None else "token"
 
-    @property
+    @functools.cached_property  # every checkpoint has it, and a large text takes seconds
     def fingerprint(self) -> str:
         digest = hashlib.sha256(str(self.vocab_size).encode())
         for part in (self.train, self.validation):
@@ -96,7 +98,7 @@ def load_corpus(
     name, texts, notes = _stdlib_texts() if path is None else _texts_at(Path(path), out)
     if not any(text.strip() for _, text in texts):
         raise ValueError(f"{name} holds no text: every file is empty. Give a file or folder with text in it.")
-    train, validation = split(texts, least=min(seq_len * 2, sum(len(t) for _, t in texts) // 4))
+    train, validation = _split_for(seq_len, texts, encoder)
     corpus = Corpus(
         name=name,
         files=len(texts),
@@ -117,6 +119,19 @@ def load_corpus(
                 f"{corpus.unit}s, and one sequence takes seq_len={seq_len}. Give more text or a smaller seq_len."
             )
     return corpus
+
+
+def _split_for(
+    seq_len: int, texts: list[tuple[str, bytes]], encoder: _Encoder
+) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
+    """`split` such that the validation part holds a sequence, where a quarter of the text does."""
+    most = sum(len(text) for _, text in texts) // 4
+    train, validation = split(texts, least=min(seq_len * 2, most))
+    tokens = 0 if encoder.tokenizer is None else len(encoder.encode(validation))
+    if not 0 < tokens < seq_len:
+        return train, validation
+    per_token = sum(len(text) for _, text in validation) / tokens
+    return split(texts, least=min(math.ceil(seq_len * 2 * per_token), most))
 
 
 def split(texts: list[tuple[str, bytes]], least: int = 0) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:

@@ -67,6 +67,7 @@ class RunFolder:
                     f"Keep it: give another folder with --out."
                 )
             _read_run(self.run)
+            self._check_needed(config)
             return
         taken = [p.name for p in self.all if p.exists()]
         if taken:
@@ -87,6 +88,17 @@ class RunFolder:
                 f"the run in {self.path} has other settings ({listed}). Leave them as they were, or start a "
                 f"new run in another folder."
             )
+
+    def _check_needed(self, config: TrainConfig) -> None:
+        """Raise ValueError where the run that would be replaced holds what the new one reads, and a resumed one too."""
+        gone = [self.path.resolve() / path.name for path in self.all]  # of a link the link alone: see `begin`
+        for name in ("data", "tokenizer"):
+            given = getattr(config, name)
+            if given is not None and any(Path(given).resolve().is_relative_to(path) for path in gone):
+                raise ValueError(
+                    f"{name}={given} belongs to the run that --overwrite removes: copy it to another place first, or "
+                    f"give another folder with --out."
+                )
 
     def begin(self, config: TrainConfig) -> None:
         """Remove the run that is replaced, and note the configuration."""
@@ -120,7 +132,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration of the run in a folder.
+    """The configuration of the run in a folder; its `out` is that folder, whatever its name was when the run began.
 
     Raises ValueError when there is none, RuntimeError when it can't be read.
     """
@@ -128,7 +140,7 @@ def read_config(path: Path) -> TrainConfig:
     if not file.exists():
         raise ValueError(f"{path} holds no run: give the folder of one.")
     try:
-        return TrainConfig(**_read_run(file)["config"])
+        return TrainConfig(**{**_read_run(file)["config"], "out": str(path)})
     except (TypeError, KeyError) as error:
         raise RuntimeError(f"{file} was written by another version of pyckpt ({error}): start a new run.") from error
 

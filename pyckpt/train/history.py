@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +37,19 @@ class MetricsLog:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Raises RuntimeError where the disk is full, say."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RuntimeError(
+                f"{self._file.name} could not be written: {error.strerror}. The checkpoints are intact: make room, "
+                f"then resume."
+            ) from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written fails here once more
+            self._file.close()
 
 
 def _lines_of(path: Path, history: History) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from pyckpt.measure import format_bytes, format_seconds
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train.config import TrainConfig
-from pyckpt.train.data import Corpus, load_corpus
+from pyckpt.train.data import load_corpus
 from pyckpt.train.extras import require
 from pyckpt.train.files import replacing
 from pyckpt.train.folder import RunFolder
@@ -67,7 +67,7 @@ def run(
 
     Raises ValueError for settings, data or a folder that can't be used, and RuntimeError for a damaged
     checkpoint, a missing extra, a loss that is not finite, a GPU out of memory; the first three before
-    anything is changed.
+    anything is changed. Where a streamed run's store has no room: MemoryError, or of a disk OSError, before too.
     """
     require("training", "safetensors", "matplotlib", *(["tokenizers"] if config.tokenizer else []))
     config = config.resolved()
@@ -117,25 +117,39 @@ def _resume(trainer: Trainer, folder: RunFolder) -> list[str]:
 
 def _probe(trainer: Trainer) -> StepMemory:
     """Measure the first batch's forward and backward, and drop its gradients."""
-    config = trainer.config
+    config, tokens = trainer.config, _probed_tokens(trainer)
     try:
-        memory = probe(trainer.model, lambda: trainer.accumulate(0, _probed_tokens(trainer)))
+        if tokens is not None:  # else the probe itself takes all of the store
+            trainer.reserve()
+        memory = probe(trainer.model, lambda: trainer.accumulate(0, tokens))
     except torch.OutOfMemoryError as error:
+        kept = f"save={config.save!r}" if trainer.kept is None else f"keep_within={config.keep_within!r}"
+        less = "" if trainer.kept is None else "a smaller --keep-within, "
         raise RuntimeError(
             f"one step with batch_size={config.batch_size}, seq_len={config.seq_len} and "
-            f"save={config.save!r} does not fit in the GPU's memory. Lower --batch-size (and raise --grad-accum), or "
-            f"keep less there: --save input, --segments sqrt, --place x=host. ({str(error).splitlines()[0]})"
+            f"{kept} does not fit in the GPU's memory. Lower --batch-size (and raise --grad-accum), or "
+            f"keep less there: {less}--save input, --segments sqrt, --place x=host. ({str(error).splitlines()[0]})"
         ) from error
     finally:
         trainer.optimizer.zero_grad()
-    return memory
+    return dataclasses.replace(memory, peak_bytes=memory.peak_bytes + _unprobed_store(trainer))
 
 
 def _probed_tokens(trainer: Trainer) -> int | None:
-    """Of each sequence: all; of a streamed one some tiles, which take as much, and not the time of a whole step."""
-    if trainer.stream is None or trainer.config.stream == "device":
+    """Of each sequence: all (None); of a long streamed one some tiles, which take as much, and not a step's time."""
+    config = trainer.config
+    if config.stream in (None, "device") or 4 * config.stream_tile >= config.seq_len:
         return None
-    return 4 * trainer.config.stream_tile
+    return 4 * config.stream_tile
+
+
+def _unprobed_store(trainer: Trainer) -> int:
+    """Bytes of the store for the tokens that were not probed, where it is in the memory that was: a CPU's "host"."""
+    config, tokens = trainer.config, _probed_tokens(trainer)
+    if trainer.stream is None or tokens is None or (config.stream, trainer.device.type) != ("host", "cpu"):
+        return 0
+    whole, part = (trainer.stream.estimate(trainer.model, n, config.batch_size) for n in (config.seq_len, tokens))
+    return whole.store_bytes - part.store_bytes
 
 
 def _time_rows(trainer: Trainer) -> list[tuple[str, str]]:
@@ -144,7 +158,7 @@ def _time_rows(trainer: Trainer) -> list[tuple[str, str]]:
     Not from the rate of a product: at small widths most of the time is not in products.
     """
     config, tokens = trainer.config, _probed_tokens(trainer)
-    if trainer.stream is None or tokens is None or tokens >= config.seq_len:
+    if trainer.stream is None or tokens is None:
         return []
     begin = time.perf_counter()
     trainer.accumulate(0, tokens)
@@ -266,16 +280,18 @@ def _description(trainer: Trainer) -> list[tuple[str, str]]:
     rows = [
         (
             "Data",
-            f"{corpus.name}: {_files(corpus)}, {_count(corpus.total_bytes)} bytes{tokens}; {held:.0%} for validation",
+            f"{corpus.name}: {_number_of('file', corpus.files)}, {_count(corpus.total_bytes)} bytes{tokens}; "
+            f"{held:.0%} for validation",
         ),
         (
             "Model",
-            f"{config.layers} blocks of d_model {config.d_model}, {heads}, d_ff {config.d_ff}; "
+            f"{_number_of('block', config.layers)} of d_model {config.d_model}, {heads}, d_ff {config.d_ff}; "
             f"{_count(parameters)} parameters, {config.dtype} on {config.device}",
         ),
         (
             "Training",
-            f"{config.steps} steps of {batch} × {config.seq_len} {corpus.unit}s: {_count(seen)} {corpus.unit}s",
+            f"{_number_of('step', config.steps)} of {batch} × {config.seq_len} {corpus.unit}s: "
+            f"{_count(seen)} {corpus.unit}s",
         ),
     ]
     return rows + [("", note) for note in corpus.notes]
@@ -288,8 +304,8 @@ def _stream_rows(trainer: Trainer) -> list[tuple[str, str]]:
     return [("Streamed", str(trainer.stream.estimate(model, config.seq_len, config.batch_size)))]
 
 
-def _files(corpus: Corpus) -> str:
-    return f"{corpus.files} file" + ("s" if corpus.files != 1 else "")
+def _number_of(what: str, number: int) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def _memory_rows(trainer: Trainer, memory: StepMemory) -> list[tuple[str, str]]:

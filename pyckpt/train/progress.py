@@ -67,7 +67,7 @@ class Progress:
 
     def _per_second(self, tokens: int, seconds: float) -> str:
         rate = tokens / max(seconds, 1e-9)
-        short = f"{rate / 1000:.1f}k" if rate < 1e6 else f"{rate / 1e6:.2f}M"
+        short = f"{rate:.1f}" if rate < 1e3 else f"{rate / 1e3:.1f}k" if rate < 1e6 else f"{rate / 1e6:.2f}M"
         return f"{short} {self.unit}s/s"
 
 
@@ -202,4 +202,5 @@ def progress_for(console: Any, unit: str, every: int) -> Progress:
     """console: a rich.console.Console, or None to show nothing."""
     if console is None:
         return Progress(unit)
-    return Bar(console, unit) if console.is_terminal else Lines(console, unit, every)
+    renews = console.is_terminal and not console.is_dumb_terminal  # a dumb one would show the bar at the end only
+    return Bar(console, unit) if renews else Lines(console, unit, every)

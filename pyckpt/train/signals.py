@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -20,7 +21,8 @@ class StopRequest:
 
     def __init__(self, message: str = "") -> None:
         """message: what to write to stderr at the first signal."""
-        self._message = message.encode()
+        # A process that was started without stderr may have any other file under its number.
+        self._message = b"" if sys.stderr is None else message.encode()
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -58,9 +60,10 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        # Ctrl-C reaches all of a pipeline: who read our stderr may be gone.
-        with contextlib.suppress(OSError):
-            os.write(2, self._message)  # not print: the signal may have come in the middle of one
+        if self._message:
+            # Ctrl-C reaches all of a pipeline: who read our stderr may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, self._message)  # not print: the signal may have come in the middle of one
 
 
 def _handled() -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -25,14 +26,18 @@ class StepInterrupted(KeyboardInterrupt):
     """A streamed step was given up between two tiles; weights and optimiser are those after the step before."""
 
 
+class _ReservedError(Exception):
+    """A streamed step has its store, and need not go on."""
+
+
 class Trainer:
     """Everything that a step changes. The next batch is a function of `done`, the steps behind, alone."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
-        """config: a resolved one. Sets the seed of PyTorch's global generators."""
+        """config: a resolved one. Sets the seed of PyTorch's global generators, of the CPU and of its device."""
         self.config, self.corpus = config, corpus
         self.device = torch.device(config.device)
-        torch.manual_seed(config.seed)
+        _seed(config.seed, self.device)
         self.model = _build(config, corpus)
         self.kept = self._keep()
         self.optimizer = Optimizer(self.model, config)
@@ -102,6 +107,24 @@ class Trainer:
             losses.append(loss.item())
         return math.fsum(losses) / count
 
+    def reserve(self) -> None:
+        """Have the store of a streamed run take what a whole step needs, which it keeps for the steps.
+
+        Raises MemoryError or OSError where the machine does not have it.
+        """
+        if self.stream is None:
+            return
+
+        def enough(what: str, block: int, tile: int) -> None:
+            raise _ReservedError
+
+        between, self.stream.progress = self.stream.progress, enough
+        try:
+            with contextlib.suppress(_ReservedError):
+                self.model.loss(self._batch(0), stream=self.stream)
+        finally:
+            self.stream.progress = between
+
     def _batch(self, index: int) -> Tensor:
         config = self.config
         batch = training_batch(self.corpus.train, config.seed, index, config.batch_size, config.seq_len)
@@ -156,6 +179,14 @@ class Trainer:
             torch.cuda.set_rng_state(found.state["rng"]["cuda"], self.device)
         self.history = history
         return found
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Unlike torch.manual_seed leave the generators of other devices alone: nobody would set them back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _build(config: TrainConfig, corpus: Corpus) -> Any:
