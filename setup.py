@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +106,10 @@ class BuildPy(build_py):
 class BuildExt(build_ext):
     """Builds by csrc/build.py. What was not demanded and does not compile is left out, and the record says so."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """As csrc/build.py names it, also for a Python that has no such suffix: the CPU kernels are not imported."""
+        return f"{os.path.join(*fullname.split('.'))}.abi3.so"
+
     def build_extension(self, ext: Extension) -> None:
         is_cpu = ext.name == BUILDER.CPU_MODULE
         build, variable = (BUILDER.build_cpu, CPU) if is_cpu else (BUILDER.build, CUDA)
@@ -122,6 +127,9 @@ class BuildExt(build_ext):
             ext.optional = True  # or the missing file would be an error of its own
 
 
+# A Python without a GIL refuses the tag.
+ABI3 = bool(EXTENSIONS or CPU_EXTENSIONS) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
 setup(
     packages=[
         *find_packages(include=["pyckpt", "pyckpt.*"]),
@@ -137,6 +145,6 @@ setup(
         "pyckpt.triton_kernels.fused": ["*.json"],
     },
     ext_modules=[*EXTENSIONS, *CPU_EXTENSIONS],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS or CPU_EXTENSIONS else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

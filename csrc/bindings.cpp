@@ -35,11 +35,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-template <class... Parts>
+// The kernels that were built run on no such device, or not with its driver.
+struct Unfit : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class Error = std::runtime_error, class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw Error(message.str());
 }
 
 std::string shape_of(const Tensor& t) {
@@ -186,17 +191,19 @@ Output write_rows(const char* name, const Tensor& t) {
 
 // --- launches ---
 
-// The tensor's device is current while this lives, and PyTorch's stream on it is `stream`.
+// A device is current while this lives, and PyTorch's stream on it is `stream`.
 class Launch {
  public:
-  explicit Launch(const Tensor& t) : device_(t.get_device_index()) {
+  explicit Launch(const Tensor& t) : Launch(t.get_device_index()) {}
+
+  explicit Launch(int device) : device_(device) {
 #ifndef PYCKPT_EMULATED
     if (!aoti_torch_get_current_cuda_stream) fail("this PyTorch is built without CUDA");
     // PyTorch's own guard: going back by cudaSetDevice would make a context on a device that nobody uses.
     guard_.emplace(device_);
     int seen = device_;  // by the runtime that is linked in here, beside PyTorch's
-    check(cudaGetDevice(&seen), device_);
-    if (seen != device_) check(cudaSetDevice(device_), device_);
+    check(cudaGetDevice(&seen));
+    if (seen != device_) check(cudaSetDevice(device_));
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &current));
     stream = static_cast<cudaStream_t>(current);
@@ -207,23 +214,39 @@ class Launch {
   Launch& operator=(const Launch&) = delete;
 
   // Whether what was launched has started well.
-  void check() const { check(cudaGetLastError(), device_); }
+  void check() const { check(cudaGetLastError()); }
+
+  void check(cudaError_t error) const {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // or the next launch would be told of it
+    switch (error) {
+      case cudaErrorNoKernelImageForDevice:
+      case cudaErrorInvalidDeviceFunction:
+      case cudaErrorUnsupportedPtxVersion:
+      case cudaErrorJitCompilerNotFound:
+        fail_for_device();
+      case cudaErrorInsufficientDriver:
+      case cudaErrorSystemDriverMismatch:
+      case cudaErrorCompatNotSupportedOnDevice:
+      case cudaErrorNoDevice:
+        fail<Unfit>("pyckpt's CUDA kernels were built with CUDA ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10,
+                    ", which cuda:", device_, " cannot be used with (", cudaGetErrorString(error),
+                    "): build them again with the CUDA that PyTorch was built with");
+      default:
+        fail("a CUDA kernel of pyckpt could not be launched: ", cudaGetErrorString(error),
+             "; an earlier kernel's error, pyckpt's or not, may show here (CUDA_LAUNCH_BLOCKING=1 says whose it is)");
+    }
+  }
 
   cudaStream_t stream = nullptr;
 
  private:
-  static void check(cudaError_t error, int device) {
-    if (error == cudaSuccess) return;
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
-      int major = 0, minor = 0;
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-      fail("pyckpt's CUDA kernels were built for ", PYCKPT_ARCHITECTURES, ", and cuda:", device, " is sm_", major, minor,
-           ": build them again with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
-           "\", or take others with PYCKPT_BACKEND=triton");
-    }
-    fail("a CUDA kernel of pyckpt could not be launched: ", cudaGetErrorString(error),
-         "; PYCKPT_BACKEND=triton takes others");
+  [[noreturn]] void fail_for_device() const {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_);
+    fail<Unfit>("pyckpt's CUDA kernels were built for " PYCKPT_ARCHITECTURES ", and cuda:", device_, " is sm_", major, minor,
+                ": build them again with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor, "\"");
   }
 
   int device_;
@@ -231,6 +254,17 @@ class Launch {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #endif
 };
+
+// Why none of the kernels runs on a device; empty where they do, and for what only a launch can tell.
+std::string problem_on(int device) try {
+  const Launch launch(device);
+  launch.check(code_for_device());
+  return "";
+} catch (const Unfit& error) {
+  return error.what();
+} catch (const std::exception&) {
+  return "";
+}
 
 // --- activations ---
 
@@ -867,12 +901,28 @@ STABLE_TORCH_LIBRARY_IMPL(pyckpt_cuda, PYCKPT_KEY, m) {
 
 }  // namespace pyckpt
 
+namespace {
+
+PyObject* problem_on(PyObject*, PyObject* index) {
+  const long device = PyLong_AsLong(index);
+  if (device == -1 && PyErr_Occurred()) return nullptr;
+  return PyUnicode_FromString(pyckpt::problem_on(static_cast<int>(device)).c_str());
+}
+
+PyMethodDef functions[] = {
+    {"problem_on", problem_on, METH_O, "Why the kernels do not run on the device of this index, or an empty string."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
 // A Python module, so that `import pyckpt._cuda` finds and loads it.
 PyMODINIT_FUNC PyInit__cuda() {
   static PyModuleDef definition{};
   definition.m_base = PyModuleDef_HEAD_INIT;
   definition.m_name = "_cuda";
   definition.m_size = -1;
+  definition.m_methods = functions;
   PyObject* module = PyModule_Create(&definition);
   if (module) {
     PyModule_AddStringConstant(module, "ARCHITECTURES", PYCKPT_ARCHITECTURES);

@@ -18,7 +18,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import importlib.util
 import os
 import platform
@@ -117,6 +116,8 @@ def find_nvcc() -> str | None:
 
 def missing() -> str | None:
     """What a build needs and is not here, in words, or None."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "this Python is free-threaded, and has no limited API to build for"
     if find_nvcc() is None:
         return "there is no nvcc on PATH or in $CUDA_HOME/bin: install the CUDA toolkit"
     if importlib.util.find_spec("torch") is None:
@@ -342,7 +343,7 @@ def _jobs() -> int:
     """How many compilers run at once: MAX_JOBS, else the number of cores."""
     given = os.environ.get("MAX_JOBS", "").strip()
     if not given:
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not given.isdecimal() or int(given) < 1:
         raise BuildError(f"MAX_JOBS is {given!r}; expected a number of compilers to run at once, 1 or more")
     return int(given)
@@ -350,13 +351,16 @@ def _jobs() -> int:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other build has its objects in this folder."""
+    """Wait until no other build has its objects in this folder, where the system and the file system have locks."""
     with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another build in {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(ImportError, OSError):  # Windows; Lustre and NFS as many clusters mount them
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another build in {folder}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

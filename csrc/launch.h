@@ -152,4 +152,7 @@ struct CrossEntropy {
 };
 void cross_entropy(const CrossEntropy& a, Dtype dtype, cudaStream_t stream);
 
+// Whether the build has code that the current device runs; all kernels are built for the same ones.
+cudaError_t code_for_device();
+
 }  // namespace pyckpt

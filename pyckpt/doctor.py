@@ -177,7 +177,11 @@ def _cuda_extension() -> str:
     def found(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
 
-    return _extension("cuda_extensions", "reason", cuda_backend.MODULE, found, cuda_backend.problem)
+    text = _extension("cuda_extensions", "reason", cuda_backend.MODULE, found, cuda_backend.problem)
+    if cuda_backend.problem or not torch.cuda.is_available():
+        return text
+    devices = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return "; ".join([text, *filter(None, map(cuda_backend.problem_on, devices))])
 
 
 def _extension(names_key: str, reason_key: str, module: str, found: Callable[[str], bool], problem: str) -> str:

@@ -368,6 +368,14 @@ class TestValues:
         for a, b, c in ((q[:, :, :0], k, k), (q[..., :0], k[..., :0], k), (q, k, k[..., :0])):
             with pytest.raises(ValueError, match="expected at least one head and one head dim"):
                 ours("causal")(a, b, c)
+        for heads in ((1, 2), (3, 2)):  # the first ended the process, the second left a head unwritten
+            inputs = qkv(4, 4, heads=heads, dims=(8, 8))
+            with pytest.raises(ValueError, match="heads that are a multiple of the key/value heads"):
+                ours("causal")(*inputs.values())
+            lse = torch.zeros(1, heads[0], 4)
+            given = (inputs["q"], *inputs.values(), inputs["q"], lse, None, None, None, -1, 0, 0.0, 0.3)
+            with pytest.raises(ValueError, match="heads that are a multiple of the key/value heads"):
+                ops.attention_bwd(*given)
 
     def test_scores_of_any_size(self):
         """Differences of scores far beyond what exp can hold, up and down."""
@@ -469,9 +477,30 @@ class TestBuild:
             kinds = {line.split()[1] for line in said.splitlines()}
             assert kinds <= set("tTdDrRbB"), said
 
+    def test_older_compilers_know_what_is_asked_of_processors(self):
+        """GCC before 11 and clang before 18 do not compile a question for f16c: there would be no kernels at all."""
+        known = {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq"}
+        asked = re.findall(r'__builtin_cpu_supports\("(\w+)"\)', (ROOT / "csrc" / "cpu" / "library.cpp").read_text())
+        assert asked and set(asked) <= known
+
     def test_needs_nothing_of_pytorch(self, built):
         code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-I", "-c", code, built / cpu_library.FILE], check=True)
+
+    @pytest.mark.parametrize(
+        "lacking",
+        ["import fcntl; fcntl.flock = lambda *a: os.open('', 0)", "sys.modules['fcntl'] = None"],
+        ids=["flock", "fcntl"],
+    )
+    def test_where_there_are_no_locks(self, lacking, tmp_path):
+        """As on Lustre, mounted as many clusters do, and on Windows: an install ended there."""
+        code = f"import os, pathlib, sys; {lacking}\ndel os.sched_getaffinity\nimport build\n"
+        code += "with build._alone_in(pathlib.Path(sys.argv[1]), print): print(build._jobs() > 0)"
+        command = [sys.executable, "-c", code, tmp_path]
+        done = subprocess.run(
+            command, cwd=ROOT / "csrc", env={**os.environ, "MAX_JOBS": ""}, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout == "True\n", done.stderr
 
     def test_options_of_the_other_extension(self):
         command = [sys.executable, "csrc/build.py", "--cpu", "--arch", "9.0"]

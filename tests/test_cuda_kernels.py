@@ -6,6 +6,7 @@ pointers that no vector fits.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -23,6 +24,7 @@ from helpers import assert_close_to_truth, check_truth
 from torch import Tensor
 
 import pyckpt
+from pyckpt import doctor
 from pyckpt.ops import attention_torch, cuda_backend, philox, pointwise_triton, reference, registry
 from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import GATED_MLPS, MLPS
@@ -680,6 +682,73 @@ class TestOnTheDevice:
         got = ops.act_fwd(x, "relu2")
         assert torch.cuda.current_device() == 0
         assert torch.equal(got, x.clamp_min(0).square())
+
+
+@pytest.mark.skipif(GPU, reason="of the emulator")
+class TestErrors:
+    """Of the CUDA runtime."""
+
+    @pytest.fixture
+    def emulate(self) -> Iterator[Any]:
+        """A function that has all launches end in an error."""
+        function = ctypes.CDLL(sys.modules[cuda_backend.MODULE].__file__).pyckpt_emulate_error
+        cuda_backend._runs_on.cache_clear()
+        yield function
+        function(0)
+        cuda_backend._runs_on.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (209, r'built for emulated, and cuda:-?\d is sm_99: build them again with TORCH_CUDA_ARCH_LIST="9.9"'),
+            (98, r"built for emulated, and cuda:-?\d is sm_99"),
+            (222, r"built for emulated, and cuda:-?\d is sm_99"),
+            (
+                35,
+                r"built with CUDA \d+\.\d, which cuda:-?\d cannot be used with .*: build them again with the CUDA that",
+            ),
+        ],
+        ids=["no code", "no function", "newer PTX", "older driver"],
+    )
+    def test_a_device_it_was_not_built_for_has_other_kernels(self, emulate, error, said):
+        """With one warning, also where this backend is forced: as one that cannot run on a type of device."""
+        x, w, target = randn(5, 8), randn(9, 8), torch.randint(0, 9, (5,))
+        options = (-100, 0.0, 0.0, 0.0, None, "none", True, True, False)
+
+        def run() -> list[Tensor]:
+            y = x.clone()
+            ops.act_fwd_(y, "gelu")
+            return [y, *ops.rms_norm_fwd(x, None, EPS), *ops.linear_cross_entropy_fwd(x, w, None, target, *options)]
+
+        want = run()
+        cuda_backend._runs_on.cache_clear()
+        emulate(error)
+        with pytest.warns(UserWarning, match=said) as told:
+            got = [*run(), *run()]
+        assert len(told) == 1
+        assert all((a - b).abs().max() < 1e-4 for a, b in zip(got, [*want, *want], strict=True) if b.numel())
+        with pytest.raises(RuntimeError, match=said):
+            torch.ops.pyckpt_cuda.act_fwd(x, "gelu")
+
+    def test_the_doctor_tells_of_such_a_device(self, emulate, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(cuda_backend, "problem", "")  # it came when this was imported already
+        assert "build them again" not in dict(doctor._settings())["CUDA extension"]
+        emulate(209)
+        assert "build them again with TORCH_CUDA_ARCH_LIST" in dict(doctor._settings())["CUDA extension"]
+
+    @pytest.mark.filterwarnings("error")
+    def test_an_error_of_an_earlier_kernel_is_not_called_this_ones(self, emulate):
+        """As that of a label or a token that is none has it, which shows in whatever is launched next."""
+        emulate(710)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"an earlier kernel's error, pyckpt's or not, may show here"):
+                ops.act_fwd(randn(3), "gelu")
+
+    def test_an_extension_of_other_sources_is_not_used(self, monkeypatch):
+        monkeypatch.delattr(sys.modules[cuda_backend.MODULE], "problem_on")
+        assert cuda_backend.register().startswith("it was built from other sources")
 
 
 class TestBadInput:

@@ -2,6 +2,10 @@
 // backward, as parts that PyTorch's own threads take one after another. Needs nothing of PyTorch's headers, so that it
 // is built where PyTorch is not installed yet.
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -25,13 +29,21 @@ void yield_thread() { std::this_thread::yield(); }
 
 namespace {
 
+#if defined(__x86_64__)
+// Conversions of float16. GCC before 11 and clang before 18 know no such name in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Those that run on this machine, the best first.
 const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> all;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
       all.push_back(&kernels_avx512);
@@ -150,8 +162,10 @@ PYCKPT_EXPORT const char* pyckpt_instruction_set(int64_t i) {
 // What a caller's argument has to measure: another size was built from other sources.
 PYCKPT_EXPORT int64_t pyckpt_argument_size() { return sizeof(Attention); }
 
-// What is divided by.
-static bool possible(const Attention& a) { return a.heads > 0 && a.kv_heads > 0 && a.d_k > 0 && a.d_v > 0; }
+// What is divided by, and without a rest.
+static bool possible(const Attention& a) {
+  return a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.d_k > 0 && a.d_v > 0;
+}
 
 // Both return 0, 1 where there is no memory for a thread's work, 2 where PyTorch's threads failed, 3 where the argument
 // is no attention.

@@ -50,7 +50,10 @@ class CpuLibrary:
         if status == 1:
             raise MemoryError(f"{name}: no memory for a thread's working space; use fewer threads, or a shorter input")
         if status == 3:
-            raise ValueError(f"{name}: expected at least one head and one head dim, and lengths of 0 or more")
+            raise ValueError(
+                f"{name}: expected at least one head and one head dim, heads that are a multiple of the key/value "
+                "heads, and lengths of 0 or more"
+            )
         if status != 0:
             raise RuntimeError(f"{name}: PyTorch's threads failed")
 

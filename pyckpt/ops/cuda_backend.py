@@ -1,12 +1,15 @@
 """The ops by the CUDA C++ kernels of csrc/, where the extension `pyckpt._cuda` was built.
 
 The extension declares ops of its own, in the namespace `pyckpt_cuda`, under the names and with the arguments of those
-here. It takes float16, bfloat16 and float32; what it does not take goes to the next backend.
+here. It takes float16, bfloat16 and float32; what it does not take goes to the next backend. So does everything on a
+device for which it was not built, or whose driver is too old for the CUDA that it was built with: with one warning.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +49,8 @@ def register() -> str:
         return "not built" if error.name == MODULE else str(error)
     except ImportError as error:  # built for another PyTorch or Python
         return str(error)
+    if not hasattr(module, "problem_on"):
+        return "it was built from other sources: run make cuda, or install pyckpt again"
     registry.extension_device_type = module.DEVICE_TYPE
     for name in OPS:
         implement(name, "cuda")(_where_it_can(name))
@@ -55,6 +60,22 @@ def register() -> str:
 
 
 # --- what the extension takes -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Whether it was built for this device and its driver; warns where it was not."""
+    found = problem_on(device)
+    if found:
+        warnings.warn(f"{found}; other kernels are used there until then", stacklevel=2)
+    return not found
+
+
+def problem_on(device: torch.device) -> str:
+    """Why the extension's kernels do not run on this device; empty where they do."""
+    found: str = importlib.import_module(MODULE).problem_on(device.index or 0)
+    return found
+
 
 # Which arguments of an op have to be of one dtype, where that is more than the first: a block whose residual stream is
 # float32 has a norm's dy in the products' dtype.
@@ -96,7 +117,8 @@ def _where_it_can(name: str) -> Callable[..., Any]:
         ours = _with_rows(ours, 2 if name == "rope_qk_" else 1)
 
     def run(*args: Any) -> Any:
-        return (ours if takes(*args) else registry.beside_cuda(name, args[0].device.type))(*args)
+        device = args[0].device
+        return (ours if takes(*args) and _runs_on(device) else registry.beside_cuda(name, device.type))(*args)
 
     return run
 
@@ -121,8 +143,12 @@ class _Head(InPlaceHead):
         torch.ops.pyckpt_cuda.cross_entropy_.default(*tensors, *self.options.values(), gradient)
 
 
+def _takes_loss(x: Tensor) -> bool:
+    return x.dtype in DTYPES and _runs_on(x.device)
+
+
 def _loss_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
-    if x.dtype not in DTYPES:
+    if not _takes_loss(x):
         return registry.beside_cuda("linear_cross_entropy_fwd", x.device.type)(x, weight, bias, target, *args)
     *options, token_weight, reduction, need_dx, need_dw, need_db = args
     head = _Head(weight, bias, *options)
@@ -132,7 +158,7 @@ def _loss_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *a
 def _loss_bwd(
     dloss: Tensor, lse: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
 ) -> Any:
-    if x.dtype not in DTYPES:
+    if not _takes_loss(x):
         return registry.beside_cuda("linear_cross_entropy_bwd", x.device.type)(
             dloss, lse, x, weight, bias, target, *args
         )
@@ -142,7 +168,7 @@ def _loss_bwd(
 
 
 def _loss_tile(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> Any:
-    if x.dtype not in DTYPES:
+    if not _takes_loss(x):
         return registry.beside_cuda("linear_cross_entropy_tile_", x.device.type)(x, weight, bias, target, *args)
     *options, dloss, dx, dw, db = args
     return linear_cross_entropy.tile(_Head(weight, bias, *options), x, target, dloss, dx, dw, db)
