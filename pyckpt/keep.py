@@ -66,9 +66,14 @@ def keep_within(model: nn.Module, memory: int | str, tokens: int, dtype: torch.d
     blocks = _blocks(model)
     _check(model, blocks)
     if not blocks:
+        swapped = any(True for _ in replaced_in(model))
         raise ValueError(
-            f"this {type(model).__name__} has no blocks that keep a save set: call pyckpt.swap(model) first, or build "
-            "it of pyckpt.CkptTransformerBlock"
+            f"this {type(model).__name__} has no blocks that keep a save set: "
+            + (
+                "its swapped layers run again as a whole, see the report of pyckpt.swap"
+                if swapped
+                else "call pyckpt.swap(model) first, or build it of pyckpt.CkptTransformerBlock"
+            )
         )
     options = [_options(ways[0], tokens, dtype) for ways in blocks]
     sets = _chosen(options, room)

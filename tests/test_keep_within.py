@@ -197,6 +197,12 @@ class TestBadInput:
     def test_models_without_blocks(self):
         with pytest.raises(ValueError, match=r"this Linear has no blocks that keep a save set: call pyckpt.swap"):
             pyckpt.keep_within(nn.Linear(3, 3), "1GiB", TOKENS)
+        whole = make_model("Falcon")
+        pyckpt.swap(whole)
+        with pytest.raises(
+            ValueError, match=r"no blocks that keep a save set: its swapped layers run again as a whole"
+        ):
+            pyckpt.keep_within(whole, "1GiB", TOKENS)
 
     def test_segments_streams_and_places(self):
         swapped = make_model("Llama")

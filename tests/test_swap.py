@@ -36,6 +36,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyckpt
 from pyckpt.swap import families
+from pyckpt.swap.shadow import argument_names
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
 import swap_table
@@ -497,6 +498,42 @@ def test_what_is_not_known_runs_the_original_and_warns_once(name):
     model(**batch)  # no second warning, which would be an error here
 
 
+def test_a_loss_of_ones_own_from_hidden_states():
+    model, ids = make_model("Llama", torch.float64), make_batch("plain")["input_ids"]
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4}
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        pyckpt.linear_cross_entropy(hidden[:, :-1], model.lm_head.weight, ids[:, 1:], **options).backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    (loss + 1e-4 * logits.logsumexp(-1).square().mean()).backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    pyckpt.swap(model)
+    for name, grad in gradients().items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+def test_a_prefix_runs_the_original_and_warns_in_training():
+    model, batch = make_model("Llama"), make_batch("plain")
+    name = "cache" if "cache" in argument_names(model) else "past_key_values"  # since transformers 5.24, and before
+    with torch.no_grad():
+        prefix = model(torch.randint(1, VOCAB, (2, 3)), use_cache=True).past_key_values
+
+    def loss() -> torch.Tensor:
+        return model(**batch, **{name: copy.deepcopy(prefix)}).loss
+
+    before = loss()
+    pyckpt.swap(model)
+    with torch.no_grad():
+        loss()
+    with pytest.warns(UserWarning, match=r"a cache is given in training .*original forward"):
+        torch.testing.assert_close(loss(), before)
+
+
 def test_a_changed_layer_runs_the_original():
     model = make_model("Llama")
     pyckpt.swap(model)
@@ -588,6 +625,8 @@ def test_bad_input():
         pyckpt.swap(model, loss="never")
     with pytest.raises(ValueError, match=r"nothing to swap in this Linear: no transformer layer was found"):
         pyckpt.swap(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"nothing to swap in this CkptCausalLM: its blocks are pyckpt's own"):
+        pyckpt.swap(pyckpt.CkptCausalLM(8, 1, 16, 2))
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
         layer.mlp.act_fn.register_forward_hook(lambda *_: None)

@@ -103,6 +103,23 @@ def test_what_loras_dropout_drops_it_drops_again(family, options, path, request)
     as_before(model.float().eval(), batch)
 
 
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "BOFT that drops"])
+def test_adapters_that_draw_random_numbers_by_themselves(kind):
+    """They draw in every call, by other means than Dropout: the layer runs again as a whole, and draws the same."""
+    options = {"boft_dropout": 0.4, "boft_block_size": 4} if "BOFT" in kind else {"r": 4}
+    config = getattr(peft, f"{kind.partition(' ')[0]}Config")(target_modules=["q_proj", "up_proj"], **options)
+    model = peft.get_peft_model(make_model("Llama"), config).train()
+    batch = make_batch("padded")
+
+    def seeded() -> State:
+        torch.manual_seed(3)
+        return step(model, batch)
+
+    before = seeded()
+    assert pyckpt.swap(model, loss=False).entries[0].path == "checkpointed"
+    assert_same_bits(seeded(), before)
+
+
 def test_adapters_put_in_or_merged_after_the_swap():
     """The layers run their original forward, with a warning, until the model is swapped again."""
     model, batch = make_model("Llama"), make_batch("padded")

@@ -559,6 +559,12 @@ def test_a_cache_by_either_name(training, how):
         assert torch.equal(run(), expected)
 
 
+def test_the_report_says_why_a_loss_is_the_models_own():
+    model, _ = make_encoder("T5")
+    why = pyckpt.swap(model).entries[-1].why
+    assert why == "loss: this class is not known, and its base model is not a module of its own"
+
+
 @pytest.mark.slow
 def test_an_empty_cache_breaks_no_compiled_graph():
     model, batch = make_encoder("T5")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt import errors
+from pyckpt.block import CheckpointedBlock
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
@@ -80,6 +81,11 @@ def swap(
         elif (layers := _other_layers(module)) and not _inside(name, entries):
             made += _others(_owner(model, name), name, layers, _apart(segments, stream), save, entries)
     made += _own(model, _apart(segments, stream), save, entries)
+    if not made and any(isinstance(m, CheckpointedBlock) for m in model.modules()):
+        raise ValueError(
+            f"there is nothing to swap in this {type(model).__name__}: its blocks are pyckpt's own. What they keep is "
+            "set by their `save`, and a stream is an argument of their stack's call, or of its loss"
+        )
     if not made:
         found = "".join(f"\n  {e.name} ({e.kind}): {e.why}" for e in entries)
         raise ValueError(

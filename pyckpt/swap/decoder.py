@@ -146,7 +146,13 @@ class SwappedDecoder(Replaced):
 
         read: (B, S) bool, of which tokens a loss reads the outputs; None: somebody else may read all.
         """
-        if any(again.is_cache(n, value) for n, value in given.items()) or self._caches(given, read is not None):
+        if any(again.is_cache(n, value) for n, value in given.items()):
+            if self.module.training and torch.is_grad_enabled():
+                self.warn(
+                    "a cache is given in training (a prefix?): the original forward runs, which stores everything"
+                )
+            return None
+        if self._caches(given, read is not None):
             return None
         try:
             call = self._call(given, read)

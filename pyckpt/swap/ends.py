@@ -133,7 +133,7 @@ def modules_of(base: Any, places: Places, projection: nn.Linear) -> list[nn.Modu
 def _table(embedding: Any) -> Tensor:
     name = type(embedding).__name__
     if not (unsharded_class(embedding) is nn.Embedding or _is_scaled(embedding)) or foreign(embedding):
-        raise UnsupportedError(f"its embedding is a {name} with hooks, or no plain nn.Embedding")
+        raise UnsupportedError(f"its embedding is of class {name} with hooks, or no plain nn.Embedding")
     if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
         raise UnsupportedError("its embedding has max_norm, sparse or scale_grad_by_freq")
     return embedding.weight
@@ -150,7 +150,7 @@ def _norm(norm: Any, eps: float | None = None) -> Norm:
     name, known = unsharded_class(norm).__name__, norm_eps(norm)
     eps = known if eps is None else eps
     if eps is None or foreign(norm):
-        raise UnsupportedError(f"its final norm is a {name} with hooks, or none that is known")
+        raise UnsupportedError(f"its final norm is of class {name} with hooks, or none that is known")
     return (LayerNorm if "LayerNorm" in name else RmsNorm)("norm", float(eps))
 
 

@@ -44,6 +44,9 @@ def check(layer: nn.Module, spec: BlockSpec) -> None:
     missing = [n for n in names if not _has(layer, n)]
     if missing:
         raise UnsupportedError(f"it has no {', '.join(missing)}, of which the generic path is put together")
+    drawing = next((path for path, module in inner(layer) if _draws(module)), None)
+    if drawing is not None:
+        raise UnsupportedError(f"{drawing} draws random numbers by itself")
     check_unwatched(layer)
 
 
@@ -52,6 +55,12 @@ def check_unwatched(layer: nn.Module) -> None:
     for path, module in inner(layer):
         if watched(module):
             raise UnsupportedError(f"{path} {what_watches(module)}")
+
+
+def _draws(module: nn.Module) -> bool:
+    """Of PEFT: LoHa and LoKr draw in every call, BOFT where it drops blocks, and none of them by `nn.Dropout`."""
+    names = {kind.__name__ for kind in type(module).__mro__}
+    return "LycorisLayer" in names or ("MultiplicativeDropoutLayer" in names and bool(getattr(module, "p", 0.0)))
 
 
 def _norms(spec: BlockSpec) -> tuple[str | None, ...]:

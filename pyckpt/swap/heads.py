@@ -127,6 +127,8 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
     base = _Given(hidden, base_of(model))
     try:
         made = _twin(model, base, training).forward(**given, labels=labels)
+    except UnsupportedError:
+        raise
     except Exception as error:
         raise UnsupportedError(f"its forward cannot be tried out: {shown(error)}") from error
     called = base.calls()

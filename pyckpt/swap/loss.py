@@ -207,7 +207,7 @@ class SwappedHead(Replaced):
         decoder, loss, outputs = self._decoder, None, None
         if decoder is not None:
             given[CALL] = wanted.read
-            loss = self._streamed(decoder, given, wanted)
+            loss = None if decoder.stream is None else _streamed_uncompiled(self, decoder, given, wanted)
         if loss is None:
             tuples = not getattr(getattr(self.body, "config", None), "return_dict", True)
             outputs = self.body(**given, **({"return_dict": True} if tuples else {}))
@@ -223,8 +223,6 @@ class SwappedHead(Replaced):
 
     def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: _Wanted) -> Tensor | None:
         """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
-        if decoder.stream is None:
-            return None
         call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, wanted.read)
         if call is None or call.stream is None:
             return None
@@ -305,6 +303,9 @@ class SwappedHead(Replaced):
             softcap=self._softcap,
             recompute=self.recompute,
         )
+
+
+_streamed_uncompiled = torch.compiler.disable(SwappedHead._streamed)
 
 
 def _check_layers(decoder: SwappedDecoder | None) -> None:
