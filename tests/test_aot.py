@@ -134,6 +134,28 @@ def test_products_overlap_with_every_feature(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+EIGHTS = """
+from pyckpt.triton_kernels.aot.__main__ import cases, run
+
+def main():
+    wanted = [c for c in cases(["sm_80"], families=["attention"]) if c.head_dim == 72]
+    assert len(wanted) == 4, wanted
+    assert not [(r.line(), r.narrow) for r in run(wanted) if r.narrow or r.spilled or list(r.problems())]
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_head_dims_that_only_eight_divides_are_read_wide(tmp_path):
+    """Two bytes at a time the forward kernel spilled 500 bytes a thread, at head dim 72."""
+    script = tmp_path / "eights.py"
+    script.write_text(EIGHTS)
+    done = subprocess.run([sys.executable, str(script)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_the_kernels_for_hopper_fit_the_chip(tmp_path):
     """No product waits for one that it does not need, which the assembler decides too."""

@@ -212,7 +212,7 @@ class TestFeatures:
 
     @pytest.mark.parametrize("dtype", a_few(DTYPES, always=(1,)))
     @pytest.mark.parametrize(
-        "dims", [(1, 1), (16, 16), (24, 40), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256)]
+        "dims", [(1, 1), (16, 16), (24, 40), (64, 64), (72, 72), (80, 80), (128, 128), (192, 128), (256, 256)]
     )
     def test_head_dims(self, dims, dtype):
         check(qkv(40, 40, 1, 1, *dims), "causal", dtype, lse=False)
@@ -362,6 +362,28 @@ class TestLayouts:
         tensors = LAYOUTS[name]()
         assert not all(t.is_contiguous() for t in tensors)
         check(dict(zip("qkv", tensors, strict=True)))
+
+    @pytest.mark.parametrize(
+        ("dim", "row", "first", "promised"),
+        [(72, 72, 0, True), (8, 24, 8, True), (72, 76, 0, False), (72, 72, 1, False), (80, 80, 0, False)],
+    )
+    def test_rows_are_promised_to_be_aligned_where_they_are(self, dim, row, first, promised, monkeypatch):
+        """Triton sees it of strides that 16 divides alone. `first`: where the first row begins in its memory."""
+        seen = []
+        real = attention._ragged
+        monkeypatch.setattr(attention, "_ragged", lambda *a: seen.append(real(*a)) or real(*a))
+        base = torch.randn(2 * 20 * 2 * row + first, device=DEVICE).half()
+        q, k, v = (base[first:].view(2, 20, 2, row)[..., :dim].detach() for _ in range(3))
+        options = (None, None, -1, 0, 0.0, 0.25)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+            o, lse = ops.attention_fwd(q, k, v, *options)
+            return [o, lse, *ops.attention_bwd(q, q, k, v, o, lse, None, *options)]
+
+        got = run(q, k, v)
+        assert {kind == 8 for kind in seen} == {promised} and len(seen) == 5  # forward and backward by two dims, delta
+        for t, want in zip(got, run(*(t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))), strict=True):
+            assert torch.equal(t, want)
 
     def test_upstream_gradients_of_any_stride(self):
         inputs = qkv(40, 40, heads=4, kv_heads=2)

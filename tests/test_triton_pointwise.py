@@ -18,7 +18,7 @@ from helpers import a_few, assert_close_to_truth, assert_exact, check_exact, che
 from torch import Tensor
 
 import pyckpt
-from pyckpt.ops import philox, reference, triton_backend
+from pyckpt.ops import linear_cross_entropy_triton, philox, reference, triton_backend
 from pyckpt.ops.rope import rope_tables
 from pyckpt.save import SAVE_SETS
 from pyckpt.spec import GATED_MLPS, MLPS
@@ -282,8 +282,16 @@ class TestLoss:
         terms["out 0"] = 3 * 9.0 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
         check_truth(ours, formula, formula, inputs, terms_of=terms)
 
+    @pytest.mark.parametrize("dtype", LOW)
+    def test_rows_of_logits_start_where_reads_are_wide(self, dtype):
+        """`make aot` compiles the kernel for a stride that 16 divides; Triton has another one for the rest, slower."""
+        head = linear_cross_entropy_triton.InPlaceHead(randn(50257, 8, dtype=dtype), None, -100, 0.0, 0.0, 0.0)
+        logits = head._logits(randn(3, 8, dtype=dtype))
+        assert logits.shape == (3, 50257)
+        assert logits.stride(0) % 16 == 0
+
     def test_a_padded_vocabulary_in_memory(self):
-        """Rows that start at multiples of 16 bytes: what lies between them is not read and not written."""
+        """Rows that start at multiples of 16 values: what lies between them is not read and not written."""
         rows = randn(3, 16, dtype=torch.float32)
         rows[:, 13:] = float("nan")
         target = torch.tensor([3, 0, 12], device=DEVICE)

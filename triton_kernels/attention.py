@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .attention_bwd import attention_bwd_kernel_delta, attention_bwd_kernel_dkdv, attention_bwd_kernel_dq
 from .attention_fwd import attention_fwd_kernel_tile
+from .attention_tile import EIGHTS
 from .rows import exact_float32, on
 from .sizes import cdiv, even_part, next_power_of_2
 from .tuning import Config, Key
@@ -91,7 +92,7 @@ def forward(
     """(o, lse). `into` is a running (o, lse) to merge with, in place; `configs` overrides the table, by op."""
     check(q, k, v, options)
     q, k, v = (_unit(t) for t in (q, k, v))
-    problem = _Problem.of(q, k, v, options, into is not None)
+    problem = _Problem.of(q, k, v, options, into is not None, () if into is None else into[:1])
     if into is None:
         o, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), problem.statistics(q)
     else:
@@ -183,7 +184,7 @@ def delta(do: Tensor, o: Tensor, dlse: Tensor | None = None) -> Tensor:
             DLSE=dlse is not None,
             BLOCK_M=rows,
             BLOCK_DV=block,
-            RAGGED_DV=block != dim,
+            RAGGED_DV=_ragged(dim, block, _starts_at_16(do, o)),
             num_warps=4,
         )
     return out
@@ -209,7 +210,7 @@ def backward(
     check(q, k, v, options)
     do, q, k, v = (_unit(t) for t in (do, q, k, v))
     lse, delta = lse.contiguous(), delta.contiguous()
-    problem = _Problem.of(q, k, v, options, into is not None)
+    problem = _Problem.of(q, k, v, options, into is not None, (do, *(into or ())[:1]))
     if into is None:
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     else:
@@ -332,7 +333,10 @@ class _Problem:
     shared: dict[str, Any]
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, options: Options, accumulate: bool) -> _Problem:
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, options: Options, accumulate: bool, others: tuple[Tensor, ...] = ()
+    ) -> _Problem:
+        """`others` of the user's own (B, S, H, D) that a kernel reads or writes."""
         sq, heads, head_dim = q.shape[-3:]
         sk, kv_heads, value_dim = v.shape[-3:]
         offset = options.diagonal(sq, sk)
@@ -359,7 +363,7 @@ class _Problem:
             "SOFTCAP": options.softcap != 0.0,
             "ALIBI": options.alibi_slopes is not None,
             "DROPOUT": options.dropout > 0.0,
-            **blocks(head_dim, value_dim),
+            **blocks(head_dim, value_dim, _starts_at_16(q, k, v, *others)),
         }
         return _Problem(
             arch=tuning.architecture(q.device),
@@ -443,10 +447,21 @@ class _Problem:
         return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, score, loads)
 
 
-def blocks(head_dim: int, value_dim: int) -> dict[str, Any]:
+def blocks(head_dim: int, value_dim: int, aligned: bool) -> dict[str, Any]:
     """The padded dims and whether they are padded: a kernel's tile has a power of two of columns, at least 16."""
     d, dv = (max(16, next_power_of_2(n)) for n in (head_dim, value_dim))
-    return {"BLOCK_D": d, "BLOCK_DV": dv, "RAGGED_D": d != head_dim, "RAGGED_DV": dv != value_dim}
+    ragged = (_ragged(head_dim, d, aligned), _ragged(value_dim, dv, aligned))
+    return {"BLOCK_D": d, "BLOCK_DV": dv, "RAGGED_D": ragged[0], "RAGGED_DV": ragged[1]}
+
+
+def _ragged(dim: int, padded: int, aligned: bool) -> int:
+    """Whether a tile has columns too many; `EIGHTS` where rows are `aligned` and Triton could not see it."""
+    return EIGHTS.value if aligned and dim % 16 == 8 else dim != padded
+
+
+def _starts_at_16(*tensors: Tensor) -> bool:
+    """Whether each row of each head is at a multiple of 16 bytes."""
+    return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1]) for t in tensors)
 
 
 def _limits(window: tuple[int, int], sq: int, sk: int, offset: int, packed: bool) -> tuple[int, int]:

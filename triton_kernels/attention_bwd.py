@@ -367,9 +367,9 @@ def attention_bwd_kernel_dkdv(
     WIDE: tl.constexpr = BLOCK_D > 128 or (BLOCK_D > 64 and RIGHT and not TMA)
     if WIDE and hi <= lo:
         if DK:
-            store_tile(p_dk_row, dk, o_j, o_d, stride_dks, n_k, head_dim, False)
+            store_tile(p_dk_row, dk, o_j, o_d, stride_dks, n_k, head_dim, False, RAGGED_D)
         if DV:
-            store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, False)
+            store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, False, RAGGED_DV)
         return
     p_q_row, p_do_row, p_slopes_row = p_q, p_do, p_slopes
     if not TMA:
@@ -389,9 +389,9 @@ def attention_bwd_kernel_dkdv(
         WIDE,
     )  # fmt: skip
     if DK:
-        store_tile(p_dk_row, dk * scale, o_j, o_d, stride_dks, n_k, head_dim, False)
+        store_tile(p_dk_row, dk * scale, o_j, o_d, stride_dks, n_k, head_dim, False, RAGGED_D)
     if DV:
-        store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, False)
+        store_tile(p_dv_row, dv, o_j, o_dv, stride_dvs, n_k, value_dim, False, RAGGED_DV)
 
 
 # --- dQ -----------------------------------------------------------------------------------------------------
@@ -588,4 +588,4 @@ def attention_bwd_kernel_dq(
         head_dim, value_dim, True, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, PRECISION, TMA,
         BLOCK_N, BLOCK_D, BLOCK_DV, RAGGED_D, RAGGED_DV,
     )  # fmt: skip
-    store_tile(p_dq_row, dq * scale, o_i, o_d, stride_dqs, n_q, head_dim, ACCUMULATE)
+    store_tile(p_dq_row, dq * scale, o_i, o_d, stride_dqs, n_q, head_dim, ACCUMULATE, RAGGED_D)

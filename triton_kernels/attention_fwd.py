@@ -172,7 +172,7 @@ def _attend_tile(
         if ACCUMULATE:
             m = tl.load(p_lse_row + o_i, mask=o_i < n_q, other=float("-inf")) * unit(PRECISION)
             l = tl.where(m == float("-inf"), 0.0, 1.0)
-            acc = load_tile(p_o_row, o_i, o_dv, stride_os, n_q, value_dim, True, True) / keep_factor
+            acc = load_tile(p_o_row, o_i, o_dv, stride_os, n_q, value_dim, True, RAGGED_DV or True) / keep_factor
 
         stop = tl.minimum(i + BLOCK_M, n_q)
         lo, full_lo, full_hi, hi = visit_range(i, stop, shift, n_k, left, right, LEFT, RIGHT, BLOCK_N)
@@ -200,7 +200,7 @@ def _attend_tile(
         # Where no key was seen l is 0 and m is -inf: o = 0, lse = -inf.
         l = tl.where(l == 0.0, 1.0, l)
         b_o = acc * (keep_factor / l)[:, None]
-        store_tile(p_o_row, b_o, o_i, o_dv, stride_os, n_q, value_dim, False)
+        store_tile(p_o_row, b_o, o_i, o_dv, stride_os, n_q, value_dim, False, RAGGED_DV)
         tl.store(p_lse_row + o_i, m / unit(PRECISION) + tl.log2(l) * LN2, mask=o_i < n_q)
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+EIGHTS = tl.constexpr(8)  # a kind of RAGGED, see `_places`
 # Arguments that change with the lengths, the batch and the step: specialised, each new length would compile anew, and
 # in the middle of a run the first seed that is a multiple of 16.
 LENGTHS = [
@@ -161,15 +162,41 @@ def visible(o_p, o_j, sk, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 @triton.jit
 def load_tile(p, o_r, o_c, stride, n, width, MASKED: tl.constexpr, RAGGED: tl.constexpr):
-    """Rows o_r [R] and columns o_c [C] of a matrix with unit column stride, as [R, C]; 0 beyond its ends."""
-    p_tile = p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+    """Rows o_r [R] and columns o_c [C] of a matrix with unit column stride, as [R, C]; 0 beyond its ends.
+
+    RAGGED: there are more columns than `width`, see `_places`.
+    """
+    p_tile = _places(p, o_r, o_c, stride, RAGGED)
     if MASKED:
         if RAGGED:
-            return tl.load(p_tile, mask=(o_r[:, None] < n) & (o_c[None, :] < width), other=0.0)
+            return tl.load(p_tile, mask=(o_r[:, None] < n) & _inside(o_c, width, RAGGED), other=0.0)
         return tl.load(p_tile, mask=o_r[:, None] < n, other=0.0)
     if RAGGED:
-        return tl.load(p_tile, mask=o_c[None, :] < width, other=0.0)
+        return tl.load(p_tile, mask=_inside(o_c, width, RAGGED), other=0.0)
     return tl.load(p_tile)
+
+
+@triton.jit
+def _places(p, o_r, o_c, stride, RAGGED: tl.constexpr):
+    """Pointers to [R, C].
+
+    RAGGED == EIGHTS promises that 8 divides the width, and 16 each row's address: Triton can't tell that from strides
+    that 16 does not divide, and would load and store two bytes at a time.
+    """
+    p_rows = p + o_r.to(tl.int64)[:, None] * stride
+    if RAGGED == EIGHTS:
+        p_rows = tl.multiple_of(p_rows, (16, 16))
+    return p_rows + o_c[None, :]
+
+
+@triton.jit
+def _inside(o_c, width, RAGGED: tl.constexpr):
+    """Which columns are there; of EIGHTS all eight of one access, or none."""
+    if RAGGED == EIGHTS:
+        m = o_c[None, :] // 8 < width // 8
+    else:
+        m = o_c[None, :] < width
+    return m
 
 
 @triton.jit
@@ -201,10 +228,10 @@ def load_rows(
 
 
 @triton.jit
-def store_tile(p, b, o_r, o_c, stride, n, width, ADD: tl.constexpr):
+def store_tile(p, b, o_r, o_c, stride, n, width, ADD: tl.constexpr, RAGGED: tl.constexpr):
     """Store b [R, C] in the rows below n and columns below width, or add it to what is there."""
-    p_tile = p + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
-    m = (o_r[:, None] < n) & (o_c[None, :] < width)
+    p_tile = _places(p, o_r, o_c, stride, RAGGED)
+    m = (o_r[:, None] < n) & _inside(o_c, width, RAGGED)
     if ADD:
         b += tl.load(p_tile, mask=m, other=0.0)
     tl.store(p_tile, b.to(p.dtype.element_ty), mask=m)

@@ -10,6 +10,7 @@ from typing import Any
 import triton
 
 from .. import attention_bwd, attention_fwd, tuning
+from ..attention_tile import EIGHTS
 from ..tuning import Config, Key
 from .compile import DTYPES, Arguments, Case, signature
 
@@ -24,6 +25,7 @@ QUICK_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 MASKS = ("full", "causal", "window")
 FEATURES = ("packed", "softcap", "alibi", "dropout", "sinks", "accumulate", "ragged")
 _FEATURE_DIMS = (128, 128)
+_EIGHTS_DIMS = (72, 72)  # which 8 divides, but 16 does not: Triton has to be told how rows lie in memory
 
 _FLOATS = ("scale", "softcap", "keep_factor")
 _FLOAT32 = ("p_lse", "p_delta", "p_dlse", "p_sinks", "p_slopes")
@@ -103,6 +105,8 @@ class AttentionCase(Case):
         if constants["TMA"]:
             types |= {name: _descriptor(name, self) for name in _STREAMED[self.op]}
         divisible = {n for n in names if n.startswith("stride") or n in ("head_dim", "value_dim")}
+        if self.head_dim % 16 or self.value_dim % 16:
+            divisible = {n for n in divisible if n.startswith("stride") and not n.endswith("h")}
         return signature(names, types, constants, divisible)
 
 
@@ -122,6 +126,8 @@ def cases(arch: str, quick: bool = False) -> Iterator[AttentionCase]:
     for op, feature in itertools.product(("fwd", "dkdv", "dq"), FEATURES):
         if feature != "sinks" or op == "fwd":
             yield AttentionCase(arch, op, *_FEATURE_DIMS, "bfloat16", "causal", (feature,))
+    for op in KERNELS:
+        yield AttentionCase(arch, op, *_EIGHTS_DIMS, "bfloat16", "full" if op == "delta" else "causal")
 
 
 # What the loop of each kernel goes through, a tile at a time.
@@ -169,9 +175,13 @@ def _constants(case: AttentionCase) -> dict[str, Any]:
         "BLOCK_N": config.block_n,
         "BLOCK_D": key.head_dim,
         "BLOCK_DV": key.value_dim,
-        "RAGGED_D": has["ragged"] or key.head_dim != case.head_dim,
-        "RAGGED_DV": has["ragged"] or key.value_dim != case.value_dim,
+        "RAGGED_D": has["ragged"] or _ragged(case.head_dim, key.head_dim),
+        "RAGGED_DV": has["ragged"] or _ragged(case.value_dim, key.value_dim),
     }
     absent = {"p_sinks": "sinks", "p_slopes": "alibi", "p_cu_q": "packed", "p_cu_k": "packed"}
     constants |= {name: None for name, feature in absent.items() if not has[feature]}
     return constants | {"p_dlse": None}
+
+
+def _ragged(dim: int, padded: int) -> int:
+    return EIGHTS.value if dim % 16 == 8 else dim != padded
