@@ -43,6 +43,7 @@ class CkptTransformer(nn.ModuleList):
 
     Iterating, indexing and len() give the blocks; a slice is a stack of the same blocks, with the same `segments`.
     Forward hooks on a block (FSDP2's too) run in a call of the block alone: then segments are not used, with a warning.
+    Streamed, a block with other hooks than FSDP2's is refused.
     """
 
     _warned = False  # that segments are not used
@@ -291,9 +292,11 @@ class CkptCausalLM(nn.Module):
     def _tied(self) -> Iterator[None]:
         """The head has the embedding's weight afterwards, if it has it before."""
         tied = self.lm_head.weight is self.model.embed_tokens.weight
-        yield
-        if tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        try:
+            yield
+        finally:  # what misses keys raises after it has assigned the others
+            if tied:
+                self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def blocks(self) -> Iterator[CkptTransformerBlock]:
@@ -347,22 +350,31 @@ class CkptCausalLM(nn.Module):
         stream: Stream | None = None,
         token_weight: Tensor | None = None,
         class_weight: Tensor | None = None,
-        **options: Any,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        recompute: bool = False,
     ) -> Tensor:
         """Mean next-token cross-entropy in nats, a float32 scalar, without the logits of all tokens.
 
         labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
         i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
         included. stream: run streamed, with memory on the device that does not depend on the sequence length.
-        token_weight: floating, in the labels' shape and aligned with them; class_weight (vocab_size,): as in
-        `linear_cross_entropy`. options: its `softcap`, `z_loss`, `label_smoothing`, `reduction`, and, not streamed,
-        `recompute`.
+        token_weight: floating, in the labels' shape and aligned with them. class_weight (vocab_size,), softcap, z_loss,
+        label_smoothing, reduction and, not streamed, recompute: as in `linear_cross_entropy`.
 
         Raises ValueError for tokens or labels out of range, and for sequences too short to predict anything.
         """
         labels = self._labels(tokens, labels, cu_seqlens)
-        smoothing = options.get("label_smoothing", 0.0)
-        weights = loss_weights(labels, token_weight, class_weight, self.vocab_size, -100, smoothing)
+        weights = loss_weights(labels, token_weight, class_weight, self.vocab_size, -100, label_smoothing)
+        options: dict[str, Any] = {
+            "softcap": softcap,
+            "z_loss": z_loss,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "recompute": recompute,
+        }
         if stream is not None:
             check_stream(stream)
             return run_loss(self, tokens, labels, weights, positions, cu_seqlens, stream, options)

@@ -72,6 +72,8 @@ class Save:
     path: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be that of a save set, as 'attention' is, got a {type(self.name).__name__}")
         kept = kept_names(save_set(self.name))
         if not isinstance(self.place, Mapping):
             raise TypeError(f"place must be a dict of tensors and places, got {type(self.place).__name__}")
@@ -89,6 +91,9 @@ class Save:
         if self.path is not None and "file" not in self.place.values():
             raise ValueError(f"path={os.fspath(self.path)!r} was given, and no tensor has the place 'file'")
         object.__setattr__(self, "place", dict(self.place))
+
+    def __hash__(self) -> int:
+        return hash((self.name, frozenset(self.place.items()), self.last, self.path))  # a dict has none
 
     def away(self, device: torch.device) -> dict[str, str]:
         """The tensors that leave this device, and where to. A CPU's host memory is its own."""

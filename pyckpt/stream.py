@@ -24,6 +24,7 @@ from pyckpt.exec.session import ENDS, Session
 from pyckpt.exec.streamed import Stack, store_plan
 from pyckpt.exec.streamed_layers import InRun, LayerRun
 from pyckpt.exec.streamed_node import execute
+from pyckpt.measure.units import parse_bytes
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
 
@@ -45,9 +46,10 @@ class Stream:
         store: "host" (page-locked memory; on a CPU the device's own), "device", "file" (a scratch file that is gone
             when the process ends, however it ends), or a `pyckpt.store.Store`.
         path: folder of the scratch file; default the system's temporary one.
-        limit: the most bytes that one run may take of the store. Where what the blocks' save sets and `segments` keep
-            does not fit, less is kept and more made again: x of every block, then of fewer and fewer blocks, by the
-            schedule with the fewest repeats. Gradients are the same. A run that can't fit is refused before it starts.
+        limit: the most that one run may take of the store: bytes, or text such as "200GiB". Where what the blocks'
+            save sets and `segments` keep does not fit, less is kept and more made again: x of every block, then of
+            fewer and fewer blocks, by the schedule with the fewest repeats. Gradients are the same. A run that can't
+            fit is refused before it starts.
         gradients: when weights get them. "together": at the end of the backward, all at once, so that a run that ends
             before leaves none. "by block": those of each block when it has them. Where `.grad` is there already
             (accumulation), or an optimizer steps in `register_post_accumulate_grad_hook` and frees it, there is then no
@@ -65,7 +67,7 @@ class Stream:
         tile: int = 4096,
         store: str | Store = "host",
         path: str | os.PathLike[str] | None = None,
-        limit: int | None = None,
+        limit: int | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         gradients: str = "together",
     ) -> None:
@@ -74,7 +76,7 @@ class Stream:
         if errors.check_tile(tile) is None or tile > MOST_TILE:
             raise ValueError(f"tile must be 1 to {MOST_TILE:,} tokens, got {tile!r}")
         self.tile = tile
-        self.store = make_store(store, path, limit)
+        self.store = make_store(store, path, parse_bytes(limit, "limit") if isinstance(limit, str) else limit)
         self.progress = progress
         self.gradients = gradients
 
@@ -171,6 +173,7 @@ def run_loss(
     layout = _layout(tokens.shape, cu_seqlens)
     targets = Targets(labels, last_tokens(layout), IGNORE, label_weights)
     blocks, segments = _blocks(model.model.layers)
+    _check_unwatched(blocks, embed_tokens=model.model.embed_tokens, layers=model.model.layers)
     given = (tokens, targets, ends, layout, positions, stream)
     losses = stream_loss(blocks, segments, *given, _gathered(blocks))
     return losses if losses.dim() == 0 else losses.view(tokens.shape)
@@ -216,6 +219,7 @@ def run_stack(
     if positions is not None:
         positions = errors.check_positions(positions, x)
     blocks, segments = _blocks(transformer)
+    _check_unwatched(blocks)
     return stream_blocks(blocks, segments, x, positions, cu_seqlens, stream, _gathered(blocks))
 
 
@@ -312,17 +316,19 @@ def _check_called(module: nn.Module) -> None:
         )
 
 
+def _check_unwatched(blocks: list[CheckpointedBlock], **more: nn.Module) -> None:
+    """Raise ValueError where hooks wait for what goes through these modules: it may be what they change."""
+    for name, module in (*more.items(), *((f"block {i}", block) for i, block in enumerate(blocks))):
+        if others(hooks_of(module)):
+            raise ValueError(
+                f"{name} has hooks, and in a streamed run they would see no hidden states; remove them, or run without "
+                "stream="
+            )
+
+
 def _gathered(blocks: list[CheckpointedBlock]) -> list[CheckpointedBlock] | None:
     """The blocks, where their weights are gathered for one at a time."""
-    if not any(map(gathers, blocks)):
-        return None
-    for i, block in enumerate(blocks):
-        if others(hooks_of(block)):
-            raise ValueError(
-                f"block {i} has forward hooks beside FSDP2's, and in a streamed run they would see no hidden states; "
-                "remove them, or run without stream="
-            )
-    return blocks
+    return blocks if any(map(gathers, blocks)) else None
 
 
 def _layout(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
@@ -416,11 +422,7 @@ def _fit(stack: Stack, first: int | None, limit: int | None, again: bool) -> Sta
 
 
 def _loss_options(
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    recompute: bool = False,
+    softcap: float | None, z_loss: float, label_smoothing: float, reduction: str, recompute: bool
 ) -> LossOptions:
     if recompute:
         raise ValueError(

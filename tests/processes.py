@@ -1,9 +1,10 @@
-"""Several processes over gloo, for the tests of distributed training."""
+"""Several processes: over gloo, for the tests of distributed training, and forked ones."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,18 @@ def _enter(rank: int, world: int, port: int, body: Callable[..., None], args: tu
     body(rank, *args)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def in_a_fork(body: Callable[[], bool]) -> bool:
+    """What body() gives in a process that is forked here; False where it raises, or waits for ever."""
+    process = os.fork()
+    if process == 0:
+        signal.alarm(20)
+        try:
+            os._exit(0 if body() else 1)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(process, 0)[1] == 0
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

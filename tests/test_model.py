@@ -222,6 +222,15 @@ def test_loss_options_reach_the_head():
         assert_exact(found, wanted)
 
 
+@pytest.mark.parametrize("stream", [None, pyckpt.Stream(5)], ids=["resident", "streamed"])
+def test_what_is_no_option_of_the_loss_is_refused(stream):
+    """Of the head's own loss too: the last token has the label that is ignored, and the head no bias."""
+    model = make_lm()
+    for name in ("ignore_index", "bias"):
+        with pytest.raises(TypeError, match=rf"loss\(\) got an unexpected keyword argument '{name}'"):
+            model.loss(torch.randint(0, 50, (1, 7)), stream=stream, **{name: None})
+
+
 def test_weights_belong_to_labels():
     model = make_lm()
     tokens, weights, classes = torch.randint(0, 50, (2, 19)), torch.rand(2, 19).double(), torch.rand(50).double()
@@ -263,6 +272,17 @@ def test_tied_embeddings_are_one_parameter():
     model = make_lm(tie_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len([n for n, _ in model.named_parameters() if "lm_head" in n]) == 0
+
+
+def test_tied_embeddings_stay_tied_where_a_state_dict_is_refused():
+    """As one without the head: what it has is assigned before its lack is told."""
+    model = pyckpt.CkptCausalLM(31, 2, 32, 4, tie_embeddings=True)
+    state = {name: t + 1.0 for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .lm_head.weight"):
+        model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, strict=False, assign=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, state["model.embed_tokens.weight"])
 
 
 def test_settings_reach_every_block():

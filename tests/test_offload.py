@@ -8,6 +8,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from helpers import a_few
 from lanes import DelayedLanes
+from processes import in_a_fork
 from torch import Tensor, nn
 
 import pyckpt
@@ -451,6 +453,18 @@ def test_a_block_says_what_was_given():
     assert block.save == "input"
 
 
+def test_equal_saves_are_one_key(tmp_path):
+    """As in a set of configurations, or a dict."""
+    saves = [pyckpt.Save("attention", {"x": "file"}, 2, path) for path in (tmp_path, tmp_path, None)]
+    assert len(set(saves)) == 2 and hash(saves[0]) == hash(saves[1])
+
+
+@pytest.mark.parametrize("name", [save_set("input"), pyckpt.Save("input")])
+def test_the_name_of_a_save_is_a_name(name):
+    with pytest.raises(TypeError, match="name must be that of a save set, as 'attention' is, got a Save"):
+        pyckpt.Save(name)
+
+
 class _Queued:
     """Lanes that only queue, as a GPU's: a copy is over when the host waits for it. Rooms know which use them."""
 
@@ -555,6 +569,34 @@ print("over")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "over\n", done.stderr
+
+
+def test_a_forked_process_copies_by_itself(monkeypatch):
+    """It has none of its parent's threads, and neither waits for their copies nor for those of a graph it has too."""
+    model, x, go = stack(3, save=pyckpt.Save("attention", {"x": "file"}, last=0)), torch.randn(1, 21, 48), []
+    real, over = Scratch.write, threading.Event()
+
+    def write(self, source, offset=0) -> None:
+        if not go:
+            over.wait()
+        real(self, source, offset)
+
+    monkeypatch.setattr(Scratch, "write", write)
+    graphs = [model[0](x)]  # whose copy is under way
+
+    def forward() -> bool:
+        go.append(True)
+        graphs.clear()
+        gc.collect()
+        torch.set_num_threads(1)
+        model(x)
+        return True
+
+    try:
+        assert in_a_fork(forward)
+    finally:
+        over.set()
+    graphs.pop().sum().backward()
 
 
 @pytest.mark.gpu

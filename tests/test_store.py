@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from lanes import DelayedLanes, MemoryBacking
+from processes import in_a_fork
 from torch import Tensor
 
 from pyckpt.store import (
@@ -277,6 +278,80 @@ def test_memory_is_kept_for_the_next_run_of_the_same_plan(tmp_path):
     assert store._idle[1] is not first
 
 
+@pytest.mark.parametrize("name", STORES)
+def test_a_forked_process_writes_to_nothing_of_its_parents(name, tmp_path):
+    """Each has a store that has run before, and with it the memory that was kept."""
+    store, key = made(name, tmp_path), ("x", 0, 0)
+    store.open(PLAN, CPU).close()
+
+    def other() -> bool:
+        with store.open(PLAN, CPU) as opened:
+            opened.new(key).fill_(2.0)
+            opened.put(key)
+            return bool((opened.get(key) == 2.0).all())
+
+    with store.open(PLAN, CPU) as opened:
+        opened.new(key).fill_(1.0)
+        opened.put(key)
+        opened.close()
+        assert in_a_fork(other)
+        with store.open(PLAN, CPU) as again:
+            assert store._idle is None  # it has that memory
+            assert bool((again.new(key) == 1.0).all())
+
+
+def test_a_forked_process_waits_for_no_copy_of_its_parents(tmp_path):
+    """Nobody makes it there, and CUDA's events are not to be asked."""
+
+    class Lanes(ThreadLanes):
+        def close(self, then):
+            closed.append(True)
+            super().close(then)
+
+    closed: list[bool] = []
+    opened = [Staged(PLAN, CPU, MemoryBacking(PLAN), Lanes(CPU), lambda: None)]
+
+    def dropped() -> bool:
+        opened.clear()
+        gc.collect()
+        return not closed
+
+    assert in_a_fork(dropped)
+    opened.clear()
+    gc.collect()
+    assert closed
+
+
+def test_a_file_is_closed_by_no_exit_while_threads_copy(tmp_path):
+    """A file that is opened next, as by a handler that saves the model, would have its number."""
+    script = (
+        "import atexit, os, sys, threading\n"
+        "folder, copying = sys.argv[1], threading.Event()\n"
+        "def save():\n"
+        "    files = [open(f'{folder}/{i}', 'w+b') for i in range(9)]\n"
+        "    copying.set(); lane.join()\n"
+        "    print([os.path.getsize(file.name) for file in files])\n"
+        "atexit.register(save)\n"  # first, so that it runs last
+        "import torch\n"
+        "from pyckpt.store.file import Scratch\n"
+        "scratch = Scratch(64, folder, None)\n"
+        "def copy():\n"
+        "    copying.wait(); scratch.write(torch.zeros(16))\n"
+        "lane = threading.Thread(target=copy, daemon=True); lane.start()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert ended.stdout == f"{[0] * 9}\n" and not ended.stderr
+
+
+def test_a_relative_path_is_that_of_the_working_directory_it_was_given_in(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = FileStore("scratch")
+    monkeypatch.chdir("/")
+    store.open(PLAN, CPU).close()
+    assert store.path == str(tmp_path / "scratch")
+
+
 def test_a_dropped_store_ends_its_threads(tmp_path):
     before = threading.active_count()
     opened = by_threads(tmp_path)
@@ -400,6 +475,25 @@ def test_memory_is_locked_anew_for_longer_sequences_alone(monkeypatch):
         assert memory.nbytes >= HostMemory.bytes_of(plan) >= plan.store_bytes
         store._keep(kinds._LOCKED, memory)
     assert locked == [HostMemory.bytes_of(dataclasses.replace(PLAN, tokens=n)) for n in (23, 40)]
+
+
+def test_two_runs_never_get_one_memory(monkeypatch):
+    """Threads may open them at any moment: here the second does while the first looks at what is idle."""
+    monkeypatch.setattr(host, "lock", lambda t: None)
+    store, others = HostStore(), []
+
+    class Idle:
+        @property
+        def nbytes(self) -> int:
+            if not others:
+                others.append(None)
+                others.append(store._locked(PLAN))
+            return PLAN.store_bytes * 2
+
+    idle = Idle()
+    store._keep(kinds._LOCKED, idle)
+    assert store._locked(PLAN) is idle
+    assert others[1] is not idle
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):

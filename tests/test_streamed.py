@@ -472,6 +472,12 @@ def test_store_bytes_by_arithmetic():
     assert opened == [limit]
 
 
+def test_a_limit_in_words():
+    assert pyckpt.Stream(limit="1.5 GiB").store.limit == 3 << 29
+    with pytest.raises(ValueError, match="limit='much': expected a number of bytes above 0, or text such as '20GiB'"):
+        pyckpt.Stream(limit="much")
+
+
 def test_a_limit_keeps_less_and_changes_no_gradient():
     """x, o and lse; x alone; ever fewer x; and below the least possible a refusal that names it."""
     model = pyckpt.CkptCausalLM(VOCAB, 7, 32, 4, d_ff=48)
@@ -739,6 +745,17 @@ def test_a_loss_keeps_no_scratch_after_its_backward(gradients, interruptible):
         assert run() is None
 
 
+@pytest.mark.parametrize("gradients", ["together", "by block"])
+def test_a_graph_that_lives_on_keeps_no_gradient_of_x(gradients):
+    stack = pyckpt.CkptTransformer([make_block(torch.float32)])
+    x, freed = torch.randn(1, 33, 48, requires_grad=True), []
+    y = stack(x, stream=stream(gradients=gradients))
+    y.sum().backward()
+    weakref.finalize(x.grad.untyped_storage(), freed.append, True)
+    x.grad = None
+    assert freed and y.grad_fn is not None
+
+
 def test_progress_names_every_tile():
     model, seen = make_lm(torch.float32), []
     kept = stream(10, progress=lambda *at: seen.append(at))
@@ -769,6 +786,20 @@ def test_a_kill_in_the_middle_of_a_step_leaves_nothing(tmp_path):
 def test_a_bad_tile(tile):
     with pytest.raises(ValueError, match="tile must be"):
         pyckpt.Stream(tile)
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "layers", "layers.1"])
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward"])
+def test_hooks_that_would_not_run_are_told(where, kind):
+    """They may change what goes through, and nothing does."""
+    model = make_lm()
+    getattr(model.model.get_submodule(where), f"register_{kind}_hook")(lambda *_: None)
+    named = where.replace("layers.", "block ")
+    with pytest.raises(ValueError, match=f"{named} has hooks, and in a streamed run they would see no hidden states"):
+        model.loss(torch.randint(model.vocab_size, (1, 9)), stream=stream())
+    if where == "layers.1":
+        with pytest.raises(ValueError, match="block 1 has hooks"):
+            model.model.layers(torch.randn(1, 9, model.spec.d_model, dtype=torch.float64), stream=stream())
 
 
 def test_bad_arguments_are_refused_before_anything_runs():

@@ -222,7 +222,7 @@ def test_hooks_of_others():
     model = make_model()
     model = sharded(model, model.layers)
     model.layers[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="block 1 has forward hooks beside FSDP2's"):
+    with pytest.raises(ValueError, match="block 1 has hooks, and in a streamed run"):
         model(tokens_of(), stream())
 
 
@@ -420,7 +420,7 @@ class TestSwapped:
         ("who", "told"),
         [
             ("another hook", "a .*LlamaDecoderLayer has forward hooks: streaming is not used"),
-            ("hook on the norm", "final norm is a .* hooks.*: the layers are streamed, and not what surrounds them"),
+            ("hook on the norm", "final norm is of class .* hooks.*: the layers are streamed, and not what surrounds them"),
             ("hidden states", "output_hidden_states=True asks for every layer's: streaming is not used"),
         ],
     )

@@ -83,6 +83,11 @@ class Given:
     def gradients(self, w: Named) -> Gradients:
         return {}
 
+    def take_dx(self) -> Tensor | None:
+        """It is given away: the graph may live on, with this."""
+        dx, self.dx = self.dx, None
+        return dx
+
 
 class Whole:
     """`Sink`: y itself, of this shape, (..., d_model)."""

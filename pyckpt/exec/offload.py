@@ -124,6 +124,7 @@ class Parcel:
         device = next(iter(tensors.values())).device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.state = "here"  # then "leaving", "away", and "gone" when the backward is over
+        self._process = os.getpid()
 
     def _on_its_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Another one's forward or backward may be what moves it: its tensors are of the stream of its own forward."""
@@ -179,7 +180,8 @@ class Parcel:
             self._items, self.state = {}, "gone"
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        # In a forked process nobody makes the copies that its parent's were waiting for.
+        if not sys.is_finalizing() and self._process == os.getpid():
             self._queue.bury(self._items)
 
 
@@ -241,13 +243,24 @@ def keep(tensors: dict[str, Tensor], save: Save) -> tuple[Parcel | None, dict[st
     return parcel, {n: t for n, t in tensors.items() if n not in away}
 
 
-@functools.cache
 def queue_of(device: torch.device) -> Queue:
+    return _queue_of(device, os.getpid())
+
+
+def route_of(device: torch.device, place: str, path: str | None) -> Route:
+    return _route_of(device, place, path, os.getpid())
+
+
+# Of each process its own: a forked one has its parent's files, and none of the threads that copy.
+
+
+@functools.cache
+def _queue_of(device: torch.device, process: int) -> Queue:
     return Queue()
 
 
 @functools.cache
-def route_of(device: torch.device, place: str, path: str | None) -> Route:
+def _route_of(device: torch.device, place: str, path: str | None, process: int) -> Route:
     if place == "host":
         lanes: Lanes = CudaLanes(device)
         return Route(lanes, Pool(HostRoom, lanes.wait))

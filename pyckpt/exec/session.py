@@ -184,7 +184,7 @@ def at_work(device: torch.device, close: Callable[[], None]) -> Iterator[None]:
 
 def given_gradient(source: Source, shape: torch.Size | None) -> Tensor | None:
     """The gradient of the x (of this shape) that the source was given, where it was and wants it."""
-    dx = source.dx if isinstance(source, Given) else None
+    dx = source.take_dx() if isinstance(source, Given) else None
     return None if dx is None or shape is None else dx.view(shape)
 
 

@@ -69,7 +69,8 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
         library.torch.save_file({name: _plain(t) for name, t in tensors.items()}, path, metadata={"format": "pt"})
     except library.SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from error
-    path.chmod(mode)  # safetensors makes its files readable by their owner only
+    with contextlib.suppress(OSError):  # not every file system lets modes be changed
+        path.chmod(mode)  # safetensors makes its files readable by their owner only
 
 
 def _plain(t: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class Scratch:
         with scratch_file(nbytes, folder) as file:
             self._file = os.dup(file)
         self.close = weakref.finalize(self, os.close, self._file)
+        # At the process's end threads may still copy, and its number would be that of the next file to be opened.
+        self.close.atexit = False
 
     def read(self, into: Tensor, offset: int = 0) -> None:
         host = into if self._staging is None else self._staging.like(into)

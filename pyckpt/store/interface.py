@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from types import TracebackType
 
@@ -22,6 +23,7 @@ class OpenStore(ABC):
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
         self._held: set[Key] = set()
+        self._process = os.getpid()
 
     def holds(self, key: Key) -> bool:
         return key in self._held
@@ -69,7 +71,8 @@ class OpenStore(ABC):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self.__dict__.get("_process") == os.getpid():  # a forked one has neither the threads that copy nor CUDA
+            self.close()
 
     def _check_held(self, key: Key) -> None:
         if key not in self._held:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ class _Reusing(Store):
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
             raise ValueError(f"limit must be None or a number of bytes >= 0, got {limit!r}")
         self.limit = limit
-        self._idle: tuple[Any, Any] | None = None
 
-    def _memory(self, kind: Any, make: Any) -> Any:
-        idle, self._idle = self._idle, None
-        if idle is not None and idle[0] == kind:
+    _idle: tuple[Any, Any] | None = None
+
+    def _memory(self, kind: Any, make: Any, fits: Callable[[Any], bool] = lambda memory: True) -> Any:
+        idle = vars(self).pop("_idle", None)  # in one step: runs of other threads may be opened meanwhile
+        if idle is not None and idle[0] == kind and fits(idle[1]):
             return idle[1]
         del idle
         return make()
@@ -41,7 +43,7 @@ class _Reusing(Store):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, as of a model that holds it: memory, or a file, is not to be shared with one."""
-        return {**self.__dict__, "_idle": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_idle"}
 
 
 class DeviceStore(_Reusing):
@@ -80,9 +82,9 @@ class HostStore(_Reusing):
     def _locked(self, plan: Plan) -> LockedMemory:
         """The last run's memory where it is large enough, whatever its plan was: locking takes longer than a step."""
         nbytes = HostMemory.bytes_of(plan)
-        if self._idle is not None and self._idle[0] == _LOCKED and self._idle[1].nbytes >= nbytes:
-            return self._memory(_LOCKED, None)
-        return self._memory(plan, lambda: self._reserve(plan, lambda: LockedMemory(nbytes)))
+        return self._memory(
+            _LOCKED, lambda: self._reserve(plan, lambda: LockedMemory(nbytes)), lambda memory: memory.nbytes >= nbytes
+        )
 
     @staticmethod
     def _reserve(plan: Plan, make: Any) -> Any:
@@ -109,7 +111,7 @@ class FileStore(_Reusing):
 
     def open(self, plan: Plan, device: torch.device) -> OpenStore:
         self.check(plan)
-        kind = (plan, device)
+        kind = (plan, device, os.getpid())  # a forked process has its parent's file, and needs one of its own
         if not self.copies(device):
             file = self._memory(kind, lambda: mapped.MappedFile(plan, self.path))
             return mapped.Mapped(plan, device, file, lambda: self._keep(kind, file))
@@ -124,7 +126,7 @@ def scratch_folder(path: str | os.PathLike[str] | None) -> str:
         raise ValueError(f"path={folder!r} is no folder; give one that exists, for the scratch file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"path={folder!r} can't be written to; give a folder of your own for the scratch file")
-    return folder
+    return os.path.abspath(folder)  # whatever the working directory is when a run needs it
 
 
 STORES = ("device", "host", "file")
