@@ -420,7 +420,7 @@ class TestSwapped:
         ("who", "told"),
         [
             ("another hook", "a .*LlamaDecoderLayer has forward hooks: streaming is not used"),
-            ("hook on the norm", "final norm is of class .* hooks.*: the layers are streamed, and not what surrounds them"),
+            ("hook on the norm", "final norm is of class .* hooks.*: the layers are streamed, and not what surrounds"),
             ("hidden states", "output_hidden_states=True asks for every layer's: streaming is not used"),
         ],
     )
