@@ -390,6 +390,23 @@ class TestChoice:
             registry.choose("act_fwd", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "backend"), [([(7, 5)], "torch"), ([(7, 0), (8, 6)], "triton"), ([(9, 0)], "triton")]
+)
+def test_gpus_whose_matrix_units_triton_lacks_have_pytorchs_kernels(capabilities, backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("PYCKPT_BACKEND", raising=False)
+    registry._has_matrix_units.cache_clear()
+    try:
+        assert registry.choose("attention_fwd", "cuda")[0] == backend
+    finally:
+        monkeypatch.undo()
+        registry._has_matrix_units.cache_clear()
+
+
 def test_an_implementation_runs_without_autocast(monkeypatch):
     seen = []
 

@@ -54,8 +54,20 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _has_matrix_units() -> bool:
+    """Whether Triton can use those of some GPU here: on NVIDIA's before compute capability 8.0 (V100, T4) it can't.
+
+    Its products run on the other units there, and attention's kernels spill hundreds of bytes a thread, or ask for more
+    shared memory than there is.
+    """
+    if torch.version.hip or not torch.cuda.is_available():
+        return True
+    return any(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
+
+
 def _runs_on(backend: str, device_type: str) -> bool:
-    if backend == "triton" and not _has_triton():
+    if backend == "triton" and not (_has_triton() and (device_type == "cpu" or _has_matrix_units())):
         return False
     if backend == "cpp":
         return device_type == "cpu"
