@@ -18,6 +18,7 @@ Needs nothing beyond torch and triton (and matplotlib to plot).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -37,7 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyckpt
-from bench import common
+from bench import common, steps
 from pyckpt.measure.timing import interleaved
 from pyckpt.precision import exact_products
 
@@ -121,7 +122,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
 def _flex(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = steps.compiled(flex_attention, keep_graph=True)
     n = case.length
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n) if case.causal else None
 
@@ -144,16 +145,16 @@ def measure(case: Case, flex: bool, device: str, repeats: int) -> list[dict[str,
     rows, forwards, backwards = [], {}, {}
     truth: list[Tensor] | None = None
     for name, fn in variants(case, flex, device).items():
-        row: dict[str, Any] = {**dataclasses.asdict(case), "variant": name, "dtype": str(dtype).removeprefix("torch.")}
+        row: dict[str, Any] = {"variant": name, "dtype": str(dtype).removeprefix("torch.")}
         rows.append(row)
         try:
             o = fn(*leaves)
             results = [o.detach(), *torch.autograd.grad(o, leaves, do, retain_graph=True)]
         except Exception as error:  # a backend that cannot take the case says so in many ways
-            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            row["failed"] = steps.reason(error)
             continue
         truth = truth or _truth(leaves, do, case)
-        row["error"] = max(_relative(got, want) for got, want in zip(results, truth, strict=True))
+        row["error"] = steps.largest(_relative(got, want) for got, want in zip(results, truth, strict=True))
         if not row["error"] < 0.02:  # bf16 rounding gives 0.002 to 0.006; a wrong mask or a race far more
             row["failed"] = f"wrong: relative error {row['error']:.3g}"
             continue
@@ -212,23 +213,22 @@ def run(
     save: Callable[[dict[str, Any]], Any] = lambda figures: None,
 ) -> dict[str, Any]:
     """All figures, saved after every case. Cases that do not fit the budget (seconds) are left out, and named."""
-    start = time.monotonic()
-    rows, left_out = [], []
     top = common.ceiling(device)
     print(f"{common.device_name(torch.device(device))}: matrix product {top:.3g} TFLOP/s\n{HEADER}", flush=True)
-    for case in cases(which):
-        if time.monotonic() - start > budget:
-            left_out.append(str(case))
-            continue
+
+    def one(case: Case) -> list[dict[str, Any]]:
         repeats = max(3, min(30, int(2e14 / case.flops))) if device != "cpu" else 3
-        new = measure(case, flex and case.length in (4096, 16384), device, repeats)
-        rows += new
-        for row in new:
-            print(line(case, row, top), flush=True)
-        save({"product_tflops": top, "rows": rows, "left_out": left_out})
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return {"product_tflops": top, "rows": rows, "left_out": left_out}
+        return measure(case, flex and case.length in (4096, 16384), device, repeats)
+
+    found = steps.sweep(
+        cases(which),
+        one,
+        lambda case, row: line(case, row, top),
+        lambda figures: save({"product_tflops": top, **figures}),
+        budget,
+        torch.device(device),
+    )
+    return {"product_tflops": top, **found}
 
 
 HEADER = f"{'length':>6} dim  mask   {'variant':10}{'forward':>9}{'backward':>9}{'both':>9}   % of the product"
@@ -247,8 +247,11 @@ def line(case: Case, row: dict[str, Any], top: float) -> str:
 # --- tuning -------------------------------------------------------------------------------------------------
 
 
-def tune(budget: float) -> dict[str, Any]:
-    """Time candidate tiles of each kernel at 8K tokens, and print the table's rows with the fastest."""
+def tune(budget: float, save: Callable[[dict[str, Any]], Any] = lambda figures: None) -> dict[str, Any]:
+    """Time candidate tiles of each kernel at 8K tokens, and print the table's rows with the fastest; saved after each.
+
+    A tile that fails, for the compiler say, has no time; the table's own stops all.
+    """
     from pyckpt.triton_kernels import attention, tuning
 
     start, found = time.monotonic(), []
@@ -271,12 +274,16 @@ def tune(budget: float) -> dict[str, Any]:
             else:
                 attention.backward(do, q, k, v, lse, delta, options, configs={op: config}, only=(op,))
 
-        times = []
+        times: list[tuple[float, Any]] = []
         for config in tuning.candidates(key):
             if time.monotonic() - start > budget:
                 break
-            ms = tuning.time_config(config, go)
+            ms, failed = None, {}
+            with steps.noting_failure(failed) if times else contextlib.nullcontext():
+                ms = tuning.time_config(config, go)
             times.append((math.inf if ms is None else ms, dataclasses.astuple(config)))
+            if failed:
+                print(f"{times[-1][1]}: {failed['failed']}"[:118], flush=True)
         if not times:
             break
         table = times[0]
@@ -284,6 +291,7 @@ def tune(budget: float) -> dict[str, Any]:
         print(f"{key}: {table[1]} {table[0]:.3f} ms -> {best} {ms:.3f} ms", flush=True)
         row = {f: getattr(key, f) for f in ("arch", "op", "dtype", "head_dim", "value_dim", "mask")}
         found.append(row | {"score": "plain", "config": best, "ms": ms, "table_ms": table[0], "all": sorted(times)})
+        save({"tuned": found})
     return {"tuned": found}
 
 
@@ -345,10 +353,13 @@ def main(argv: list[str] | None = None) -> int:
     def save(found: dict[str, Any]) -> None:
         common.write_to(path, {**stamp, **found})
 
-    found = tune(options.budget) if options.tune else run(which, not options.no_flex, options.budget, device, save)
+    if options.tune:
+        found = tune(options.budget, save)
+    else:
+        found = run(which, not options.no_flex, options.budget, device, save)
     save(found)
     print(f"written to {path}")
-    return int(any("wrong" in r.get("failed", "") and r["variant"] == OURS for r in found.get("rows", [])))
+    return int(steps.count_wrong({"rows": [], **found}, (OURS,)) > 0)
 
 
 if __name__ == "__main__":

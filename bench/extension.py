@@ -25,7 +25,7 @@ import torch
 from bench import common
 
 TESTS = "tests/test_cuda_kernels.py"
-ON_THE_DEVICE = f"{TESTS}::TestOnTheDevice"
+ON_THE_DEVICE = f"{TESTS}::TestOnTheDevice", f"{TESTS}::TestBlock"  # what only a GPU shows, and what none has confirmed
 NO_NVCC = "no nvcc"
 TOOLS = ("memcheck", "racecheck")
 # Every kernel with few values: under these tools a kernel takes up to a hundred times as long.
@@ -67,20 +67,33 @@ def is_there() -> bool:
     return importlib.util.find_spec("pyckpt._cuda") is not None
 
 
+def environment() -> dict[str, str]:
+    """For pytest: the source tree first, and no plugins but ours, since others take seconds to import."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYCKPT_BACKEND", "TRITON_INTERPRET")}
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))}
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer, on PATH or in the toolkit that `build` takes."""
+    name, home = "compute-sanitizer", os.environ.get("CUDA_HOME")
+    return shutil.which(name) or (shutil.which(name, path=f"{home}/bin") if home else None)
+
+
 def sanitize(seconds: float) -> dict[str, Any]:
     """What each tool of compute-sanitizer says of the kernels' tests: "clean", or why not; {} where there is none."""
-    program = shutil.which("compute-sanitizer")
+    program = sanitizer()
     if program is None:
         return {}
     # Memory of its own for every tensor, or the tool takes PyTorch's pool for one array.
-    env = {**os.environ, "PYTHONPATH": str(common.ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    env = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     test = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", TESTS, "-k", _FEW]
     found: dict[str, Any] = {}
     for tool in TOOLS:
         command = [program, "--tool", tool, "--error-exitcode", str(_FOUND), "--target-processes", "all", *test]
         status, said, _ = run(command, seconds / len(TOOLS), env)
         if status is None:
-            found[tool] = f"not ended within {seconds / len(TOOLS):.0f} s"
+            found[tool] = f"not ended within {seconds / len(TOOLS):.0f} s" + (f": {said[-2000:]}" if said else "")
         else:
             found[tool] = "clean" if status == 0 else f"exit status {status}: {said[-2000:]}"
     return found

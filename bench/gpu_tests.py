@@ -20,26 +20,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench import common, extension, journal
+from bench import extension, journal
 
 # Tests whose kernels run on the GPU, in this order; they need nothing but pytest. Each is collected by itself, with the
-# options that follow it. First what no GPU has confirmed yet, after what of the extension only a GPU shows.
+# options that follow it. First what no GPU has confirmed yet, after the extension's own first.
 TESTS = (
     "tests/test_hopper.py",
     "tests/test_offload.py -m gpu",
     "tests/test_store.py -m gpu",
+    "tests/test_gpu.py",
+    "tests/test_fused_block.py",
     "tests/test_triton_attention.py",
     "tests/test_triton_pointwise.py",
-    "tests/test_fused_ops.py",
-    "tests/test_fused_block.py",
     "tests/test_products.py",
-    "tests/test_gpu.py",
+    "tests/test_fused_ops.py",
 )
 # pyproject.toml's options name plugins that may be missing here.
 PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short")
 # Compiling the kernels is most of the tests' time, so they are dealt out to processes.
 _WORKERS = 12
 _LONGEST = 90.0  # seconds of one test, the compiling of its kernels included
+# Of those whose kernels wait for events, and may hang: every process has some of them, and would lose its time to one.
+_LONGEST_OF = {"tests/test_hopper.py": 60.0}
 _COLLECTING = 90.0  # seconds to collect a file's
 _LOOK = 0.2
 _KEEP = 10.0  # seconds between what is kept while they run
@@ -129,15 +131,17 @@ class Share(threading.Thread):
             begun = [line["test"] for line in journal.read(self.path) if line["outcome"] == "begun"]
             done = {line["test"] for line in self.ended()}
             under_way = [t for t in begun if t not in done]
-            if why and under_way and time.monotonic() < self.deadline:
+            if time.monotonic() >= self.deadline:
+                return
+            if why and under_way:
                 hung = under_way[-1]
                 self._broken[hung] = why
                 done.add(hung)
-                # Those beside it may hang as well, and would take the time of all others.
-                left = sorted(left, key=lambda t: t.split("::")[0] == hung.split("::")[0])
             elif why and not done & set(left):  # not even begun: a test file that does not import, say
                 self._broken |= dict.fromkeys(left, why)
             left = [t for t in left if t not in done and t not in self._broken] if why else []
+            if begun:  # those beside it may hang or lose the device as well, and would take the time of all others
+                left = sorted(left, key=lambda t: t.split("::")[0] == begun[-1].split("::")[0])
 
     def ended(self) -> list[dict[str, Any]]:
         lines = [line for line in journal.read(self.path) if line["outcome"] != "begun"]
@@ -147,7 +151,7 @@ class Share(threading.Thread):
 
     def _process(self, names: list[str]) -> str | None:
         """Run these; why it ended early, if it did."""
-        env = _environment() | {"OMP_NUM_THREADS": "1", journal.FILE: str(self.path)}
+        env = extension.environment() | {"OMP_NUM_THREADS": "1", journal.FILE: str(self.path)}
         command = [sys.executable, *PYTEST, "-p", "bench.journal", *names]
         log = self.path.with_suffix(".txt")
         with log.open("w") as out:
@@ -158,17 +162,23 @@ class Share(threading.Thread):
             extension.end(process)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> str | None:
-        changed, size = time.monotonic(), -1
+        changed, size, longest = time.monotonic(), -1, _LONGEST
         while process.poll() is None:
             now = time.monotonic()
             if self.path.exists() and self.path.stat().st_size != size:
-                changed, size = now, self.path.stat().st_size
+                changed, size, longest = now, self.path.stat().st_size, self._longest()
             if now > self.deadline:
                 return "the time was over"
-            if now - changed > _LONGEST:
-                return f"not ended within {_LONGEST:.0f} s"
+            if now - changed > longest:
+                return f"not ended within {longest:.0f} s"
             time.sleep(_LOOK)
         return None
+
+    def _longest(self) -> float:
+        """What the test under way may take; between two, the process as such."""
+        last = journal.read(self.path)[-1:]
+        under_way = last[0]["test"].split("::")[0] if last and last[0]["outcome"] == "begun" else ""
+        return _LONGEST_OF.get(under_way, _LONGEST)
 
 
 def _why(status: int | None, log: Path) -> str | None:
@@ -176,17 +186,11 @@ def _why(status: int | None, log: Path) -> str | None:
     return None if status in (0, 1) else f"exit status {status}: {log.read_text(errors='replace')[-1500:]}"
 
 
-def _environment() -> dict[str, str]:
-    """The source tree first, before what the caller has."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYCKPT_BACKEND", "TRITON_INTERPRET")}
-    return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))}
-
-
 def collect(deadline: float, dry_run: bool) -> tuple[list[str], dict[str, str]]:
     """The tests' names, and why files could not be collected."""
     wanted = [*TESTS]
     if not dry_run and extension.is_there():
-        wanted = [extension.ON_THE_DEVICE, *TESTS, extension.TESTS]
+        wanted = [*extension.ON_THE_DEVICE, *TESTS, extension.TESTS]
     with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda file: _collect(file, deadline, dry_run), wanted))
     names = list(dict.fromkeys(name for names, _ in found for name in names))
@@ -196,7 +200,7 @@ def collect(deadline: float, dry_run: bool) -> tuple[list[str], dict[str, str]]:
 def _collect(file: str, deadline: float, dry_run: bool) -> tuple[list[str], str | None]:
     command = [sys.executable, *PYTEST, "--collect-only", *(("-k", "TestBadInput") if dry_run else ()), *file.split()]
     seconds = min(_COLLECTING, max(0.0, deadline - time.monotonic()))
-    status, said, errors = extension.run(command, seconds, _environment())
+    status, said, errors = extension.run(command, seconds, extension.environment())
     names = [line for line in said.splitlines() if "::" in line and " " not in line.split("[", 1)[0]]
     if status == 0 or (status == _NONE and dry_run):
         return names, None

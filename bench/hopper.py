@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common
+from bench import common, steps
 from bench.attention import Case
 from pyckpt.measure.timing import interleaved
 from pyckpt.triton_kernels import attention, tuning
@@ -68,12 +68,15 @@ class Problem:
         return [tuning.lookup(key)] if quick else tuning.candidates(key)
 
 
-def measure(problem: Problem, op: str, quick: bool, deadline: float) -> list[dict[str, Any]]:
-    """A row for the table's kernel and each candidate."""
+def measure(
+    problem: Problem, op: str, quick: bool, deadline: float, rows: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """A row for the table's kernel and each candidate; in `rows` too, also when this fails in the middle."""
+    rows = [] if rows is None else rows
     case = {**dataclasses.asdict(problem.case), "op": op}
+    rows.append({**case, "variant": TRITON})
     truth = problem.run(op, None)
     runs: dict[str, Callable[[], Any]] = {TRITON: lambda: problem.run(op, None)}
-    rows: list[dict[str, Any]] = [{**case, "variant": TRITON}]
     for config in problem.candidates(op, quick):
         if time.monotonic() > deadline:
             break
@@ -83,7 +86,7 @@ def measure(problem: Problem, op: str, quick: bool, deadline: float) -> list[dic
         try:
             error = _error(problem, op, config, truth)
         except Exception as reason:  # too large for the chip, or the compiler's fault: both are findings
-            row["failed"] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:120]}"
+            row["failed"] = steps.reason(reason)
             continue
         row["error"] = error
         if error <= _ALLOWED:
@@ -143,12 +146,16 @@ def main(argv: list[str] | None = None) -> int:
     for (dim, causal), op in itertools.product(itertools.product((128, 64, 256), (True, False)), OPS):
         if time.monotonic() > deadline or (dim == 256 and op != "fwd"):
             continue
-        rows = measure(Problem(Case.of(16384, dim, causal)), op, given.quick, deadline)
+        case, rows = Case.of(16384, dim, causal), []
+        broke = {**dataclasses.asdict(case), "op": op, "variant": steps.EVERY}
+        with steps.noting_failure(broke):  # a kernel may have cost the process its device
+            measure(Problem(case), op, given.quick, deadline, rows)
+        rows += [broke] if "failed" in broke else []
         show(rows)
         figures["rows"] += rows
         common.write_to(path, figures)
     print(f"written to {path}")
-    return int(any("wrong" in r.get("failed", "") for r in figures["rows"]))
+    return int(any("wrong" in r.get("failed", "") or r["variant"] == steps.EVERY for r in figures["rows"]))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ _FATAL = (
     "launch timed out",
     "hardware stack error",
     "invalid program counter",
+    "address space",
 )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines so far, but for one that a killed process left unfinished."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def _write(**line: Any) -> None:

@@ -1,6 +1,6 @@
 """Norm, activation and RoPE kernels against PyTorch's, as a share of the bandwidth of a copy in the same run.
 
-    python bench/norm.py [--out FILE] [--repeats 20]
+    python bench/norm.py [--out FILE] [--repeats 20] [--no-compile]
 
 Widths of Llama-8B (4096 features, 14336 in the MLP, heads of 128) and of models beside it; bf16 on a GPU, float32 on a
 CPU. Variants take turns; medians. Bytes are those that must move: every input read once, every output written once.
@@ -96,14 +96,13 @@ def moved(case: Case, given: list[Tensor]) -> tuple[int, int]:
 # --- variants -----------------------------------------------------------------------------------------------
 
 
-def variants(case: Case, device: str) -> dict[str, Function]:
+def variants(case: Case, device: str, compile_too: bool = True) -> dict[str, Function]:
     found: dict[str, Function] = {OURS: _ours(case), EAGER: _plain(case)}
     if device == registry.extension_device_type and not cuda_backend.problem:
         found[OURS_CUDA] = _ours(case)
     if device == "cuda":
-        # Its backward runs often on one graph, whose buffers must stay.
-        torch._functorch.config.donated_buffer = False
-        found[COMPILED] = torch.compile(_plain(case), dynamic=False)
+        if compile_too:
+            found[COMPILED] = steps.compiled(_plain(case), keep_graph=True)
         if liger := _liger(case):
             found[LIGER] = liger
     return found
@@ -178,11 +177,11 @@ def copy_bandwidth(device: str, repeats: int) -> float:
     return 2 * source.nbytes / stats["copy"].median
 
 
-def measure(case: Case, device: str, repeats: int, copy: float) -> list[dict[str, Any]]:
+def measure(case: Case, device: str, repeats: int, copy: float, compile_too: bool = True) -> list[dict[str, Any]]:
     """A row a variant: seconds, GB/s and the share of the copy, forward and backward, and the error of both."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     given = [t.requires_grad_() for t in inputs(case, dtype, device)]
-    found = variants(case, device)
+    found = variants(case, device, compile_too)
     dout = torch.randn_like(found[EAGER](*given))
     truth = _step(found[EAGER], [t.detach().double().requires_grad_() for t in given], dout.double())
     started: dict[str, dict[str, Any]] = {name: {} for name in found}
@@ -218,7 +217,7 @@ def measure(case: Case, device: str, repeats: int, copy: float) -> list[dict[str
             rows.append(row)
             continue
         # A variant whose result is wrong has no time.
-        if errors[name] > 2 * errors[EAGER] + torch.finfo(dtype).eps:
+        if not errors[name] <= 2 * errors[EAGER] + torch.finfo(dtype).eps:
             rows.append({**row, "failed": f"wrong: error {errors[name]:.2e}, PyTorch's {errors[EAGER]:.2e}"})
             continue
         for which, nbytes in zip(("forward", "backward"), moved(case, given), strict=True):
@@ -236,7 +235,7 @@ def _step(fn: Function, given: list[Tensor], dout: Tensor) -> list[Tensor]:
 
 def _error(got: list[Tensor], truth: list[Tensor]) -> float:
     """The largest relative error of the results, by the norm."""
-    return max(float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True))
+    return steps.largest(float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True))
 
 
 # --- launches, and what follows -----------------------------------------------------------------------------
@@ -317,6 +316,7 @@ def run(
     repeats: int = 20,
     budget: float = 600.0,
     save: Callable[[dict[str, Any]], Any] = lambda figures: None,
+    compile_too: bool = True,
 ) -> dict[str, Any]:
     """All figures."""
     copy = copy_bandwidth(device, repeats)
@@ -327,7 +327,7 @@ def run(
         print(launch_line(row))
     found = steps.sweep(
         cases(device),
-        lambda case: measure(case, device, repeats, copy),
+        lambda case: measure(case, device, repeats, copy, compile_too),
         line,
         lambda figures: save({**head, **figures}),
         budget,
@@ -363,10 +363,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="instead of bench/results/norm_<device>.json")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no case is begun")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to start")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = options.out or common.RESULTS / f"norm_{common.short_name(device)}.json"
-    figures = run(device.type, options.repeats, options.budget, lambda found: common.write_to(path, found))
+
+    def save(found: dict[str, Any]) -> None:
+        common.write_to(path, found)
+
+    figures = run(device.type, options.repeats, options.budget, save, not options.no_compile)
     print(f"written to {path}")
     return int(steps.count_wrong(figures, (OURS, OURS_CUDA)) > 0)
 

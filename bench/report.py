@@ -345,18 +345,20 @@ def attention_gpu() -> str:
     figures = common.read("attention_h200")
     by_case: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in figures["rows"]:
-        by_case.setdefault((row["head_dim"], row["causal"], row["length"]), {})[row["variant"]] = row
+        shared = row["heads"] // row["kv_heads"]
+        by_case.setdefault((row["head_dim"], row["causal"], row["length"], shared), {})[row["variant"]] = row
     lines = [
         "| head dim | mask | S | ours | flash | cuDNN | efficient | ours, backward | flash | cuDNN | efficient |",
         f"|--:|---|--:|{'--:|' * 8}",
     ]
-    for (dim, causal, length), variants in sorted(by_case.items()):
+    for (dim, causal, length, shared), variants in sorted(by_case.items()):
+        mask = ("causal" if causal else "full") + (f", {shared} heads a key head" if shared > 1 else "")
         cells = [
             f"{variants[v][f'{part}_tflops']:.0f}" if f"{part}_tflops" in variants.get(v, {}) else "–"
             for part in ("forward", "backward")
             for v in ("pyckpt", "flash", "cudnn", "efficient")
         ]
-        lines.append(f"| {dim} | {'causal' if causal else 'full'} | {length:,} | {' | '.join(cells)} |")
+        lines.append(f"| {dim} | {mask} | {length:,} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", source("bench/attention.py", "attention_h200", figures)])
 
 

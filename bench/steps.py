@@ -91,8 +91,13 @@ class Gate:
 
 
 def largest_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest relative error of several tensors, by the norm."""
-    return max(_error(g, t) for g, t in zip(got, truth, strict=True))
+    """The largest relative error of several tensors, by the norm; not a number where one of them is none."""
+    return largest(_error(g, t) for g, t in zip(got, truth, strict=True))
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest; `max` loses a NaN that is not the first."""
+    return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
 def _error(got: Tensor, truth: Tensor) -> float:
@@ -219,8 +224,14 @@ def free(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def compiled(fn: Function) -> Function:
-    """torch.compile for these sizes alone. Raises, where it would otherwise run a part of it uncompiled."""
+def compiled(fn: Function, keep_graph: bool = False) -> Function:
+    """torch.compile for these sizes alone. Raises, where it would otherwise run a part of it uncompiled.
+
+    `keep_graph`: its backward runs often on one graph, whose buffers must stay.
+    """
+    import torch._functorch.config as settings
+
+    settings.donated_buffer = not keep_graph
     torch._dynamo.reset()  # or a script of many sizes ends at the limit of recompilations
     return torch.compile(fn, dynamic=False, fullgraph=True)
 

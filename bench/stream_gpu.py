@@ -2,7 +2,7 @@
 
     python bench/stream_gpu.py                        # 32K to 128K tokens through two of Llama-8B's layers
     python bench/stream_gpu.py 1048576 --layers 1     # these lengths
-    python bench/stream_gpu.py --quick                # two lengths, those of `make gpu`
+    python bench/stream_gpu.py --quick                # two lengths and one tile
 
 A causal language model in bf16, batch 1: token ids in, loss out, forward and backward. Streamed from page-locked host
 memory, by our attention and by cuDNN's (PYCKPT_ATTENTION=cudnn), and, where it fits, the resident executor and
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2, help="timed steps; 1: no other before it, and no trace")
     parser.add_argument("--quick", action="store_true", help="two lengths and one tile")
     parser.add_argument("--only", nargs="+", choices=(STREAMED, CUDNN, RESIDENT, CHECKPOINT))
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds; no case begins that would pass it")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no case is begun")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,8 +80,9 @@ class Run:
         self.plain.load_state_dict(self.ours.state_dict(), assign=True)
         for p in self.ours.parameters():
             p.grad = torch.zeros_like(p)
-        for ours, plain in zip(self.ours.parameters(), self.plain.parameters(), strict=True):
-            plain.data, plain.grad = ours.data, ours.grad
+        ours = dict(self.ours.named_parameters())  # the two have them in different orders
+        for name, p in self.plain.named_parameters():
+            p.data, p.grad = ours[name].data, ours[name].grad
         self.product = common.ceiling(device.type)
 
     def all(
@@ -101,7 +102,7 @@ class Run:
             "peak_tflops": PEAK.get(common.short_name(self.device)),
             "aims": AIMS,
         }
-        figures = {**head, "rows": rows}
+        figures = {**head, "rows": rows, "spread": {}}
         print(f"{head['device']}: matrix product {self.product:.3g} TFLOP/s\n{HEADER}", flush=True)
         for length in sorted(lengths):
             for name, tile, step in self._variants(length, tiles):
@@ -128,18 +129,22 @@ class Run:
                 yield name, tile, functools.partial(self._streamed, stream, attention)
             del stream  # and its host memory with it, once the next case begins
         yield RESIDENT, None, lambda tokens: self.ours.loss(tokens).backward()
-        setup = block_gpu.Setup(
-            {k: v for k, v in self.config.items() if k != "vocab_size"}, self.device, torch.bfloat16, 0
-        )
-        found = block_gpu.best_sdpa(setup, length) if length <= 65536 else {"best": "cudnn"}
-        steps.free(self.device)
+        best = functools.cache(lambda: self._best_sdpa(length))  # asked for once there is time for this variant
 
         def checkpointed(tokens: torch.Tensor) -> None:
             self.plain.model.layers.checkpointed = True
-            with sdpa_kernel(block_gpu.attention.SDPA[found["best"]]):
+            with sdpa_kernel(block_gpu.attention.SDPA[best()]):
                 self.plain.loss(tokens).backward()
 
         yield CHECKPOINT, None, checkpointed
+
+    def _best_sdpa(self, length: int) -> str:
+        if length > 65536:
+            return "cudnn"
+        config = {k: v for k, v in self.config.items() if k != "vocab_size"}
+        found = block_gpu.best_sdpa(block_gpu.Setup(config, self.device, torch.bfloat16, 0), length)
+        steps.free(self.device)
+        return found["best"]
 
     def _streamed(self, stream: pyckpt.Stream, attention: str, tokens: torch.Tensor) -> None:
         with block_gpu.environment(PYCKPT_ATTENTION=attention):
@@ -169,7 +174,11 @@ class Run:
         if peak_rate:
             found["utilisation"] = flops / median / 1e12 / peak_rate
         if traced:
-            found |= trace(lambda: step(tokens))
+            untraced: Row = {}
+            with steps.noting_failure(untraced):  # the times stay
+                found |= trace(lambda: step(tokens))
+            if untraced:
+                found["untraced"] = untraced["failed"]
         return found
 
     def _timed(self, step: Step, tokens: torch.Tensor) -> float:

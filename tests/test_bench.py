@@ -30,6 +30,12 @@ CPU = torch.device("cpu")
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 
+@pytest.fixture(autouse=True)
+def collecting(monkeypatch):
+    """Garbage is not collected after each variant: that takes longer than the small variants of these tests."""
+    monkeypatch.setattr(steps, "free", lambda device: None)
+
+
 def script(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYCKPT_BACKEND")}
     command = [sys.executable, *args]
@@ -213,6 +219,11 @@ class TestSteps:
         rows = _rows({"nan": Variant(lambda: lambda x: x.sin() * float("nan"))})
         assert "wrong" in rows["nan"]["failed"]
 
+    def test_one_gradient_that_is_not_a_number_is_wrong(self):
+        """The output is right."""
+        wrong = Variant(lambda: lambda x: x.sin() + 0 * (x - x.detach()).sqrt())
+        assert "wrong: relative error nan" in _rows({"nan": wrong})["nan"]["failed"]
+
     def test_bytes_are_above_the_inputs_and_without_the_results(self):
         (row,) = _rows({"sin": Variant(lambda: torch.sin)}).values()
         one = 5 * 3 * 4
@@ -239,6 +250,13 @@ class TestSteps:
         steps.run({"a": Variant(lambda: Watched.apply, within)}, Work([x], torch.ones(5)), None, CPU, 1)
         assert set(seen) == {"1"} and len(seen) >= 6
         assert "PYCKPT_BENCH_TEST" not in os.environ
+
+    def test_a_graph_is_kept_where_it_is_asked_for(self):
+        import torch._functorch.config as settings
+
+        for keep in (True, False):
+            steps.compiled(torch.sin, keep_graph=keep)
+            assert settings.donated_buffer == (not keep)
 
     def test_a_sweep_outlives_a_case_and_names_what_it_left_out(self, capsys):
         found = [mlp.Case(n, 8, 8, "gelu") for n in (1, 2, 3)]
@@ -516,10 +534,10 @@ class TestGpuScript:
         assert json.loads((tmp_path / "fake.json").read_text()) == {"rows": [2]}
 
 
-def test_gpu_script_needs_only_pytest_and_says_when_there_is_no_gpu(tmp_path):
-    done = script("bench/gpu.py", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2
-    assert "make gpu needs a CUDA device" in done.stdout
+def test_gpu_script_says_when_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "make gpu needs a CUDA device" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -12,14 +15,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_gpu
 import torch
+from torch.overrides import TorchFunctionMode
 
+from pyckpt import SAVE_SETS
+from pyckpt.triton_kernels import attention as kernels
 from pyckpt.triton_kernels import tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import common, extension, gpu, gpu_tests, hopper, journal, own_model, stream_gpu  # noqa: E402
+from bench import (  # noqa: E402
+    attention,
+    block,
+    block_gpu,
+    common,
+    extension,
+    gpu,
+    gpu_tests,
+    hopper,
+    journal,
+    loss,
+    mlp,
+    norm,
+    own_model,
+    report,
+    steps,
+    stream_gpu,
+)
 
 # --- tests that take their process with them --------------------------------------------------------------------
 
@@ -41,10 +65,10 @@ def test_after(): pass
 def fake(monkeypatch, tmp_path):
     """Runs a file of tests as if it were the GPU tests, in a folder that imports nothing heavy."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(gpu_tests.common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_tests.extension, "is_there", lambda: False)
     monkeypatch.setattr(gpu_tests, "TESTS", ("fake_gpu_tests.py",))
-    monkeypatch.setattr(gpu_tests, "_LONGEST", 8.0)
+    monkeypatch.setattr(gpu_tests, "_LONGEST", 6.0)
 
     def run(source, seconds=300.0, workers=1):
         (tmp_path / "fake_gpu_tests.py").write_text(source)
@@ -63,7 +87,7 @@ def test_a_crash_a_hang_and_a_lost_device_cost_one_test_each(fake, capsys):
     assert "exit status -6" in failures["test_crash"]
     assert "one is not two" in failures["test_between"]
     assert "illegal memory access" in failures["test_lost"]
-    assert "not ended within 8 s" in failures["test_hang"]
+    assert "not ended within 6 s" in failures["test_hang"]
     assert gpu_tests.show(found)
     assert "tests: 2 passed, 4 failed, 1 skipped of 7" in capsys.readouterr().out
 
@@ -110,36 +134,84 @@ def test_all_well(fake):
     assert not gpu_tests.show(found)
 
 
-def test_a_journal_cut_off_in_a_line_is_read_up_to_it(tmp_path):
+@pytest.mark.parametrize("cut", ['{"test": "a", "outc', '{"test": "a", "text": "{1}'])
+def test_a_journal_cut_off_in_a_line_is_read_up_to_it(tmp_path, cut):
     path = tmp_path / "journal.jsonl"
-    path.write_text('{"test": "a", "outcome": "begun"}\n{"test": "a", "outc')
+    path.write_text('{"test": "a", "outcome": "begun"}\n' + cut)
     assert [line["test"] for line in journal.read(path)] == ["a"]
+
+
+@pytest.fixture
+def share(monkeypatch, tmp_path):
+    """Runs tests as a process of these outcomes would, and what every process was given."""
+
+    def run(names, outcomes, why, seconds=60.0):
+        given = []
+
+        def process(self, left):
+            given.append(left)
+            with self.path.open("a") as out:
+                for name in left:
+                    found = outcomes.get(name, "passed")
+                    for outcome in ("begun", *([found] if found != "hangs" else [])):
+                        out.write(json.dumps({"test": name, "outcome": outcome, "seconds": 0.0, "text": ""}) + "\n")
+                    if found != "passed":
+                        time.sleep(min(seconds, 1.0) if seconds < 1.0 else 0.0)
+                        return why
+            return None
+
+        monkeypatch.setattr(gpu_tests.Share, "_process", process)
+        found = gpu_tests.Share(names, tmp_path / "journal.jsonl", time.monotonic() + seconds)
+        found.run()
+        return given, {line["test"]: line["outcome"] for line in found.ended()}
+
+    return run
+
+
+@pytest.mark.parametrize("outcome", ["hangs", "failed"])
+def test_after_a_hang_or_a_lost_device_the_other_files_have_their_turn(share, outcome):
+    """Others beside it may do the same: each costs a process."""
+    names = ["a.py::one", "a.py::two", "b.py::one", "a.py::three", "b.py::two"]
+    given, ended = share(names, {"a.py::one": outcome}, "exit status 75")
+    assert given == [names, ["b.py::one", "b.py::two", "a.py::two", "a.py::three"]]
+    assert ended == {**dict.fromkeys(names, "passed"), "a.py::one": "failed"}
+
+
+def test_what_the_time_did_not_suffice_for_has_not_failed(share):
+    """Neither the test under way nor those after it."""
+    assert share(["a.py::one", "a.py::two"], {"a.py::one": "hangs"}, "the time was over", seconds=0.1)[1] == {}
+
+
+def test_what_may_hang_has_less_time(tmp_path):
+    share = gpu_tests.Share([], tmp_path / "journal.jsonl", 0.0)
+    assert share._longest() == gpu_tests._LONGEST
+    for file, longest in gpu_tests._LONGEST_OF.items():
+        assert (ROOT / file).exists() and longest < gpu_tests._LONGEST
+        for outcome, expected in (("begun", longest), ("passed", gpu_tests._LONGEST)):
+            share.path.write_text(json.dumps({"test": f"{file}::test", "outcome": outcome}) + "\n")
+            assert share._longest() == expected
 
 
 # --- files that cannot be collected, processes that do not end --------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("source", "why"),
-    [
-        ("import no_such_module_here", "No module named 'no_such_module_here'"),
-        ("import os; os.abort()", "exit status -6"),
-        ("x = 1", "exit status 5"),
-    ],
-    ids=["import", "crash", "empty"],
-)
-def test_a_file_that_cannot_be_collected_is_a_failure_and_the_others_run(
-    fake, monkeypatch, tmp_path, capsys, source, why
-):
-    (tmp_path / "broken_tests.py").write_text(source)
-    monkeypatch.setattr(gpu_tests, "TESTS", ("broken_tests.py", "fake_gpu_tests.py"))
+def test_files_that_cannot_be_collected_are_failures_and_the_others_run(fake, monkeypatch, tmp_path, capsys):
+    broken = {
+        "import_tests.py": ("import no_such_module_here", "No module named 'no_such_module_here'"),
+        "crash_tests.py": ("import os; os.abort()", "exit status -6"),
+        "empty_tests.py": ("x = 1", "exit status 5"),
+    }
+    for file, (source, _) in broken.items():
+        (tmp_path / file).write_text(source)
     (tmp_path / "fake_gpu_tests.py").write_text("def test_a(): pass\n")
+    monkeypatch.setattr(gpu_tests, "TESTS", (*broken, "fake_gpu_tests.py"))
     found = gpu_tests.run(300.0)
-    assert (found["passed"], found["failed"], found["collected"], found["not_run"]) == (1, 1, 2, 0)
-    assert list(found["failures"]) == ["broken_tests.py"]
-    assert why in found["failures"]["broken_tests.py"]
+    assert (found["passed"], found["failed"], found["collected"], found["not_run"]) == (1, 3, 4, 0)
+    assert list(found["failures"]) == list(broken)
+    for file, (_, why) in broken.items():
+        assert why in found["failures"][file]
     assert gpu_tests.show(found)
-    assert "FAILED broken_tests.py" in capsys.readouterr().out
+    assert "FAILED crash_tests.py" in capsys.readouterr().out
 
 
 def test_options_after_a_file_choose_its_tests(fake, monkeypatch, tmp_path):
@@ -156,20 +228,23 @@ def test_what_a_gpu_has_to_confirm_is_first(monkeypatch):
         file = next(c for c in command if c.startswith("tests/"))
         names = [f"{file}::test"]
         if file.startswith(extension.TESTS):
-            names = [f"{extension.ON_THE_DEVICE}::test", *([f"{file}::test"] if file == extension.TESTS else [])]
+            classes = extension.ON_THE_DEVICE if file == extension.TESTS else (file,)
+            names = [f"{name}::test" for name in (*classes, *([file] if file == extension.TESTS else []))]
         return 0, "\n".join(names), ""
 
     monkeypatch.setattr(extension, "run", run)
     monkeypatch.setattr(extension, "is_there", lambda: True)
     names, broken = gpu_tests.collect(time.monotonic() + 60, False)
     assert not broken
-    assert names[:4] == [
+    assert names[:6] == [
         "tests/test_cuda_kernels.py::TestOnTheDevice::test",
+        "tests/test_cuda_kernels.py::TestBlock::test",
         "tests/test_hopper.py::test",
         "tests/test_offload.py::test",
         "tests/test_store.py::test",
+        "tests/test_gpu.py::test",
     ]
-    assert len(names) == len(set(names)) == len(gpu_tests.TESTS) + 2 and names[-1] == "tests/test_cuda_kernels.py::test"
+    assert len(names) == len(set(names)) == len(gpu_tests.TESTS) + 3 and names[-1] == "tests/test_cuda_kernels.py::test"
     monkeypatch.setattr(extension, "is_there", lambda: False)
     assert not any("cuda" in name for name in gpu_tests.collect(time.monotonic() + 60, False)[0])
 
@@ -179,7 +254,16 @@ def test_the_files_named_are_there():
         assert (ROOT / file.split()[0]).exists()
     for file in (f for f in gpu_tests.TESTS if f.endswith("-m gpu")):
         assert "@pytest.mark.gpu" in (ROOT / file.split()[0]).read_text()
-    assert "class TestOnTheDevice:" in (ROOT / extension.TESTS).read_text()
+    for name in extension.ON_THE_DEVICE:
+        assert f"class {name.split('::')[1]}:" in (ROOT / extension.TESTS).read_text()
+
+
+def test_what_asks_for_cudnns_attention_is_not_poisoned():
+    """Poisoned memory takes deterministic algorithms, under which it is not used."""
+    found = {n: fn for n, fn in vars(test_gpu).items() if n.startswith("test_") and "cudnn" in n}
+    assert len(found) > 1
+    for name, test in found.items():
+        assert "unpoisoned" in inspect.signature(test).parameters, name
 
 
 # Leaves a process behind that holds the output, and waits as well where it is told to.
@@ -254,10 +338,10 @@ def test_what_a_command_started_ends_with_it(monkeypatch, tmp_path, way, hangs):
     (tmp_path / "bench" / "fake.py").write_text(code)
     start = time.monotonic()
     if way == "command":
-        status, said, errors = extension.run([sys.executable, "bench/fake.py"], 8.0 if hangs else 60.0)
+        status, said, errors = extension.run([sys.executable, "bench/fake.py"], 5.0 if hangs else 60.0)
         assert (status, said, errors) == (None if hangs else 3, "said\n", "")
     else:
-        found = gpu.run_script("fake", (), 1.0, 8.0 if hangs else 60.0, tmp_path / "fake.json")
+        found = gpu.run_script("fake", (), 1.0, 5.0 if hangs else 60.0, tmp_path / "fake.json")
         assert ("unfinished" in found, found.get("broke")) == (hangs, None if hangs else "exit status 3")
     assert time.monotonic() - start < 40
     assert not _is_there(tmp_path / "child.txt")
@@ -268,17 +352,30 @@ def test_the_extensions_commands_say_when_they_took_too_long(monkeypatch, tmp_pa
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     program = tmp_path / "program"
-    program.write_text("#!/bin/sh\nsleep 600\n")
+    program.write_text("#!/bin/sh\nprintf 'so far'\nsleep 600\n")
     program.chmod(0o755)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "build.py").write_text("import time; time.sleep(600)")
-    monkeypatch.setattr(extension.shutil, "which", lambda name: str(program))
+    monkeypatch.setattr(extension.shutil, "which", lambda name, path=None: str(program))
     start = time.monotonic()
     if tool == "nvcc":
         assert extension.build(1.0)["reason"] == "not built within 1 s"
     else:
-        assert extension.sanitize(2.0) == dict.fromkeys(extension.TOOLS, "not ended within 1 s")
+        assert extension.sanitize(2.0) == dict.fromkeys(extension.TOOLS, "not ended within 1 s: so far")
     assert time.monotonic() - start < 30
+
+
+def test_compute_sanitizer_is_found_where_nvcc_is(monkeypatch, tmp_path):
+    """And where it is not there, the results say so."""
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    run = SimpleNamespace(device=torch.device("cuda"), figures={})
+    monkeypatch.setattr(extension, "is_there", lambda: True)
+    assert extension.sanitizer() is None and not gpu._Run._can_sanitize(run)
+    assert run.figures == {"sanitizer": {"unavailable": "no such program"}}
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "compute-sanitizer").touch(0o755)
+    assert extension.sanitizer() == f"{tmp_path}/bin/compute-sanitizer" and gpu._Run._can_sanitize(run)
 
 
 @pytest.fixture
@@ -533,6 +630,285 @@ def test_nothing_is_started_once_all_was_ended(tmp_path, monkeypatch):
     finally:
         extension.begin()
     assert extension.run([sys.executable, "-c", "print(3)"], 60.0)[:2] == (0, "3\n")
+
+
+# --- a GPU that is not there ------------------------------------------------------------------------------------
+
+
+class _OnTheCPU(TorchFunctionMode):
+    """Whatever is asked for on a GPU is made on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        return func(*map(self._here, args), **{k: self._here(v) for k, v in (kwargs or {}).items()})
+
+    def _here(self, given):
+        return "cpu" if isinstance(given, (str, torch.device)) and str(given).startswith("cuda") else given
+
+
+class _Event:
+    """Every run between two of them takes a millisecond."""
+
+    def __init__(self, enable_timing): ...
+    def record(self): ...
+    def synchronize(self): ...
+    def elapsed_time(self, other):
+        return 1.0
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """The benchmarks' GPU code with tensors on the CPU, results under `tmp_path` as an H200's, nothing compiled.
+
+    Yields the functions that were to be compiled, with their options.
+    """
+    compiled = []
+    instead = {
+        "is_available": lambda: True,
+        "get_device_name": lambda device=None: "NVIDIA H200",
+        "get_device_capability": lambda device=None: (9, 0),
+        "memory_allocated": lambda device=None: 1000,
+        "max_memory_allocated": lambda device=None: 2000,
+        "Event": _Event,
+        "Stream": object,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        **dict.fromkeys(("device", "stream", "graph"), lambda *a: contextlib.nullcontext()),
+        **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep"), lambda *a: None),
+    }
+    for name, fake in instead.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(norm, "_LAUNCHES", 1)
+    monkeypatch.setattr(common, "ceiling", lambda device: 1.0)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(steps, "free", lambda device: None)  # collects garbage, which takes long here
+    monkeypatch.setattr(steps, "compiled", lambda fn, **options: compiled.append(options) or fn)
+    monkeypatch.setattr(block_gpu.Setup, "of", lambda device, small: block_gpu.Setup(TINY, device, torch.bfloat16, 33))
+    with _OnTheCPU():
+        yield compiled
+
+
+TINY = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 176}
+
+
+def _rows(tmp_path, name):
+    figures = json.loads((tmp_path / f"{name}_h200.json").read_text())
+    assert figures["device"] == "NVIDIA H200"
+    return figures["rows"]
+
+
+def _table(name, columns=5):
+    """The table that the report makes of a result: as many cells in every row."""
+    rows = [line for line in report.TABLES[name]().splitlines() if line.startswith("|")]
+    assert len(rows) > 2 and len({row.count("|") for row in rows}) == 1 and rows[0].count("|") > columns
+    return rows
+
+
+def test_the_script_as_on_a_gpu(pretended, monkeypatch, tmp_path):
+    ran = []
+
+    def run_script(name, options, budget, left, path, found=None):
+        ran.append((name, options))
+        found = {} if found is None else found
+        found |= {"rows": [], "tuned": []}
+        return found
+
+    for name, found in {"build": {"built": True}, "sanitize": {"memcheck": "clean"}, "is_there": True}.items():
+        monkeypatch.setattr(extension, name, lambda *a, found=found: found)
+    monkeypatch.setattr(extension, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_tests, "run", lambda seconds, dry_run, found, keep: found.update(ALL_WELL))
+    monkeypatch.setattr(gpu, "run_script", run_script)
+    assert gpu.main(["--tune"]) == 0
+    figures = json.loads((tmp_path / "gpu_h200.json").read_text())
+    assert figures["extension"]["built"] and figures["sanitizer"] == {"memcheck": "clean"}
+    assert figures["tests"] == ALL_WELL and figures["tuned"] == []
+    assert ran == [*((n, b.gpu) for n, b in gpu.BENCHMARKS.items()), ("attention", ("--tune",))]
+
+
+@pytest.mark.parametrize("name", gpu.BENCHMARKS)
+def test_a_benchmark_takes_the_options_it_is_given(pretended, monkeypatch, tmp_path, name):
+    script = sys.modules[f"bench.{name}"]
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_80")  # where the one for Hopper has nothing to do
+    monkeypatch.setattr(block_gpu if script is block else script, "run", lambda *a: {"rows": []}, raising=False)
+    options = [*gpu.BENCHMARKS[name].gpu, "--budget", "1", "--out", str(tmp_path / "a.json")]
+    assert script.main(options) == 0
+
+
+def test_attention_as_on_a_gpu(pretended, monkeypatch, tmp_path):
+    sizes = ((40, True, 4), (40, True, 2), (64, False, 4))
+    monkeypatch.setattr(attention, "cases", lambda which: [attention.Case(n, 16, c, 4, kv, 2) for n, c, kv in sizes])
+    assert attention.main(["--quick", "--no-flex"]) == 0
+    rows = {(r["length"], r["kv_heads"], r["variant"]): r for r in _rows(tmp_path, "attention")}
+    for length, _, kv_heads in sizes:
+        ours = rows[length, kv_heads, "pyckpt"]
+        assert ours["forward_ms"] == ours["backward_call_ms"] == 1.0 and ours["error"] < 0.01
+        assert "backend" in rows[length, kv_heads, "cudnn"]["failed"]  # there is none for a CPU
+    table = [[cell.strip() for cell in row.split("|")[1:4]] for row in _table("attention-gpu")[2:]]
+    assert table == [["16", "full", "64"], ["16", "causal", "40"], ["16", "causal, 2 heads a key head", "40"]]
+    assert "pyckpt over the others" in "\n".join(gpu.summary({"rows": list(rows.values())}))
+
+
+def test_a_case_of_attention_that_breaks_costs_no_other(pretended, monkeypatch, tmp_path):
+    def measure(case, flex, device, repeats):
+        if case.length == 4096:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+        return [{"variant": "flash", "failed": "none"}]
+
+    monkeypatch.setattr(attention, "measure", measure)
+    assert attention.main(["--quick"]) == 1
+    rows = _rows(tmp_path, "attention")
+    assert len(rows) == len(attention.cases("quick"))
+    broken = {r["length"]: r["failed"] for r in rows if r["variant"] == steps.EVERY}
+    assert broken == {4096: "RuntimeError: CUDA error: an illegal memory access was encountered"}
+
+
+def test_an_error_without_words_is_a_row(pretended, monkeypatch):
+    """As a bare assert's in a compiler."""
+
+    def bare(q, k, v):
+        raise AssertionError
+
+    monkeypatch.setattr(attention, "variants", lambda *a: {"pyckpt": bare})
+    (row,) = attention.measure(attention.Case(8, 16, True, 2, 2, 1), False, "cuda", 3)
+    assert row["failed"] == "AssertionError: "
+    problem = SimpleNamespace(case=attention.Case(8, 16, True, 2, 2, 1), candidates=lambda *a: [tuning.Config(64, 64)])
+    problem.run = lambda op, config: bare(1, 2, 3) if config else [torch.ones(2)]
+    rows = hopper.measure(problem, "fwd", True, time.monotonic() + 60)
+    assert [r.get("failed") for r in rows] == [None, "AssertionError: "]
+
+
+def test_flex_attention_is_compiled_for_each_case_and_keeps_its_graph(pretended):
+    case = attention.Case(64, 16, False, 2, 2, 1)
+    for _ in range(2):
+        assert attention.FLEX in attention.variants(case, True, "cuda")
+    assert pretended == [{"keep_graph": True}] * 2
+
+
+def test_tuning_outlives_a_tile_that_does_not_compile(pretended, monkeypatch, tmp_path, capsys):
+    configs = [tuning.Config(64, 64), tuning.Config(64, 32), tuning.Config(32, 64)]
+
+    def time_config(config, go):
+        if config is configs[1]:
+            raise RuntimeError("PassManager::run failed")
+        if len(done) > 5:
+            raise KeyboardInterrupt  # what was found before is there
+        done.append(config)
+        return 2.0 if config is configs[0] else 1.0
+
+    done = []
+    monkeypatch.setattr(attention.Case, "of", lambda *a: attention.Case(8, 16, True, 2, 2, 1))
+    monkeypatch.setattr(kernels, "forward", lambda q, k, v, options: (q, q))
+    monkeypatch.setattr(kernels, "delta", lambda do, o: o)
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuning, "candidates", lambda key: configs)
+    monkeypatch.setattr(tuning, "time_config", time_config)
+    with pytest.raises(KeyboardInterrupt):
+        attention.main(["--tune"])
+    found = json.loads((tmp_path / "attention_tuning_h200.json").read_text())["tuned"]
+    assert [(r["ms"], r["table_ms"], len(r["all"])) for r in found] == [(1.0, 2.0, 3)] * 3
+    assert "PassManager::run failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compile_too", [False, True])
+def test_norm_as_on_a_gpu(pretended, monkeypatch, tmp_path, compile_too):
+    """torch.compile anew for each case: at the ninth version of a function PyTorch would go on uncompiled."""
+    monkeypatch.setattr(norm, "cases", lambda device: [norm.Case(op, 8, 256) for op in norm._STANDS_FOR])
+    monkeypatch.setattr(norm, "copy_bandwidth", lambda device, repeats: 1e9)
+    assert norm.main(["--repeats", "1", *([] if compile_too else ["--no-compile"])]) == 0
+    rows = _rows(tmp_path, "norm")
+    assert all(r["backward_seconds"] == 1e-3 for r in rows)
+    assert {r["variant"] for r in rows} == {"pyckpt", "eager", *(["compiled"] if compile_too else [])}
+    assert pretended == [{"keep_graph": True}] * 4 * compile_too
+    _table("norm-gpu")
+
+
+def test_a_norm_that_is_not_a_number_has_no_time(pretended, monkeypatch):
+    def wrong(x, weight, eps):
+        y = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+        return y + (0 * weight - 0 * weight).sqrt().sum()  # dw alone is NaN
+
+    monkeypatch.setattr(norm.pyckpt, "rms_norm", wrong)
+    rows = norm.measure(norm.Case("rms_norm", 8, 256), "cuda", 1, 1e9, compile_too=False)
+    assert "wrong: error nan" in rows[0]["failed"] and "forward_seconds" not in rows[0]
+    assert "forward_seconds" in rows[1]
+
+
+def test_block_as_on_a_gpu(pretended, tmp_path):
+    assert block.main(["40", "--layers", "2", "--repeats", "1"]) == 0
+    figures = json.loads((tmp_path / "block_h200_x2.json").read_text())
+    found = {r["variant"] for r in figures["rows"] if "seconds" in r}
+    assert found == {"plain", "compiled", "checkpoint", *SAVE_SETS, "all, cudnn", "attention, cudnn"}
+    assert all(r["sdpa"]["best"] == "flash" for r in figures["rows"] if r["variant"] == "plain")
+    assert "unchecked" not in figures
+    _table("block-gpu")
+
+
+@pytest.mark.parametrize("script", [mlp, loss], ids=["mlp", "loss"])
+def test_the_parts_of_a_block_as_on_a_gpu(pretended, monkeypatch, tmp_path, script):
+    case = mlp.Case(33, 32, 72, "swiglu") if script is mlp else loss.Case(63, 64, 1000)
+    monkeypatch.setattr(script, "cases", lambda device, quick: [case])
+    assert script.main(["--repeats", "1"]) == 0
+    name = "mlp" if script is mlp else "loss"
+    rows = _rows(tmp_path, name)
+    assert {r["variant"] for r in rows if "seconds" in r} >= {"pyckpt", "eager", "compiled"}
+    assert all(r["peak_bytes"] == 1000 for r in rows if "seconds" in r)
+    _table(name)
+
+
+def _stream(monkeypatch, *arguments):
+    monkeypatch.setattr(stream_gpu, "LLAMA", {"vocab_size": 100, **TINY})
+    monkeypatch.setattr(sys, "argv", ["stream_gpu.py", "300", "--tile", "64", *arguments])
+    return stream_gpu.main()
+
+
+def test_streaming_as_on_a_gpu(pretended, monkeypatch, tmp_path):
+    monkeypatch.setattr(stream_gpu, "trace", lambda step: step() or {"hidden": 0.5})
+    assert _stream(monkeypatch) == 0
+    rows = {r["variant"]: r for r in _rows(tmp_path, "stream")}
+    assert list(rows) == ["streamed", "cudnn", "resident", "checkpoint"]
+    assert all("failed" not in r and r["peak_bytes"] == 1000 and r["seconds"] > 0 for r in rows.values())
+    assert rows["streamed"]["hidden"] == 0.5
+    _table("stream-gpu")
+
+
+def test_a_step_that_cannot_be_traced_keeps_its_time(pretended, monkeypatch, tmp_path):
+    def trace(step):
+        raise RuntimeError("CUPTI is not there")
+
+    monkeypatch.setattr(stream_gpu, "trace", trace)
+    monkeypatch.setattr(block_gpu, "best_sdpa", lambda *a: pytest.fail("it has no row that needs it"))
+    assert _stream(monkeypatch, "--only", "streamed") == 0
+    (row,) = _rows(tmp_path, "stream")
+    assert row["seconds"] > 0 and row["untraced"] == "RuntimeError: CUPTI is not there"
+
+
+def test_both_models_of_the_streamed_benchmark_are_the_same(pretended):
+    run = stream_gpu.Run(torch.device("cuda"), 2, 1, {"vocab_size": 100, **TINY})
+    tokens = torch.randint(0, 100, (1, 30))
+    assert torch.allclose(run.ours.loss(tokens).float(), run.plain.loss(tokens).float(), rtol=0.01)
+    grads = {n: p.grad.data_ptr() for n, p in run.ours.named_parameters()}
+    assert grads == {n: p.grad.data_ptr() for n, p in run.plain.named_parameters()}
+
+
+def test_what_hopper_found_before_it_broke_is_left(pretended, monkeypatch, tmp_path, capsys):
+    def measure(problem, op, quick, deadline, rows):
+        rows.append({**dataclasses.asdict(problem), "op": op, "variant": hopper.TRITON})
+        rows.append(
+            {**dataclasses.asdict(problem), "op": op, "variant": "(64, 64)", "failed": "AcceleratorError: lost"}
+        )
+        if op == "dkdv":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(tuning, "architecture", lambda device: tuning.HOPPER)
+    monkeypatch.setattr(hopper, "Problem", lambda case: case)
+    monkeypatch.setattr(hopper, "measure", measure)
+    assert hopper.main(["--quick"]) == 1
+    rows = _rows(tmp_path, "hopper")
+    broken = [r for r in rows if r["variant"] == steps.EVERY]
+    assert [r["op"] for r in broken] == ["dkdv"] * 4 and "unspecified launch failure" in broken[0]["failed"]
+    assert sum(r["variant"] == "(64, 64)" for r in rows) == 14
+    assert "AcceleratorError: lost" in capsys.readouterr().out
 
 
 # --- a trace's arithmetic ---------------------------------------------------------------------------------------

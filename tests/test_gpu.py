@@ -178,7 +178,7 @@ def test_a_block_with_cudnns_attention(options, length, dtype, unpoisoned, monke
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_a_stream_with_cudnns_attention(dtype, monkeypatch):
+def test_a_stream_with_cudnns_attention(dtype, unpoisoned, monkeypatch):
     """Pairs of tiles that are seen whole, or to the diagonal, are cuDNN's; of a window's edge they are ours."""
     calls = []
     for name in ("tile_forward", "tile_backward"):
