@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -75,6 +76,11 @@ class CheckpointedBlock(nn.Module):
     def spec_text(self) -> str | None:
         """The spec, of a block whose spec says all, as torch.compile needs it."""
         return None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of its weights, as far as the block knows what they have to be."""
+        return {}
 
     @property
     def drops(self) -> bool:
@@ -233,9 +239,10 @@ class CkptTransformerBlock(CheckpointedBlock):
         super().__init__(spec.d_model, save, tile, tile_bytes)
         self.spec = spec
         self._spec_text = spec.to_string()
-        self._names = tuple(parameter_shapes(spec))
+        self._shapes = parameter_shapes(spec)
+        self._names = tuple(self._shapes)
         self._known = frozenset(self._names)
-        _build(self, parameter_shapes(spec), device=device, dtype=dtype)
+        _build(self, self._shapes, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -252,11 +259,16 @@ class CkptTransformerBlock(CheckpointedBlock):
         return self._spec_text
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    @property
     def drops(self) -> bool:
         return self.training and self.spec.drops
 
     def weights(self) -> dict[str, Tensor]:
-        found = dict(_parameters(self))
+        others: list[str] = []
+        found = dict(_parameters(self, others))
         if found.keys() != self._known:
             odd = sorted(found.keys() ^ self._known)
             advice = "Adapters and parametrizations that replace inner layers are not read by its kernels: merge them"
@@ -265,6 +277,13 @@ class CkptTransformerBlock(CheckpointedBlock):
             raise RuntimeError(
                 f"the parameters of this CkptTransformerBlock are not the ones it was built with: {', '.join(odd)} "
                 f"added or missing. {advice}"
+            )
+        if others:
+            kind = type(self.get_submodule(others[0])).__name__
+            raise RuntimeError(
+                f"{others[0]} of this CkptTransformerBlock is a {kind}, which the block does not call: its kernels "
+                "read the parameters, and compute what the layer that was there did. Put that back (merge adapters), "
+                "or use a CkptGenericBlock, which calls the modules it is given"
             )
         return {name: found[name] for name in self._names}
 
@@ -315,8 +334,16 @@ class CkptGenericBlock(CheckpointedBlock):
         tile: int | None = None,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
+        for name, part in (("pre", pre), ("post", post)):
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(part).__name__}")
         if v_head_dim is not None and (not isinstance(v_head_dim, int) or v_head_dim < 1):
             raise ValueError(f"v_head_dim must be a positive int, or None for head_dim, got {v_head_dim!r}")
+        errors.check_constant("scale", scale, "have pre multiply q by it")
+        if scale is not None and not 0.0 < scale < math.inf:
+            raise ValueError(
+                f"scale must be None or a positive finite number, got {scale!r}; have pre give -q for a negative one"
+            )
         spec = BlockSpec.make(
             d_model,
             n_heads,
@@ -416,20 +443,28 @@ def run_blocks(
         compute,
         placed,
     )
-    execute = node.execute if placed is None else _execute_eagerly
-    return execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
+    return _execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
 
 
 def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
-    """Raise ValueError where matrices of the block are on another device than x, or of another dtype."""
+    """Raise ValueError where weights have other shapes than the block's, or are on another device than x; and where
+    matrices are of another dtype."""
     one_dtype = compute == x.dtype and not autocasts(x.device.type, x.dtype)
+    shapes, device, dtype = block.shapes, x.device, x.dtype
     for name, w in weights.items():
-        if w.dim() == 2 and not block.mixes_dtypes(name):
-            errors.check_matches(x, w, name, one_dtype)
+        if shapes and w.shape != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(w.shape)}, expected {shapes[name]}: it was replaced, or it is sharded and "
+                "not gathered for the block's call. Build a block of these sizes, and load the weights into it"
+            )
+        apart = w.device != device and w.dim() > 0
+        if (apart or (one_dtype and w.dtype != dtype and w.dim() == 2)) and not block.mixes_dtypes(name):
+            errors.check_matches(x, w, name, w.dim() == 2)
 
 
-# Copies beside compute are nothing that a compiled graph knows.
-_execute_eagerly = torch.compiler.disable(node.execute)
+# torch.compile would compile the functions that a forward calls, and not those of its backward: what these make again
+# would have other bits. And copies beside compute are nothing that a compiled graph knows.
+_execute = torch.compiler.disable(node.execute)
 
 
 def draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
@@ -450,14 +485,25 @@ def compute_dtype(x: Any) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type, x.dtype) else x.dtype
 
 
-def _parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """`named_parameters` of a tree that shares none, for less time."""
+def _parameters(module: nn.Module, others: list[str], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters` of a tree that shares none, for less time.
+
+    `others` gets the names of modules that do something else than those that `_build` made.
+    """
     for name, p in module._parameters.items():
         if p is not None:
             yield prefix + name, p
     for name, child in module._modules.items():
         if child is not None:
-            yield from _parameters(child, f"{prefix}{name}.")
+            kind: Any = type(child)
+            if kind not in _CARRIERS and kind.forward not in _CARRIED:
+                others.append(prefix + name)
+            yield from _parameters(child, others, f"{prefix}{name}.")
+
+
+# What `_build` makes, and what their calls run: FSDP2 gives a module a class of its own that inherits it.
+_CARRIERS: frozenset[Any] = frozenset((nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Module))
+_CARRIED = frozenset(kind.forward for kind in _CARRIERS)
 
 
 def _build(root: nn.Module, shapes: dict[str, tuple[int, ...]], **factory: Any) -> None:

@@ -24,6 +24,12 @@ def check_tensor(name: str, t: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
 
 
+def check_constant(name: str, value: object, instead: str) -> None:
+    """Raise ValueError for a tensor that is to have a gradient, where a number is read and none would come back."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} gets no gradient here: give {name}.detach(), or {instead}")
+
+
 def check_transforms(what: str, *tensors: object) -> None:
     """No torch.func transform is active, and no tensor has a forward-mode tangent: kernels know neither."""
     if torch.compiler.is_compiling():

@@ -75,6 +75,7 @@ def attention(
     _check_packed(q, k, cu_seqlens, cu_seqlens_k)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
     _check_dropout(dropout, seed)
+    errors.check_constant("scale", scale, "multiply q by it and give scale=1.0")
     left, right = canonical_window(causal, window)
     cap = _softcap(softcap)
     q, scale = _scaled(q, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -205,6 +206,7 @@ def linear_cross_entropy(
     errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
+    errors.check_constant("z_loss", z_loss, "add the loss of plain PyTorch")
     cap = _softcap(softcap)
     weights = loss_weights(target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing)
     flat = x.reshape(-1, x.shape[-1])
@@ -403,6 +405,7 @@ def rope(
         raise ValueError(
             f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} {positions.dtype}"
         )
+    errors.check_constant("theta", theta, "turn x by plain PyTorch")
     if not 0 < theta < math.inf:
         raise ValueError(f"theta must be a positive finite number, got {theta!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -466,6 +469,7 @@ def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def _softcap(value: float | None) -> float:
+    errors.check_constant("softcap", value, "cap by plain PyTorch")
     if value is not None and not 0 <= value < math.inf:
         raise ValueError(f"softcap must be None or a positive number, got {value!r}")
     return float(value or 0.0)

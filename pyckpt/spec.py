@@ -289,7 +289,9 @@ def canonical_window(causal: bool, window: int | Window | None) -> Window:
     given = window if isinstance(window, (tuple, list)) else (window, 0)
     sides = [_integer(w) for w in given]
     if given is not window and sides[0] is not None and sides[0] < 0:
-        raise ValueError(f"window={window} is negative; give the number of earlier keys a query may see")
+        raise ValueError(
+            f"window={window} is negative; give the number of earlier keys a query may see, or None for no limit"
+        )
     if len(sides) != 2 or any(w is None or w < -1 for w in sides):
         raise ValueError(
             f"window must be None, an int >= 0, or a pair (left, right) of ints >= -1 (-1: no limit), got {window!r}"

@@ -727,7 +727,7 @@ class TestBadInput:
             ({"k": torch.randn(2, 7, 2, 8).double()}, "k has dtype torch.float64, expected q's, torch.float32"),
             ({"q": torch.ones(2, 5, 4, 8, dtype=torch.int64)}, "q has dtype torch.int64, expected"),
             ({"v": torch.randn(2, 7, 2, 8, device="meta")}, "v is on meta, q is on cpu"),
-            ({"window": -1}, "window=-1 is negative"),
+            ({"window": -1}, "window=-1 is negative; .* or None for no limit"),
             ({"window": (1, 2, 3)}, "window must be None, an int >= 0, or a pair"),
             ({"window": (-2, 0)}, "window must be None, an int >= 0, or a pair"),
             ({"window": True}, "window must be None"),
@@ -738,6 +738,8 @@ class TestBadInput:
             ({"softcap": float("inf")}, "softcap must be None or a positive number, got inf"),
             ({"scale": float("nan")}, "scale must be None or a finite number, got nan"),
             ({"scale": float("inf")}, "scale must be None or a finite number, got inf"),
+            ({"scale": torch.tensor(1.0, requires_grad=True)}, "scale gets no gradient here: .*multiply q by it"),
+            ({"softcap": torch.tensor(1.0, requires_grad=True)}, r"softcap gets no gradient here: .*softcap\.detach"),
         ],
         ids=lambda value: None if isinstance(value, dict) else value[:30],
     )

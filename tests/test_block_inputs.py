@@ -118,7 +118,7 @@ BAD_OPTIONS = {
         {"rope_theta": None, "rope_scaling": {"rope_type": "linear", "factor": 2}},
         r"rope_theta=None",
     ),
-    "negative window": ((48, 4), {"window": -3}, r"window=-3 is negative"),
+    "negative window": ((48, 4), {"window": -3}, r"window=-3 is negative; .* or None for no limit"),
     "window of three": ((48, 4), {"window": (1, 2, 3)}, r"window must be None, an int >= 0, or a pair"),
     "negative softcap": ((48, 4), {"softcap": -2.0}, r"softcap must be None or a positive number"),
     "tile zero": ((48, 4), {"tile": 0}, r"tile must be None or a positive int"),
@@ -222,6 +222,38 @@ def test_inner_layers_that_were_replaced_are_noticed():
     x, _ = make_input(packed=False)
     block.self_attn.q_proj.lora_A = nn.Parameter(torch.zeros(2, 48, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"q_proj\.lora_A added or missing"):
+        block(x)
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+def test_an_inner_layer_of_another_class_is_noticed():
+    """Its parameters have the names and shapes of the one that was there, and nothing would call it."""
+    block, (x, _) = make_block(), make_input(packed=False)
+    block.mlp.up_proj = ScaledLinear(48, 72, bias=False, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"mlp\.up_proj of this CkptTransformerBlock is a ScaledLinear"):
+        block(x)
+    # Another class with the same call, as FSDP2 makes them.
+    block.mlp.up_proj.__class__ = type("FSDPLinear", (nn.Linear,), {})
+    block(x)
+
+
+@pytest.mark.parametrize("save", ["attention", "all"])
+def test_an_inner_layer_of_another_shape_is_noticed(save):
+    block, (x, _) = make_block(save=save), make_input(packed=False)
+    block.mlp = make_block(d_ff=40).mlp
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight has shape \(40, 48\), expected \(72, 48\)"):
+        block(x)
+
+
+def test_a_norm_without_values_is_noticed():
+    """PyTorch multiplies by a tensor on the meta device in place, does nothing, and says nothing."""
+    block, (x, _) = make_block(), make_input(packed=False)
+    block.input_layernorm.to("meta")
+    with pytest.raises(ValueError, match=r"x is on cpu and input_layernorm\.weight is on meta"):
         block(x)
 
 

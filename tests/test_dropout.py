@@ -82,6 +82,18 @@ def test_how_many_and_which():
     assert all(0 <= s < 2**63 for s in others)
 
 
+def test_seeds_of_places_are_made_on_no_device():
+    """They are the words that tensors give, whichever device tensors are made on by default."""
+    zero = torch.zeros((), dtype=torch.int64)
+    block, (x, _) = make_block(torch.float32, dropout=RATE), make_input(packed=False, dtype=torch.float32)
+    for seed, site in ((0, 0), (2**62 - 1, 2), (77, 2**40 + 5)):
+        w0, w1, _, _ = philox.philox(seed, (zero + site, zero, zero, zero - 1))
+        with torch.device("meta"):
+            assert philox.derive(seed, site) == int(w0) | (int(w1) >> 1) << 32
+    with torch.device("meta"):
+        block(x).sum().backward()
+
+
 def twin(block: pyckpt.CkptTransformerBlock, x: Tensor, seed: int) -> Tensor:
     """The block without RoPE in plain PyTorch, with the masks that the seed stands for."""
     w, s = dict(block.named_parameters()), block.spec

@@ -282,6 +282,58 @@ def conditioned(frozen: bool = False) -> tuple[pyckpt.CkptGenericBlock, nn.Modul
     return block.requires_grad_(not frozen), nn.Linear(3, 12), torch.randn(2, 6, 12)
 
 
+class Made(nn.Module):
+    """Gives what it was made with."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.made
+
+
+def test_parts_that_are_none_are_refused_in_words():
+    x, good = torch.randn(1, 6, 12), Made((torch.zeros(6, 12),) * 3)
+    with pytest.raises(TypeError, match=r"pre must be a torch\.nn\.Module, got function"):
+        pyckpt.CkptGenericBlock(lambda x, positions: x, good, 12, 2)
+    for made, given in (((x, x), "Tensor, Tensor"), (x[0], "Tensor"), (None, "NoneType"), ([], "nothing")):
+        with pytest.raises(TypeError, match=f"pre gave {given}, expected three tensors, q, k and v"):
+            pyckpt.CkptGenericBlock(Made(made), good, 12, 2)(x)
+    with pytest.raises(TypeError, match="post gave tuple, expected one tensor, y"):
+        pyckpt.CkptGenericBlock(good, Made((x[0], None)), 12, 2)(x)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_scale_that_would_hide_nothing_is_refused(scale):
+    with pytest.raises(ValueError, match="scale must be None or a positive finite number, got"):
+        pyckpt.CkptGenericBlock(LinearPre(12), ConditionedPost(12), 12, 2, scale=scale)
+
+
+def test_a_scale_with_a_gradient_is_refused():
+    with pytest.raises(ValueError, match=r"scale gets no gradient here: .*have pre multiply q by it"):
+        scale = torch.tensor(1.0, requires_grad=True)
+        pyckpt.CkptGenericBlock(LinearPre(12), ConditionedPost(12), 12, 2, scale=scale)
+
+
+@pytest.mark.parametrize("kind", ["generic", pytest.param("segment", marks=pytest.mark.slow)])
+def test_nothing_of_what_a_backward_makes_again_is_compiled(kind):
+    """It would be in the forward alone: other bits, and a new graph for every call of a generic block."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    block = pyckpt.CkptTransformer([make_block(), make_block()], segments=2)
+    if kind == "generic":
+        block = generic_twin(make_block())
+    compiled = torch.compile(block, backend=record)
+    compiled(make_input(packed=False)[0])
+    names = [n.name for graph in graphs for n in graph.graph.nodes if n.op not in ("placeholder", "output")]
+    assert not any(part in name for name in names for part in ("linear", "mm", "norm", "attention"))
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gradient_that_would_be_lost_is_an_error(frozen, compiled):

@@ -488,6 +488,8 @@ class TestBadInput:
             ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
             ({"label_smoothing": float("nan")}, r"label_smoothing must be in \[0, 1\], got nan"),
             ({"softcap": -2.0}, "softcap must be None or a positive number, got -2.0"),
+            ({"softcap": torch.tensor(2.0, requires_grad=True)}, "softcap gets no gradient here"),
+            ({"z_loss": torch.tensor(0.1, requires_grad=True)}, "z_loss gets no gradient here"),
             ({"token_weight": torch.ones(3)}, r"token_weight has shape \(3,\), expected \(4,\)"),
             ({"token_weight": torch.ones(4, dtype=torch.int64)}, "token_weight has dtype torch.int64, expected one of"),
             ({"token_weight": torch.ones(4, device="meta")}, "token_weight is on meta, the labels are on cpu"),
@@ -501,7 +503,7 @@ class TestBadInput:
                 "class_weight goes with no label_smoothing",
             ),
         ],
-        ids=range(23),
+        ids=range(25),
     )
     def test_values(self, change, message):
         good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}

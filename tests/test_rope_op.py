@@ -242,12 +242,13 @@ class TestBadInput:
             ({"positions": torch.arange(3.0)}, "positions must be ints .* torch.float32"),
             ({"positions": torch.arange(3, device="meta")}, "positions are on meta, x is on cpu"),
             ({"theta": -1.0}, "theta must be a positive finite number, got -1.0"),
+            ({"theta": torch.tensor(9.0, requires_grad=True)}, r"theta gets no gradient here: give theta\.detach\(\)"),
             ({"scaling": {"rope_type": "given", "frequencies": [1.0]}}, "gives 1 frequencies, expected 2"),
             ({"scaling": {"rope_type": "given", "frequencies": [1.0] * 2}, "rotary_dim": 2}, "gives 2 .* expected 1"),
             ({"scaling": {"rope_type": "yarn"}}, "rope_scaling type 'yarn' is not supported; expected one of linear"),
             ({"scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks high_freq_factor, low_freq_factor"),
         ],
-        ids=range(14),
+        ids=range(15),
     )
     def test_values(self, options, message):
         with pytest.raises(ValueError, match=message):

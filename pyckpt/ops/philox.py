@@ -7,6 +7,8 @@ and every way of tiling see the same choice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,8 @@ _LOW = 0xFFFFFFFF
 ROUNDS = 10
 
 
-def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words of 32 bits (in int64) for each counter: int64 tensors that broadcast together."""
+def philox(seed: int, counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """Four random words of 32 bits for each counter: int64 tensors that broadcast together, or four ints."""
     c0, c1, c2, c3 = (c & _LOW for c in counter)
     key0, key1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(ROUNDS):
@@ -60,9 +62,8 @@ def kept_rows(rate: float, seed: int, rows: tuple[int, int], width: int, device:
 
 def derive(seed: int, site: int) -> int:
     """A seed of its own for each place of a block that drops: the first two words of counter `site`, 63 bits."""
-    zero = torch.zeros((), dtype=torch.int64)
-    w0, w1, _, _ = philox(seed, (zero + site, zero, zero, zero - 1))
-    return int(w0) | (int(w1) >> 1) << 32
+    w0, w1, _, _ = philox(seed, (site, 0, 0, _LOW))
+    return w0 | (w1 >> 1) << 32
 
 
 def threshold(rate: float) -> int:

@@ -93,6 +93,7 @@ class GenericTokenwise:
     def pre(self, w: Weights, tile: Tile, q: Tensor | None, k: Tensor | None, v: Tensor | None, ws: Workspace) -> None:
         with torch.set_grad_enabled(self._checks), self._unwritten("pre", tile.x):
             made = self._call_pre(w, tile.x.detach(), tile.positions.tensor)
+        _check_made("pre", "three tensors, q, k and v", made if isinstance(made, (tuple, list)) else [made], 3)
         self._check_gradients("pre", made)
         _fill((q, k, v), made)
 
@@ -116,6 +117,7 @@ class GenericTokenwise:
     def post(self, w: Weights, tile: Tile, o: Tensor, y: Tensor, ws: Workspace) -> None:
         with torch.set_grad_enabled(self._checks), self._unwritten("post", tile.x, o):
             got = self._call_post(w, tile.x.detach(), o.detach())
+        _check_made("post", "one tensor, y", [got], 1)
         self._check_gradients("post", [got])
         _check_shape("post's output", got, y)
         y.copy_(got)
@@ -296,6 +298,12 @@ def _fill(qkv: tuple[Tensor | None, ...], made: Sequence[Tensor]) -> None:
         if out is not None:
             _check_shape(f"pre's {name}", got, out)
             out.copy_(got)
+
+
+def _check_made(part: str, expected: str, made: Sequence[Any], count: int) -> None:
+    if len(made) != count or not all(isinstance(t, Tensor) for t in made):
+        given = ", ".join(type(t).__name__ for t in made)
+        raise TypeError(f"{part} gave {given or 'nothing'}, expected {expected}")
 
 
 def _check_shape(what: str, got: Tensor, out: Tensor) -> None:
