@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 import subprocess
 import sys
@@ -1048,3 +1049,21 @@ def test_trainer_trains_as_before(tmp_path):
         results.append(torch.tensor([*losses, metrics["eval_loss"]]))
     assert len(results[0]) == 5
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_by_their_places_are_as_before():
+    """Too many, and one that is given twice, are errors as without a swap; none was named wrongly."""
+    model, ids = make_model("Llama"), make_batch("plain")["input_ids"]
+    places = [n for n in inspect.signature(model.forward).parameters if n != "kwargs"]
+    by_name = [ids, *(ids if n == "labels" else None for n in places[1:])]
+    before = model(*by_name).loss
+    pyckpt.swap(model)
+    torch.testing.assert_close(model(*by_name).loss, before, rtol=1e-5, atol=1e-6)
+    for call in (model, model.model):
+        with pytest.raises(TypeError, match="positional arguments"):
+            call(ids, *[None] * 20)
+        with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+            call(ids, input_ids=ids)
+        for given in ({}, {"input_ids": ids, "inputs_embeds": model.model.embed_tokens(ids)}):
+            with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+                call(**given)

@@ -11,10 +11,13 @@ import torch
 from blocks import assert_same_bits
 from helpers import a_few
 from swap_models import GPT2_SIZES, VOCAB, make_batch, make_model, step
+from torch import Tensor
+from torch.nn import functional as F
 
 import pyckpt
 
 transformers = pytest.importorskip("transformers")
+sdpa = F.scaled_dot_product_attention
 
 # Each with dropout where its class has any.
 CHANGED = {
@@ -185,3 +188,201 @@ def test_another_implementation_of_the_experts_is_followed(family, monkeypatch):
     model.set_experts_implementation("batched_mm")
     step(model, batch)
     assert set(called) == {"batched_mm"}
+
+
+# --- attention by other functions, or of other keys ---------------------------------------------------------
+
+
+def sharper(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
+    """An attention function of one's own, in transformers' registry."""
+    o = sdpa(q, k, v, is_causal=True, scale=3 * scaling, enable_gqa=True)
+    return o.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("family", ["Llama", "Glm"])
+def test_an_attention_function_of_ones_own_runs(family, monkeypatch, no_fallback):
+    """Nobody knows what it computes: the report says so, and layers run again as a whole."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sharper", sharper)
+    model, batch = make_model(family), make_batch("plain")
+    model.config._attn_implementation = "sharper"
+    plain = step(copy.deepcopy(model), batch)
+    entry = pyckpt.swap(model, loss=False).entries[0]
+    assert entry.path == "checkpointed" and "'sharper' is of test_swap_changes" in entry.why
+    assert_same_bits(step(model, batch), plain)
+
+
+def name_another(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.config._attn_implementation = "sharper"
+
+
+def put_another(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of transformers' own, as DeepSpeed's Ulysses does."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sharper)
+
+
+def mask_otherwise(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", no_mask)
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def put_below(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of PyTorch's, as `context_parallel` does."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **options: sdpa(*a, **options) / 2)
+
+
+def narrow_the_window(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.config.sliding_window = 3
+
+
+def stretch_positions(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (name_another, "'sharper' is of test_swap_changes"),
+        (put_another, "'sdpa' is of test_swap_changes"),
+        (mask_otherwise, "are made by test_swap_changes"),
+        (put_below, "is not PyTorch's own"),
+        (narrow_the_window, r"config.sliding_window is now 3, not the 7"),
+        (stretch_positions, "RoPE's frequencies are not those"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_attention_that_is_another_one_since(change, said, monkeypatch):
+    """As if there were no swap, and layers keep their inputs alone."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sharper", sharper)
+    model, batch = make_model("Mistral"), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, loss=False)
+    for m in (plain, model):
+        change(m, monkeypatch)
+    with pytest.warns(UserWarning, match=f"{said}.*again as a whole in the backward"):
+        found = step(model, batch)
+    assert_same_bits(found, step(plain, batch))
+
+
+def test_frequencies_that_were_rounded_to_another_dtype_are_the_same(no_fallback):
+    model, batch = make_model("Gemma3"), make_batch("plain")
+    pyckpt.swap(model)
+    step(model.bfloat16(), batch)
+
+
+# --- classes whose forwards are replaced, as tools do that bring kernels of their own ------------------------
+
+
+@pytest.mark.parametrize("name", ["LlamaMLP", "LlamaDecoderLayer", "LlamaModel", "LlamaForCausalLM"])
+def test_a_class_with_another_forward_since(name, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    model, batch = make_model("Llama"), make_batch("plain") | {"use_cache": False}
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, loss=name == "LlamaForCausalLM")
+    kind = getattr(modeling_llama, name)
+    before = kind.forward
+
+    def other(self: Any, *args: Any, **given: Any) -> Any:
+        made = before(self, *args, **given)
+        if isinstance(made, Tensor):
+            return 2 * made
+        which = "loss" if "loss" in made else "last_hidden_state"
+        made[which] = 2 * made[which]
+        return made
+
+    monkeypatch.setattr(kind, "forward", other)
+    with pytest.warns(UserWarning, match=f"the forward of {name} is not the one that its class was made with"):
+        found = step(model, batch)
+    for n, t in step(plain, batch).items():
+        torch.testing.assert_close(found[n], t, rtol=1e-4, atol=1e-6)
+
+
+def test_an_encoder_layers_linear_with_another_forward_since(monkeypatch):
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, 0.0, "gelu", batch_first=True).train()
+    plain, x = copy.deepcopy(layer), torch.randn(2, 5, 16)
+    pyckpt.swap(layer)
+    before = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * before(self, x))
+    with pytest.warns(UserWarning, match="the forward of"):
+        assert torch.equal(layer(x), plain(x))
+
+
+# --- which layers run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["segments", "stream"])
+def test_one_layer_in_several_places(how):
+    """A run of layers would have it once."""
+    model, batch = make_model("Llama"), make_batch("plain") | {"use_cache": False}
+    model.model.layers[1] = model.model.layers[0]
+    plain = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"model\.layers has one layer in several places"):
+        pyckpt.swap(model, **{how: 2 if how == "segments" else pyckpt.Stream(7)})
+    pyckpt.swap(model)
+    found = step(model, batch)
+    for n, t in step(plain, batch).items():
+        torch.testing.assert_close(found[n], t, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["segments", "stream"])
+def test_fewer_layers_by_the_config(how):
+    """transformers' models call as many as that says."""
+    model, batch = make_model("Llama"), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, **{how: 2 if how == "segments" else pyckpt.Stream(7)})
+    for m in (plain, model):
+        m.config.num_hidden_layers = 1
+    with pytest.warns(UserWarning, match=r"config\.num_hidden_layers is not the number of its layers"):
+        found = step(model, batch)
+    assert not any("layers.1." in n and t.any() for n, t in found.items())
+    for n, t in step(plain, batch).items():
+        torch.testing.assert_close(found[n], t, rtol=1e-4, atol=1e-6)
+
+
+# --- dropout by the modes of single modules ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Phi3"])
+def test_dropout_modules_in_eval_mode_drop_nothing(family, no_fallback):
+    model, batch = make_model(family, **CHANGED[family] | {"attn_pdrop": 0.0}), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, tile=10)
+    for m in (plain, model):
+        for module in m.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+    found = step(model, batch)
+    for n, t in step(plain, batch).items():
+        torch.testing.assert_close(found[n], t, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_in_eval_mode_drops_nothing(no_fallback):
+    model, batch = make_model("Llama", attention_dropout=0.3), make_batch("plain")
+    pyckpt.swap(model)
+    for layer in model.model.layers:
+        layer.self_attn.eval()
+    found = step(model, batch)
+    set_rates(model, 0.0)
+    assert_same_bits(found, step(model, batch))
+
+
+def test_dropout_in_training_mode_drops_in_a_layer_in_eval_mode():
+    """As in estimates of uncertainty by dropout."""
+    model, batch = make_model("GPT2", resid_pdrop=0.3).eval(), make_batch("plain") | {"use_cache": False}
+    pyckpt.swap(model, loss=False)
+    for module in model.modules():
+        module.training = isinstance(module, torch.nn.Dropout)
+    with pytest.warns(UserWarning, match=r"attn\.resid_dropout is in training mode"):
+        first = model(**batch).loss
+    assert not torch.equal(first, model(**batch).loss)

@@ -760,3 +760,132 @@ def test_gradients_of_a_linear_layer_that_nobody_reads(autocast, frozen):
     assert zeros.shape == y.shape and zeros.dtype == y.dtype and not zeros.any()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- what is tried out stays as it was ----------------------------------------------------------------------
+
+
+def test_a_module_in_two_places_keeps_its_weights():
+    """`torch.func.functional_call`, by which random ones are tried, puts those of one place back alone."""
+    model, batch = make_model("Olmo3"), make_batch("plain")
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = attention.v_proj
+    plain, weight = copy.deepcopy(model), attention.v_proj.weight
+    assert pyckpt.swap(model).entries[0].path == "generic"
+    assert attention.v_proj.weight is weight
+    found = step(model, batch)
+    for n, t in step(plain, batch).items():
+        torch.testing.assert_close(found[n], t, rtol=1e-4, atol=1e-5)
+
+
+class Merging(nn.Linear):
+    """Adapters that are merged where the module is put into eval mode, as loralib's are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight, self.merged = linear.weight, False
+        self.more = nn.Parameter(torch.randn_like(linear.weight))
+
+    def train(self, mode: bool = True) -> Merging:
+        if mode == self.merged:
+            self.weight.data += -self.more.data if mode else self.more.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.more)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Glm"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_module_does_as_it_changes_its_mode_is_not_done(family, training):
+    model = make_model(family)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Merging(layer.self_attn.q_proj)
+    model.train(training)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    assert pyckpt.swap(model).entries[0].path == "generic"
+    assert model.model.layers[0].self_attn.q_proj.merged is not training
+    assert_same_bits(dict(model.state_dict()), before)
+
+
+# --- what a family's own modules would not compute again ----------------------------------------------------
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * torch.randn_like(x[..., :1])
+
+
+def draw(layer: nn.Module) -> None:
+    layer.mlp.down_proj.__class__ = Noisy
+
+
+def divide_by_a_norm(layer: nn.Module) -> None:
+    """Whose vectors are one step further after each call."""
+    torch.nn.utils.parametrizations.spectral_norm(layer.self_attn.q_proj)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"), [(draw, "it draws random numbers"), (divide_by_a_norm, "_SpectralNorm keeps what it has seen")]
+)
+def test_a_family_with_what_runs_once_alone_runs_again_as_a_whole(change, why):
+    model, batch = make_model("Llama"), make_batch("plain")
+    change(model.model.layers[0])
+    plain = copy.deepcopy(model)
+    entries = pyckpt.swap(model, loss=False).entries
+    assert [e.path for e in entries] == ["checkpointed", "standard"] and why in entries[0].why
+    results = []
+    for m in (plain, model):
+        torch.manual_seed(3)
+        results.append(step(m, batch))
+    for n, t in results[0].items():
+        torch.testing.assert_close(results[1][n], t, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_layer_with_what_runs_once_alone_runs_again_as_a_whole():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, dtype=torch.float64)
+    torch.nn.utils.parametrizations.spectral_norm(layer.linear1)
+    plain, x = copy.deepcopy(layer), torch.randn(2, 5, 16, dtype=torch.float64)
+    (entry,) = pyckpt.swap(layer).entries
+    assert entry.path == "checkpointed" and "keeps what it has seen" in entry.why
+    for m in (plain, layer):
+        m(x).square().sum().backward()
+    for p, q in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+class Wrapped(Tensor):
+    """A weight that is no plain tensor, as quantized ones are: their values are known to `linear` alone."""
+
+    @staticmethod
+    def __new__(cls, t: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype, requires_grad=False)
+
+    def __init__(self, t: Tensor) -> None:
+        self.half = t / 2
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return F.linear(args[0], 2 * args[1].half, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return Wrapped(2 * args[0].half)
+        raise NotImplementedError(f"{func} of a wrapped weight")
+
+
+def test_weights_that_are_no_plain_tensors_are_left_to_their_modules():
+    model, batch = make_model("Llama"), make_batch("plain")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight = nn.Parameter(Wrapped(layer.mlp.down_proj.weight.detach()), requires_grad=False)
+    before = step(model, batch)
+    entry = pyckpt.swap(model).entries[0]
+    assert entry.path == "generic" and "the weight of mlp.down_proj is a Wrapped" in entry.why
+    found = step(model, batch)
+    for n, t in before.items():
+        torch.testing.assert_close(found[n], t, rtol=1e-4, atol=1e-5)

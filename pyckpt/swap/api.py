@@ -211,6 +211,8 @@ def _decoder(
     tile: int | None,
     entries: list[Entry],
 ) -> list[Replaced]:
+    if segments is not None or stream is not None:
+        _check_all_differ(name, module)
     swapped: list[SwappedLayer] = []
     refused: list[nn.Module] = []
     chooser = Chooser(module, [path for path, _ in layers], save, tile)
@@ -233,6 +235,16 @@ def _decoder(
     unread = complete and chooser.maskless(swapped)
     more = (together(swapped, length), streaming, chooser.cuts(), arguments(swapped), chooser.axes(swapped))
     return [*swapped, *again, SwappedDecoder(module, swapped, complete, unread, *more)]
+
+
+def _check_all_differ(name: str, module: nn.Module) -> None:
+    """Raise ValueError where a list of the module has one layer several times: a run of layers would have it once."""
+    for path, found in module.named_children():
+        if isinstance(found, nn.ModuleList) and len({id(m) for m in found}) < len(found):
+            raise ValueError(
+                f"{name}.{path}".removeprefix(".") + " has one layer in several places: its layers can neither be "
+                "streamed nor run in segments. Leave stream and segments out"
+            )
 
 
 def _refused(model: Any, name: str, layer: nn.Module, reason: str, save: str | Save, note: str) -> Entry:

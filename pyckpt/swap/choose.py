@@ -8,7 +8,7 @@ from torch import nn
 
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.save import Save
-from pyckpt.swap import families, probe, whole
+from pyckpt.swap import attention, families, probe, whole
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
@@ -18,6 +18,7 @@ from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.survey import Survey
 from pyckpt.swap.traced import TracedLayer
+from pyckpt.swap.weights import Mapping
 
 
 class Chooser:
@@ -32,16 +33,29 @@ class Chooser:
 
     def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
         """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
+        other = attention.other(getattr(self._model, "config", None))
+        if other is not None:
+            raise UnsupportedError(other)
         try:
             self._check_forward()
             mapping = families.mapping_of(layer, getattr(self._model, "rotary_emb", None), self._moving)
+            block = self._block(layer, mapping)
         except UnsupportedError as reason:
             return self._traced(layer, place, str(reason))
         except AttributeError as error:
             return self._traced(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
         self._fits(DenseAttend.of(mapping.spec))
-        block = GenericMappedBlock if mapping.why else MappedBlock
-        return SwappedLayer(layer, block(layer, mapping, self._save, self._tile), place, self._twice(layer))
+        return SwappedLayer(layer, block, place, self._twice(layer))
+
+    def _block(self, layer: nn.Module, mapping: Mapping) -> MappedBlock | GenericMappedBlock:
+        if not mapping.why:
+            return MappedBlock(layer, mapping, self._save, self._tile)
+        block = GenericMappedBlock(layer, mapping, self._save, self._tile)
+        try:
+            probe.check_steady(layer, block)
+        except UnsupportedError as reason:
+            raise UnsupportedError(f"{mapping.why}, and {reason}") from reason
+        return block
 
     def _check_forward(self) -> None:
         """Raise `UnsupportedError` where what the layers are handed is not what transformers' models hand to them."""

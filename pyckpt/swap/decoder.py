@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
-from pyckpt.swap import again, masks
+from pyckpt.swap import again, attention, masks
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched, wraps
 from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.rope import Frequencies
 from pyckpt.swap.survey import packs_by_itself
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -82,6 +83,9 @@ class SwappedDecoder(Replaced):
         self.cuts, self.known, self.axes = cuts, known, axes
         self.layers, self.complete, self.unread = layers, complete, unread
         self.segments, self.stream = segments, stream
+        self._limits = attention.limits(module.config)
+        own = [s.block.mapping.moving for s in layers if not s.handed]
+        self._frequencies = Frequencies(getattr(module, "rotary_emb", None) if own and not any(own) else None)
         held, lists = {s.module for s in layers}, module.named_children()
         self._lists = [(name, found) for name, m in lists if held.intersection(found := tuple(m.children()))]
 
@@ -146,6 +150,8 @@ class SwappedDecoder(Replaced):
 
         read: (B, S) bool, of which tokens a loss reads the outputs; None: somebody else may read all.
         """
+        if self._like(given) is None:
+            return None  # of neither tokens nor embeddings: an error of the model's own
         if any(again.is_cache(n, value) for n, value in given.items()):
             if self.module.training and torch.is_grad_enabled():
                 self.warn(
@@ -201,16 +207,19 @@ class SwappedDecoder(Replaced):
         for name in ("output_attentions", "output_router_logits"):
             if self.asks(given, name):
                 raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
+        if self.patched:
+            raise UnsupportedError(self.patched)
         if self._has_other_layers():
             # One that is not swapped would read the mask that stands for the model's.
             raise UnsupportedError("its layers are not those that were swapped (unswap and swap again)")
         if not getattr(self.module.config, "is_causal", True):
             raise UnsupportedError("its attention is not causal any more (unswap and swap again)")
         for layer in self.layers:
-            change = layer.block.mapping.change(layer.module)
+            change = layer.patched or layer.block.mapping.change(layer.module)
             if change is not None:
                 raise UnsupportedError(change)
         # From here on: what the layers' own forwards may run twice for.
+        self._check_attention()
         odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
         if odd:
             raise UnsupportedCallError(f"the argument {', '.join(odd)} is not known")
@@ -240,6 +249,22 @@ class SwappedDecoder(Replaced):
         runs, streamed, gathered = self._runs(given, seen)
         return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered)
 
+    def _check_attention(self) -> None:
+        """Raise `UnsupportedCallError` where the config has attention computed otherwise than when it was swapped."""
+        other = attention.other(self.module.config)
+        if other is not None:
+            raise UnsupportedCallError(other)
+        now = attention.limits(self.module.config)
+        odd = next((n for n in (*self._limits, *now) if now.get(n) != self._limits.get(n)), None)
+        if odd is not None:
+            was = self._limits.get(odd)
+            raise UnsupportedCallError(
+                f"config.{odd} is now {now.get(odd)}, not the {was} it was when swapped (unswap and swap again)"
+            )
+
+        if not torch.compiler.is_compiling() and self._frequencies.differ(getattr(self.module, "rotary_emb", None)):
+            raise UnsupportedCallError("RoPE's frequencies are not those of the swap any more (unswap and swap again)")
+
     def _cut(self, given: dict[str, Any], positions: Tensor | None) -> Tensor | None:
         """Positions that cut the model's masks where they start anew: making a cache, it does not look at them."""
         return None if self.cuts is False or self._makes_cache(given) else positions
@@ -256,6 +281,11 @@ class SwappedDecoder(Replaced):
             if len(now) != len(before) or not all(a is b or b in a.modules() for a, b in zip(now, before, strict=True)):
                 return True
         return not all(s.installed for s in self.layers)
+
+    def _leaves_layers_out(self) -> bool:
+        """Models of transformers call as many of their layers as the config says."""
+        count = getattr(self.module.config, "num_hidden_layers", None)
+        return self.complete and count is not None and count != len(self.layers)
 
     def _sight(self, read: Tensor | None) -> masks.Sight:
         """What padding sees in transformers' attention functions: to flash attention it does not even come."""
@@ -285,6 +315,9 @@ class SwappedDecoder(Replaced):
         if seen:
             self.warn(f"{', '.join(seen)} change what each layer is handed: {what} not used")
             return {}, False, None
+        if self._leaves_layers_out():
+            self.warn(f"config.num_hidden_layers is not the number of its layers: {what} not used")
+            return {}, False, None
         if wraps(self.module):
             self.warn(f"FSDP1 has a layer's weights in a call of the layer alone: {what} not used. FSDP2 can stream")
             return {}, False, None
@@ -303,9 +336,9 @@ class SwappedDecoder(Replaced):
         return runs, streamed, None
 
     @staticmethod
-    def _like(given: dict[str, Any]) -> Tensor:
+    def _like(given: dict[str, Any]) -> Any:
         ids = given.get("input_ids")
-        return given["inputs_embeds"] if ids is None else ids
+        return given.get("inputs_embeds") if ids is None else ids
 
 
 _run_uncompiled = torch.compiler.disable(SwappedDecoder._run)

@@ -15,9 +15,10 @@ from pyckpt.save import Save, save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import again, generic, masks, whole
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.families import ATTENTION, MLP, Options, finish, spec_of
+from pyckpt.swap.families import ATTENTION, MLP, Options, check_forwards, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock, Parts
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
+from pyckpt.swap.probe import check_steady
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import Mapping, Source, rate_at, read_rates
 from pyckpt.tokenwise.generic import LostGradientError
@@ -33,10 +34,13 @@ def block_of(layer: nn.TransformerEncoderLayer, causal: bool, save: str | Save, 
 
     Raises `UnsupportedError`, saying why neither.
     """
+    check_forwards(layer)
     try:
         return MappedBlock(layer, _standard_mapping(layer, causal), save, tile)
     except UnsupportedError as reason:
-        return _GenericEncoderBlock(layer, _generic_mapping(layer, causal, str(reason)), save, tile)
+        block = _GenericEncoderBlock(layer, _generic_mapping(layer, causal, str(reason)), save, tile)
+        check_steady(layer, block)
+        return block
 
 
 def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mapping:
@@ -243,7 +247,7 @@ class SwappedEncoderLayer(Replaced):
         if self._lost and torch.is_grad_enabled():
             raise UnsupportedCallError(self._lost)
         mapping = self.blocks[False].mapping
-        change = mapping.change(self.module) or _change(self.module, mapping)
+        change = self.patched or mapping.change(self.module) or _change(self.module, mapping)
         if change is not None:
             raise UnsupportedError(change)
         src, mask, padding = (given.get(n) for n in ("src", "src_mask", "src_key_padding_mask"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic, lora
-from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps, replaced_forward
+from pyckpt.swap.modules import UnsupportedError, has_plain_weight, is_known, is_patched, norm_eps
 from pyckpt.swap.rope import MOVING, MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.weights import Mapping, Source, bias_of, read_rates
@@ -51,7 +51,7 @@ def mapping_of(layer: nn.Module, rotary: nn.Module | None, moving_of: dict[str, 
     if make is None:
         raise UnsupportedError("this class is not known")
     check_version()
-    _check_forwards(layer)
+    check_forwards(layer)
     options, sources = make(layer)
     attention: Any = layer.get_submodule(options.pop("attention", ATTENTION))
     config = attention.config
@@ -111,11 +111,11 @@ def finish(
     return mapping
 
 
-def _check_forwards(layer: nn.Module) -> None:
+def check_forwards(layer: nn.Module) -> None:
     """Raise `UnsupportedError` where somebody has put another forward into one of the layer's classes."""
-    patched = next((m for m in layer.modules() if replaced_forward(m)), None)
+    patched = next(filter(None, map(is_patched, layer.modules())), None)
     if patched is not None:
-        raise UnsupportedError(f"the forward of {type(patched).__name__} is not the one that its class was made with")
+        raise UnsupportedError(patched)
 
 
 def check_version() -> None:
@@ -188,6 +188,8 @@ def _check_module(source: Source, module: Any, eps: float) -> None:
             raise UnsupportedError(f"{source.path} is a {name} of eps {found}, expected a norm of eps {eps}")
     elif not _is_plain(type(module)):
         raise UnsupportedError(f"{source.path} is a {type(module).__module__}.{name}, not a plain linear layer")
+    elif source.weight == "weight" and not has_plain_weight(module):
+        raise UnsupportedError(f"the weight of {source.path} is a {type(module.weight).__name__}, not a plain tensor")
     elif source.transposed != (name == "Conv1D"):
         raise UnsupportedError(f"{source.path} is a {name}, whose weight is stored the other way round")
 

@@ -174,7 +174,7 @@ class GenericMappedBlock(OwnModulesBlock):
         self._put_together: tuple[list[Any], Parts] = self._read(), self._made_of(layer, mapping.spec)
 
     @property
-    def _parts(self) -> Parts:
+    def parts(self) -> Parts:
         """`pre` and `post` (see `CkptGenericBlock`) of what is in the layer now: a module may have been replaced."""
         now = self._read()
         then, parts = self._put_together
@@ -203,7 +203,7 @@ class GenericMappedBlock(OwnModulesBlock):
         return attend if training else dataclasses.replace(attend, dropout=0.0)
 
     def weights(self) -> dict[str, Tensor]:
-        parts = zip(("pre", "post"), self._parts, strict=True)
+        parts = zip(("pre", "post"), self.parts, strict=True)
         found: dict[str, Tensor] = {f"{n}.{k}": p for n, m in parts for k, p in m.named_parameters()}
         if self.mapping.sinks:
             found[SINKS] = self._layer[0].get_parameter(self.mapping.sinks)
@@ -211,7 +211,7 @@ class GenericMappedBlock(OwnModulesBlock):
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         options: Any = (self.tile, self.d_model, tokens, dtype, device, self.tile_bytes)
-        pre, post = self._parts
+        pre, post = self.parts
         if self.mapping.moving is not None:
             pre = _Pre(self._layer[0], self.mapping.spec_now(self._layer[0]))  # of this call, also in its backward
         tokenwise = LayerTokenwise(pre, post, precision(device, x_dtype, dtype))

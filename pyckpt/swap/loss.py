@@ -19,7 +19,7 @@ from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, called, foreign, gather, is_own_forward
+from pyckpt.swap.modules import UnsupportedError, called, foreign, gather, has_plain_weight, is_own_forward, is_patched
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, unsharded_class
 
@@ -116,6 +116,10 @@ def check(model: nn.Module) -> None:
         raise UnsupportedError(
             f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
         )
+    if (patched := is_patched(projection)) is not None:
+        raise UnsupportedError(patched)
+    if not has_plain_weight(projection):
+        raise UnsupportedError(f"the weight of its output embeddings is a {type(projection.weight).__name__}")
 
 
 def _output_class(output: str | type) -> Any:
@@ -158,6 +162,8 @@ class SwappedHead(Replaced):
             return self._by_itself(given, "gradients are off")
         try:
             check(self.module)
+            if self.patched:
+                raise UnsupportedError(self.patched)
         except UnsupportedError as reason:
             self.warn(f"{reason}: the loss is the model's own, from logits")
             return self._by_itself(given, str(reason))
@@ -264,7 +270,7 @@ class SwappedHead(Replaced):
 
     @staticmethod
     def _ids(given: dict[str, Any]) -> Tensor:
-        if given.get("input_ids") is None or given.get("token_type_ids") is not None:
+        if given.get("input_ids") is None or any(given.get(n) is not None for n in ("inputs_embeds", "token_type_ids")):
             raise UnsupportedError("it is called with inputs_embeds or token_type_ids")
         return given["input_ids"]
 

@@ -36,6 +36,19 @@ def is_own_forward(kind: type[Any]) -> bool:
     return kind.forward.__module__.startswith(("torch.nn.modules.", "transformers."))
 
 
+def is_patched(module: nn.Module) -> str | None:
+    """That somebody has put another forward into the module's class, where that is known."""
+    if is_own_forward(type(module)) or not replaced_forward(module):  # the first is quick, and nearly always true
+        return None
+    return f"the forward of {type(module).__name__} is not the one that its class was made with"
+
+
+def has_plain_weight(module: Any) -> bool:
+    """The module's weight is a tensor of PyTorch's own, or one dealt out to processes; quantized ones may be others."""
+    t = module.weight
+    return type(t) in (Tensor, nn.Parameter) or type(t).__name__ == "DTensor" or hasattr(t, "ds_id")
+
+
 def norm_eps(module: nn.Module) -> float | None:
     """The eps of an RMSNorm or a LayerNorm of a known class; None of anything else."""
     kind = unsharded_class(module)

@@ -26,7 +26,7 @@ from pyckpt.precision import exact_products
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import lora
 from pyckpt.swap import survey as surveys
-from pyckpt.swap.generic import inner
+from pyckpt.swap.generic import GenericMappedBlock, inner
 from pyckpt.swap.handing import MASK, Arguments
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import attention_config, mode, twin_of, untouched
@@ -35,6 +35,7 @@ from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, is_around, unit_of
 from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping
+from pyckpt.swap.whole import passes
 from pyckpt.tokenwise.seeded import generator_states, have_drawn
 
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
@@ -62,6 +63,30 @@ def traced_block(
     if changed or of_twins:
         raise UnsupportedError(f"its {(changed or of_twins)[0]} keeps what it has seen")
     return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)
+
+
+def check_steady(layer: nn.Module, block: GenericMappedBlock) -> None:
+    """Raise `UnsupportedError` where the layer's own modules, run a second time, would compute something else.
+
+    They draw random numbers by other means than dropout, or keep what they have seen (the vectors of a spectral norm).
+    Nothing is found out where the weights are not here, or run on another device alone, as quantized ones may.
+    """
+    if not passes(surveys.check_here, layer):
+        return
+    device = next(layer.parameters()).device
+    with mode(layer, training=True), untouched(layer) as changed, surveys.forked(device), torch.no_grad(), _Watch():
+        before, (pre, post) = generator_states(device), block.parts
+        try:
+            dtype = next(p.dtype for p in pre.parameters() if p.is_floating_point())
+            x = torch.ones(2, block.d_model, dtype=dtype, device=device)
+            post(x, pre(x, torch.arange(2, device=device))[0])
+        except Exception:  # of any module anything may be met
+            return
+        drawn = have_drawn(before, device) and not block.drops  # what drops gets a seed, and all draw from that
+    if drawn:
+        raise UnsupportedError("it draws random numbers for something else than dropout")
+    if changed:
+        raise UnsupportedError(f"its {changed[0]} keeps what it has seen")
 
 
 def _mapping(layer: nn.Module, handed: Handed, trace: Trace, why: str) -> Mapping:

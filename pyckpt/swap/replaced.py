@@ -13,7 +13,8 @@ from torch import nn
 
 from pyckpt.block import CheckpointedBlock
 from pyckpt.stream import Parts
-from pyckpt.swap.shadow import argument_names
+from pyckpt.swap.modules import is_patched
+from pyckpt.swap.shadow import argument_names, takes_more, unsharded_class
 
 _PLACE = "_pyckpt_forward"  # the attribute by which `unbound` finds a module's
 _REPLICATE = "_replicate_for_data_parallel"  # the method by which torch.nn.DataParallel copies a module
@@ -60,6 +61,8 @@ class Replaced:
         self._before = module.__dict__.get("forward")
         # Of the class: a forward that was put there before need not have names.
         self.names = argument_names(module)
+        self._takes_more = self._before is not None or takes_more(module)
+        self._was_patched = is_patched(module)
         self._warned: set[str] = set()
 
     @property
@@ -98,8 +101,24 @@ class Replaced:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name."""
-        return dict(zip(self.names, args, strict=False)) | kwargs
+        """The arguments of a call by name. Raises TypeError, as the original would, where a place has none."""
+        named = dict(zip(self.names, args, strict=False))
+        twice = next((n for n in named if n in kwargs), None)
+        if twice is not None:
+            raise TypeError(f"{self._called} got multiple values for argument {twice!r}")
+        if len(args) > len(self.names) and not self._takes_more:
+            most = len(self.names)
+            raise TypeError(f"{self._called} takes {most} positional arguments at most, but {len(args)} were given")
+        return named | kwargs
+
+    @property
+    def _called(self) -> str:
+        return f"{unsharded_class(self.module).__name__}.forward()"
+
+    @property
+    def patched(self) -> str | None:
+        """That the forward of the module's class is another one since."""
+        return None if self._was_patched else is_patched(self.module)
 
     def asks(self, given: dict[str, Any], name: str) -> bool:
         """Whether an output is asked for: by the call's argument of this name or, without it, by the model's config."""

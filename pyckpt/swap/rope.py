@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyckpt.spec import BlockSpec, canonical_rope_scaling
@@ -31,6 +32,35 @@ class MovingRope:
         if self._seen is None or self._seen[0] is not frequencies or self._seen[1] != version:
             self._seen = frequencies, version, given(self._rotary[0], self._prefix)
         return dataclasses.replace(spec, rope_scaling=canonical_rope_scaling(self._seen[2], spec.rope_theta))
+
+
+class Frequencies:
+    """Those of a model's rotary embedding, which may be `None`, as they were when the model was swapped."""
+
+    def __init__(self, rotary: Any) -> None:
+        buffers = {} if rotary is None else dict(rotary.named_buffers(recurse=False))
+        # Not "original_inv_freq", which stands beside them.
+        names = [n for n in buffers if n.endswith("inv_freq") and "original" not in n and not buffers[n].is_meta]
+        self._then = {n: buffers[n].double().tolist() for n in names}
+        self._scales = {
+            n: getattr(rotary, n, None) for n in (m.replace("inv_freq", "attention_scaling") for m in names)
+        }
+        self._seen: dict[str, Tensor] = {}
+
+    def differ(self, rotary: Any) -> bool:
+        """They are others now, but for a rounding to the dtype that they have been brought to since."""
+        if any(getattr(rotary, n, None) != scale for n, scale in self._scales.items()):
+            return True
+        return any(self._differs(n, getattr(rotary, n, None), then) for n, then in self._then.items())
+
+    def _differs(self, name: str, now: Tensor | None, then: list[float]) -> bool:
+        if now is None or now.shape != (len(then),):
+            return True
+        if self._seen.get(name) is not now:  # whose values a GPU has to be waited for; DDP writes them at each call
+            if now.double().tolist() != torch.tensor(then, dtype=torch.float64, device="cpu").to(now.dtype).tolist():
+                return True
+            self._seen[name] = now
+        return False
 
 
 def given(rotary: Any, prefix: str) -> dict[str, Any]:

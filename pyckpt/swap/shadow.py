@@ -57,9 +57,13 @@ def twin_of(
 
 @contextlib.contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """All modules inside in one mode, and afterwards each in its own."""
+    """All modules inside in one mode, and afterwards each in its own.
+
+    Not by their `train`, which may do more: some adapters merge their weights there.
+    """
     before = {m: m.training for m in module.modules()}
-    module.train(training)
+    for m in before:
+        m.training = training
     try:
         yield
     finally:
@@ -69,11 +73,13 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(module: nn.Module) -> Iterator[list[str]]:
-    """Afterwards all modules inside have the attributes and the buffers that they had.
+    """Afterwards all modules inside have the parameters, the attributes and the buffers that they had.
 
-    The list that it gives is then that of the classes of those that had others.
+    The list that it gives is then that of the classes of those that had other attributes or buffers. Other parameters
+    are what `torch.func.functional_call` leaves in a module that stands in two places.
     """
     attributes = {m: dict(m.__dict__) for m in module.modules()}
+    parameters = {m: dict(m._parameters) for m in attributes}
     buffers = [(m, b, b.detach().clone()) for m in module.modules() for b in m._buffers.values() if b is not None]
     changed: list[str] = []
     try:
@@ -84,6 +90,8 @@ def untouched(module: nn.Module) -> Iterator[list[str]]:
                 changed.append(type(m).__name__)
                 m.__dict__.clear()
                 m.__dict__.update(was)
+        for m, had in parameters.items():
+            m._parameters.update(had)
         for m, buffer, value in buffers:
             if not torch.equal(buffer, value):
                 changed.append(type(m).__name__)
@@ -107,6 +115,12 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
             if not any(p.kind in _ANY for p in found):
                 break
     return tuple(names)
+
+
+def takes_more(module: nn.Module) -> bool:
+    """The module's own forward takes any number of arguments by their place."""
+    found = inspect.signature(unsharded_class(module).forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found)
 
 
 def attention_config(config: Any, implementation: str, **changes: Any) -> Any:

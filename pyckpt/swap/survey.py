@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.swap.attention import names_limit
 from pyckpt.swap.handing import HIDDEN, MASK, Arguments, Handing
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError, is_flattened
@@ -25,7 +26,6 @@ SEQ = 11
 _LONG = 1025  # of a call in which masks alone are looked at
 # Of the twin's windows, a different one for each option that may be one; they count the query's own key.
 _SMALL = (4, 5, 6, 7, 8, 9)
-_LIMITS, _NO_LIMITS = ("window", "chunk", "local"), ("layers", "pattern", "experts", "feed_forward")  # in their names
 _PADDING = ((0, SEQ - 3), (2, SEQ))  # where the tokens of each row begin and end
 _CUTS = (4, 7)  # where each row's second sequence begins
 
@@ -183,7 +183,7 @@ class Scene:
         self._in_a_row = True  # a layer is handed what the one before has returned, to which nobody has written
         limits = sorted(n for n, v in vars(model.config).items() if _is_limit(n, v))
         lists = [
-            n for n, v in vars(model.config).items() if _names_limit(n) and isinstance(v, (list, tuple, dict)) and v
+            n for n, v in vars(model.config).items() if names_limit(n) and isinstance(v, (list, tuple, dict)) and v
         ]
         inside = [n for n, v in vars(model.config).items() if hasattr(v, "_attn_implementation")]
         lists += [f"{n}.{m}" for n in inside for m, v in vars(getattr(model.config, n)).items() if _is_limit(m, v)]
@@ -339,11 +339,7 @@ def _moves(rope_type: Any) -> bool:
 
 
 def _is_limit(name: str, value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and _names_limit(name)
-
-
-def _names_limit(name: str) -> bool:
-    return any(w in name for w in _LIMITS) and not any(w in name for w in _NO_LIMITS)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and names_limit(name)
 
 
 def _same_mask(a: Tensor, b: Any) -> bool:

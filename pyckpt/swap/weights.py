@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyckpt.spec import BlockSpec, LowRank
 from pyckpt.swap import lora
-from pyckpt.swap.modules import UnsupportedError, lacks_parameters, watched, what_watches
+from pyckpt.swap.modules import UnsupportedError, is_patched, lacks_parameters, watched, what_watches
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.parameters import ATTENTION, parameter_shapes
 
@@ -118,7 +118,7 @@ class Mapping:
         return any(rate != getattr(self.spec, name) for name, rate in self._rates_now(layer))
 
     def _rates_now(self, layer: nn.Module) -> list[tuple[str, float]]:
-        return [(name, rate_at(layer, path)) for name, path in self.rates if name != "inside"]
+        return [(name, rate_now(layer, name, path)) for name, path in self.rates if name != "inside"]
 
     def _adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
         return [found for source in self.sources for found in source.adapters(layer)] if self.adapted else []
@@ -159,6 +159,8 @@ class Mapping:
                 return f"{path} is now a {now}, not the {then} {_ANEW}"
             if watched(module):
                 return f"{path} {what_watches(module)}{_advice(layer)}"
+            if not self.complete and (patched := is_patched(module)) is not None:
+                return patched
             if self.adapted and lora.is_adapted(module):
                 try:
                     lora.check(path, module)
@@ -207,6 +209,11 @@ class Mapping:
             return str(reason)
         if found.get("inside") or (self.why and found.get("dropout")):
             return "its dropout was switched on since it was swapped, where its block has none (unswap and swap again)"
+        if not (layer.training or self.why):  # a block has one mode, its own modules have theirs
+            on = next(
+                (path for name, path in self.rates if rate_at(layer, path) and _drops_at(layer, name, path)), None
+            )
+            return on and f"{on} is in training mode, and drops values, in a layer in eval mode"
         return None
 
 
@@ -229,11 +236,26 @@ def read_rates(layer: nn.Module, rates: tuple[tuple[str, str], ...]) -> dict[str
     """The rates of dropout now, by name. Raises `UnsupportedError` where two of one name differ."""
     found: dict[str, float] = {}
     for name, path in rates:
-        rate = rate_at(layer, path)
+        rate = rate_now(layer, name, path)
         if found.setdefault(name, rate) != rate:
             both = sorted((found[name], rate))
             raise UnsupportedError(f"dropout after attention and after the MLP differ: {both}")
     return found
+
+
+def rate_now(layer: nn.Module, name: str, path: str) -> float:
+    """Of a layer's dropout while it is in training mode: none where what drops is in eval mode then."""
+    rate = rate_at(layer, path)
+    return 0.0 if rate and layer.training and not _drops_at(layer, name, path) else rate
+
+
+def _drops_at(layer: nn.Module, name: str, path: str) -> bool:
+    """The mode of what drops: a torch.nn.Dropout, or what has the rate. Attention asks for its own in any case."""
+    around, _, last = path.rpartition(".")
+    holder = layer.get_submodule(around)
+    dropout = getattr(holder, last)
+    asked = dropout if isinstance(dropout, nn.Module) and name != "attention_dropout" else holder
+    return bool(asked.training)
 
 
 def rate_at(layer: nn.Module, path: str) -> float:
