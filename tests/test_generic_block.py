@@ -435,6 +435,38 @@ def test_a_module_that_both_parts_share(how, save):
     assert len(fired) == 1
 
 
+class OneProjection(nn.Module):
+    """Of q and k by one module, with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.k = self.q
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        return x + o
+
+
+@pytest.mark.parametrize("tile", [4, 64])
+def test_a_module_in_two_places_of_a_part(tile):
+    """It has its parameters afterwards, and the gradients of both places."""
+    block = pyckpt.CkptGenericBlock(OneProjection(), Sum(), 8, 2, tile=tile).double()
+    before, x = dict(block.named_parameters()), torch.randn(1, 6, 8, dtype=torch.float64)
+    q, k, v = (t.view(1, 6, 2, 4) for t in block.pre(x[0], torch.arange(6)))
+    want = torch.autograd.grad((x + pyckpt.attention(q, k, v).flatten(2)).square().sum(), [*before.values()])
+    for _ in range(2):
+        block(x).square().sum().backward()
+        after = dict(block.named_parameters())
+        assert after.keys() == before.keys() and all(after[n] is p for n, p in before.items())
+    for p, g in zip(before.values(), want, strict=True):
+        assert torch.allclose(p.grad, 2 * g, rtol=1e-10, atol=1e-10)
+
+
 class _Sums(nn.Module):
     """A post whose backward gives one tensor to two weights, and an expanded one to a third."""
 

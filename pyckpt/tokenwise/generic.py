@@ -83,6 +83,7 @@ class GenericTokenwise:
             self.pre_names = tuple(f"pre.{n}" for n, _ in pre.named_parameters())
             self.post_names = tuple(f"post.{n}" for n, _ in post.named_parameters())
             self._shared = _shared(pre, post)
+        self._pre_twice, self._post_twice = _in_two_places(pre), _in_two_places(post)
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
         found = {n: t.detach() if t.requires_grad else t for n, t in w.items()}
@@ -227,12 +228,29 @@ class GenericTokenwise:
         )
 
     def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with self._precision, in_place():
+        with self._precision, in_place(), _put_back(self._pre_twice):
             return functional_call(self._pre, _strip(w, "pre."), (x, positions))
 
     def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
-        with self._precision, in_place():
+        with self._precision, in_place(), _put_back(self._post_twice):
             return functional_call(self._post, _strip(w, "post."), (x, o))
+
+
+def _in_two_places(part: nn.Module) -> list[nn.Module]:
+    """Modules with parameters that are children of several, or of one by two names."""
+    places = collections.Counter(m for _, m in part.named_modules(remove_duplicate=False))
+    return [m for m, count in places.items() if count > 1 and m._parameters]
+
+
+@contextlib.contextmanager
+def _put_back(modules: list[nn.Module]) -> Iterator[None]:
+    """Into modules in two places: `functional_call` leaves there what it put in for the first when it has the second."""
+    had = [(m, dict(m._parameters)) for m in modules]
+    try:
+        yield
+    finally:
+        for m, parameters in had:
+            m._parameters.update(parameters)
 
 
 def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) -> torch.autocast:
