@@ -244,7 +244,7 @@ def _in_two_places(part: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def _put_back(modules: list[nn.Module]) -> Iterator[None]:
-    """Into modules in two places: `functional_call` leaves there what it put in for the first when it has the second."""
+    """Into modules in two places, which `functional_call` leaves with what it had put in by their first name."""
     had = [(m, dict(m._parameters)) for m in modules]
     try:
         yield
