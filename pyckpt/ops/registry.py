@@ -63,7 +63,8 @@ def _has_matrix_units() -> bool:
     """
     if torch.version.hip or not torch.cuda.is_available():
         return True
-    return any(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return not found or max(found) >= (8, 0)
 
 
 def _runs_on(backend: str, device_type: str) -> bool:

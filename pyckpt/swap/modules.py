@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyckpt.exec import gathering
@@ -20,9 +21,19 @@ class UnsupportedCallError(UnsupportedError):
     """This call asks for something that swapped layers do not compute; their own forwards do."""
 
 
+_OWN = ("torch.nn.modules.", "transformers.")
+# Dynamo before that is not known to follow what classes and registries are asked here, and would break a graph.
+_FOLLOWED = torch.__version__ >= "2.13"  # a TorchVersion compares as versions do
+
+
+def can_ask() -> bool:
+    """Whether classes and registries can be looked at now: by any version of PyTorch where nothing compiles."""
+    return _FOLLOWED or not torch.compiler.is_compiling()
+
+
 def is_known(kind: type) -> bool:
     """A class of PyTorch or transformers themselves: adapters have classes of the same names."""
-    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
+    return kind.__module__.startswith(_OWN)
 
 
 def replaced_forward(module: nn.Module) -> bool:
@@ -33,12 +44,13 @@ def replaced_forward(module: nn.Module) -> bool:
 
 def is_own_forward(kind: type[Any]) -> bool:
     """The class's forward is one of PyTorch's or transformers' own. Decorators keep the module of what they wrap."""
-    return kind.forward.__module__.startswith(("torch.nn.modules.", "transformers."))
+    return str(kind.forward.__module__).startswith(_OWN)  # a class that exec() made has None
 
 
 def is_patched(module: nn.Module) -> str | None:
     """That somebody has put another forward into the module's class, where that is known."""
-    if is_own_forward(type(module)) or not replaced_forward(module):  # the first is quick, and nearly always true
+    # The second is quick, and nearly always true.
+    if not can_ask() or is_own_forward(type(module)) or not replaced_forward(module):
         return None
     return f"the forward of {type(module).__name__} is not the one that its class was made with"
 
