@@ -14,7 +14,7 @@ from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
 from pyckpt.swap import again, attention, masks
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, can_ask, gathers, watched, wraps
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched, wraps
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.rope import Frequencies
 from pyckpt.swap.survey import packs_by_itself
@@ -251,8 +251,6 @@ class SwappedDecoder(Replaced):
 
     def _check_attention(self) -> None:
         """Raise `UnsupportedCallError` where the config has attention computed otherwise than when it was swapped."""
-        if not can_ask():
-            return
         other = attention.other(self.module.config)
         if other is not None:
             raise UnsupportedCallError(other)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pyckpt.exec import gathering
@@ -22,13 +21,6 @@ class UnsupportedCallError(UnsupportedError):
 
 
 _OWN = ("torch.nn.modules.", "transformers.")
-# Dynamo before that is not known to follow what classes and registries are asked here, and would break a graph.
-_FOLLOWED = torch.__version__ >= "2.13"  # a TorchVersion compares as versions do
-
-
-def can_ask() -> bool:
-    """Whether classes and registries can be looked at now: by any version of PyTorch where nothing compiles."""
-    return _FOLLOWED or not torch.compiler.is_compiling()
 
 
 def is_known(kind: type) -> bool:
@@ -49,8 +41,7 @@ def is_own_forward(kind: type[Any]) -> bool:
 
 def is_patched(module: nn.Module) -> str | None:
     """That somebody has put another forward into the module's class, where that is known."""
-    # The second is quick, and nearly always true.
-    if not can_ask() or is_own_forward(type(module)) or not replaced_forward(module):
+    if is_own_forward(type(module)) or not replaced_forward(module):  # the first is quick, and nearly always true
         return None
     return f"the forward of {type(module).__name__} is not the one that its class was made with"
 
