@@ -184,7 +184,7 @@ def delta(do: Tensor, o: Tensor, dlse: Tensor | None = None) -> Tensor:
             DLSE=dlse is not None,
             BLOCK_M=rows,
             BLOCK_DV=block,
-            RAGGED_DV=_ragged(dim, block, _starts_at_16(do, o)),
+            RAGGED_DV=_ragged(dim, block, (do, o)),
             num_warps=4,
         )
     return out
@@ -363,7 +363,7 @@ class _Problem:
             "SOFTCAP": options.softcap != 0.0,
             "ALIBI": options.alibi_slopes is not None,
             "DROPOUT": options.dropout > 0.0,
-            **blocks(head_dim, value_dim, _starts_at_16(q, k, v, *others)),
+            **blocks(head_dim, value_dim, (q, k, v, *others)),
         }
         return _Problem(
             arch=tuning.architecture(q.device),
@@ -447,21 +447,21 @@ class _Problem:
         return Key(self.arch, op, self.shared["BLOCK_D"], self.shared["BLOCK_DV"], dtype, self.mask, score, loads)
 
 
-def blocks(head_dim: int, value_dim: int, aligned: bool) -> dict[str, Any]:
+def blocks(head_dim: int, value_dim: int, rows: tuple[Tensor, ...]) -> dict[str, Any]:
     """The padded dims and whether they are padded: a kernel's tile has a power of two of columns, at least 16."""
     d, dv = (max(16, next_power_of_2(n)) for n in (head_dim, value_dim))
-    ragged = (_ragged(head_dim, d, aligned), _ragged(value_dim, dv, aligned))
+    ragged = (_ragged(head_dim, d, rows), _ragged(value_dim, dv, rows))
     return {"BLOCK_D": d, "BLOCK_DV": dv, "RAGGED_D": ragged[0], "RAGGED_DV": ragged[1]}
 
 
-def _ragged(dim: int, padded: int, aligned: bool) -> int:
-    """Whether a tile has columns too many; `EIGHTS` where rows are `aligned` and Triton could not see it."""
-    return EIGHTS.value if aligned and dim % 16 == 8 else dim != padded
+def _ragged(dim: int, padded: int, rows: tuple[Tensor, ...]) -> int:
+    """Whether a tile has columns too many; `EIGHTS` where these rows are aligned and Triton could not see it."""
+    return EIGHTS.value if dim % 16 == 8 and all(map(_starts_at_16, rows)) else dim != padded
 
 
-def _starts_at_16(*tensors: Tensor) -> bool:
+def _starts_at_16(t: Tensor) -> bool:
     """Whether each row of each head is at a multiple of 16 bytes."""
-    return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1]) for t in tensors)
+    return t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
 
 
 def _limits(window: tuple[int, int], sq: int, sk: int, offset: int, packed: bool) -> tuple[int, int]:

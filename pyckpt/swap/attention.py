@@ -10,8 +10,10 @@ from torch.nn import functional as F
 # In the names of options that may be limits to what a token sees, and what is in those of others.
 _LIMITS, _NO_LIMITS = ("window", "chunk", "local"), ("layers", "pattern", "experts", "feed_forward")
 # Modules of transformers whose attention functions compute the same; "eager" is in each model's own.
-_SAME = frozenset(f"transformers.integrations.{n}_attention" for n in ("sdpa", "flash", "flex"))
-_PAGED = frozenset(f"transformers.integrations.{n}_paged" for n in ("sdpa", "flash", "eager"))
+_SAME = frozenset(
+    f"transformers.integrations.{n}"
+    for n in ("sdpa_attention", "flash_attention", "flex_attention", "sdpa_paged", "flash_paged", "eager_paged")
+)
 
 
 def names_limit(name: str) -> bool:
@@ -38,7 +40,7 @@ def other(config: Any) -> str | None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     function, mask = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
-    if function is not None and _module(function) not in _SAME | _PAGED:
+    if function is not None and _module(function) not in _SAME:
         return f"its attention function {name!r} is of {_module(function)}, and may compute anything"
     if mask is not None and _module(mask) != "transformers.masking_utils":
         return f"the masks of its attention function {name!r} are made by {_module(mask)}, and may be any"

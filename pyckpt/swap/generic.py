@@ -58,7 +58,10 @@ def check_unwatched(layer: nn.Module) -> None:
 
 
 def _draws(module: nn.Module) -> bool:
-    """Of PEFT: LoHa and LoKr draw in every call, BOFT where it drops blocks, and none of them by `nn.Dropout`."""
+    """Of PEFT: LoHa and LoKr draw in every call, BOFT where it drops blocks, and none of them by `nn.Dropout`.
+
+    Known by name, since a trial (`probe.check_steady`) needs weights, and can't tell these from what has a seed.
+    """
     names = {kind.__name__ for kind in type(module).__mro__}
     return "LycorisLayer" in names or ("MultiplicativeDropoutLayer" in names and bool(getattr(module, "p", 0.0)))
 

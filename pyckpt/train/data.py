@@ -98,13 +98,13 @@ def load_corpus(
     name, texts, notes = _stdlib_texts() if path is None else _texts_at(Path(path), out)
     if not any(text.strip() for _, text in texts):
         raise ValueError(f"{name} holds no text: every file is empty. Give a file or folder with text in it.")
-    train, validation = _split_for(seq_len, texts, encoder)
+    train, validation, held_out = _split_for(seq_len, texts, encoder)
     corpus = Corpus(
         name=name,
         files=len(texts),
         total_bytes=sum(len(text) for _, text in texts),
         train=encoder.encode(train),
-        validation=encoder.encode(validation),
+        validation=held_out,
         validation_bytes=len(_SEPARATOR.join(text for _, text in validation)),
         vocab_size=encoder.vocab_size,
         prompt="def " if path is None else "\n",
@@ -123,15 +123,16 @@ def load_corpus(
 
 def _split_for(
     seq_len: int, texts: list[tuple[str, bytes]], encoder: _Encoder
-) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
-    """`split` such that the validation part holds a sequence, where a quarter of the text does."""
+) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]], Tensor]:
+    """`split` such that the validation part holds a sequence, where a quarter of the text does; and its tokens."""
     most = sum(len(text) for _, text in texts) // 4
     train, validation = split(texts, least=min(seq_len * 2, most))
-    tokens = 0 if encoder.tokenizer is None else len(encoder.encode(validation))
-    if not 0 < tokens < seq_len:
-        return train, validation
-    per_token = sum(len(text) for _, text in validation) / tokens
-    return split(texts, least=min(math.ceil(seq_len * 2 * per_token), most))
+    tokens = encoder.encode(validation)
+    if encoder.tokenizer is None or not 0 < len(tokens) < seq_len:
+        return train, validation, tokens
+    per_token = sum(len(text) for _, text in validation) / len(tokens)
+    train, validation = split(texts, least=min(math.ceil(seq_len * 2 * per_token), most))
+    return train, validation, encoder.encode(validation)
 
 
 def split(texts: list[tuple[str, bytes]], least: int = 0) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
