@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from helpers import a_few
+from torch import Tensor
 
 import pyckpt
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.ops import chunks
 from pyckpt.save import bytes_per_token, save_set
 from pyckpt.spec import BlockSpec
+from pyckpt.tokenwise.standard import StandardTokenwise
 
 # Sizes at which a tile's scratch is small beside the sequence, and float32 lse is 1% of the smallest save set.
 TILE = 64
@@ -222,3 +227,30 @@ def test_the_loss_does_not_hold_the_logits():
             model.loss(ids).backward()
         peaks.append(m.peak_bytes)
     assert (peaks[1] - peaks[0]) / 4096 < vocab * 4 / 4, "a quarter of one row of logits for each token is too much"
+
+
+def test_cast_weights_of_the_mlp_are_gone_before_attentions_gradients(monkeypatch):
+    """Under autocast, as what is made of packed ones: of one block of a segment at a time, and none outlives it."""
+    made: list[dict[str, Any]] = []
+    alive: list[set[str]] = []
+    cast, backward = StandardTokenwise.cast, DenseAttend.backward
+
+    def noted(self: Any, w: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        assert not any(ref() is not None for refs in made for ref in refs.values())
+        found = cast(self, w, dtype)
+        made.append({n: weakref.ref(t) for n, t in found.items() if t.dtype == dtype})
+        return found
+
+    def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        alive.append({n for n, ref in made[-1].items() if ref() is not None})
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(StandardTokenwise, "cast", noted)
+    monkeypatch.setattr(DenseAttend, "backward", seen)
+    stack = pyckpt.CkptTransformer([pyckpt.CkptTransformerBlock(32, 2, d_ff=48) for _ in range(3)], segments=2)
+    x = torch.randn(1, 20, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = stack(x)
+    y.sum().backward()
+    assert len(made) == 3 + 1 + 3  # ahead; again, of the one segment's first block; back
+    assert alive == [{f"self_attn.{n}_proj.weight" for n in "qkv"}] * 3

@@ -6,6 +6,7 @@ Weights are explicit inputs and their gradients are returned once, so the hooks 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from pyckpt import errors
 from pyckpt.attend.dense import Layout
 from pyckpt.exec.offload import Parcel, keep
-from pyckpt.exec.resident import BlockPlan, Inputs, Kept, run_backward, run_forward
+from pyckpt.exec.resident import BlockPlan, Cast, Inputs, Kept, run_backward, run_forward
 from pyckpt.save import Save
 
 NO_SEED = -1  # in a tensor of seeds, of a block that drops nothing
@@ -30,12 +31,13 @@ class Run:
     dtype: torch.dtype
     placed: Save | None = None
 
-    def split(self, weights: tuple[Tensor, ...]) -> list[dict[str, Tensor]]:
-        """Flat weights, in order, to one dict a block, in the dtype that the products take."""
-        out, i = [], 0
+    def split(self, weights: tuple[Tensor, ...]) -> list[Cast]:
+        """Flat weights, in order, by block, to be had in the dtype that the products take while a block runs."""
+        out: list[Cast] = []
+        i = 0
         for plan, names in zip(self.plans, self.names, strict=True):
             part = dict(zip(names, weights[i : i + len(names)], strict=True))
-            out.append(plan.tokenwise.cast(part, self.dtype))
+            out.append(functools.partial(plan.tokenwise.cast, part, self.dtype))
             i += len(names)
         return out
 

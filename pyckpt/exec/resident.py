@@ -9,7 +9,7 @@ made; or do, the scratch of a tile and the float32 gradients of the MLP's weight
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from pyckpt.tokenwise.interface import Tile, Tokenwise, Weights
 from pyckpt.tokenwise.workspace import Workspace
 
 Kept = dict[str, Tensor]
+Cast = Callable[[], dict[str, Tensor]]
+"""Makes a block's weights as its products take them, for as long as it runs."""
 NOTHING = SaveSet("nothing")
 POST_NAMES = ("mid", "gate", "up", "down")
 
@@ -124,9 +126,12 @@ def block_forward(plan: BlockPlan, w: Weights, inp: Inputs, keeping: bool) -> tu
 
 
 def block_backward(
-    plan: BlockPlan, w: Weights, inp: Inputs, kept: Kept, dy: Tensor, wanted: Collection[str], need_dx: bool
+    plan: BlockPlan, w: dict[str, Tensor], inp: Inputs, kept: Kept, dy: Tensor, wanted: Collection[str], need_dx: bool
 ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
-    """dx (T, d_model), None unless `need_dx`, and the gradients of the weights in `wanted`."""
+    """dx (T, d_model), None unless `need_dx`, and the gradients of the weights in `wanted`.
+
+    Weights that are of no use any more are taken out of `w`: they may have been cast for this call.
+    """
     ws = Workspace(inp.x.device)
     grads = WeightGradients(wanted, count(inp.layout.tokens, plan.tile))
     need_pre = need_dx or any(n in plan.pre_names for n in wanted)
@@ -143,6 +148,8 @@ def block_backward(
     # in half precision. In Llama-8B's block, at 32K tokens in bf16, they were 1.0 of the 2.2 GiB of the peak.
     ws.clear()
     made = {n: grads.result(n, w[n]) for n in wanted if n not in later}
+    for n in w.keys() - later:
+        del w[n]
     if do is not None:
         q, k, v = qkv or _attention_inputs(plan, w, inp, kept, need_dx, grads, ws)
         del qkv
@@ -201,20 +208,20 @@ def _attention_inputs(
 
 
 def run_forward(
-    plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, seeds: Sequence[int | None], keeping: bool
+    plans: list[BlockPlan], weights: Sequence[Cast], inp: Inputs, seeds: Sequence[int | None], keeping: bool
 ) -> tuple[Tensor, Kept]:
     """The output of consecutive blocks. A single block keeps its save set; a run of several keeps its input alone."""
     if len(plans) == 1:
-        return block_forward(plans[0], weights[0], inp.of_block(inp.x, seeds[0]), keeping)
+        return block_forward(plans[0], weights[0](), inp.of_block(inp.x, seeds[0]), keeping)
     x = inp.x
-    for plan, w, seed in zip(plans, weights, seeds, strict=True):
-        x = block_forward(plan, w, inp.of_block(x, seed), keeping=False)[0]
+    for plan, cast, seed in zip(plans, weights, seeds, strict=True):
+        x = block_forward(plan, cast(), inp.of_block(x, seed), keeping=False)[0]
     return x, {}
 
 
 def run_backward(
     plans: list[BlockPlan],
-    weights: Sequence[Weights],
+    weights: Sequence[Cast],
     inp: Inputs,
     seeds: Sequence[int | None],
     kept: Kept,
@@ -232,17 +239,17 @@ def run_backward(
             results.append({})
             continue
         stage_inp, stage_kept = stages.pop()
-        dx, grads = block_backward(plans[i], weights[i], stage_inp, stage_kept, dx, wanted[i], need_dx or i > first)
+        dx, grads = block_backward(plans[i], weights[i](), stage_inp, stage_kept, dx, wanted[i], need_dx or i > first)
         results.append(grads)
     return dx if need_dx else None, results[::-1]
 
 
 def _replay(
-    plans: list[BlockPlan], weights: Sequence[Weights], inp: Inputs, seeds: Sequence[int | None], kept: Kept
+    plans: list[BlockPlan], weights: Sequence[Cast], inp: Inputs, seeds: Sequence[int | None], kept: Kept
 ) -> Iterator[tuple[Inputs, Kept]]:
     x = inp.x
-    for plan, w, seed in zip(plans[:-1], weights[:-1], seeds[:-1], strict=True):
+    for plan, cast, seed in zip(plans[:-1], weights[:-1], seeds[:-1], strict=True):
         stage = inp.of_block(x, seed)
-        x, stage_kept = block_forward(plan, w, stage, keeping=True)
+        x, stage_kept = block_forward(plan, cast(), stage, keeping=True)
         yield stage, stage_kept
     yield inp.of_block(x, seeds[-1]), kept
