@@ -663,6 +663,19 @@ def test_scales_that_are_not_one_option_of_the_config_are_not_guessed(kind, opti
     assert left.name == "(model)" and "not those of its output embeddings alone" in left.why
 
 
+class Wordless(LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return transformers.modeling_outputs.BaseModelOutput(
+            self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        )
+
+
+def test_a_head_whose_output_has_no_logits_keeps_its_own_loss():
+    """As the text-to-unit model of SeamlessM4T v2."""
+    (left,) = pyckpt.swap(by_config(Wordless, (1.0, 1.0, None))).left
+    assert left.name == "(model)" and "not those of its output embeddings alone" in left.why
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_scales_are_found_in_every_dtype(dtype):
     for options in OPTIONS.values():

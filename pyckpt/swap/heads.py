@@ -144,8 +144,9 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
     if not known:
         raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
     product = model.get_output_embeddings()(hidden)
-    scaling = next((s for s in scalings if _close(made.logits, s.of(product, model.config), hidden.dtype)), None)
-    if scaling is None or not _close(made.loss, _loss(made.logits, labels), torch.float32):
+    loss, logits = made.get("loss"), made.get("logits")  # an output of another kind has neither
+    scaling = next((s for s in scalings if _close(logits, s.of(product, model.config), hidden.dtype)), None)
+    if scaling is None or not _close(loss, _loss(logits, labels), torch.float32):
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
     more = sorted({n for n, value in made.items() if value is not None} - {"loss", "logits"})
     if more:
