@@ -29,7 +29,7 @@ SETUP_FILES := pyproject.toml setup.py constraints.txt pyckpt/_version.py csrc/b
 help:
 	@echo "make demo     train a small model on text, then compare memory and time (4 minutes with the set-up)"
 	@echo "make test     run the tests, but for the slow ones; those: make test ARGS='-m slow'"
-	@echo "make tools    install TRL and DeepSpeed too, and run the tests with them (3 minutes)"
+	@echo "make tools    install TRL, DeepSpeed and bitsandbytes too, and run the tests with them (3 minutes)"
 	@echo "make lint     ruff and mypy"
 	@echo "make aot      compile the Triton kernels for GPUs that are not here; registers, spills, shared memory"
 	@echo "make cuda     build the CUDA C++ extension in place, with nvcc (3 minutes; no GPU needed)"
@@ -66,14 +66,14 @@ test: $(READY)
 # What tests alone need, and takes longer to install than all else. DeepSpeed's set-up imports PyTorch, of which it would
 # else be given another one.
 $(TOOLS): $(READY) constraints.txt
-	@echo "Installing TRL and DeepSpeed."
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation trl deepspeed
+	@echo "Installing TRL, DeepSpeed and bitsandbytes."
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation trl deepspeed bitsandbytes
 	@touch $@
 
 tools: $(TOOLS)
-	@echo "Running the tests with TRL and DeepSpeed."
+	@echo "Running the tests with TRL, DeepSpeed and bitsandbytes."
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
-		tests/test_swap_tools.py tests/test_swap_deepspeed.py tests/test_docs.py $(ARGS)
+		tests/test_swap_tools.py tests/test_swap_deepspeed.py tests/test_swap_quantized.py tests/test_docs.py $(ARGS)
 
 lint: $(READY)
 	@echo "ruff check";  $(BIN)/ruff check .

@@ -103,6 +103,10 @@ class CheckpointedBlock(nn.Module):
         """The block's parameters by name, checked to be those that its executor knows."""
         raise NotImplementedError
 
+    def matrices(self) -> dict[str, Tensor]:
+        """The same, with something of the size of the matrix in the place of a weight that is stored otherwise."""
+        return self.weights()
+
     def like_weights(self) -> Tensor:
         """An empty tensor of the dtype and device of its weights, of a matrix where there is one."""
         weights = list(self.weights().values())

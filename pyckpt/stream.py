@@ -97,7 +97,7 @@ class Stream:
         x, looked_up = parts.residual()
         stack = _stack(parts.blocks, parts.segments, layout, None, x, looked_up, self, seeded=False)
         works = [
-            work_of(plan, block.weights(), layout, block.experts_per_token)
+            work_of(plan, block.matrices(), layout, block.experts_per_token)
             for plan, block in zip(stack.plans, parts.blocks, strict=True)
         ]
         return estimate(stack, self.store, works, parts.trained_ends, parts.vocab)

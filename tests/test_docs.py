@@ -35,12 +35,16 @@ def names_of(snippet: str, folder: Path) -> dict[str, Any]:
     for tool in re.findall(r"^(?:import|from) (peft|trl|deepspeed|accelerate)", snippet, flags=re.MULTILINE):
         if importlib.util.find_spec(tool) is None:
             pytest.skip(f"needs {tool}")
+    if "BitsAndBytes" in snippet and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
     model = make_model("Llama", attn_implementation="sdpa")
     ids = torch.randint(1, VOCAB, (2, 19))
     rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
     found = {"model": model, "ids": ids, "batches": [ids] * 4, "data": rows, "folder": folder}
     found["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
     options = {"max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    if "from_pretrained(folder" in snippet:
+        model.save_pretrained(folder)
     if "trl" in snippet:
         import datasets
         import trl

@@ -63,6 +63,18 @@ def test_adapters(kind):
     assert as_before(model, make_batch("padded"))[0].path == expected
 
 
+@pytest.mark.parametrize("family", ["DeepseekV3", "Mixtral"])
+def test_adapters_of_parameters(family):
+    """Which PEFT parametrizes for each call, and puts back as what they were then; a trial leaves nothing of that."""
+    model = make_adapted(
+        make_model(family), target_modules="all-linear", target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    kinds = [type(m) for m in model.modules()]
+    entries = as_before(model, make_batch("padded"))
+    assert {e.path for e in entries[:2]} == {"generic"}
+    assert [type(m) for m in model.modules()] == kinds
+
+
 @pytest.mark.parametrize(
     ("family", "options", "path"),
     [("Llama", {}, "generic"), ("Llama", {"use_dora": True}, "generic"), ("GPT2", {}, "standard")],

@@ -11,7 +11,7 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
-from pyckpt.swap import encoder, families, own, whole
+from pyckpt.swap import encoder, families, own, quantized, whole
 from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
@@ -70,6 +70,18 @@ def swap(
         raise ValueError(f"loss must be True, False, 'always' or 'recompute', got {loss!r}")
     if any(True for _ in replaced_in(model)):
         raise ValueError("the model is swapped already; call pyckpt.unswap(model) first to swap it with other options")
+    with quantized.never_packed(model):
+        return _swap(model, save, segments, stream, tile, loss)
+
+
+def _swap(
+    model: nn.Module,
+    save: str | Save,
+    segments: int | str | None,
+    stream: Stream | None,
+    tile: int | None,
+    loss: bool | str,
+) -> Report:
     entries: list[Entry] = []
     made: list[Replaced] = []
     for name, module in model.named_modules():
@@ -120,6 +132,7 @@ def unswap(model: nn.Module) -> None:
             )
     for _, replaced in found:
         replaced.remove()
+    quantized.may_be_packed(model)
 
 
 def _decoder_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -275,7 +288,9 @@ def _apart(segments: int | str | None, stream: Stream | None) -> str:
 
 def _entry(name: str, kind: str, mapping: Mapping, save: str | Save, note: str = "") -> Entry:
     """Of a layer that is swapped."""
-    standard = "as a standard block" + (" with LoRA adapters" if mapping.adapted else "")
+    kinds = {"LoRA adapters": mapping.adapted, "weights of 4 bits": mapping.quantized}
+    beside = " and ".join(kind for kind, found in kinds.items() if found)
+    standard = "as a standard block" + (f" with {beside}" if beside else "")
     why = f"its own modules, tile by tile: {mapping.why}" if mapping.why else standard
     return Entry(name, kind, GENERIC if mapping.why else STANDARD, f"{why}; save={save!r}{note}")
 

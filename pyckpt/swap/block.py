@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.save import Save
 from pyckpt.swap.weights import Mapping, drops
+from pyckpt.tokenwise.standard import StandardTokenwise
 
 
 class MappedBlock(CheckpointedBlock):
@@ -22,8 +25,8 @@ class MappedBlock(CheckpointedBlock):
         self._layer = (layer,)  # in a tuple: a submodule would be found twice in the model
 
     @property
-    def spec_text(self) -> str:
-        return self.mapping.text_now(self._layer[0])
+    def spec_text(self) -> str | None:
+        return None if self.mapping.quantized else self.mapping.text_now(self._layer[0])
 
     @property
     def drops(self) -> bool:
@@ -31,11 +34,25 @@ class MappedBlock(CheckpointedBlock):
         return (layer.training or self.mapping.adapted) and drops(self.mapping.text_now(layer))
 
     def mixes_dtypes(self, name: str) -> bool:
-        return ".lora_" in name
+        return ".lora_" in name or (self.mapping.quantized and "norm" not in name)
+
+    def matrices(self) -> dict[str, Tensor]:
+        return self.weights() | self.mapping.matrices(self._layer[0])
+
+    def like_weights(self) -> Tensor:
+        if not self.mapping.quantized:
+            return super().like_weights()
+        # As what goes through the norms, which nobody quantizes.
+        found = next(w for n, w in self.weights().items() if "norm" in n)
+        return torch.empty(0, dtype=found.dtype, device=found.device)
 
     def weights(self) -> dict[str, Tensor]:
         return self.mapping.weights(self._layer[0])
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
         options = (tokens, x_dtype, dtype, device, self.tile_bytes)
-        return standard_plan(self.mapping.spec_now(self._layer[0]), self._save, self.tile, *options)
+        plan = standard_plan(self.mapping.spec_now(self._layer[0]), self._save, self.tile, *options)
+        packed = self.mapping.packed(self._layer[0], dtype)
+        if packed and isinstance(plan.tokenwise, StandardTokenwise):
+            return dataclasses.replace(plan, tokenwise=plan.tokenwise.with_packed(packed, dtype))
+        return plan

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt.spec import BlockSpec
-from pyckpt.swap import generic, lora
+from pyckpt.swap import generic, lora, quantized
 from pyckpt.swap.modules import UnsupportedError, has_plain_weight, is_known, is_patched, norm_eps
 from pyckpt.swap.rope import MOVING, MovingRope, given
 from pyckpt.swap.shadow import unsharded_class
@@ -106,7 +106,8 @@ def finish(
     inside = tuple(f"{path}." for path in adapted)
     kept = {f"{path}.base_layer" for path in adapted}
     kinds = tuple((n, type(m)) for n, m in modules.items() if n in kept or not n.startswith(inside))
-    mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted), rates=rates)
+    packed = any(map(quantized.is_quantized, modules.values()))
+    mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted), quantized=packed, rates=rates)
     mapping.check(layer)
     return mapping
 
@@ -186,6 +187,8 @@ def _check_module(source: Source, module: Any, eps: float) -> None:
         found = norm_eps(module)
         if found is None or found != eps:
             raise UnsupportedError(f"{source.path} is a {name} of eps {found}, expected a norm of eps {eps}")
+    elif quantized.is_quantized(module):
+        quantized.check(source.path, module)
     elif not _is_plain(type(module)):
         raise UnsupportedError(f"{source.path} is a {type(module).__module__}.{name}, not a plain linear layer")
     elif source.weight == "weight" and not has_plain_weight(module):

@@ -1,7 +1,8 @@
 """LoRA adapters (PEFT's) beside a layer's linear layers, read as they are at each call.
 
-Of `peft.tuners.lora.layer.Linear` this knows what is plain LoRA: low-rank products of linear layers without biases,
-several at once too, dropout, any scaling, merged or switched off. Variants (DoRA and others) are not a block's.
+Of `peft.tuners.lora.layer.Linear`, and of its like for weights of 4 bits, this knows what is plain LoRA: low-rank
+products of linear layers without biases, several at once too, dropout, any scaling, merged or switched off. Variants
+(DoRA and others) are not a block's.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from pyckpt.swap.modules import UnsupportedError, watched
 
-_CLASS = ("peft.tuners.lora.layer", "Linear")
+_CLASSES = (("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit"))
 
 
 def is_adapted(module: nn.Module) -> bool:
-    return (type(module).__module__, type(module).__name__) == _CLASS
+    return (type(module).__module__, type(module).__name__) in _CLASSES
 
 
 def inside(layer: nn.Module) -> dict[str, nn.Module]:

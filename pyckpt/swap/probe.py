@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from pyckpt.exec import node
 from pyckpt.precision import exact_products
 from pyckpt.spec import BlockSpec
-from pyckpt.swap import lora
+from pyckpt.swap import lora, quantized
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.generic import GenericMappedBlock, inner
 from pyckpt.swap.handing import MASK, Arguments
@@ -57,7 +57,7 @@ def traced_block(
     surveys.check_here(layer)
     device = next(layer.parameters()).device
     with untouched(layer) as changed, surveys.forked(device), _exact(device):
-        probe = _Probe(layer, handed, device)
+        probe = _Probe(quantized.plain(layer), handed, device)
         with untouched(probe.eager) as of_twins:
             trace = probe.trace(alike)
     if changed or of_twins:
@@ -384,12 +384,14 @@ def _rates(module: nn.Module, path: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def _stand_in(p: Tensor) -> Tensor:
-    """Random numbers for a parameter: matrices that keep the size of what they multiply, vectors around 1."""
+    """Random numbers for a parameter: matrices that keep the size of what they multiply, vectors around 1.
+
+    Parameters too: of a tensor that is none PEFT's `target_parameters`, which parametrize in a call, make a buffer.
+    """
     if not p.is_floating_point():
-        return p.detach()
+        return nn.Parameter(p.detach(), requires_grad=False)
     made = torch.randn(p.shape, device=p.device)
-    made = made * (p.shape[-1] * p.shape[-2]) ** -0.25 if p.dim() > 1 else 1.0 + 0.3 * made
-    return made.requires_grad_()
+    return nn.Parameter(made * (p.shape[-1] * p.shape[-2]) ** -0.25 if p.dim() > 1 else 1.0 + 0.3 * made)
 
 
 def _widened(t: Tensor) -> Tensor:

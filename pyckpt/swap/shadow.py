@@ -73,13 +73,17 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(module: nn.Module) -> Iterator[list[str]]:
-    """Afterwards all modules inside have the parameters, the attributes and the buffers that they had.
+    """Afterwards all modules inside have the classes, parameters, attributes, buffers and children that they had.
 
-    The list that it gives is then that of the classes of those that had other attributes or buffers. Other parameters
-    are what `torch.func.functional_call` leaves in a module that stands in two places.
+    The list that it gives is then that of the classes of those that had others, but for parameters: other ones are what
+    `torch.func.functional_call` leaves in a module that stands in two places, and what is parametrized in a call puts
+    them in again in another order.
     """
     attributes = {m: dict(m.__dict__) for m in module.modules()}
-    parameters = {m: dict(m._parameters) for m in attributes}
+    kinds = {m: m.__class__ for m in attributes}
+    inside: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = [
+        (m, held, dict(held)) for m in attributes for held in (m._parameters, m._buffers, m._modules)
+    ]
     buffers = [(m, b, b.detach().clone()) for m in module.modules() for b in m._buffers.values() if b is not None]
     changed: list[str] = []
     try:
@@ -90,8 +94,15 @@ def untouched(module: nn.Module) -> Iterator[list[str]]:
                 changed.append(type(m).__name__)
                 m.__dict__.clear()
                 m.__dict__.update(was)
-        for m, had in parameters.items():
-            m._parameters.update(had)
+        for m, kind in kinds.items():
+            if m.__class__ is not kind:  # parametrized, and left so by an error
+                changed.append(kind.__name__)
+                m.__class__ = kind
+        for m, held, had in inside:
+            if held is not m._parameters and held.keys() != had.keys():
+                changed.append(type(m).__name__)
+            held.clear()
+            held.update(had)
         for m, buffer, value in buffers:
             if not torch.equal(buffer, value):
                 changed.append(type(m).__name__)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.spec import BlockSpec, LowRank
-from pyckpt.swap import lora
+from pyckpt.swap import lora, quantized
 from pyckpt.swap.modules import UnsupportedError, is_patched, lacks_parameters, watched, what_watches
 from pyckpt.swap.rope import MovingRope
+from pyckpt.tokenwise.packed import Packed
 from pyckpt.tokenwise.parameters import ATTENTION, parameter_shapes
 
 
@@ -36,12 +37,35 @@ class Source:
     def read(self, layer: nn.Module) -> dict[str, Tensor]:
         """The block's parameters by name, views of the layer's (copies with `heads`), differentiable."""
         module = layer.get_submodule(self.path)
+        packed = self._quantized(layer) is not None
         found: dict[str, Tensor] = {}
         for kind, name in (("weight", self.weight), ("bias", self.bias)):
             t = getattr(module, name, None)
             if t is not None:
-                found |= zip((f"{n}.{kind}" for n in self.names), self._parts(t), strict=True)
+                parts = (t,) * len(self.names) if packed and kind == "weight" else self._parts(t)
+                found |= zip((f"{n}.{kind}" for n in self.names), parts, strict=True)
         return found
+
+    def _quantized(self, layer: nn.Module) -> Any:
+        """The linear layer there, if its weight is quantized: `read` gives that as it is, once for each name."""
+        base = lora.base_of(layer.get_submodule(self.path))
+        return base if quantized.is_quantized(base) else None
+
+    def packed(self, layer: nn.Module, dtype: torch.dtype) -> list[Packed]:
+        """What makes matrices of such a weight, for an x of this dtype."""
+        base = self._quantized(layer)
+        if base is None:
+            return []
+        matrix = quantized.Matrix(base, dtype)
+        return [Packed(tuple(f"{n}.weight" for n in self.names), matrix.dtype, lambda t: self._split(matrix(t)))]
+
+    def matrices(self, layer: nn.Module) -> dict[str, Tensor]:
+        """What has the shapes of these matrices, on the meta device."""
+        base = self._quantized(layer)
+        if base is None:
+            return {}
+        parts = self._split(torch.empty(quantized.shape_of(base), device="meta"))
+        return {f"{n}.weight": t for n, t in zip(self.names, parts, strict=True)}
 
     def adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
         """What LoRA adds to them in this call, with its A and B."""
@@ -70,8 +94,9 @@ class Mapping:
     """A layer as a block: what it computes, and where its weights are.
 
     `sinks` is the name of the parameter that holds attention's, where it has any (on the generic path alone).
-    `adapted`: LoRA adapters stand beside some of its linear layers. `moving` says where RoPE's frequencies are to be
-    read at each call, where they depend on it. `rates`: where those of dropout are, by the spec's names of them;
+    `adapted`: LoRA adapters stand beside some of its linear layers; `quantized`: some of their weights are of 4 bits.
+    `moving` says where RoPE's frequencies are to be read at each call, where they depend on it. `rates`: where those of
+    dropout are, by the spec's names of them;
     "inside" is one that a block does not have, which has to stay 0. `text`: the spec as a string. `why` it is on the
     generic path, where it is. `kinds` are the classes of the modules that are read, by path: another class there means
     that the layer has changed. `complete`: they are all that run, so that another module beside them would not.
@@ -84,6 +109,7 @@ class Mapping:
     sinks: str | None = None
     moving: MovingRope | None = None
     adapted: bool = False
+    quantized: bool = False
     rates: tuple[tuple[str, str], ...] = ()
     complete: bool = False
     text: str = dataclasses.field(init=False, compare=False)
@@ -135,6 +161,15 @@ class Mapping:
         shapes = _shapes(self._text_with(adapters, layer))
         return {n: found[n] if n in found else like.new_zeros(s) for n, s in shapes}
 
+    def packed(self, layer: nn.Module, dtype: torch.dtype) -> tuple[Packed, ...]:
+        """What of the block's weights is to be made of quantized ones, for an x of this dtype."""
+        return tuple(p for source in self.sources for p in source.packed(layer, dtype)) if self.quantized else ()
+
+    def matrices(self, layer: nn.Module) -> dict[str, Tensor]:
+        """What has the shapes of the matrices that quantized weights stand for, by name, on the meta device."""
+        found = (source.matrices(layer) for source in self.sources if self.quantized)
+        return {n: t for of_source in found for n, t in of_source.items()}
+
     def check(self, layer: nn.Module) -> None:
         """Raise `UnsupportedError` where the layer's weights do not make up the spec's parameters."""
         shapes = parameter_shapes(self.spec)
@@ -144,7 +179,7 @@ class Mapping:
         missing = sorted(n for n in shapes if n not in found and not n.endswith(".bias"))
         if odd or missing:
             raise UnsupportedError(f"its parameters are not a block's: {', '.join(odd + missing)} too many or missing")
-        for name, t in found.items():
+        for name, t in (found | self.matrices(layer)).items():
             if t.shape != torch.Size(shapes[name]):
                 raise UnsupportedError(f"{name} has shape {tuple(t.shape)}, expected {shapes[name]}")
 
@@ -164,6 +199,11 @@ class Mapping:
             if self.adapted and lora.is_adapted(module):
                 try:
                     lora.check(path, module)
+                except UnsupportedError as reason:
+                    return str(reason)
+            if self.quantized and quantized.is_quantized(module):
+                try:
+                    quantized.check(path, module)
                 except UnsupportedError as reason:
                     return str(reason)
         if self.complete and (odd := self._change_beside(layer)) is not None:

@@ -264,7 +264,8 @@ def _strip(w: Weights, prefix: str) -> dict[str, Tensor]:
 
 
 def _leaf(t: Tensor, wanted: bool) -> Tensor:
-    return t.detach().requires_grad_(wanted)
+    # What needs no leaf goes in as it is: quantized weights of a class of their own have more about them than values.
+    return t.detach().requires_grad_(wanted) if wanted or t.requires_grad else t
 
 
 def _inner(t: Tensor) -> Tensor:

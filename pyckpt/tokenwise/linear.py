@@ -36,7 +36,11 @@ class Linear:
     ) -> None:
         """out = y, or residual + multiplier * y."""
         weight, bias = w[self.weight].t(), w.get(self.bias)
-        if residual is None:
+        if weight.dtype != x.dtype:
+            product = _product(x, weight, bias)
+            self._add_beside(w, tile, x, product, ws)
+            out.copy_(product) if residual is None else torch.add(residual, product, alpha=multiplier, out=out)
+        elif residual is None:
             if bias is None:
                 torch.mm(x, weight, out=out)
             else:
@@ -78,7 +82,18 @@ def input_gradient(
     w: Weights, tile: Tile, linears: Sequence[Linear], dys: Sequence[Tensor], out: Tensor, ws: Workspace
 ) -> None:
     """out = the sum over linear layers of dy W: the gradient of the x that they all read."""
-    sum_of_products(dys, [w[linear.weight] for linear in linears], out)
+    weights = [w[linear.weight] for linear in linears]
+    if any(weight.dtype != out.dtype for weight in weights):
+        shares = [_product(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
+        torch.sum(torch.stack(shares), 0, out=out)
+    else:
+        sum_of_products(dys, weights, out)
     for linear, dy in zip(linears, dys, strict=True):
         for product in linear.beside:
             product.add_input_gradient(w, tile, dy, out, ws)
+
+
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x matrix + bias in the matrix's dtype (that in which a quantized layer computes), then in x's."""
+    product = x.to(matrix.dtype) @ matrix
+    return (product if bias is None else product + bias.to(matrix.dtype)).to(x.dtype)

@@ -13,6 +13,8 @@ not, nothing needs its output, unless a norm reads it; nor in a parallel block i
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import input_gradient
 from pyckpt.tokenwise.mlp import DOWN
 from pyckpt.tokenwise.norm import with_offset
+from pyckpt.tokenwise.packed import Packed
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.workspace import Workspace
 
@@ -39,6 +42,7 @@ class StandardTokenwise:
     """
 
     by_autograd = False
+    _packed: tuple[Packed, ...] = ()
 
     def __init__(self, spec: BlockSpec, parts: fused.Fused = fused.NOTHING) -> None:
         self.spec, self.makes_delta = spec, "delta" in parts
@@ -59,7 +63,18 @@ class StandardTokenwise:
             self.mlp_end = fused.FusedBranch(*ends[1])
 
     def cast(self, w: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {n: self._norm_weight(n, t) if "norm" in n else t.to(dtype) for n, t in w.items()}
+        made = {n: t for packed in self._packed for n, t in packed.unpack(w).items()}
+        return made | {
+            n: self._norm_weight(n, t) if "norm" in n else t.to(dtype) for n, t in w.items() if n not in made
+        }
+
+    def with_packed(self, packed: tuple[Packed, ...], dtype: torch.dtype) -> StandardTokenwise:
+        """The same parts for weights of which these are packed, for products in `dtype` where theirs are not others."""
+        # What fuses a product takes all of its operands in one dtype.
+        whole = self if all(p.dtype == dtype for p in packed) else StandardTokenwise(self.spec)
+        made = copy.copy(whole)
+        made._packed = packed
+        return made
 
     def _norm_weight(self, name: str, t: Tensor) -> Tensor:
         return with_offset(t, self.spec.norm_offset) if name.endswith(".weight") else t
