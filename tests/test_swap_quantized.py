@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import needs_gloo
 from swap_models import (
     InFloat64,
     State,
@@ -20,6 +22,9 @@ from swap_models import (
     step,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import pyckpt
 from pyckpt.swap.block import MappedBlock
@@ -130,6 +135,37 @@ def test_every_save_set_gives_the_same_bits():
 @pytest.mark.parametrize("how", [{"segments": 2}, {"stream": pyckpt.Stream(tile=7, store="host")}], ids=["seg", "str"])
 def test_in_segments_and_streamed(how):
     assert_as_before(with_lora(quantized(make_model("Phi3"))), make_batch("packed"), tile=None, **how)
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("how", [{"tile": 10}, {"stream": pyckpt.Stream(tile=7, store="host")}], ids=["tiles", "str"])
+@pytest.mark.parametrize("first", ["swap", "shard"])
+def test_under_fsdp2(first, how, storage, group):
+    """A gathered weight is a tensor of no class of its own, and how it was quantized is known by its module alone."""
+    model = with_lora(quantized(make_model("Llama"), quant_storage=storage))
+    batch = make_batch("plain")
+    before = step(model, batch)
+    mesh = init_device_mesh("cpu", (1,))
+    if first == "swap":
+        pyckpt.swap(model, **how)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if first == "shard":
+        assert pyckpt.swap(model, **how).entries[0].path == "standard"
+    after = step(model, batch)
+    assert before.keys() == after.keys()
+    for name, t in after.items():
+        whole = t.full_tensor() if isinstance(t, DTensor) else t
+        torch.testing.assert_close(whole, before[name], rtol=1e-3, atol=1e-4 * float(before[name].abs().max()))
 
 
 def test_compiled_it_runs_uncompiled(monkeypatch):

@@ -29,10 +29,10 @@ def caches(given: dict[str, Any]) -> bool:
 def is_cache(name: str | None, value: Any) -> bool:
     """An argument of this name is a cache.
 
-    From transformers 5.24 on all are named "cache"; in a class of one's own anything may have that name, so what has it
-    is to know its length as well.
+    From transformers 5.24 on all are named "cache", but for FSMT's; in a class of one's own anything may have these
+    names, so what has one is to know its length as well.
     """
-    if name == "cache":
+    if name in ("cache", "layer_state"):
         return hasattr(value, "get_seq_length")
     return name in _CACHES and value is not None
 

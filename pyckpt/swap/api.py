@@ -54,7 +54,7 @@ def swap(
             the loss's memory, see `linear_cross_entropy`. False: the loss is left as it is.
 
     Returns a `Report`: each layer, the path it takes and why. Layers that cannot be cut at their attention run again as
-    a whole in the backward, where transformers says that they may; others are left as they are.
+    a whole in the backward; those with hooks inside are left as they are.
 
     Raises ValueError where nothing can be swapped, with the reasons, or where the model is swapped already; TypeError
     where it is no module, or `stream` no `Stream`. Nothing is changed then.
@@ -87,11 +87,11 @@ def _swap(
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             if not _inside(name, entries):
-                made += _encoder_layer(_owner(model, name), name, module, save, tile, _apart(segments, stream), entries)
+                made += _encoder_layer(name, module, save, tile, _apart(segments, stream), entries)
         elif layers := _decoder_layers(module):
-            made += _decoder(_owner(model, name), name, module, layers, save, segments, stream, tile, entries)
+            made += _decoder(name, module, layers, save, segments, stream, tile, entries)
         elif (layers := _other_layers(module)) and not _inside(name, entries):
-            made += _others(_owner(model, name), name, layers, _apart(segments, stream), save, entries)
+            made += _others(name, layers, _apart(segments, stream), save, entries)
     made += _own(model, _apart(segments, stream), save, entries)
     if not made and any(isinstance(m, CheckpointedBlock) for m in model.modules()):
         raise ValueError(
@@ -170,15 +170,7 @@ def _inside(name: str, entries: list[Entry]) -> bool:
     return any(name == n or name.startswith(f"{n}.") for n in again)
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    """The model of transformers that the module of this name is part of, or the module itself."""
-    path = name.split(".") if name else []
-    around = [model.get_submodule(".".join(path[:n])) for n in range(len(path), -1, -1)]
-    return next((m for m in around if hasattr(type(m), "supports_gradient_checkpointing")), around[0])
-
-
 def _others(
-    owner: nn.Module,
     name: str,
     layers: list[tuple[str, nn.Module]],
     note: str,
@@ -188,7 +180,7 @@ def _others(
     made: list[Replaced] = []
     for path, layer in layers:
         full = f"{name}.{path}" if name else path
-        entries.append(_refused(owner, full, layer, "it is no decoder layer", save, note))
+        entries.append(_refused(full, layer, "it is no decoder layer", save, note))
         made += [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []
     return made
 
@@ -201,7 +193,7 @@ def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) ->
         if any(f"{path}.".startswith(name) or name.startswith(f"{path}.") for name in taken):
             continue
         reason = f"a class of {type(layer).__module__.partition('.')[0]}"
-        entries.append(_refused(_owner(model, path), path, layer, reason, save, note))
+        entries.append(_refused(path, layer, reason, save, note))
         made += [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []
     return made
 
@@ -214,7 +206,6 @@ def _check_forward(module: nn.Module) -> None:
 
 
 def _decoder(
-    owner: nn.Module,
     name: str,
     module: Any,
     layers: list[tuple[str, nn.Module]],
@@ -235,7 +226,7 @@ def _decoder(
             _check_forward(layer)
             made = chooser.layer(layer, place)
         except UnsupportedError as reason:
-            entries.append(_refused(owner, full, layer, str(reason), save, _apart(segments, stream)))
+            entries.append(_refused(full, layer, str(reason), save, _apart(segments, stream)))
             refused += [layer] if entries[-1].path == CHECKPOINTED else []
             continue
         swapped.append(made)
@@ -260,14 +251,14 @@ def _check_all_differ(name: str, module: nn.Module) -> None:
             )
 
 
-def _refused(model: Any, name: str, layer: nn.Module, reason: str, save: str | Save, note: str) -> Entry:
+def _refused(name: str, layer: nn.Module, reason: str, save: str | Save, note: str) -> Entry:
     """Of a layer that can't be cut, for this reason: it runs again as a whole where it may."""
     kind = type(layer).__name__
     try:
         _check_forward(layer)
         if whole.known(layer):
             check_weights(layer)  # with its weights it might be cut
-        whole.check(model, layer)
+        whole.check(layer)
     except UnsupportedError as other:
         return Entry(name, kind, ORIGINAL, reason if str(other) in reason else f"{reason}; {other}")
     kept = "its input and its attention's output are kept" if save_set(save).attention else "its input alone is kept"
@@ -296,7 +287,6 @@ def _entry(name: str, kind: str, mapping: Mapping, save: str | Save, note: str =
 
 
 def _encoder_layer(
-    owner: nn.Module,
     name: str,
     layer: nn.TransformerEncoderLayer,
     save: str | Save,
@@ -311,7 +301,7 @@ def _encoder_layer(
         _check_forward(layer)
         blocks = {causal: encoder.block_of(layer, causal, save, tile) for causal in (False, True)}
     except UnsupportedError as reason:
-        entries.append(_refused(owner, name, layer, str(reason), save, note))
+        entries.append(_refused(name, layer, str(reason), save, note))
         return [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []
     entries.append(_entry(name, kind, blocks[False].mapping, save))
     return [encoder.SwappedEncoderLayer(layer, blocks)]

@@ -88,7 +88,7 @@ class Chooser:
         return widths == self._widths
 
     def _twice(self, layer: nn.Module) -> bool:
-        return whole.passes(whole.check, self._model, layer)
+        return whole.passes(whole.check, layer)
 
     def _survey(self) -> Survey:
         if self._seen is None:

@@ -96,7 +96,9 @@ class _StandIn(nn.Linear):
 
 
 def _is_odd(module: nn.Linear) -> bool:
-    weight = module.weight
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):  # stored under other names, for one: what stands in would have too many
+        return False
     return not weight.is_floating_point() or weight.shape != (module.out_features, module.in_features)
 
 

@@ -21,15 +21,13 @@ def known(layer: nn.Module) -> bool:
     return "GradientCheckpointingLayer" in _of_transformers(layer)
 
 
-def check(model: Any, layer: nn.Module) -> None:
-    """Raise `UnsupportedError` where transformers does not say that this layer of its own may run twice.
+def check(layer: nn.Module) -> None:
+    """Raise `UnsupportedError` where the layer may not run twice: hooks inside would see it.
 
-    Of classes of one's own nobody says so: what they keep is kept once (see `once`). Hooks inside see all.
+    What it keeps is kept once (see `once`), whether or not transformers' own checkpointing knows its class.
     """
     if _of_transformers(layer):
         families.check_version()
-        if not known(layer) or not getattr(model, "supports_gradient_checkpointing", False):
-            raise UnsupportedError("transformers does not say that it may run twice")
     check_unwatched(layer)
 
 
