@@ -204,6 +204,52 @@ def test_attention_of_transformers_layers_that_cannot_be_cut_runs_once():
     assert flash_runs(lambda: model(input_ids=ids, labels=ids).loss) == (2, 2)
 
 
+@torch.library.custom_op("_flash_attn2_0a1b2c::_flash_attn_forward", mutates_args=())
+def flash_of_the_hub(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    HubAttention.runs += 1
+    scores = q @ k.transpose(-1, -2)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+class HubFlash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        o, lse = flash_of_the_hub(q, k, v, dropout_p)
+        ctx.save_for_backward(q, k, v, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> Any:
+        q, k, v, lse = ctx.saved_tensors
+        p = (q @ k.transpose(-1, -2) - lse.unsqueeze(-1)).exp()
+        dp = do @ v.transpose(-1, -2)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do, None
+
+
+class HubAttention(CausalSelfAttention):
+    """By flash-attn as transformers takes it from the hub, whose ops have a namespace for each build."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads_of(t) for t in self.c_attn(x).chunk(3, dim=-1))
+        return self.c_proj(HubFlash.apply(q, k, v, self.p).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("dropout", "runs"), [(0.0, LAYERS), (0.25, 2 * LAYERS)])
+def test_attention_of_the_hub_runs_once(dropout, runs, monkeypatch):
+    """Where it drops something it draws random numbers, and runs again."""
+    model, ids = MODELS["block"](), make_ids()
+    for layer in model.layers:
+        layer.attn = HubAttention(dropout)
+    before = step(model, ids)
+    pyckpt.swap(model)
+    monkeypatch.setattr(HubAttention, "runs", 0)
+    assert_same_bits(step(model, ids), before)
+    assert HubAttention.runs == runs
+
+
 def test_what_is_kept():
     """Of each layer its input, o and lse; with "input" the first alone, as torch.utils.checkpoint does."""
     kept = {}

@@ -7,6 +7,7 @@ only attention's part grows with the square of the length, and its output is no 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -43,6 +44,10 @@ _ATTENTION = frozenset(
         "pyckpt::attention_fwd",
     )
 )
+
+# The same ops of flash-attn as transformers takes from the hub, where each build has a namespace of its own.
+_OF_BUILDS = frozenset(("_flash_attn_forward", "_flash_attn_varlen_forward", "fwd", "varlen_fwd"))
+_RATES = ("dropout_p", "p_dropout")
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -100,10 +105,17 @@ class _Kept:
 
 def _is_kept(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """An attention that draws no random numbers: those have to be drawn again, or all later ones would differ."""
-    if op.name() not in _ATTENTION:
+    if not _is_attention(op.name()):
         return False
     names = [a.name for a in op._schema.arguments] if hasattr(op, "_schema") else []
-    return not {**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return not any(given.get(name) for name in _RATES)
+
+
+@functools.cache
+def _is_attention(name: str) -> bool:
+    namespace, _, op = name.partition("::")
+    return name in _ATTENTION or (namespace.startswith("_") and "flash_attn" in namespace and op in _OF_BUILDS)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
