@@ -63,6 +63,34 @@ def test_adapters(kind):
     assert as_before(model, make_batch("padded"))[0].path == expected
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "how", [{"tile": 10}, {"stream": pyckpt.Stream(tile=7, store="host")}], ids=["tiles", "stream"]
+)
+def test_embeddings_and_head_that_are_trained_as_a_whole(how, tied):
+    """PEFT's `modules_to_save`, for new tokens: the loss makes no logits of the copy that is trained either."""
+    model = make_model("Llama", tie_word_embeddings=tied)
+    model = make_adapted(model, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 0.1 * torch.randn_like(p) if "modules_to_save" in name else 0.0
+    batch, exact = make_batch("padded"), copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    with model.disable_adapter():
+        without = model(**batch).loss
+    report = pyckpt.swap(model, **how)
+    assert [e.path for e in report.entries] == ["standard"] * 3
+    if "stream" in how:
+        assert "streamed from the token ids on" in report.entries[-1].why
+    assert model(**batch).logits is None
+    assert_step_as_good(step(model, batch), plain, truth, torch.float32)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**batch).loss, without, rtol=1e-5, atol=1e-6)
+    assert "modules_to_save" in "".join(plain)
+
+
 @pytest.mark.parametrize("family", ["DeepseekV3", "Mixtral"])
 def test_adapters_of_parameters(family):
     """Which PEFT parametrizes for each call, and puts back as what they were then; a trial leaves nothing of that."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
+from pyckpt.swap import lora
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.modules import UnsupportedError, foreign, is_known, norm_eps, watched
 from pyckpt.swap.shadow import unsharded_class
@@ -55,7 +56,7 @@ def find(base: nn.Module, layers: list[str]) -> Places | None:
 def _embedding_in(base: Any, ids: Tensor, made: Tensor) -> tuple[str, str | None]:
     """The embedding's name, and that of the number that multiplies it."""
     name = next(n for n, m in base.named_children() if m is base.get_input_embeddings())
-    embed = getattr(base, name)
+    embed = _at(base, name)
     numbers = [n for n, v in vars(base).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
     for multiplier in (None, *numbers):
         options = _options(base, Places(name, multiplier=multiplier), embed)
@@ -113,13 +114,13 @@ def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossO
     for module, known in ((base, True), (projection, False)):
         if foreign(module, replaced=known):
             raise UnsupportedError(f"its {type(module).__name__} has forward hooks, which a streamed run would not run")
-    embed, norm = getattr(base, places.embed), getattr(base, places.norm)
+    embed, norm = _at(base, places.embed), getattr(base, places.norm)
     of_norm = _norm_weights(norm, (table := _table(embed)).new_ones(embed.embedding_dim))
     weights = {"embed": table, **of_norm, "head": projection.weight}
     if projection.bias is not None:
         weights["head.bias"] = projection.bias
     if places.table is not None:
-        weights["table"] = _table(getattr(base, places.table))
+        weights["table"] = _table(_at(base, places.table))
     offset = _OFFSETS.get(unsharded_class(norm).__name__, 0.0) if places.offset is None else places.offset
     return Ends(weights, _norm(norm, places.eps), offset, _options(base, places, embed, run), loss)
 
@@ -127,7 +128,12 @@ def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossO
 def modules_of(base: Any, places: Places, projection: nn.Linear) -> list[nn.Module]:
     """Those whose weights the ends are."""
     names = (places.embed, places.table, places.norm)
-    return [*(getattr(base, n) for n in names if n is not None), projection]
+    return [*(_at(base, n) for n in names if n is not None), projection]
+
+
+def _at(base: Any, name: str) -> Any:
+    """A module of the base model; where PEFT trains a copy of it (`modules_to_save`), that."""
+    return lora.called_now(getattr(base, name))
 
 
 def _table(embedding: Any) -> Tensor:

@@ -111,7 +111,7 @@ def check(model: nn.Module) -> None:
 
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError("its loss_function is not transformers' ForCausalLMLoss")
-    projection = model.get_output_embeddings()  # type: ignore[operator]
+    projection = heads.projection_of(model)
     if unsharded_class(projection) is not nn.Linear or foreign(projection):
         raise UnsupportedError(
             f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
@@ -240,7 +240,7 @@ class SwappedHead(Replaced):
             self.warn(f"{reason}: the layers are streamed, and not what surrounds them")
             return None
         model: Any = self.module
-        base, projection = heads.base_of(model), model.get_output_embeddings()
+        base, projection = heads.base_of(model), heads.projection_of(model)
         device, vocab = projection.weight.device, getattr(projection.weight, "ds_shape", projection.weight.shape)[0]
         errors.check_labels(wanted.given.to(device), vocab, wanted.ignored, device)
 
@@ -280,7 +280,7 @@ class SwappedHead(Replaced):
         reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
         options = LossOptions(reduction, self._softcap or 0.0, ignore_index=ignored, scale=self._scale)
         places, run = self.head.places, wanted is not None
-        return ends.ends_of(heads.base_of(model), places, model.get_output_embeddings(), options, run)
+        return ends.ends_of(heads.base_of(model), places, heads.projection_of(model), options, run)
 
     @property
     def _softcap(self) -> float | None:
@@ -292,7 +292,7 @@ class SwappedHead(Replaced):
 
     def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
         """The loss of hidden states (B, S, d_model)."""
-        projection: Any = self.module.get_output_embeddings()  # type: ignore[operator]
+        projection: Any = heads.projection_of(self.module)
         return called(projection, functools.partial(self._of_head, projection, wanted), hidden)
 
     def _of_head(self, projection: Any, wanted: _Wanted, hidden: Tensor) -> Tensor:
