@@ -407,6 +407,126 @@ def test_what_layers_keep_is_kept_once():
     assert ours.layers[0].calls == 2
 
 
+@pytest.mark.parametrize("when", ["ahead", "back", "both"])
+@pytest.mark.parametrize("what", ["hook", "pre-hook", "module"])
+def test_the_second_run_has_the_modules_and_hooks_of_the_first(what, when):
+    """Put inside a layer around the forward alone (an interpreter's hooks), or before the backward."""
+    plain, ids = Model([Block() for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+
+    def put(model: Any) -> Any:
+        block = model.layers[1]
+        if what == "hook":
+            return block.attn.register_forward_hook(lambda module, args, made: 3 * made).remove
+        if what == "pre-hook":
+            return block.mlp.register_forward_pre_hook(lambda module, args: (args[0].sin(),)).remove
+        was, block.mlp = block.mlp, torch.nn.Tanh()
+        return lambda: setattr(block, "mlp", was)
+
+    def run(model: Any) -> dict[str, Tensor]:
+        undo = put(model) if when != "back" else lambda: None
+        loss = model(ids)
+        if when == "ahead":
+            undo()
+        elif when == "back":
+            undo = put(model)
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        inside = list(model.layers[1].children())
+        loss.backward()
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+        assert list(model.layers[1].children()) == inside
+        if when != "ahead":
+            undo()
+        return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    assert_same_bits(run(ours), run(plain))
+
+
+class Wrapped(nn.Module):
+    """With a norm before and a residual around, as many have it around attention and MLP alike."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(WIDTH), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.norm(x))
+
+
+class RelPosMHA(CausalSelfAttention):
+    """An attention by name alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads_of(t) for t in self.c_attn(x).chunk(3, dim=-1))
+        return self.c_proj(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Conformer(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = RelPosMHA()
+
+
+class InParts(nn.Module):
+    """A model whose layers are lists, or dicts, of what they consist of."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.wte = kind, nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(self._layer() for _ in range(LAYERS))
+
+    def _layer(self) -> nn.Module:
+        if self.kind == "dict":
+            return nn.ModuleDict({"norm": nn.LayerNorm(WIDTH), "attention": CausalSelfAttention(), "ffn": mlp()})
+        if self.kind == "bare sequence":
+            return nn.Sequential(nn.LayerNorm(WIDTH), CausalSelfAttention(), mlp())
+        parts = Wrapped(CausalSelfAttention()), Wrapped(mlp())
+        return nn.Sequential(*parts) if self.kind == "sequence" else nn.ModuleList(parts)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        for layer in self.layers:
+            if isinstance(layer, nn.Sequential):
+                x = layer(x)
+            elif isinstance(layer, nn.ModuleDict):
+                x = x + layer["attention"](layer["norm"](x))
+                x = x + layer["ffn"](x)
+            else:
+                for part in layer:
+                    x = part(x)
+        return x.cos().sum()
+
+
+PARTS = {"list": ["0", "1"], "sequence": ["0", "1"], "dict": ["attention", "ffn"], "bare sequence": []}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_layers_that_are_lists_of_their_parts(kind):
+    """Each part that has modules inside runs again, not the attention's alone."""
+    model, ids = InParts(kind), make_ids()
+    before = step(model, ids)
+    report = pyckpt.swap(model)
+    expected = [f"layers.{i}.{n}" for i in range(LAYERS) for n in PARTS[kind]] or [f"layers.{i}" for i in range(LAYERS)]
+    assert [e.name for e in report.entries] == expected
+    assert_same_bits(step(model, ids), before)
+    pyckpt.unswap(model)
+    assert_same_bits(step(model, ids), before)
+
+
+def test_an_attention_of_an_abbreviated_name():
+    model, ids = Model([Conformer() for _ in range(LAYERS)]), make_ids()
+    before = step(model, ids)
+    assert [e.name for e in pyckpt.swap(model).entries] == [f"layers.{i}" for i in range(LAYERS)]
+    assert_same_bits(step(model, ids), before)
+
+
+def test_a_layer_in_two_places_is_named_once():
+    model = Model([Block() for _ in range(LAYERS)])
+    model.again = model.layers
+    assert [e.name for e in pyckpt.swap(model).entries] == [f"layers.{i}" for i in range(LAYERS)]
+
+
 class Reading(Block):
     """Computes with what it keeps."""
 

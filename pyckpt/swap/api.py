@@ -189,7 +189,10 @@ def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) ->
     """Layers of classes that nobody knows, where none of those above is, around or inside."""
     made: list[Replaced] = []
     taken = [f"{e.name}." for e in entries]
+    first: dict[nn.Module, str] = {}  # its path, of a layer that stands in several places
     for path, layer in own.layers_of(model):
+        first.setdefault(layer, path)
+    for layer, path in first.items():
         if any(f"{path}.".startswith(name) or name.startswith(f"{path}.") for name in taken):
             continue
         reason = f"a class of {type(layer).__module__.partition('.')[0]}"

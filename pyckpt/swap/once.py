@@ -20,6 +20,9 @@ from pyckpt.swap.contents import Contents, Held, draw_from, drawing, is_generato
 from pyckpt.swap.modules import is_wrapper
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+# Of them what decides about what a call of a module runs.
+_CHILDREN = "_modules"
+_HOOKS = tuple(n for n in _OF_MODULES if "_hooks" in n and ("forward" in n or "backward" in n))
 
 
 class FirstRun:
@@ -52,7 +55,7 @@ class FirstRun:
 
 class SecondRun:
     """A run that finds what `first` found, and whose changes are undone: of attributes, of containers in them, of
-    buffers, and of objects that the layer was given.
+    buffers, of modules and hooks inside, and of objects that the layer was given.
 
     Generators other than PyTorch's own, which torch.utils.checkpoint sees to, give the numbers of the first run again.
     What `sdpa_kernel` chose around the first run is chosen again. Modules that DeepSpeed or FSDP1 keeps its books in
@@ -66,6 +69,8 @@ class SecondRun:
         first, before = self._first, self._given.before
         first.parameters.check()
         self._present = first.state.present(), self._given.contents.present()
+        self._registered = [(holder, dict(holder)) for holder, _ in first.state.registered]
+        refill(first.state.registered)
         self._replaced = first.parameters.put()
         self._written = [(t, t.detach().clone(), before(t)) for t in (*first.buffers, *first.parameters.written)]
         self._drawing = first.drawing.now()
@@ -83,10 +88,11 @@ class SecondRun:
         _write((t, present) for t, present, _ in self._written)
         for module, name, parameter in self._replaced:
             module._parameters[name] = parameter
+        refill(self._registered)
         state, contents = self._present
         refill(contents)
         state.put()
-        del self._present, self._written, self._drawing, self._replaced
+        del self._present, self._written, self._drawing, self._replaced, self._registered
 
 
 def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -102,7 +108,7 @@ def _buffers(modules: list[nn.Module]) -> list[Tensor]:
 class LayerState:
     """What a layer's modules have: attributes, what is in containers that are attributes, and buffers.
 
-    Of modules in such containers too, of which PyTorch does not know.
+    Of modules in such containers too, of which PyTorch does not know. `registered`: the modules and the hooks inside.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -120,6 +126,7 @@ class LayerState:
             look = list({id(m): m for m in look}.values())
             seen.update(map(id, look))
             self.modules += look
+        self.registered = _registered_in(module, self.modules)
 
     @property
     def watched(self) -> list[Tensor]:
@@ -145,6 +152,13 @@ class LayerState:
         for contents in self._contents:
             contents.put(instead)
         _put([(m, _with(attributes, instead), buffers) for m, attributes, buffers in self._of])
+
+
+def _registered_in(layer: nn.Module, modules: list[nn.Module]) -> Held:
+    """Hooks on the layer itself run around its runs, and not in them."""
+    inside = [m for m in modules if not (_has_books(m) or isinstance(m, torch.jit.ScriptModule))]
+    held = [m.__dict__[n] for m in inside for n in ((_CHILDREN,) if m is layer else (_CHILDREN, *_HOOKS))]
+    return [(holder, dict(holder)) for holder in held]
 
 
 _Of = tuple[nn.Module, dict[str, Any], dict[str, Any]]

@@ -14,7 +14,7 @@ from pyckpt.swap.modules import is_wrapper
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # In lower case, in the name of a module's class.
-_ATTENTIONS, _BLOCKS = ("attention", "attn"), ("block", "layer")
+_ATTENTIONS, _BLOCKS = ("attention", "attn", "mha"), ("block", "layer")
 _CHECKPOINTED = "_checkpoint_wrapped_module"  # the name of what PyTorch's wrapper that checkpoints wraps
 # Functions of PyTorch and others, and ours; what a module's code names.
 _FUNCTIONS = frozenset(
@@ -47,13 +47,31 @@ def _layers(module: nn.Module, path: str, listed: bool) -> Iterator[tuple[str, n
         for name, child in module.named_children()
     ]
     if any(found for _, _, found in inner):
+        # What stands beside an attention with a norm or a residual around it has the same around something else.
+        sublayers = held and listed and any(len(found) == 1 and found[0][1] is child for _, child, found in inner)
         for child_path, child, found in inner:
-            yield from found or (_beside(child, child_path, inner) if isinstance(module, nn.ModuleList) else ())
+            if found:
+                yield from found
+            elif sublayers and _is_more(child):
+                yield child_path, child
+            elif isinstance(module, nn.ModuleList):
+                yield from _beside(child, child_path, inner)
     elif listed and not inside and _is_layer(module):
         yield path, module
-    elif listed and isinstance(module, nn.ModuleList) and any(_attends(m) for m in module.modules()):
-        # A layer that is no module of its own: attention and MLP in a list.
-        yield from ((_joined(path, n), m) for n, m in module.named_children() if next(m.children(), None) is not None)
+    elif listed and held and any(_attends(m) for m in module.modules()):
+        if isinstance(module, nn.Sequential):
+            yield path, module
+        else:  # a layer that is no module of its own: attention and MLP in a list
+            yield from ((_joined(path, n), m) for n, m in module.named_children() if _has_children(m))
+
+
+def _is_more(module: nn.Module) -> bool:
+    """A sublayer, that is: neither a list nor a single operation."""
+    return _has_children(module) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _joined(path: str, name: str) -> str:
@@ -68,7 +86,7 @@ def _beside(own: nn.Module, path: str, inner: list[tuple[str, nn.Module, Any]]) 
     for other, layer in others:
         place = next((i for i, m in enumerate(other) if m is layer), None)
         if place is not None and _differ_at(list(own), other, place):
-            if next(own[place].children(), None) is not None:
+            if _has_children(own[place]):
                 yield _joined(path, str(place)), own[place]
             return
 
