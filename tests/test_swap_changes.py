@@ -386,3 +386,17 @@ def test_dropout_in_training_mode_drops_in_a_layer_in_eval_mode():
     with pytest.warns(UserWarning, match=r"attn\.resid_dropout is in training mode"):
         first = model(**batch).loss
     assert not torch.equal(first, model(**batch).loss)
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Mixtral", "Falcon"])
+def test_hooks_that_are_put_inside_between_forward_and_backward_change_nothing(family):
+    model, batch = make_model(family), make_batch("plain")
+    pyckpt.swap(model, tile=10)
+    before = step(model, batch)
+    loss = model(**batch).loss
+    inside = [m for name, m in model.named_modules() if "layers." in name or ".h." in name]
+    handles = [m.register_forward_hook(lambda module, args, made: None if made is None else 1 / 0) for m in inside]
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert_same_bits({n: p.grad for n, p in model.named_parameters()}, {n: t for n, t in before.items() if n != "loss"})

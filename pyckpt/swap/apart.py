@@ -6,7 +6,9 @@ model another thread would read them there (a `state_dict`, a second call), or p
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +37,12 @@ def _copied(module: nn.Module, copies: dict[int, tuple[nn.Module, nn.Module]]) -
     if not _stays(module):
         children = {name: child if child is None else _copied(child, copies) for name, child in module._modules.items()}
         made = object.__new__(unsharded_class(module))
-        own = {"_modules": children, "_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
+        own: dict[str, Any] = {
+            "_modules": children,
+            "_parameters": dict(module._parameters),
+            "_buffers": dict(module._buffers),
+        }
+        own |= {name: OrderedDict() for name in HOOKS}  # none that is put into the module between forward and backward
         # FSDP1 has its views as attributes too, which would be read before what is put in.
         had = {n: v for n, v in module.__dict__.items() if n not in module._parameters and n not in module._buffers}
         made.__dict__.update(had | own)
