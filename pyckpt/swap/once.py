@@ -22,7 +22,8 @@ from pyckpt.swap.modules import is_wrapper
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 # Of them what decides about what a call of a module runs.
 _CHILDREN = "_modules"
-_HOOKS = tuple(n for n in _OF_MODULES if "_hooks" in n and ("forward" in n or "backward" in n))
+_REGISTERED = (_CHILDREN, *(n for n in _OF_MODULES if "_hooks" in n and ("forward" in n or "backward" in n)))
+_NONE: dict[Any, Any] = {}
 
 
 class FirstRun:
@@ -126,7 +127,7 @@ class LayerState:
             look = list({id(m): m for m in look}.values())
             seen.update(map(id, look))
             self.modules += look
-        self.registered = _registered_in(module, self.modules)
+        self.registered = _registered_in(module, [m for m, _, _ in self._of])
 
     @property
     def watched(self) -> list[Tensor]:
@@ -156,9 +157,9 @@ class LayerState:
 
 def _registered_in(layer: nn.Module, modules: list[nn.Module]) -> Held:
     """Hooks on the layer itself run around its runs, and not in them."""
-    inside = [m for m in modules if not (_has_books(m) or isinstance(m, torch.jit.ScriptModule))]
-    held = [m.__dict__[n] for m in inside for n in ((_CHILDREN,) if m is layer else (_CHILDREN, *_HOOKS))]
-    return [(holder, dict(holder)) for holder in held]
+    inside = [m.__dict__ for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    held = [had[name] for had in inside for name in _REGISTERED if name == _CHILDREN or had is not layer.__dict__]
+    return [(holder, dict(holder) if holder else _NONE) for holder in held]
 
 
 _Of = tuple[nn.Module, dict[str, Any], dict[str, Any]]
