@@ -70,8 +70,6 @@ class SecondRun:
         first, before = self._first, self._given.before
         first.parameters.check()
         self._present = first.state.present(), self._given.contents.present()
-        self._registered = [(holder, dict(holder)) for holder, _ in first.state.registered]
-        refill(first.state.registered)
         self._replaced = first.parameters.put()
         self._written = [(t, t.detach().clone(), before(t)) for t in (*first.buffers, *first.parameters.written)]
         self._drawing = first.drawing.now()
@@ -89,11 +87,10 @@ class SecondRun:
         _write((t, present) for t, present, _ in self._written)
         for module, name, parameter in self._replaced:
             module._parameters[name] = parameter
-        refill(self._registered)
         state, contents = self._present
         refill(contents)
         state.put()
-        del self._present, self._written, self._drawing, self._replaced, self._registered
+        del self._present, self._written, self._drawing, self._replaced
 
 
 def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -109,7 +106,7 @@ def _buffers(modules: list[nn.Module]) -> list[Tensor]:
 class LayerState:
     """What a layer's modules have: attributes, what is in containers that are attributes, and buffers.
 
-    Of modules in such containers too, of which PyTorch does not know. `registered`: the modules and the hooks inside.
+    And the modules and the hooks inside. Of modules in such containers too, of which PyTorch does not know.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -127,7 +124,7 @@ class LayerState:
             look = list({id(m): m for m in look}.values())
             seen.update(map(id, look))
             self.modules += look
-        self.registered = _registered_in(module, [m for m, _, _ in self._of])
+        self._registered = _registered_in(module, [m for m, _, _ in self._of])
 
     @property
     def watched(self) -> list[Tensor]:
@@ -140,7 +137,8 @@ class LayerState:
         """The same of the present."""
         return _Present(
             [(m, _attributes(m), dict(m._buffers)) for m, _, _ in self._of],
-            [held for contents in self._contents for held in contents.present()],
+            [held for contents in self._contents for held in contents.present()]
+            + [(holder, dict(holder)) for holder, _ in self._registered],
         )
 
     def put(self, before: Callable[[Tensor], Tensor | None]) -> None:
@@ -152,6 +150,7 @@ class LayerState:
 
         for contents in self._contents:
             contents.put(instead)
+        refill(self._registered)
         _put([(m, _with(attributes, instead), buffers) for m, attributes, buffers in self._of])
 
 

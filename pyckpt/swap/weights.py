@@ -35,9 +35,12 @@ class Source:
     bias: str = "bias"
 
     def read(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The block's parameters by name, views of the layer's (copies with `heads`), differentiable."""
+        """The block's parameters by name, views of the layer's (copies with `heads`), differentiable.
+
+        A quantized weight is given as it is, once for each of its names.
+        """
         module = layer.get_submodule(self.path)
-        packed = self._quantized(layer) is not None
+        packed = _quantized(module) is not None
         found: dict[str, Tensor] = {}
         for kind, name in (("weight", self.weight), ("bias", self.bias)):
             t = getattr(module, name, None)
@@ -46,14 +49,9 @@ class Source:
                 found |= zip((f"{n}.{kind}" for n in self.names), parts, strict=True)
         return found
 
-    def _quantized(self, layer: nn.Module) -> Any:
-        """The linear layer there, if its weight is quantized: `read` gives that as it is, once for each name."""
-        base = lora.base_of(layer.get_submodule(self.path))
-        return base if quantized.is_quantized(base) else None
-
     def packed(self, layer: nn.Module, dtype: torch.dtype) -> list[Packed]:
         """What makes matrices of such a weight, for an x of this dtype."""
-        base = self._quantized(layer)
+        base = _quantized(layer.get_submodule(self.path))
         if base is None:
             return []
         matrix = quantized.Matrix(base, dtype)
@@ -61,7 +59,7 @@ class Source:
 
     def matrices(self, layer: nn.Module) -> dict[str, Tensor]:
         """What has the shapes of these matrices, on the meta device."""
-        base = self._quantized(layer)
+        base = _quantized(layer.get_submodule(self.path))
         if base is None:
             return {}
         parts = self._split(torch.empty(quantized.shape_of(base), device="meta"))
@@ -89,6 +87,12 @@ class Source:
         return t.split(self.rows) if len(self.names) > 1 else (t,)
 
 
+def _quantized(module: nn.Module) -> Any:
+    """The linear layer that the module is, or has adapters beside, if its weight is quantized."""
+    base = lora.base_of(module)
+    return base if quantized.is_quantized(base) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Mapping:
     """A layer as a block: what it computes, and where its weights are.
@@ -96,10 +100,10 @@ class Mapping:
     `sinks` is the name of the parameter that holds attention's, where it has any (on the generic path alone).
     `adapted`: LoRA adapters stand beside some of its linear layers; `quantized`: some of their weights are of 4 bits.
     `moving` says where RoPE's frequencies are to be read at each call, where they depend on it. `rates`: where those of
-    dropout are, by the spec's names of them;
-    "inside" is one that a block does not have, which has to stay 0. `text`: the spec as a string. `why` it is on the
-    generic path, where it is. `kinds` are the classes of the modules that are read, by path: another class there means
-    that the layer has changed. `complete`: they are all that run, so that another module beside them would not.
+    dropout are, by the spec's names of them; "inside" is one that a block does not have, which has to stay 0. `text`:
+    the spec as a string. `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are
+    read, by path: another class there means that the layer has changed. `complete`: they are all that run, so that
+    another module beside them would not.
     """
 
     spec: BlockSpec
@@ -196,16 +200,13 @@ class Mapping:
                 return f"{path} {what_watches(module)}{_advice(layer)}"
             if not self.complete and (patched := is_patched(module)) is not None:
                 return patched
-            if self.adapted and lora.is_adapted(module):
-                try:
+            try:
+                if self.adapted and lora.is_adapted(module):
                     lora.check(path, module)
-                except UnsupportedError as reason:
-                    return str(reason)
-            if self.quantized and quantized.is_quantized(module):
-                try:
+                if self.quantized and quantized.is_quantized(module):
                     quantized.check(path, module)
-                except UnsupportedError as reason:
-                    return str(reason)
+            except UnsupportedError as reason:
+                return str(reason)
         if self.complete and (odd := self._change_beside(layer)) is not None:
             return odd
         if self.why and lacks_parameters(layer):

@@ -36,26 +36,23 @@ class Linear:
     ) -> None:
         """out = y, or residual + multiplier * y."""
         weight, bias = w[self.weight].t(), w.get(self.bias)
-        if weight.dtype != x.dtype:
-            product = _product(x, weight, bias)
-            self._add_beside(w, tile, x, product, ws)
-            out.copy_(product) if residual is None else torch.add(residual, product, alpha=multiplier, out=out)
-        elif residual is None:
+        same = weight.dtype == x.dtype
+        if same and residual is None:
             if bias is None:
                 torch.mm(x, weight, out=out)
             else:
                 torch.addmm(bias, x, weight, out=out)
             self._add_beside(w, tile, x, out, ws)
-        elif residual.dtype == x.dtype:
+        elif same and residual is not None and residual.dtype == x.dtype:
             torch.addmm(residual, x, weight, alpha=multiplier, out=out)
             if bias is not None:
                 out.add_(bias, alpha=multiplier)
             self._add_beside(w, tile, x, out, ws, multiplier)
         else:
-            # Autocast: the product in the low precision, the residual stream in its own.
-            product = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+            # Autocast: the product in the low precision, the residual stream in its own. Or the layer has its own.
+            product = _product(x, weight, bias)
             self._add_beside(w, tile, x, product, ws)
-            torch.add(residual, product, alpha=multiplier, out=out)
+            out.copy_(product) if residual is None else torch.add(residual, product, alpha=multiplier, out=out)
 
     def _add_beside(
         self, w: Weights, tile: Tile, x: Tensor, out: Tensor, ws: Workspace, multiplier: float = 1.0
@@ -95,5 +92,6 @@ def input_gradient(
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """x matrix + bias in the matrix's dtype (that in which a quantized layer computes), then in x's."""
-    product = x.to(matrix.dtype) @ matrix
-    return (product if bias is None else product + bias.to(matrix.dtype)).to(x.dtype)
+    given = x.to(matrix.dtype)
+    product = torch.mm(given, matrix) if bias is None else torch.addmm(bias.to(matrix.dtype), given, matrix)
+    return product.to(x.dtype)
