@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 from helpers import PerhapsChanceError, of_more_draws
+from interpreter import quicken
 
 _SEED = "PYCKPT_TEST_SEED"
 
@@ -18,6 +19,7 @@ _SEED = "PYCKPT_TEST_SEED"
 # them on a CPU only where a test forces it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken()
     # An extension that was built here has the names that its emulated one takes, and a name can be taken once.
     sys.modules.setdefault("pyckpt._cuda", None)  # type: ignore[arg-type]
 
