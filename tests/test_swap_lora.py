@@ -63,10 +63,11 @@ def test_adapters(kind):
     assert as_before(model, make_batch("padded"))[0].path == expected
 
 
+HOW: list[dict[str, Any]] = [{"tile": 10}, {"stream": pyckpt.Stream(tile=7, store="host")}]
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "how", [{"tile": 10}, {"stream": pyckpt.Stream(tile=7, store="host")}], ids=["tiles", "stream"]
-)
+@pytest.mark.parametrize("how", HOW, ids=["tiles", "stream"])
 def test_embeddings_and_head_that_are_trained_as_a_whole(how, tied):
     """PEFT's `modules_to_save`, for new tokens: the loss makes no logits of the copy that is trained either."""
     model = make_model("Llama", tie_word_embeddings=tied)
@@ -89,6 +90,86 @@ def test_embeddings_and_head_that_are_trained_as_a_whole(how, tied):
     with model.disable_adapter():
         torch.testing.assert_close(model(**batch).loss, without, rtol=1e-5, atol=1e-6)
     assert "modules_to_save" in "".join(plain)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "how", [{"tile": 10}, {"stream": pyckpt.Stream(tile=7, store="host")}], ids=["tiles", "stream"]
+)
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_rows_of_embeddings_that_are_trained_by_themselves(family, how, tied):
+    """PEFT's `trainable_token_indices`, for new tokens: of tied embeddings the head has the same ones."""
+    model = make_model(family, tie_word_embeddings=tied)
+    model = make_adapted(model, target_modules=["q_proj"], trainable_token_indices=[3, 5, VOCAB - 1])
+    report = check_without_logits(model, how, "trainable_tokens_delta")
+    if "stream" in how:
+        assert "streamed from the token ids on" in report.entries[-1].why
+
+
+@pytest.mark.parametrize("family", ["Llama", "Granite", "Cohere"])
+def test_a_head_with_lora(family):
+    """Several at once too: its logits are one product with the weight and the adapters' B side by side."""
+    model = make_adapted(make_model(family, tie_word_embeddings=False), target_modules=["q_proj", "lm_head"])
+    model.add_adapter(
+        "more", peft.LoraConfig(r=3, target_modules=["lm_head"], use_rslora=True, init_lora_weights=False)
+    )
+    model.base_model.set_adapter(["default", "more"])
+    check_without_logits(model, {"tile": 10}, "lm_head")
+
+
+def check_without_logits(model: Any, how: dict[str, Any], trained: str) -> Any:
+    """The swapped model's loss makes no logits, with adapters on, off and merged; the report of the swap."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 0.1 * torch.randn_like(p) if trained in name else 0.0
+    batch, exact = make_batch("padded"), copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    plain = step(model, batch)
+    assert trained in "".join(plain)
+    with model.disable_adapter():
+        without = model(**batch).loss
+    report = pyckpt.swap(model, **how)
+    assert {e.path for e in report.entries} == {"standard"}
+    made = model(**batch)
+    assert made.logits is None
+    assert_step_as_good(step(model, batch), plain, truth, torch.float32)
+
+    def assert_loss(expected: torch.Tensor) -> None:
+        made = model(**batch)
+        assert made.logits is None
+        torch.testing.assert_close(made.loss, expected, rtol=1e-5, atol=1e-6)
+
+    with model.disable_adapter():
+        assert_loss(without)
+    model.merge_adapter()
+    assert_loss(made.loss)
+    model.unmerge_adapter()
+    assert_loss(made.loss)
+    return report
+
+
+def test_a_head_with_loras_dropout_drops_what_pefts_drops():
+    model = make_adapted(make_model("Llama"), target_modules=["lm_head"], lora_dropout=0.4)
+    batch = make_batch("padded")
+    torch.manual_seed(3)
+    plain = step(model, batch)
+    pyckpt.swap(model)
+    torch.manual_seed(3)
+    made = step(model, batch)
+    for name, value in plain.items():
+        torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_with_another_adapter_has_its_own_loss():
+    model = make_adapted(make_model("Llama"), target_modules=["lm_head"], use_dora=True)
+    batch = make_batch("padded")
+    plain = step(model, batch)
+    report = pyckpt.swap(model)
+    assert [e.why for e in report.left] == ["loss: its adapter 'default' is a DoraLinearVariant, not plain LoRA"]
+    made = step(model, batch)
+    for name, value in plain.items():
+        torch.testing.assert_close(made[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["DeepseekV3", "Mixtral"])

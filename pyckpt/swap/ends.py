@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
-from pyckpt.swap import lora
+from pyckpt.swap import peft_wrappers
+from pyckpt.swap import projection as projections
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.modules import UnsupportedError, foreign, is_known, norm_eps, watched
 from pyckpt.swap.shadow import unsharded_class
@@ -103,7 +104,7 @@ def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
     return float(error.norm()) <= allowed * size and abs(float((error * b).sum())) <= allowed / 8 * size**2
 
 
-def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossOptions, run: bool) -> Ends:
+def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions, run: bool) -> Ends:
     """The ends of a model with this base model and output projection, with the weights of now.
 
     run: for a run, whose dropout draws a seed. Raises `UnsupportedError` where something there is not what its class
@@ -114,9 +115,12 @@ def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossO
     for module, known in ((base, True), (projection, False)):
         if foreign(module, replaced=known):
             raise UnsupportedError(f"its {type(module).__name__} has forward hooks, which a streamed run would not run")
+    if projections.is_adapted(projection):
+        raise UnsupportedError("its output embeddings have LoRA adapters")
     embed, norm = _at(base, places.embed), getattr(base, places.norm)
-    of_norm = _norm_weights(norm, (table := _table(embed)).new_ones(embed.embedding_dim))
-    weights = {"embed": table, **of_norm, "head": projection.weight}
+    table, width = _table(embed), peft_wrappers.base_of(embed).embedding_dim
+    of_norm = _norm_weights(norm, table.new_ones(width))
+    weights = {"embed": table, **of_norm, "head": peft_wrappers.weight_of(projection)}
     if projection.bias is not None:
         weights["head.bias"] = projection.bias
     if places.table is not None:
@@ -125,24 +129,26 @@ def ends_of(base: Any, places: Places | None, projection: nn.Linear, loss: LossO
     return Ends(weights, _norm(norm, places.eps), offset, _options(base, places, embed, run), loss)
 
 
-def modules_of(base: Any, places: Places, projection: nn.Linear) -> list[nn.Module]:
+def modules_of(base: Any, places: Places, projection: Any) -> list[nn.Module]:
     """Those whose weights the ends are."""
     names = (places.embed, places.table, places.norm)
     return [*(_at(base, n) for n in names if n is not None), projection]
 
 
 def _at(base: Any, name: str) -> Any:
-    """A module of the base model; where PEFT trains a copy of it (`modules_to_save`), that."""
-    return lora.called_now(getattr(base, name))
+    """A module of the base model; where PEFT trains a copy of it, or rows, that."""
+    return peft_wrappers.called_now(getattr(base, name))
 
 
-def _table(embedding: Any) -> Tensor:
+def _table(module: Any) -> Tensor:
+    peft_wrappers.check(module)
+    embedding = peft_wrappers.base_of(module)
     name = type(embedding).__name__
     if not (unsharded_class(embedding) is nn.Embedding or _is_scaled(embedding)) or foreign(embedding):
         raise UnsupportedError(f"its embedding is of class {name} with hooks, or no plain nn.Embedding")
     if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
         raise UnsupportedError("its embedding has max_norm, sparse or scale_grad_by_freq")
-    return embedding.weight
+    return peft_wrappers.weight_of(module)
 
 
 def _is_scaled(embedding: Any) -> bool:
@@ -170,7 +176,7 @@ def _norm_weights(norm: Any, like: Tensor) -> dict[str, Tensor]:
 
 
 def _options(base: Any, places: Places, embed: Any, run: bool = False) -> EmbeddingOptions:
-    scale = 1.0
+    scale, embed = 1.0, peft_wrappers.base_of(embed)
     if _is_scaled(embed):
         # Rounded as the class has it, on the CPU: to read its buffer would wait for a GPU.
         scale = float(torch.tensor(embed.scalar_embed_scale, device="cpu").to(embed.weight.dtype))

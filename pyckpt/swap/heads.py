@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyckpt.ops.chunks import acc_dtype
-from pyckpt.swap import lora
+from pyckpt.swap import projection as projections
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.shadow import twin_of
 from pyckpt.swap.survey import check_here, forked, shown
@@ -79,7 +79,7 @@ def tried(model: Any) -> Tried:
     Raises `UnsupportedError` where its logits are anything but its output embeddings' product with the hidden states,
     scaled and capped by its config, or its loss anything but the cross entropy of those with the next tokens.
     """
-    projection = projection_of(model)
+    projection = projections.of(model)
     check_here(projection)
     device = projection.weight.device
     with forked(device), torch.no_grad():
@@ -144,7 +144,7 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
     known = isinstance(made, ModelOutput) and type(made).__module__.startswith("transformers.")
     if not known:
         raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
-    product = projection_of(model)(hidden)
+    product = projections.of(model)(hidden)
     loss, logits = made.get("loss"), made.get("logits")  # an output of another kind has neither
     scaling = next((s for s in scalings if _close(logits, s.of(product, model.config), hidden.dtype)), None)
     if scaling is None or not _close(loss, _loss(logits, labels), torch.float32):
@@ -153,11 +153,6 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
     if more:
         raise UnsupportedError(f"it makes {', '.join(more)} beside its logits")
     return Tried(type(made), path, dropped, scaling)
-
-
-def projection_of(model: Any) -> Any:
-    """The output embeddings; where PEFT trains a copy of them (`modules_to_save`), that."""
-    return lora.called_now(model.get_output_embeddings())
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

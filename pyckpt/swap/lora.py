@@ -15,23 +15,10 @@ from torch import Tensor, nn
 from pyckpt.swap.modules import UnsupportedError, watched
 
 _CLASSES = (("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit"))
-_WRAPPER = ("peft.utils.other", "ModulesToSaveWrapper")
 
 
 def is_adapted(module: nn.Module) -> bool:
     return (type(module).__module__, type(module).__name__) in _CLASSES
-
-
-def called_now(module: Any) -> Any:
-    """What a call of the module is one of: of PEFT's wrapper for `modules_to_save` the module that it has there now.
-
-    Itself where the wrapper is watched: hooks on it see a call.
-    """
-    if (type(module).__module__, type(module).__name__) != _WRAPPER or watched(module):
-        return module
-    active = module.active_adapters
-    trained = active and not module.disable_adapters and all(name in module.modules_to_save for name in active)
-    return module.modules_to_save[active[0]] if trained else module.original_module
 
 
 def inside(layer: nn.Module) -> dict[str, nn.Module]:

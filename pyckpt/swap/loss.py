@@ -15,11 +15,12 @@ from pyckpt.exec.lm_ends import Ends, LossOptions, Targets, following
 from pyckpt.functional import linear_cross_entropy, loss_weights
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
+from pyckpt.swap import projection as projections
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, called, foreign, gather, has_plain_weight, is_own_forward, is_patched
+from pyckpt.swap.modules import UnsupportedError, called, gather, is_own_forward
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, unsharded_class
 
@@ -111,15 +112,7 @@ def check(model: nn.Module) -> None:
 
     if model.loss_function is not ForCausalLMLoss:
         raise UnsupportedError("its loss_function is not transformers' ForCausalLMLoss")
-    projection = heads.projection_of(model)
-    if unsharded_class(projection) is not nn.Linear or foreign(projection):
-        raise UnsupportedError(
-            f"its output embeddings are a {type(projection).__name__} with hooks, or no plain nn.Linear"
-        )
-    if (patched := is_patched(projection)) is not None:
-        raise UnsupportedError(patched)
-    if not has_plain_weight(projection):
-        raise UnsupportedError(f"the weight of its output embeddings is a {type(projection.weight).__name__}")
+    projections.check(projections.of(model))
 
 
 def _output_class(output: str | type) -> Any:
@@ -240,7 +233,7 @@ class SwappedHead(Replaced):
             self.warn(f"{reason}: the layers are streamed, and not what surrounds them")
             return None
         model: Any = self.module
-        base, projection = heads.base_of(model), heads.projection_of(model)
+        base, projection = heads.base_of(model), projections.of(model)
         device, vocab = projection.weight.device, getattr(projection.weight, "ds_shape", projection.weight.shape)[0]
         errors.check_labels(wanted.given.to(device), vocab, wanted.ignored, device)
 
@@ -280,7 +273,7 @@ class SwappedHead(Replaced):
         reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
         options = LossOptions(reduction, self._softcap or 0.0, ignore_index=ignored, scale=self._scale)
         places, run = self.head.places, wanted is not None
-        return ends.ends_of(heads.base_of(model), places, heads.projection_of(model), options, run)
+        return ends.ends_of(heads.base_of(model), places, projections.of(model), options, run)
 
     @property
     def _softcap(self) -> float | None:
@@ -292,15 +285,14 @@ class SwappedHead(Replaced):
 
     def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
         """The loss of hidden states (B, S, d_model)."""
-        projection: Any = heads.projection_of(self.module)
+        projection: Any = projections.of(self.module)
         return called(projection, functools.partial(self._of_head, projection, wanted), hidden)
 
     def _of_head(self, projection: Any, wanted: _Wanted, hidden: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(projection.weight.dtype)  # Mamba's residual stream is in float32
+        x, weight = projections.factors(projection, hidden)
         return linear_cross_entropy(
-            hidden if self._scale == 1.0 else hidden * self._scale,
-            projection.weight,
+            x if self._scale == 1.0 else x * self._scale,
+            weight,
             wanted.shifted().to(hidden.device).reshape(hidden.shape[:-1]),
             bias=projection.bias,
             ignore_index=wanted.ignored,
