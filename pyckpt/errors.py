@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -22,6 +23,8 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {t.layout}, expected a dense tensor; a nested one's .values() are packed")
 
 
 def check_constant(name: str, value: object, instead: str) -> None:
@@ -76,7 +79,22 @@ def check_matches(x: Tensor, weight: Tensor, what: str, one_dtype: bool = True) 
 
 def has_values(t: Tensor) -> bool:
     """Whether there are values to look at: not while torch.compile traces, on the meta device or in FakeTensorMode."""
-    return not (torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor))
+    return not (
+        torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor) or active_fake_mode() is not None
+    )
+
+
+def has_shape(t: Tensor, *allowed: Sequence[int]) -> bool:
+    """One of these. Compared dim by dim: torch.compile finds no tuple of sizes that vary in others by `in`."""
+    return any(t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)) for shape in allowed)
+
+
+def check_index(name: str, value: Any) -> None:
+    """An int of 64 bits."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}, a {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
 
 
 def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = "cu_seqlens") -> None:
@@ -109,7 +127,7 @@ def check_positions(positions: Tensor, x: Tensor) -> Tensor:
     if positions.device != x.device:
         raise ValueError(f"positions are on {positions.device}, x is on {x.device}; move one with .to(...)")
     lead = tuple(x.shape[:-1])
-    if tuple(positions.shape) != lead and tuple(positions.shape) not in ((lead[-1],), (1, lead[-1])):
+    if not has_shape(positions, lead, (lead[-1],), (1, lead[-1])):
         raise ValueError(f"positions have shape {tuple(positions.shape)}, expected {lead} or ({lead[-1]},)")
     return positions.expand(lead).reshape(-1)
 

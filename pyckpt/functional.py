@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyckpt import errors
 from pyckpt.casting import autocast
@@ -145,7 +146,7 @@ def _check_heads(q: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, slo
         if t is None:
             continue
         errors.check_tensor(name, t)
-        if tuple(t.shape) not in allowed[name]:
+        if not errors.has_shape(t, *allowed[name]):
             shapes = " or ".join(str(shape) for shape in allowed[name])
             raise ValueError(f"{name} must have shape {shapes}, one for each query head, got {tuple(t.shape)}")
         _check_floating(name, t)
@@ -207,8 +208,13 @@ def linear_cross_entropy(
     x, weight, bias = autocast(x, weight, bias)
     _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
     errors.check_constant("z_loss", z_loss, "add the loss of plain PyTorch")
+    if not -math.inf < z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number, got {z_loss!r}")
     cap = _softcap(softcap)
-    weights = loss_weights(target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing)
+    weights = loss_weights(
+        target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing, acc_dtype(x.dtype)
+    )
+    x, weight = _with_a_dim(x, weight)
     flat = x.reshape(-1, x.shape[-1])
     grad = torch.is_grad_enabled() and reduction != "none" and not recompute
     need = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
@@ -221,7 +227,7 @@ def linear_cross_entropy(
         cap,
         float(z_loss),
         float(label_smoothing),
-        None if weights is None else weights.reshape(-1).to(acc_dtype(x.dtype)),
+        None if weights is None else weights.reshape(-1),
         reduction,
         *need,
     )[0]
@@ -235,8 +241,9 @@ def loss_weights(
     vocab: int,
     ignore_index: int,
     label_smoothing: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor | None:
-    """What multiplies each token's loss, in target's shape and 0 where it is ignored; None: ones."""
+    """What multiplies each token's loss, in target's shape and in `dtype`, 0 where it is ignored; None: ones."""
     for name, t, shape in (("token_weight", token_weight, target.shape), ("class_weight", class_weight, (vocab,))):
         if t is not None:
             _check_weights(name, t, tuple(shape), target.device)
@@ -248,11 +255,17 @@ def loss_weights(
     if token_weight is None and class_weight is None:
         return None
     ignored = target == ignore_index
-    if class_weight is not None:
-        of_labels = class_weight[target.masked_fill(ignored, 0)]
-        token_weight = of_labels if token_weight is None else token_weight * of_labels
-    assert token_weight is not None
-    return token_weight.masked_fill(ignored, 0.0)
+    weights = None if token_weight is None else token_weight.to(dtype)
+    if class_weight is not None:  # multiplied in `dtype`: float16 holds no product of two small ones
+        of_labels = class_weight[target.masked_fill(ignored, 0)].to(dtype)
+        weights = of_labels if weights is None else weights * of_labels
+    assert weights is not None
+    return weights.masked_fill(ignored, 0.0)
+
+
+def _with_a_dim(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the weight, of no dims with one of zeros: the logits are 0, or the bias."""
+    return (F.pad(x, (0, 1)), F.pad(weight, (0, 1))) if x.shape[-1] == 0 else (x, weight)
 
 
 def _check_weights(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -283,6 +296,9 @@ def _check_loss(
     errors.check_matches(x, weight, "weight")
     if bias is not None:
         _check_vector("bias", bias, weight.shape[0], x)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has no rows: expected (V, D) with at least one word, got shape {tuple(weight.shape)}")
+    errors.check_index("ignore_index", ignore_index)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} does not exist; expected one of {', '.join(_REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -310,6 +326,8 @@ def rms_norm(
     _check_norm(x, weight, residual=residual)
     errors.check_transforms("pyckpt.rms_norm", x, weight, residual)
     eps = torch.finfo(acc_dtype(x.dtype)).eps if eps is None else _eps(eps)
+    if x.shape[-1] == 0:
+        return _of_nothing(F.rms_norm, x, residual, weight, eps)
     if residual is None:
         return ops.rms_norm_fwd(x, weight, eps)[0]
     return ops.add_rms_norm_fwd(x, residual, weight, eps)[:2]
@@ -338,6 +356,8 @@ def layer_norm(
     _check_norm(x, weight, bias, residual)
     errors.check_transforms("pyckpt.layer_norm", x, weight, bias, residual)
     eps = _eps(eps)
+    if x.shape[-1] == 0:
+        return _of_nothing(F.layer_norm, x, residual, weight, bias, eps)
     if residual is None:
         return ops.layer_norm_fwd(x, weight, bias, eps)[0]
     return ops.add_layer_norm_fwd(x, residual, weight, bias, eps)[:2]
@@ -358,6 +378,13 @@ def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, re
                 f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, expected x's "
                 f"{tuple(x.shape)} {x.dtype} on {x.device}"
             )
+
+
+def _of_nothing(norm: Any, x: Tensor, residual: Tensor | None, *parameters: Any) -> Any:
+    """The norm of rows (..., 0), which kernels do not count."""
+    x = x if residual is None else x + residual
+    y = norm(x, (0,), *parameters)
+    return y if residual is None else (y, x)
 
 
 def _eps(value: Any) -> float:
@@ -401,13 +428,16 @@ def rope(
     if positions.device != x.device:
         raise ValueError(f"positions are on {positions.device}, x is on {x.device}; move one with .to(...)")
     lead = tuple(x.shape[:-2])
-    if tuple(positions.shape) not in (lead, (lead[-1],)) or positions.is_floating_point():
+    whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+    if not (whole and errors.has_shape(positions, lead, (lead[-1],))):
         raise ValueError(
             f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} {positions.dtype}"
         )
     errors.check_constant("theta", theta, "turn x by plain PyTorch")
     if not 0 < theta < math.inf:
         raise ValueError(f"theta must be a positive finite number, got {theta!r}")
+    if x.shape[-2] == 0:
+        return x.clone()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     canonical = canonical_rope_scaling(scaling, theta)
     check_frequencies(canonical, dim)
@@ -427,6 +457,8 @@ def glu(gate: Tensor, up: Tensor, kind: str = "swiglu") -> Tensor:
             f"{up.dtype} on {up.device}"
         )
     errors.check_transforms("pyckpt.glu", gate, up)
+    if gate.shape[-1] == 0:  # rows that kernels do not count
+        return gate * up
     return ops.glu_fwd(gate, up, kind)
 
 
@@ -436,6 +468,8 @@ def activation(x: Tensor, kind: str = "gelu") -> Tensor:
         raise ValueError(f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)} (of {MLPS})")
     _check_pre_activation("x", x)
     errors.check_transforms("pyckpt.activation", x)
+    if x.shape[-1] == 0:
+        return x.clone()
     return ops.act_fwd(x, kind)
 
 
@@ -455,6 +489,7 @@ def _check_vector(name: str, t: Tensor, width: int, x: Tensor) -> None:
     errors.check_tensor(name, t)
     if tuple(t.shape) != (width,):
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({width},)")
+    _check_floating(name, t)
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, x is on {x.device}; move one with .to(...)")
 

@@ -18,6 +18,7 @@ from pyckpt.exec.gathering import gather, gathers, hooks_of, others, unshards
 from pyckpt.exec.lm_ends import following
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, on_meta, rms_norm
+from pyckpt.ops.chunks import acc_dtype
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import Window
 from pyckpt.stream import Stream, check_stream, run_loss, run_stack
@@ -367,7 +368,8 @@ class CkptCausalLM(nn.Module):
         Raises ValueError for tokens or labels out of range, and for sequences too short to predict anything.
         """
         labels = self._labels(tokens, labels, cu_seqlens)
-        weights = loss_weights(labels, token_weight, class_weight, self.vocab_size, -100, label_smoothing)
+        dtype = acc_dtype(self.lm_head.weight.dtype)
+        weights = loss_weights(labels, token_weight, class_weight, self.vocab_size, -100, label_smoothing, dtype)
         options: dict[str, Any] = {
             "softcap": softcap,
             "z_loss": z_loss,

@@ -292,7 +292,7 @@ def canonical_window(causal: bool, window: int | Window | None) -> Window:
         raise ValueError(
             f"window={window} is negative; give the number of earlier keys a query may see, or None for no limit"
         )
-    if len(sides) != 2 or any(w is None or w < -1 for w in sides):
+    if len(sides) != 2 or any(w is None or not -1 <= w < 2**63 for w in sides):
         raise ValueError(
             f"window must be None, an int >= 0, or a pair (left, right) of ints >= -1 (-1: no limit), got {window!r}"
         )

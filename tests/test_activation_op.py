@@ -174,6 +174,15 @@ class TestAutograd:
             assert all(torch.equal(again[n], first[n]) for n in first)
 
 
+@pytest.mark.parametrize("kind", MLPS)
+def test_rows_of_nothing(kind, chunking):
+    mine, _, _ = functions(kind)
+    inputs = [t.requires_grad_() for t in make(kind, (3, 0)).values()]
+    y = mine(*inputs)
+    y.sum().backward()
+    assert y.shape == (3, 0) and all(t.grad.shape == (3, 0) for t in inputs)
+
+
 class TestBadInput:
     def test_kinds(self):
         x = torch.randn(2, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import pyckpt
 
@@ -51,6 +51,14 @@ def test_a_language_model_trains(packed):
     assert loss.shape == () and loss.dtype == torch.float32
     assert all(p.grad.shape == p.shape for p in model.parameters())
     assert model(tokens, **more).shape == (*tokens.shape, 61)
+
+
+def test_values_that_are_there_cannot_be_looked_at():
+    """Of real labels beside fake tensors nothing can be computed."""
+    with unset_fake_temporarily():
+        target = torch.zeros(3, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert pyckpt.linear_cross_entropy(torch.empty(3, 8), torch.empty(5, 8), target).shape == ()
 
 
 def test_functions():

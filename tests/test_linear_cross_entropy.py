@@ -502,8 +502,14 @@ class TestBadInput:
                 {"class_weight": torch.ones(9), "label_smoothing": 0.1},
                 "class_weight goes with no label_smoothing",
             ),
+            ({"weight": torch.randn(0, 5)}, r"weight has no rows: expected \(V, D\).*, got shape \(0, 5\)"),
+            ({"bias": torch.ones(9, dtype=torch.int64)}, "bias has dtype torch.int64, expected one of"),
+            ({"bias": torch.ones(9) * 1j}, "bias has dtype torch.complex64, expected one of"),
+            ({"z_loss": float("nan")}, "z_loss must be a finite number, got nan"),
+            ({"ignore_index": 2**64}, "ignore_index must be an int of 64 bits, got 18446744073709551616"),
+            ({"x": torch.randn(4, 5).to_sparse()}, "x has layout torch.sparse_coo, expected a dense tensor"),
         ],
-        ids=range(25),
+        ids=range(31),
     )
     def test_values(self, change, message):
         good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}
@@ -515,6 +521,9 @@ class TestBadInput:
         for name in (*good, "bias", "token_weight", "class_weight"):
             with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got list"):
                 pyckpt.linear_cross_entropy(**good | {name: [1.0]})
+        for index in (True, -100.0, None):
+            with pytest.raises(TypeError, match=f"ignore_index must be an int, got {index}"):
+                pyckpt.linear_cross_entropy(**good, ignore_index=index)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -536,8 +545,43 @@ def test_small_weights_of_tokens_in_float16(size, recompute, reduction):
         assert (ours - truth).norm() <= 2e-3 * truth.norm()  # two roundings to half are 5e-4 each
 
 
-def test_a_float32_bias_keeps_its_gradient_beside_half_weights():
-    x, weight, bias = torch.randn(40, 16).half(), torch.randn(30, 16).half(), torch.randn(30, requires_grad=True)
-    target = torch.randint(30, (40,))
-    pyckpt.linear_cross_entropy(x, weight, target, bias=bias, reduction="sum").backward(torch.tensor(1e5))
-    assert bias.grad.dtype == torch.float32 and bias.grad.isfinite().all() and bias.grad.abs().max() > 66000
+@pytest.mark.parametrize("tokens", [40, 20], ids=["by-tokens", "by-words"])
+@pytest.mark.parametrize(
+    "how", [{"reduction": "sum"}, {"reduction": "sum", "recompute": True}, {"reduction": "none"}], ids=range(3)
+)
+def test_a_float32_bias_keeps_its_gradient_beside_half_weights(how, tokens, backend):
+    x, weight, bias = torch.randn(tokens, 16).half(), torch.randn(30, 16).half(), torch.randn(30, requires_grad=True)
+    target = torch.randint(3, (tokens,))
+    loss = pyckpt.linear_cross_entropy(x, weight, target, bias=bias, **how)
+    loss.backward(torch.full_like(loss, 3e4))
+    exact = bias.detach().double().requires_grad_()
+    F.cross_entropy(x.double() @ weight.double().t() + exact, target, reduction="sum").backward(torch.tensor(3e4))
+    assert bias.grad.dtype == torch.float32 and bias.grad.abs().max() > 66000
+    # Of logits that are rounded to half, as the products of x and weight are: of some ten, by 2 ** -8.
+    assert (bias.grad.double() - exact.grad).norm() <= 1e-2 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("size", [1e-5, 300.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_weights_of_a_token_are_multiplied_in_the_losses_dtype(dtype, size):
+    """float16 holds neither the product of two small ones nor that of two large ones."""
+    x, weight = torch.randn(6, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    target = torch.randint(5, (6,))
+    tokens, classes = ((torch.rand(n) * size + size).half() for n in (6, 5))
+    weights = tokens.double() * classes.double()[target]
+    losses = F.cross_entropy(x.double() @ weight.double().t(), target, reduction="none")
+    loss = pyckpt.linear_cross_entropy(x, weight, target, token_weight=tokens, class_weight=classes)
+    error = abs(loss.double() - (losses * weights).sum() / weights.sum())
+    assert error <= 20 * torch.finfo(dtype).eps * losses.max()
+
+
+def test_no_dims(backend):
+    """The logits are the bias."""
+    target, bias = torch.tensor([0, 3, -100]), torch.randn(5, requires_grad=True)
+    x, weight = (torch.randn(n, 0, requires_grad=True) for n in (3, 5))
+    loss = pyckpt.linear_cross_entropy(x, weight, target, bias=bias)
+    loss.backward()
+    exact = bias.detach().clone().requires_grad_()
+    F.cross_entropy(exact.expand(3, 5), target).backward()
+    torch.testing.assert_close(bias.grad, exact.grad)
+    assert x.grad.shape == (3, 0) and weight.grad.shape == (5, 0)

@@ -157,6 +157,19 @@ class TestPrecision:
             assert (got[f"d{name}"] - want[f"d{name}"]).abs().max() < 1e-5 * want[f"d{name}"].abs().max()
 
     @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("layout", ["dense", "transposed", "strided"])
+    def test_long_rows_in_any_layout(self, layout, norm):
+        """Their sums are no less exact than PyTorch's."""
+        wide = 65536
+        x = {
+            "dense": lambda: torch.randn(4, wide),
+            "transposed": lambda: torch.randn(wide, 4).t(),
+            "strided": lambda: torch.randn(4, 2 * wide)[:, ::2],
+        }[layout]()
+        mine, truth, plain = functions(norm, "weight")
+        check_truth(mine, plain, truth, {"x": x, "weight": torch.randn(wide)})
+
+    @pytest.mark.parametrize("norm", NORMS)
     def test_large_and_small_values(self, norm):
         """Squares of float16 and bfloat16 values fit in float32, in which they are summed."""
         mine, truth, _ = functions(norm, "")
@@ -256,6 +269,16 @@ class TestAutograd:
         for rows in (6, 9) if dynamic else (6,):
             check_exact(compiled, lambda x, w: truth(x + 1, w).sin(), make((rows, 5), "weight"), terms=10.0)
 
+    @pytest.mark.parametrize("residual", [False, True])
+    @ALL_CASES
+    def test_rows_of_nothing(self, norm, given, residual, chunking):
+        mine, _, _ = functions(norm, given)
+        inputs = {n: t.requires_grad_() for n, t in make((3, 0), given).items()}
+        y = NORMS[norm][0](inputs["x"], residual=torch.randn(3, 0).double())[0] if residual else mine(*inputs.values())
+        assert y.shape == (3, 0) and y.dtype == torch.float64
+        y.sum().backward()
+        assert all(t.grad.shape == t.shape for t in ([inputs["x"]] if residual else inputs.values()))
+
     @pytest.mark.parametrize("norm", NORMS)
     def test_memory(self, norm, monkeypatch):
         """Kept: x, which was there, and the rows' statistics. Made: y, and chunks."""
@@ -290,6 +313,11 @@ class TestBadInput:
                 fn(x, **{name: torch.randn(4, device="meta")})
             with pytest.raises(TypeError, match=rf"{name} must be a torch\.Tensor, got list"):
                 fn(x, **{name: [1.0] * 4})
+            for dtype in (torch.complex64, torch.int64):
+                with pytest.raises(ValueError, match=f"{name} has dtype {dtype}, expected one of float32"):
+                    fn(x, **{name: torch.ones(4, dtype=dtype)})
+        with pytest.raises(ValueError, match=r"x has layout torch\.jagged, expected a dense tensor"):
+            fn(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=torch.jagged))
         with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
             fn([1.0])
 

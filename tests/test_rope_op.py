@@ -227,6 +227,33 @@ class TestAutograd:
             again, _ = step(pyckpt.rope, x, douts)
             assert all(torch.equal(again[n], first[n]) for n in first)
 
+    def test_no_heads(self, backend):
+        x = torch.randn(2, 3, 0, 4, requires_grad=True)
+        y = pyckpt.rope(x)
+        y.sum().backward()
+        assert y.shape == x.shape == x.grad.shape
+
+
+class Positioned(torch.nn.Module):
+    """Positions, slopes and sinks that are the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(5))
+        self.register_buffer("slopes", torch.rand(2, 4))
+        self.sinks = torch.nn.Parameter(torch.randn(4))
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        turned = pyckpt.rope(q, self.positions)
+        return pyckpt.attention(turned, k, k, sinks=self.sinks) + pyckpt.attention(q, k, k, alibi_slopes=self.slopes)
+
+
+def test_a_graph_of_any_size_with_tensors_of_its_own():
+    """torch.compile finds no shape of sizes that vary among others by `in`."""
+    module, q, k = Positioned(), torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k), module(q, k))
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -241,6 +268,8 @@ class TestBadInput:
             ({"positions": torch.arange(4)}, r"positions must be ints of shape \(2, 3\) or \(3,\), got \(4,\)"),
             ({"positions": torch.arange(3.0)}, "positions must be ints .* torch.float32"),
             ({"positions": torch.arange(3, device="meta")}, "positions are on meta, x is on cpu"),
+            ({"positions": torch.arange(3) * 1j}, "positions must be ints .* torch.complex64"),
+            ({"positions": torch.ones(3).bool()}, "positions must be ints .* torch.bool"),
             ({"theta": -1.0}, "theta must be a positive finite number, got -1.0"),
             ({"theta": torch.tensor(9.0, requires_grad=True)}, r"theta gets no gradient here: give theta\.detach\(\)"),
             ({"scaling": {"rope_type": "given", "frequencies": [1.0]}}, "gives 1 frequencies, expected 2"),
@@ -248,7 +277,7 @@ class TestBadInput:
             ({"scaling": {"rope_type": "yarn"}}, "rope_scaling type 'yarn' is not supported; expected one of linear"),
             ({"scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks high_freq_factor, low_freq_factor"),
         ],
-        ids=range(15),
+        ids=range(17),
     )
     def test_values(self, options, message):
         with pytest.raises(ValueError, match=message):

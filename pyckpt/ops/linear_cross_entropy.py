@@ -28,8 +28,8 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.direct import ops
 from pyckpt.ops.products import add_product_, product
 from pyckpt.ops.registry import autograd, define
+from pyckpt.ops.vocab_blocks import bias_dtype, scaled
 from pyckpt.ops.vocab_blocks import gradients as gradients_by_words
-from pyckpt.ops.vocab_blocks import scaled
 
 # Logits of a chunk. On CUDA 512 MiB of bf16, and twice that where chunks sum up dw in float32: each of them reads and
 # writes all of it, 4 GB at Llama 3's vocabulary.
@@ -170,7 +170,7 @@ def _bwd_fake(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dw, db = _grad_buffers(x, weight, bias, need_dx, need_dw, need_db)
-    return dx, dw.to(weight.dtype), db.to(weight.dtype)
+    return dx, dw.to(weight.dtype), db.to(bias_dtype(weight, bias))
 
 
 @define(
@@ -193,7 +193,7 @@ def linear_cross_entropy_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, db) in the dtypes of x and weight: makes the logits again, chunk by chunk. Those not needed are empty.
+    """(dx, dw, db) in the dtypes of x, weight and bias; empty where not needed. Makes the logits again, chunk by chunk.
 
     dloss (T,) is the gradient of each token's loss, or () that of all tokens' losses.
     """
@@ -320,7 +320,8 @@ def backward(
     for sl in _chunks(x, head.weight, need_dw):
         weights = None if upstream is None else upstream[sl]
         grads.add(sl, x[sl], *head.chunk(x[sl], target[sl], weights, None, lse[sl], True))
-    dx, dw, db = (scaled(g, factor, head.weight.dtype) for g in grads.results())
+    dtypes = x.dtype, head.weight.dtype, bias_dtype(head.weight, head.bias)
+    dx, dw, db = (scaled(g, factor, dtype) for g, dtype in zip(grads.results(), dtypes, strict=True))
     return dx, dw, db
 
 
@@ -453,9 +454,8 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, lse, dx, dw, db = output
     ctx.mark_non_differentiable(lse, dx, dw, db)
     ctx.set_materialize_grads(False)
-    # A bias in float32 beside half weights has a gradient that half may not hold.
     ctx.has_bias = bias is not None
-    ctx.dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+    ctx.dtypes = (x.dtype, weight.dtype, bias_dtype(weight, bias))
     ctx.made = any(inputs[10:13])
     if ctx.made:
         ctx.save_for_backward(dx, dw, db, target, token_weight)

@@ -39,7 +39,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dw, db) of the losses' sum, weighed by upstream (T,) and then by the one factor (1,); None: ones.
 
-    About `elements` logits exist at a time. Those not needed are empty; all have the dtype of the head's weight.
+    About `elements` logits exist at a time. Those not needed are empty; they have the dtypes of x, weight and bias.
     """
     weight = head.weight
     acc = acc_dtype(x.dtype)
@@ -57,7 +57,12 @@ def gradients(
             add_product_(dx, dz, part.weight)
         _write_product(dw[words], dz.t(), x, factor)
         del dz  # or it would lie beside the next block's logits
-    return scaled(dx, factor, x.dtype), dw, scaled(db, factor, weight.dtype)
+    return scaled(dx, factor, x.dtype), dw, scaled(db, factor, bias_dtype(weight, head.bias))
+
+
+def bias_dtype(weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """That of the bias' gradient: of a bias in float32 beside half weights, one that half may not hold."""
+    return weight.dtype if bias is None else bias.dtype
 
 
 def _blocks(vocab: int, most: int) -> Iterator[slice]:
