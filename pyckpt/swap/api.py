@@ -11,7 +11,7 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
-from pyckpt.swap import encoder, families, own, quantized, whole
+from pyckpt.swap import aligned, encoder, families, own, quantized, whole
 from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
@@ -313,7 +313,7 @@ def _encoder_layer(
 def _heads(
     model: nn.Module, loss: bool | str, stream: Stream | None, decoders: list[SwappedDecoder], entries: list[Entry]
 ) -> list[Replaced]:
-    """The loss of every causal language model inside."""
+    """The loss of every language model inside."""
     made: list[Replaced] = []
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -322,16 +322,20 @@ def _heads(
             continue
         if module.get_output_embeddings() is None:
             continue
+        why = "loss: linear_cross_entropy, no logits with labels"
+        why += ", which the backward makes again" if loss == "recompute" else ""
         try:
             _check_forward(module)
-            head = losses.head_of(module, decoders)
+            head = _causal_head(module, decoders)
+            if head is None:
+                made += aligned.swapped(module, loss)
+                entries.append(Entry(name or "(model)", kind, STANDARD, why))
+                continue
         except UnsupportedError as reason:
             entries.append(Entry(name or "(model)", kind, ORIGINAL, f"loss: {reason}"))
             continue
         swapped = losses.SwappedHead(module, head, loss)
         made.append(swapped)
-        why = "loss: linear_cross_entropy, no logits with labels"
-        why += ", which the backward makes again" if swapped.recompute else ""
         if stream is not None:
             decoder = next((d for d in decoders if d.module is swapped.body), None)
             try:
@@ -341,3 +345,15 @@ def _heads(
                 why += f"; not streamed from the token ids on: {reason}"
         entries.append(Entry(name or "(model)", kind, STANDARD, why))
     return made
+
+
+def _causal_head(model: Any, decoders: list[SwappedDecoder]) -> losses.Head | None:
+    """None where the labels are aligned with the logits, if anything."""
+    if aligned.decodes(model):
+        return None
+    try:
+        return losses.head_of(model, decoders)
+    except UnsupportedError:
+        if not hasattr(type(model), "can_generate") or model.can_generate():
+            raise
+        return None

@@ -146,8 +146,8 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
         raise UnsupportedError(f"it returns a {type(made).__name__}, which is not known")
     product = projections.of(model)(hidden)
     loss, logits = made.get("loss"), made.get("logits")  # an output of another kind has neither
-    scaling = next((s for s in scalings if _close(logits, s.of(product, model.config), hidden.dtype)), None)
-    if scaling is None or not _close(loss, _loss(logits, labels), torch.float32):
+    scaling = next((s for s in scalings if close(logits, s.of(product, model.config), hidden.dtype)), None)
+    if scaling is None or not close(loss, _loss(logits, labels), torch.float32):
         raise UnsupportedError("its logits or loss are not those of its output embeddings alone")
     more = sorted({n for n, value in made.items() if value is not None} - {"loss", "logits"})
     if more:
@@ -165,12 +165,12 @@ def _twin(model: Any, given: _Given, training: bool) -> nn.Module:
     path = next((n for n, m in model.named_modules() if m is base and n), None)
     if path is None:
         raise UnsupportedError("its base model is not a module of its own")
-    twin = twin_of(model, lambda inner, config: config if inner else _returns_dicts(config), {path: given})
+    twin = twin_of(model, lambda inner, config: config if inner else returns_dicts(config), {path: given})
     twin.__dict__["training"] = training
     return twin
 
 
-def _returns_dicts(config: Any) -> Any:
+def returns_dicts(config: Any) -> Any:
     """The config, or a copy where it asks for tuples."""
     if getattr(config, "return_dict", True):
         return config
@@ -231,7 +231,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _close(a: Any, b: Tensor, dtype: torch.dtype) -> bool:
+def close(a: Any, b: Tensor, dtype: torch.dtype) -> bool:
     if not isinstance(a, Tensor) or a.shape != b.shape or not bool(a.isfinite().all()):
         return False
     # Roundings alone: the products are the same. A half precision's norm of them is a quarter of its eps.

@@ -104,11 +104,14 @@ def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     if not gathers(module) or gathering.unshards(module):
         gather(module)
         return forward(x)
+    before = module.__dict__.get("forward")
     module.forward = forward
     try:
         return module(x)
     finally:
         del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _is_harmless(hook: Any) -> bool:

@@ -18,14 +18,17 @@ def of(model: Any) -> Any:
     return peft_wrappers.called_now(model.get_output_embeddings())
 
 
-def check(module: Any) -> None:
-    """Raise `UnsupportedError` where it is no plain linear layer, with rows that are trained or plain LoRA at most."""
+def check(module: Any, replaced: bool = False) -> None:
+    """Raise `UnsupportedError` where it is no plain linear layer, with rows that are trained or plain LoRA at most.
+
+    replaced: its forward is known to be one of ours.
+    """
     peft_wrappers.check(module)
     linear = peft_wrappers.base_of(module)
     if lora.is_adapted(linear):
-        _check_adapted(linear)
-        linear = lora.base_of(linear)
-    if unsharded_class(linear) is not nn.Linear or foreign(linear):
+        _check_adapted(linear, replaced)
+        linear, replaced = lora.base_of(linear), False
+    if unsharded_class(linear) is not nn.Linear or foreign(linear, replaced):
         raise UnsupportedError(f"its output embeddings are a {type(linear).__name__} with hooks, or no plain nn.Linear")
     if (patched := is_patched(linear)) is not None:
         raise UnsupportedError(patched)
@@ -33,8 +36,8 @@ def check(module: Any) -> None:
         raise UnsupportedError(f"the weight of its output embeddings is a {type(linear.weight).__name__}")
 
 
-def _check_adapted(module: Any) -> None:
-    if any(watched(inside) for inside in module.modules()):
+def _check_adapted(module: Any, replaced: bool) -> None:
+    if any(watched(inside, replaced and inside is module) for inside in module.modules()):
         raise UnsupportedError("its output embeddings' adapters have forward hooks")
     lora.active(module)
     weight = lora.base_of(module).weight
