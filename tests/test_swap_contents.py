@@ -406,3 +406,162 @@ def test_a_generator_draws_the_same_again(name, held):
             loss.backward()
     for a, b in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+class Given(Block):
+    """What is given beside x."""
+
+    def forward(self, pair: Any) -> Any:
+        x, other = pair
+        return super().forward(self.with_(x, other)), other
+
+    def with_(self, x: Tensor, other: Any) -> Tensor:
+        return x
+
+
+class Normalized(Given):
+    def with_(self, x: Tensor, other: nn.Module) -> Tensor:
+        return other(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Counting(nn.Module):
+    """Each call is another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.scale = 0, nn.Parameter(torch.ones(WIDTH, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.scale * self.calls
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.BatchNorm1d(WIDTH),
+        Counting,
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv1d(WIDTH, WIDTH, 1)),
+    ],
+    ids=["BatchNorm", "one that counts", "spectral norm"],
+)
+def test_a_module_that_it_is_given(make):
+    """What that keeps by itself too is as after one run."""
+
+    model = assert_as_without_a_swap(Sharing(make()))
+    assert getattr(model.shared, "calls", 6) == 6  # three blocks, two steps
+
+
+class Sharing(Model):
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__(Normalized)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block((x, self.shared))
+        return x.square().mean()
+
+
+class Numbered(Given):
+    def with_(self, x: Tensor, other: Any) -> Tensor:
+        it = other.x if isinstance(other, State) else other[0] if isinstance(other, list) else other
+        return next(it) * x
+
+
+@pytest.mark.parametrize("held", [lambda it: it, lambda it: [it], State], ids=["itself", "list", "object"])
+def test_an_iterator_that_it_is_given_is_read_once(held):
+    def start(x: Tensor) -> Any:
+        return x, held(iter([float(i + 1) for i in range(9)]))
+
+    with pytest.warns(UserWarning, match="Numbered is given an iterator, which can be read once: it stores everything"):
+        assert_as_without_a_swap(Model(Numbered, start, lambda pair: pair[0]))
+
+
+class Learning(Block):
+    """It takes a gradient inside itself, as layers do that learn at test time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.steps = nn.Parameter(torch.randn(WIDTH, WIDTH)), 0
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        x = self.drop(super().forward(x))
+        error = torch.func.vmap(torch.func.grad(lambda w, row: (row @ w - row).square().sum()), in_dims=(None, 0))
+        return x + self.steps * torch.bmm(x, self.memory - 0.01 * error(self.memory, x))
+
+
+def test_gradients_by_torch_func_inside_run_once():
+    """PyTorch takes none under a checkpoint: what the first run had begun, and drawn, is undone."""
+    with pytest.warns(UserWarning, match=r"Learning calls torch\.func\.grad or its like: it stores everything"):
+        model = assert_as_without_a_swap(Model(Learning))
+    assert [block.steps for block in model.blocks] == [2] * 3
+
+
+def test_gradients_by_torch_func_of_the_model():
+    model = Model(Block).double()
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    before = torch.func.grad(model)(x)
+    pyckpt.swap(model)
+    assert torch.equal(torch.func.grad(model)(x), before)
+
+
+class Caching(Given):
+    """Writes to a cache whose keys and values are views of one tensor."""
+
+    def with_(self, x: Tensor, other: Any) -> Tensor:
+        keys, values = other
+        keys[:, :2], values[:, :2] = x[:, :2], 2 * x[:, :2]
+        return x + keys.sum() + values.sum()
+
+
+def test_a_frozen_layer_without_gradients_runs_once():
+    def call(model: Model) -> Tensor:
+        return model(torch.ones(2, 5, WIDTH))
+
+    model = Model(Caching, lambda x: (x, torch.zeros(2, 2, 4, WIDTH).unbind()), lambda pair: pair[0])
+    model.eval().requires_grad_(False)
+    before = call(model)
+    pyckpt.swap(model)
+    assert torch.equal(call(model), before)
+
+
+class Remembering(nn.Module):
+    """A decoder layer of Transformer-XL's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.self_attn, self.memories = nn.LayerNorm(WIDTH), Attention(), [torch.zeros(1, WIDTH)]
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        x = hidden_states + self.self_attn(self.norm(hidden_states)) + self.memories[-1].sum()
+        self.memories.append(x.detach())
+        return x
+
+
+class RememberingDecoderLayer(Remembering):
+    pass
+
+
+class LanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.embed_tokens = types.SimpleNamespace(vocab_size=50), nn.Embedding(50, WIDTH)
+        self.layers = nn.ModuleList(RememberingDecoderLayer() for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, attention_mask=attention_mask)
+        return x
+
+
+def test_a_swap_leaves_lists_as_they_are():
+    """It calls a model of such layers for a look at what they are handed."""
+    model = LanguageModel()
+    kept = [list(layer.memories) for layer in model.layers]
+    pyckpt.swap(model)
+    for layer, had in zip(model.layers, kept, strict=True):
+        assert len(layer.memories) == 1 and layer.memories[0] is had[0]

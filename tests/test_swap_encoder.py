@@ -214,3 +214,23 @@ def test_what_an_activation_holds_by_itself_has_its_gradient():
     assert swapped.saved_bytes < whole.saved_bytes
     with torch.no_grad():
         torch.testing.assert_close(model(x), copy_of(model)(x))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_sequences(path):
+    model = make(PATHS[path])
+    pyckpt.swap(model)
+    assert model(torch.randn(0, SEQ, WIDTH, dtype=torch.float64)).shape == (0, SEQ, WIDTH)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_sequence_without_a_batch_runs_again_as_a_whole(path):
+    model, x = make(PATHS[path]), torch.randn(SEQ, WIDTH, dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(model(x).square().sum(), x)[0]
+    with pyckpt.measure.memory() as stored:
+        model(x)
+    pyckpt.swap(model)
+    with pyckpt.measure.memory() as ours:
+        y = model(x)
+    assert ours.saved_bytes < stored.saved_bytes / 2
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], plain)

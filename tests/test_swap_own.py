@@ -945,8 +945,18 @@ class Mixer(nn.Module):
             ["0.1", "1.1", "2.1.blocks.0", "2.1.blocks.1"],
         ),
         (lambda: [nn.TransformerEncoderLayer(WIDTH, HEADS, batch_first=True), Block()], ["0", "1"]),
+        (lambda: [CausalSelfAttention(), mlp(), CausalSelfAttention(), mlp(), nn.ReLU()], ["0", "1", "2", "3"]),
     ],
-    ids=["stages", "two attentions", "named both", "by a function", "no module", "in turn", "beside known layers"],
+    ids=[
+        "stages",
+        "two attentions",
+        "named both",
+        "by a function",
+        "no module",
+        "in turn",
+        "beside known layers",
+        "flat",
+    ],
 )
 def test_which_modules_are_layers(layers, found):
     model, ids = Model(layers()), make_ids()
@@ -1021,3 +1031,13 @@ def test_a_layer_that_was_compiled_by_itself_is_told_of():
             layers[0].attn = torch.compile(layers[0].attn)
         with pytest.raises(ValueError, match=r"was compiled by itself \(torch.compile\); swap the model first"):
             pyckpt.swap(Model(layers))
+
+
+def test_decoder_layers_in_a_model_without_a_config():
+    """No model of transformers is around them: nothing is said of one, and one layer may stand in several places."""
+    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, batch_first=True)
+    model = nn.TransformerDecoder(layer, 2)
+    model.layers = nn.ModuleList([layer, layer])
+    report = pyckpt.swap(model, segments=2)
+    assert {e.path for e in report.entries} == {"checkpointed"}
+    assert all(e.why.endswith("kept: a class of torch; not in segments") for e in report.entries)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from pyckpt.save import SaveSet
@@ -74,7 +74,7 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     made (see `kept`). Where transformers' own checkpointing was enabled it does the same, as it was told to.
     """
     checkpoints_itself = bool(getattr(layer.module, "gradient_checkpointing", False)) and layer.module.training
-    if checkpoints_itself or not torch.is_grad_enabled():
+    if checkpoints_itself or layer.runs_once or not torch.is_grad_enabled():
         return layer.original(*args, **kwargs)
     if not only_reads(layer.module) and _writes_caches(layer, args, kwargs):
         args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
@@ -82,10 +82,45 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}
         return checkpoint(functools.partial(layer.original, *args, **kwargs), use_reentrant=False, **options)
-    state = LayerState(layer.module)
-    given = CallArguments(args, kwargs, state.watched)
+    given = CallArguments(args, kwargs)
+    if given.is_read_once:
+        layer.warn(f"{type(layer.module).__name__} is given an iterator, which can be read once: it stores everything")
+        return layer.original(*args, **kwargs)
+    state = LayerState(layer.module, given.contents.modules)
+    if not (given.wants_gradients or any(p.requires_grad for m in state.modules for p in m.parameters(recurse=False))):
+        return layer.original(*args, **kwargs)
+    if _differentiates():
+        return layer.original(*args, **kwargs)
+    given.watch(state.watched)
     contexts = functools.partial(_contexts, state, given, save.attention)
-    return checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
+    draws = _draws(given.tensors)
+    try:
+        return checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+    # torch.func takes gradients inside the layer (Titans, TTT), and takes none under the hooks of a checkpoint.
+    layer.runs_once = True
+    layer.warn(f"{type(layer.module).__name__} calls torch.func.grad or its like: it stores everything")
+    state.put(given.before)
+    for device, drawn in draws:
+        torch.cuda.set_rng_state(drawn, device) if device.type == "cuda" else torch.set_rng_state(drawn)
+    given.ran()
+    args, kwargs = given.take()
+    given.put_contents()
+    return layer.original(*args, **kwargs)
+
+
+def _differentiates() -> bool:
+    """A call of torch.func.grad or its like is around the model."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() == torch._C._functorch.TransformType.Grad for interpreter in stack)
+
+
+def _draws(tensors: list[Tensor]) -> list[tuple[torch.device, Tensor]]:
+    """The states of PyTorch's generators, of the CPU and of the devices of these tensors."""
+    devices = {t.device for t in tensors if t.is_cuda}
+    return [(torch.device("cpu"), torch.get_rng_state()), *((d, torch.cuda.get_rng_state(d)) for d in devices)]
 
 
 def _run(layer: Replaced, given: CallArguments) -> Any:

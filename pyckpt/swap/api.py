@@ -218,8 +218,6 @@ def _decoder(
     tile: int | None,
     entries: list[Entry],
 ) -> list[Replaced]:
-    if segments is not None or stream is not None:
-        _check_all_differ(name, module)
     swapped: list[SwappedLayer] = []
     refused: list[nn.Module] = []
     chooser = Chooser(module, [path for path, _ in layers], save, tile)
@@ -237,6 +235,8 @@ def _decoder(
     again = [CheckpointedLayer(layer, bool(swapped), save) for layer in refused]
     if not swapped:
         return [*again]
+    if segments is not None or stream is not None:
+        _check_all_differ(name, module)
     length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
     streaming = None if stream is None else Streaming(stream, length)
     unread = complete and chooser.maskless(swapped)

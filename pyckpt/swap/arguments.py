@@ -18,23 +18,43 @@ class CallArguments:
 
     Lists and dicts are then new ones with what was in them before the first run, which may have changed them; other
     containers, and objects of one's own, hold it while a later run lasts. Of a tensor that the first run writes to
-    (`h += ...` of what it was given) a copy is made just before, and of `others`, the layer's, too: `written` has to
-    hear of every op of that run.
+    (`h += ...` of what it was given) a copy is made just before, and of those to `watch`, the layer's, too: `written`
+    has to hear of every op of that run.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], others: Iterable[Tensor]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = args, kwargs
         self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=_is_leaf)
         self.contents = Contents((v for v in self._leaves if not isinstance(v, Tensor)), objects=True)
         given = [*(v for v in self._leaves if isinstance(v, Tensor)), *self.contents.tensors]
         # What becomes of a tensor that is written to may require a gradient though it did not.
         self._tensors = {id(t): (t, t.requires_grad) for t in given}
-        watched = {i: t for i, (t, _) in self._tensors.items()} | {id(t): t for t in others}
         self._by_storage: dict[int, list[Tensor]] = {}
-        for t in watched.values():
-            self._by_storage.setdefault(storage_of(t), []).append(t)
+        self.watch(t for t, _ in self._tensors.values())
         self._copies: dict[int, Tensor] = {}
         self._versions = [(t, t._version) for t, _ in self._tensors.values() if not t.is_inference()]
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Those of which a copy is made before they are written to."""
+        for t in tensors:
+            shared = self._by_storage.setdefault(storage_of(t), [])
+            if not any(t is other for other in shared):
+                shared.append(t)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that are given."""
+        return [t for t, _ in self._tensors.values()]
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Something that is given requires one."""
+        return any(requires for _, requires in self._tensors.values())
+
+    @property
+    def is_read_once(self) -> bool:
+        """An iterator is given: what it gave the first time it would not give again."""
+        return any(isinstance(leaf, Iterator) for leaf in (*self._leaves, *self.contents.others))
 
     def written(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op of the first run is about to run."""

@@ -33,6 +33,8 @@ class Chooser:
 
     def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
         """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
+        if not hasattr(self._model, "config"):
+            raise UnsupportedError(f"a class of {type(layer).__module__.partition('.')[0]}")
         other = attention.other(getattr(self._model, "config", None))
         if other is not None:
             raise UnsupportedError(other)

@@ -27,7 +27,8 @@ class Contents:
     """What is now in the containers (dicts, lists, sets, deques, and classes derived from them) that `values` lead to,
     one in another too; with `objects` in instances of classes of one's own as well.
 
-    `tensors`, `modules` and `generators` are those found on the way; in modules nothing is looked for.
+    `tensors`, `modules` and `generators` are those found on the way, `others` all else; in modules nothing is looked
+    for.
     """
 
     def __init__(self, values: Iterable[Any], objects: bool = False) -> None:
@@ -35,6 +36,7 @@ class Contents:
         self.tensors: list[Tensor] = []
         self.modules: list[nn.Module] = []
         self.generators: list[Any] = []
+        self.others: list[Any] = []
         self._look(list(values), objects)
 
     def _look(self, waiting: list[Any], objects: bool) -> None:
@@ -56,6 +58,8 @@ class Contents:
                 held = _content(value)
                 self._held.append((value, held))
                 waiting.extend(held.values() if isinstance(held, dict) else held)
+            elif not isinstance(value, _NOTHING_IN):
+                self.others.append(value)
 
     def present(self) -> Held:
         """What is in them at present."""

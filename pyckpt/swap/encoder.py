@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyckpt.block import CheckpointedBlock, run_blocks
-from pyckpt.save import Save, save_set
+from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import again, generic, masks, whole
 from pyckpt.swap.block import MappedBlock
@@ -215,8 +215,10 @@ class SwappedEncoderLayer(Replaced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
         src = given["src"]
-        if src.is_nested or src.dim() != 3 or (given.get("is_causal") and given.get("src_mask") is None):
+        if src.is_nested or not src.numel() or (given.get("is_causal") and given.get("src_mask") is None):
             return self.original(**given)  # the last is an error of PyTorch's
+        if src.dim() != 3:  # a sequence without a batch
+            return again.run_twice(self, (), given, self._save) if self._twice else self.original(**given)
         try:
             causal, cu_seqlens = self._masks(given)
             return self._run(self.blocks[causal], src, cu_seqlens)
@@ -241,7 +243,11 @@ class SwappedEncoderLayer(Replaced):
         twice = isinstance(reason, UnsupportedCallError) and self._twice
         how = "again as a whole in the backward" if twice else "which stores everything"
         self.warn(f"{reason}: {type(self.module).__name__} runs its original forward, {how}")
-        return again.run_twice(self, (), given, save_set(self.blocks[False].save)) if twice else self.original(**given)
+        return again.run_twice(self, (), given, self._save) if twice else self.original(**given)
+
+    @property
+    def _save(self) -> SaveSet:
+        return save_set(self.blocks[False].save)
 
     def _masks(self, given: dict[str, Any]) -> tuple[bool, Tensor | None]:
         if self._lost and torch.is_grad_enabled():

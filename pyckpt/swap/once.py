@@ -106,11 +106,18 @@ def _buffers(modules: list[nn.Module]) -> list[Tensor]:
 class LayerState:
     """What a layer's modules have: attributes, what is in containers that are attributes, and buffers.
 
-    And the modules and the hooks inside. Of modules in such containers too, of which PyTorch does not know.
+    And the modules and the hooks inside. Of modules in such containers too, of which PyTorch does not know, and of
+    those that the layer is `given`, but for what it is a part of.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.modules, self._of, self._contents = list(module.modules()), list[_Of](), list[Contents]()
+    def __init__(self, module: nn.Module, given: Iterable[nn.Module] = ()) -> None:
+        self.modules = list(module.modules())
+        for other in given:
+            inside = list(other.modules())
+            if not any(m is module for m in inside):
+                self.modules += inside
+        self.modules = list({id(m): m for m in self.modules}.values())
+        self._of, self._contents = list[_Of](), list[Contents]()
         seen, look = set(map(id, self.modules)), self.modules
         self.generators: list[Any] = []
         self._tensors: list[Tensor] = []

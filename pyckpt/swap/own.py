@@ -34,16 +34,17 @@ _FUNCTIONS = frozenset(
 
 def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers in the model's lists of modules, by path; of layers in layers the innermost."""
-    return list(_layers(model, "", False))
+    return list(_layers(model, "", False, False))
 
 
-def _layers(module: nn.Module, path: str, listed: bool) -> Iterator[tuple[str, nn.Module]]:
+def _layers(module: nn.Module, path: str, listed: bool, deeper: bool) -> Iterator[tuple[str, nn.Module]]:
+    """`listed`: it stands in a list; `deeper`: that, or something around it, does."""
     if _CHECKPOINTED in module._modules or isinstance(module, (CheckpointedBlock, torch.jit.ScriptModule)):
         return
     held = isinstance(module, _CONTAINERS)
     inside = held or (listed and is_wrapper(module))
     inner = [
-        (_joined(path, name), child, list(_layers(child, _joined(path, name), inside)))
+        (_joined(path, name), child, list(_layers(child, _joined(path, name), inside, deeper or held)))
         for name, child in module.named_children()
     ]
     if any(found for _, _, found in inner):
@@ -58,6 +59,9 @@ def _layers(module: nn.Module, path: str, listed: bool) -> Iterator[tuple[str, n
                 yield from _beside(child, child_path, inner)
     elif listed and not inside and _is_layer(module):
         yield path, module
+    elif not deeper and isinstance(module, nn.ModuleList) and sum(map(_attends, module)) > 1:
+        # Sublayers in turns, or attentions alone.
+        yield from ((_joined(path, n), m) for n, m in module.named_children() if _has_children(m))
     elif listed and held and any(_attends(m) for m in module.modules()):
         if isinstance(module, nn.Sequential):
             yield path, module

@@ -64,6 +64,7 @@ class Replaced:
         self._takes_more = self._before is not None or takes_more(module)
         self._was_patched = is_patched(module)
         self._warned: set[str] = set()
+        self.runs_once = False  # a first run has shown that the forward cannot run again
 
     @property
     def module(self) -> nn.Module:

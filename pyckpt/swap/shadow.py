@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyckpt.swap.contents import Contents
+
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_OF_MODULES = frozenset(nn.Module().__dict__)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -75,11 +78,14 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
 def untouched(module: nn.Module) -> Iterator[list[str]]:
     """Afterwards all modules inside have the classes, parameters, attributes, buffers and children that they had.
 
+    And containers that are attributes hold what they did.
+
     The list that it gives is then that of the classes of those that had others, but for parameters: other ones are what
     `torch.func.functional_call` leaves in a module that stands in two places, and what is parametrized in a call puts
     them in again in another order.
     """
     attributes = {m: dict(m.__dict__) for m in module.modules()}
+    containers = [Contents(v for n, v in own.items() if n not in _OF_MODULES) for own in attributes.values()]
     kinds = {m: m.__class__ for m in attributes}
     inside: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = [
         (m, held, dict(held)) for m in attributes for held in (m._parameters, m._buffers, m._modules)
@@ -94,6 +100,8 @@ def untouched(module: nn.Module) -> Iterator[list[str]]:
                 changed.append(type(m).__name__)
                 m.__dict__.clear()
                 m.__dict__.update(was)
+        for contents in containers:
+            contents.put(lambda t: t)
         for m, kind in kinds.items():
             if m.__class__ is not kind:  # parametrized, and left so by an error
                 changed.append(kind.__name__)
