@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import random
 import types
+import weakref
 from typing import Any
 
 import numpy
@@ -355,6 +356,49 @@ def test_a_weight_that_something_else_writes_to_is_an_error():
         model.blocks[1].mlp.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class EndingInABias(Block):
+    """A Linear of what is not contiguous is a product and a sum, which needs nothing for its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x).transpose(0, 1)).transpose(0, 1)
+
+
+def test_steps_of_an_optimizer_in_the_backward():
+    """One for each weight as soon as it has its gradient: a bias at the end has it before the layer runs again."""
+    model = Model(EndingInABias).double()
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    for m in (plain, model):
+        for p in m.parameters():
+            p.register_post_accumulate_grad_hook(_descend)
+        for _ in range(3):
+            m(x).backward()
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def _descend(p: Tensor) -> None:
+    with torch.no_grad():
+        p.sub_(p.grad, alpha=0.1)
+    p.grad = None
+
+
+def test_an_output_that_is_held_after_the_backward_holds_nothing_else():
+    model = Model(Block, start=lambda x: x * 1)
+    pyckpt.swap(model)
+    found: list[Any] = []
+    hook = model.blocks[1].register_forward_pre_hook(lambda module, args: found.append(weakref.ref(args[0])))
+    loss = model(torch.randn(2, 5, WIDTH))
+    hook.remove()
+    loss.backward()
+    assert loss.grad_fn is not None and found[0]() is None
 
 
 # --- what it draws --------------------------------------------------------------------------------------------

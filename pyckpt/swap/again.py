@@ -95,7 +95,9 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     contexts = functools.partial(_contexts, state, given, save.attention)
     draws = _draws(given.tensors)
     try:
-        return checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
+        made = checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
+        given.made(made)
+        return made
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,8 @@ class CallArguments:
         self._by_storage: dict[int, list[Tensor]] = {}
         self.watch(t for t, _ in self._tensors.values())
         self._copies: dict[int, Tensor] = {}
+        self.backward_began = False
+        self.when_backward_begins: Callable[[], None] | None = None
         self._versions = [(t, t._version) for t, _ in self._tensors.values() if not t.is_inference()]
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
@@ -55,6 +58,17 @@ class CallArguments:
     def is_read_once(self) -> bool:
         """An iterator is given: what it gave the first time it would not give again."""
         return any(isinstance(leaf, Iterator) for leaf in (*self._leaves, *self.contents.others))
+
+    def made(self, output: Any) -> None:
+        """The first run has made this. When a backward comes to it, what is to be as it was is looked at.
+
+        Later in the same backward a weight may have got its gradient, and have been changed by a step of an optimizer
+        in a hook: nothing that depends on it is still to come.
+        """
+        this = weakref.ref(self)  # an output that somebody holds after its backward holds no arguments
+        for t in tree_leaves(output):
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                t.register_hook(functools.partial(_begin, this))
 
     def written(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An op of the first run is about to run."""
@@ -106,6 +120,16 @@ class CallArguments:
         """A new tensor as t was, to be written to; it is no leaf, which may not be."""
         copy = self._copies[id(t)]
         return copy.requires_grad_(True).clone() if self._tensors[id(t)][1] else copy.clone()
+
+
+def _begin(arguments: weakref.ref[CallArguments], grad: Tensor) -> None:
+    """A backward has come to what a layer made of these."""
+    given = arguments()
+    if given is None:
+        return
+    if given.when_backward_begins is not None:
+        given.when_backward_begins()
+    given.backward_began = True
 
 
 def _is_leaf(value: Any) -> bool:

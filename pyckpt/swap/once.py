@@ -37,6 +37,7 @@ class FirstRun:
         self._given, self.state, self.buffers = given, state, list[Tensor]()
         self.modules = state.modules
         self.parameters = _Parameters(self.modules)
+        given.when_backward_begins = self.parameters.check
 
     def __enter__(self) -> None:
         self._versions = [(b, b._version) for b in _buffers(self.modules) if not b.is_inference()]
@@ -68,7 +69,8 @@ class SecondRun:
 
     def __enter__(self) -> None:
         first, before = self._first, self._given.before
-        first.parameters.check()
+        if not self._given.backward_began:
+            first.parameters.check()
         self._present = first.state.present(), self._given.contents.present()
         self._replaced = first.parameters.put()
         self._written = [(t, t.detach().clone(), before(t)) for t in (*first.buffers, *first.parameters.written)]
@@ -90,6 +92,7 @@ class SecondRun:
         state, contents = self._present
         refill(contents)
         state.put()
+        self._given.backward_began = False
         del self._present, self._written, self._drawing, self._replaced
 
 
