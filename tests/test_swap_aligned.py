@@ -68,6 +68,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mT5": ("MT5ForConditionalGeneration", "MT5Config", T5),
     "BART": ("BartForConditionalGeneration", "BartConfig", BART),
     "M2M100": ("M2M100ForConditionalGeneration", "M2M100Config", BART),
+    "Switch": (
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {**T5, "num_experts": 2, "expert_capacity": 64, "router_jitter_noise": 0.0},
+    ),
     "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", BART | WHISPER),
 }
 THREE = pytest.mark.parametrize("name", ["BERT", "ModernBERT", "BART"])
@@ -140,6 +145,17 @@ def _decoder(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     if not model.config.is_encoder_decoder:
         return {}
     return {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+
+def test_a_mixture_whose_routers_have_a_share_of_the_loss():
+    model = make("Switch")
+    batch = batch_for(model) | {"output_router_logits": True}
+    plain = step(model, batch)
+    pyckpt.swap(model)
+    with pytest.warns(UserWarning, match="output_router_logits is for the model's own loss, which runs, with logits"):
+        made = step(model, batch)
+    for n, t in plain.items():
+        torch.testing.assert_close(made[n], t, rtol=1e-4, atol=1e-5)
 
 
 @THREE

@@ -609,3 +609,32 @@ def test_a_swap_leaves_lists_as_they_are():
     pyckpt.swap(model)
     for layer, had in zip(model.layers, kept, strict=True):
         assert len(layer.memories) == 1 and layer.memories[0] is had[0]
+
+
+class Jagged(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.contiguous().unflatten(-1, (2, -1)).transpose(1, 2) for t in self.attn.qkv(self.norm(x)).chunk(3, -1)
+        )
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        return x + self.mlp(self.attn.out(o)).tanh()
+
+
+@pytest.mark.parametrize("save", ["attention", "input"])
+def test_sequences_of_several_lengths_in_a_nested_tensor(save):
+    """torch.utils.checkpoint asks parts of them for their shapes, which they do not have."""
+
+    def run(model: Model) -> dict[str, Tensor]:
+        model.zero_grad()
+        x = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        for block in model.blocks:
+            x = block(x)
+        x.values().square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    rows = [torch.randn(n, WIDTH) for n in (6, 4, 9)]
+    model = Model(Jagged)
+    before = run(model)
+    pyckpt.swap(model, save)
+    for name, gradient in run(model).items():
+        assert torch.equal(gradient, before[name]), name

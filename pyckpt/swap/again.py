@@ -95,7 +95,13 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     contexts = functools.partial(_contexts, state, given, save.attention)
     draws = _draws(given.tensors)
     try:
-        made = checkpoint(functools.partial(_run, layer, given), use_reentrant=False, context_fn=contexts)
+        made = checkpoint(
+            functools.partial(_run, layer, given),
+            use_reentrant=False,
+            context_fn=contexts,
+            # It reads the shapes of what is saved, which parts of nested tensors do not have.
+            determinism_check="none" if any(t.is_nested for t in given.tensors) else "default",
+        )
         given.made(made)
         return made
     except RuntimeError as error:

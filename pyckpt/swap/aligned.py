@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pyckpt.functional import linear_cross_entropy
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.swap import projection as projections
-from pyckpt.swap.heads import close, returns_dicts
+from pyckpt.swap.heads import close, output_class, returns_dicts
 from pyckpt.swap.modules import UnsupportedError, called, foreign
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, mode, twin_of, untouched
@@ -31,7 +31,6 @@ _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap
 _ITEMS = 5
 _CACHES = ("past_key_values", "cache")
-# Arguments of a call that change the loss in ways that are not ours.
 _OTHERS = ("ignore_index", "shift_labels", "reduction", "token_weight")
 
 
@@ -93,9 +92,9 @@ class SwappedAligned(Replaced):
         asked = given.pop("output_logits", False)
         if asked or given.get("labels") is None or not (self.always or torch.is_grad_enabled()):
             return self.original(**given)
-        others = [n for n in _OTHERS if given.get(n) is not None]
-        if self._found.items is None and given.get("num_items_in_batch") is not None:
-            others.append("num_items_in_batch")
+        others = [n for n, value in given.items() if value is not None and self._is_other(n)]
+        if self.asks(given, "output_router_logits"):  # its loss has a share of the router's
+            others.append("output_router_logits")
         if others:
             self.warn(f"{', '.join(others)} is for the model's own loss, which runs, with logits")
             return self.original(**given)
@@ -105,6 +104,12 @@ class SwappedAligned(Replaced):
             self.warn(f"{reason}: the loss is the model's own, from logits")
             return self.original(**given)
         return self._loss(given)
+
+    def _is_other(self, name: str) -> bool:
+        """An argument that changes the loss in a way that is not ours."""
+        if name == "num_items_in_batch":
+            return self._found.items is None
+        return name in _OTHERS or ("label" in name and name != "labels")
 
     def _check(self) -> None:
         projection = self._projection.module
@@ -250,8 +255,6 @@ def _is_loss(loss: Any, logits: Tensor, labels: Tensor, reduction: str) -> bool:
 
 def _inputs(model: Any, projection: Any) -> tuple[dict[str, Any], Tensor]:
     """Arguments of a call, and labels (2, S)."""
-    from transformers.modeling_outputs import BaseModelOutput
-
     device, vocab, names = projection.weight.device, projection.out_features, argument_names(model)
     labels = torch.randint(vocab, (2, _SEQ), device=device)
     labels[0, :2] = IGNORED
@@ -260,7 +263,7 @@ def _inputs(model: Any, projection: Any) -> tuple[dict[str, Any], Tensor]:
         if not isinstance(width, int):
             raise UnsupportedError("its config has no hidden_size")
         encoded = torch.randn(2, _SEQ - 2, width, device=device, dtype=projection.weight.dtype)
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)}, labels
+        return {"encoder_outputs": output_class()(last_hidden_state=encoded)}, labels
     if model.main_input_name != "input_ids" or "input_ids" not in names:
         raise UnsupportedError(f"it takes {model.main_input_name}")
     tokens = torch.randint(vocab, (2, _SEQ), device=device)

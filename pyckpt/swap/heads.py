@@ -203,7 +203,7 @@ class _Given(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._called.append((self._path, dict(zip(self._names, args, strict=False)) | kwargs))
-        return _output_class()(last_hidden_state=self._hidden)
+        return output_class()(last_hidden_state=self._hidden)
 
     def names_of(self, path: str) -> list[str]:
         """The names of the arguments of the module at this path."""
@@ -215,7 +215,7 @@ class _Given(nn.Module):
 
 
 @functools.cache
-def _output_class() -> Any:
+def output_class() -> Any:
     """A base model's output: whatever models of any kind look for in it is there, and None."""
     from transformers.modeling_outputs import BaseModelOutput
 
