@@ -17,6 +17,8 @@ from pyckpt.swap.arguments import CallArguments
 from pyckpt.swap.once import FirstRun, LayerState, SecondRun
 from pyckpt.swap.replaced import Replaced
 
+# What PyTorch's error says of torch.func.grad inside a layer (Titans, TTT), under the hooks of a checkpoint.
+_NO_HOOKS = "saved tensor hooks"
 # By these names layers of transformers are handed what they are to write keys, values and states to.
 _CACHES = ("past_key_values", "layer_past", "cache_params")
 
@@ -82,38 +84,54 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}
         return checkpoint(functools.partial(layer.original, *args, **kwargs), use_reentrant=False, **options)
+    return _checkpointed(layer, args, kwargs, save)
+
+
+def _checkpointed(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], save: SaveSet) -> Any:
     given = CallArguments(args, kwargs)
-    if given.is_read_once:
-        layer.warn(f"{type(layer.module).__name__} is given an iterator, which can be read once: it stores everything")
-        return layer.original(*args, **kwargs)
     state = LayerState(layer.module, given.contents.modules)
-    if not (given.wants_gradients or any(p.requires_grad for m in state.modules for p in m.parameters(recurse=False))):
-        return layer.original(*args, **kwargs)
-    if _differentiates():
+    if _runs_once(layer, given, state):
         return layer.original(*args, **kwargs)
     given.watch(state.watched)
-    contexts = functools.partial(_contexts, state, given, save.attention)
     draws = _draws(given.tensors)
     try:
         made = checkpoint(
             functools.partial(_run, layer, given),
             use_reentrant=False,
-            context_fn=contexts,
+            context_fn=functools.partial(_contexts, state, given, save.attention),
             # It reads the shapes of what is saved, which parts of nested tensors do not have.
             determinism_check="none" if any(t.is_nested for t in given.tensors) else "default",
         )
+    except RuntimeError as error:
+        if _NO_HOOKS not in str(error):
+            raise
+    else:
         given.made(made)
         return made
-    except RuntimeError as error:
-        if "saved tensor hooks" not in str(error):
-            raise
-    # torch.func takes gradients inside the layer (Titans, TTT), and takes none under the hooks of a checkpoint.
     layer.runs_once = True
     layer.warn(f"{type(layer.module).__name__} calls torch.func.grad or its like: it stores everything")
+    return _after_all(layer, state, given, draws)
+
+
+def _runs_once(layer: Replaced, given: CallArguments, state: LayerState) -> bool:
+    """It cannot run again, or nothing would have it do so."""
+    if given.is_read_once:
+        layer.warn(f"{type(layer.module).__name__} is given an iterator, which can be read once: it stores everything")
+        return True
+    weights = (p for m in state.modules for p in m.parameters(recurse=False))
+    return not (given.wants_gradients or any(p.requires_grad for p in weights)) or _differentiates()
+
+
+def _after_all(layer: Replaced, state: LayerState, given: CallArguments, draws: _Draws) -> Any:
+    """The original, once a run has failed half-way: with all as it was before that."""
+    given.ran()
     state.put(given.before)
+    for t in state.watched:
+        was = given.before(t)
+        if was is not None:
+            t.data.copy_(was)
     for device, drawn in draws:
         torch.cuda.set_rng_state(drawn, device) if device.type == "cuda" else torch.set_rng_state(drawn)
-    given.ran()
     args, kwargs = given.take()
     given.put_contents()
     return layer.original(*args, **kwargs)
@@ -125,7 +143,10 @@ def _differentiates() -> bool:
     return any(interpreter.key() == torch._C._functorch.TransformType.Grad for interpreter in stack)
 
 
-def _draws(tensors: list[Tensor]) -> list[tuple[torch.device, Tensor]]:
+_Draws = list[tuple[torch.device, Tensor]]
+
+
+def _draws(tensors: list[Tensor]) -> _Draws:
     """The states of PyTorch's generators, of the CPU and of the devices of these tensors."""
     devices = {t.device for t in tensors if t.is_cuda}
     return [(torch.device("cpu"), torch.get_rng_state()), *((d, torch.cuda.get_rng_state(d)) for d in devices)]
