@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyckpt.model import CkptCausalLM
@@ -30,6 +31,7 @@ def token_losses(model: nn.Module, input_ids: Tensor, labels: Tensor | None = No
         raise ValueError(f"labels have shape {tuple(labels.shape)}, expected input_ids', {tuple(input_ids.shape)}")
     if isinstance(model, CkptCausalLM):
         return model.loss(input_ids, labels, reduction="none", **inputs)
+    _check_causal(model)
     outputs = model(input_ids=input_ids, labels=labels, reduction="none", **inputs)
     losses = outputs[0] if isinstance(outputs, tuple) else outputs.loss
     if losses.shape != labels.shape:
@@ -38,3 +40,14 @@ def token_losses(model: nn.Module, input_ids: Tensor, labels: Tensor | None = No
             "its loss is its own; pyckpt.swap(model) replaces it, or says in its report why it does not"
         )
     return losses
+
+
+def _check_causal(model: nn.Module) -> None:
+    from pyckpt.swap.aligned import SwappedAligned
+    from pyckpt.swap.replaced import replaced_in
+
+    if not torch.compiler.is_compiling() and any(isinstance(r, SwappedAligned) for _, r in replaced_in(model)):
+        raise ValueError(
+            f"{type(model).__name__} predicts each label in its own place, and not the one after it: call it with "
+            'labels and reduction="none"'
+        )

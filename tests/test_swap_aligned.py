@@ -147,6 +147,27 @@ def _decoder(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
 
 
+@THREE
+def test_losses_of_single_tokens_and_their_weights(name):
+    model = make(name)
+    batch, weights = batch_for(model), torch.rand(2, SEQ)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none").view(2, SEQ)
+    weighted = (losses * weights).sum() / weights.masked_fill(batch["labels"] == -100, 0.0).sum()
+    pyckpt.swap(model)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(**batch, reduction="none").loss, losses, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(**batch, token_weight=weights).loss, weighted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"reduction can't be had of the model's own forward.*logits are asked for"):
+        model(**batch, reduction="none", output_logits=True)
+    with pytest.raises(ValueError, match=r"token_weight has shape \(2, 3\), expected \(2, 12\)"):
+        model(**batch, token_weight=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"predicts each label in its own place.*call it with"):
+        pyckpt.token_losses(model, batch["labels"])
+
+
 def test_a_mixture_whose_routers_have_a_share_of_the_loss():
     model = make("Switch")
     batch = batch_for(model) | {"output_router_logits": True}

@@ -25,13 +25,13 @@ from pyckpt.swap.modules import UnsupportedError, called, foreign
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, mode, twin_of, untouched
 from pyckpt.swap.survey import check_here, forked, shown
+from pyckpt.swap.wanted import IGNORED, Wanted, asks_ours, for_the_original
 
-IGNORED = -100
 _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap
 _ITEMS = 5
 _CACHES = ("past_key_values", "cache")
-_OTHERS = ("ignore_index", "shift_labels", "reduction", "token_weight")
+_OTHERS = ("ignore_index", "shift_labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +90,25 @@ class SwappedAligned(Replaced):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
         asked = given.pop("output_logits", False)
-        if asked or given.get("labels") is None or not (self.always or torch.is_grad_enabled()):
+        if asked or given.get("labels") is None:
+            return self._by_itself(given, "logits are asked for" if asked else "there are no labels")
+        if not (self.always or torch.is_grad_enabled() or asks_ours(given)):
             return self.original(**given)
         others = [n for n, value in given.items() if value is not None and self._is_other(n)]
         if self.asks(given, "output_router_logits"):  # its loss has a share of the router's
             others.append("output_router_logits")
         if others:
             self.warn(f"{', '.join(others)} is for the model's own loss, which runs, with logits")
-            return self.original(**given)
+            return self._by_itself(given, f"{', '.join(others)} is for that")
         try:
             self._check()
         except UnsupportedError as reason:
             self.warn(f"{reason}: the loss is the model's own, from logits")
-            return self.original(**given)
+            return self._by_itself(given, str(reason))
         return self._loss(given)
+
+    def _by_itself(self, given: dict[str, Any], why: str) -> Any:
+        return self.original(**for_the_original(given, why))
 
     def _is_other(self, name: str) -> bool:
         """An argument that changes the loss in a way that is not ours."""
@@ -123,16 +128,10 @@ class SwappedAligned(Replaced):
     def _loss(self, given: dict[str, Any]) -> Any:
         model: Any = self.module
         labels, as_dict = given.pop("labels"), given.pop("return_dict", None)
-        items = given.pop("num_items_in_batch", None)
+        asked = (given.pop(n, None) for n in ("num_items_in_batch", *Wanted.OURS))
+        wanted = self._wanted(labels, *asked)
         as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
-        if (
-            self._found.decodes
-            and given.get("decoder_input_ids") is None
-            and given.get("decoder_inputs_embeds") is None
-        ):
-            given["decoder_input_ids"] = _decoder_tokens(model, labels)
-        if self._found.decodes and not self._found.caches:
-            given["use_cache"] = False
+        given |= self._for_labels(given, labels)
         with self._projection.taking() as taken:
             made = self.original(**given, **({} if as_dict else {"return_dict": True}))
         if len(taken) != 1:
@@ -140,31 +139,37 @@ class SwappedAligned(Replaced):
                 f"{type(model).__name__} called its output embeddings {len(taken)} times in a call with labels, and "
                 "once when it was swapped; swap it with loss=False"
             )
-        loss = self._of_hidden(
-            taken[0], made.logits, labels, "mean" if items is None or not self._found.items else "sum"
-        )
-        if items is not None and self._found.items:
-            loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+        projection = self._projection.module
+        of_head = functools.partial(_of_head, projection, made.logits, wanted, self.recompute)
+        loss = wanted.divided(called(projection, of_head, taken[0]))
         rest = {n: value for n, value in made.items() if n not in ("loss", "logits")}
         made = type(made)(loss=loss, logits=None, **rest)
         return made if as_dict else made.to_tuple()
 
-    def _of_hidden(self, hidden: Tensor, added: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        projection = self._projection.module
-        of_head = functools.partial(_of_head, projection, added, labels, reduction, self.recompute)
-        return called(projection, of_head, hidden)
+    def _for_labels(self, given: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        """What the model makes of labels for its decoder."""
+        if not self._found.decodes:
+            return {}
+        named = given.get("decoder_input_ids") is not None or given.get("decoder_inputs_embeds") is not None
+        tokens = {} if named else {"decoder_input_ids": _decoder_tokens(self.module, labels)}
+        return tokens if self._found.caches else {**tokens, "use_cache": False}
+
+    def _wanted(self, labels: Tensor, items: Any, reduction: str | None, token_weight: Tensor | None) -> Wanted:
+        # Each label is given in its own place, as `shift_labels` are to a causal model.
+        return Wanted.of(labels, items if self._found.items else None, labels, None, reduction, token_weight)
 
 
-def _of_head(projection: Any, added: Tensor, labels: Tensor, reduction: str, recompute: bool, hidden: Tensor) -> Tensor:
+def _of_head(projection: Any, added: Tensor, wanted: Wanted, recompute: bool, hidden: Tensor) -> Tensor:
     x, weight = projections.factors(projection, hidden)
-    added = added.flatten()
+    added, labels = added.flatten(), wanted.shifted().to(x.device)
     return linear_cross_entropy(
-        x.reshape(-1, x.shape[-1]),
+        x.reshape(*labels.shape, x.shape[-1]),
         weight,
-        labels.to(x.device).reshape(-1),
+        labels,
         bias=added if projection.bias is None else projection.bias + added,
         ignore_index=IGNORED,
-        reduction=reduction,
+        reduction=wanted.reduction,
+        token_weight=wanted.weights(x.device, labels.shape),
         recompute=recompute,
     )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
-from pyckpt.exec.lm_ends import Ends, LossOptions, Targets, following
-from pyckpt.functional import linear_cross_entropy, loss_weights
+from pyckpt.exec.lm_ends import Ends, LossOptions
+from pyckpt.functional import linear_cross_entropy
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
 from pyckpt.swap import projection as projections
@@ -23,8 +23,8 @@ from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError, called, gather, is_own_forward
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, unsharded_class
+from pyckpt.swap.wanted import IGNORED, Wanted, asks_ours, for_the_original
 
-IGNORED = -100
 KINDS = ("always", "recompute")
 _UNSCALED = Scaling()
 
@@ -151,7 +151,7 @@ class SwappedHead(Replaced):
             return self._by_itself(given, f"{', '.join(own)} is for that")
         if given.get("labels") is None or asked:
             return self._by_itself(given, "logits are asked for" if asked else "there are no labels")
-        if not (self.always or torch.is_grad_enabled() or self._asks_ours(given)):
+        if not (self.always or torch.is_grad_enabled() or asks_ours(given)):
             return self._by_itself(given, "gradients are off")
         try:
             check(self.module)
@@ -162,23 +162,15 @@ class SwappedHead(Replaced):
             return self._by_itself(given, str(reason))
         return self._loss(given)
 
-    @staticmethod
-    def _asks_ours(given: dict[str, Any]) -> list[str]:
-        return [n for n in _Wanted.OURS if given.get(n) is not None]
-
     def _by_itself(self, given: dict[str, Any], why: str) -> Any:
-        """The original. Raises ValueError where the call asks for what it does not have."""
-        ours = self._asks_ours(given)
-        if ours:
-            raise ValueError(f"{', '.join(ours)} can't be had of the model's own forward, which has to run: {why}")
-        return self.original(**{n: v for n, v in given.items() if n not in _Wanted.OURS})
+        return self.original(**for_the_original(given, why))
 
     def _names_of_its_own(self) -> list[str]:
         """Arguments that it takes, that are not handed on, and of which nothing else is known."""
         handed = argument_names(self.body)
         if "input_ids" not in handed:  # a wrapper that hands on whatever it is given
             return []
-        known = {"labels", "logits_to_keep", "return_dict", "use_cache", *_Wanted.ARGUMENTS, *self.head.dropped}
+        known = {"labels", "logits_to_keep", "return_dict", "use_cache", *Wanted.ARGUMENTS, *self.head.dropped}
         return [n for n in self.names if n not in known and n not in handed and not n.startswith("output_")]
 
     @property
@@ -202,7 +194,7 @@ class SwappedHead(Replaced):
         for name in ("logits_to_keep", *self.head.dropped):
             given.pop(name, None)
         as_dict = given.pop("return_dict", None)
-        wanted = _Wanted.of(labels, *(given.pop(n, None) for n in _Wanted.ARGUMENTS))
+        wanted = Wanted.of(labels, *(given.pop(n, None) for n in Wanted.ARGUMENTS))
         decoder, loss, outputs = self._decoder, None, None
         if decoder is not None:
             given[CALL] = wanted.read
@@ -213,14 +205,14 @@ class SwappedHead(Replaced):
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
         elif loss.dim():
             loss = loss.view(labels.shape)
-        if wanted.items is not None:
-            loss = loss / (wanted.items.to(loss.device) if isinstance(wanted.items, Tensor) else wanted.items)
-        made = self._output(loss=loss, logits=None, **{n: getattr(outputs, n, None) for n in self._fields})
+        made = self._output(
+            loss=wanted.divided(loss), logits=None, **{n: getattr(outputs, n, None) for n in self._fields}
+        )
         if as_dict is None:
             as_dict = getattr(model.config, "return_dict", True)
         return made if as_dict else made.to_tuple()
 
-    def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: _Wanted) -> Tensor | None:
+    def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted) -> Tensor | None:
         """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
         call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, wanted.read)
         if call is None or call.stream is None:
@@ -267,7 +259,7 @@ class SwappedHead(Replaced):
             raise UnsupportedError("it is called with inputs_embeds or token_type_ids")
         return given["input_ids"]
 
-    def ends(self, wanted: _Wanted | None = None) -> Ends:
+    def ends(self, wanted: Wanted | None = None) -> Ends:
         """What surrounds the layers. Raises `UnsupportedError` where that is not known."""
         model: Any = self.module
         reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
@@ -283,12 +275,12 @@ class SwappedHead(Replaced):
     def _scale(self) -> float:
         return self.head.scaling.scale(self.module.config)
 
-    def _of_hidden(self, hidden: Tensor, wanted: _Wanted) -> Tensor:
+    def _of_hidden(self, hidden: Tensor, wanted: Wanted) -> Tensor:
         """The loss of hidden states (B, S, d_model)."""
         projection: Any = projections.of(self.module)
         return called(projection, functools.partial(self._of_head, projection, wanted), hidden)
 
-    def _of_head(self, projection: Any, wanted: _Wanted, hidden: Tensor) -> Tensor:
+    def _of_head(self, projection: Any, wanted: Wanted, hidden: Tensor) -> Tensor:
         x, weight = projections.factors(projection, hidden)
         return linear_cross_entropy(
             x if self._scale == 1.0 else x * self._scale,
@@ -309,72 +301,3 @@ _streamed_uncompiled = torch.compiler.disable(SwappedHead._streamed)
 def _check_layers(decoder: SwappedDecoder | None) -> None:
     if decoder is None or not decoder.streams:
         raise UnsupportedError("some of its layers are not streamed, or need the model's own forward")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """What a call asks for: labels (B, S), each token's the label after it; `shift_labels` are those of each token.
-
-    items: what the sum is divided by, instead of the number of labels. asked: the reduction, where the call names one.
-    token_weight: (B, S), of each label.
-    """
-
-    OURS: ClassVar = ("reduction", "token_weight")
-    ARGUMENTS: ClassVar = ("num_items_in_batch", "shift_labels", "ignore_index", *OURS)
-
-    labels: Tensor
-    items: Any = None
-    shift_labels: Tensor | None = None
-    ignored: int = IGNORED
-    asked: str | None = None
-    token_weight: Tensor | None = None
-
-    @staticmethod
-    def of(labels: Tensor, items: Any, shift_labels: Tensor | None, ignored: int | None, *ours: Any) -> _Wanted:
-        wanted = _Wanted(labels, items, shift_labels, IGNORED if ignored is None else ignored, *ours)
-        if wanted.asked not in (None, "mean", "sum", "none"):
-            raise ValueError(f"reduction={wanted.asked!r} does not exist; expected one of mean, sum, none")
-        if wanted.asked is not None and items is not None:
-            raise ValueError("num_items_in_batch divides the sum of the losses: leave out it or reduction")
-        if wanted.token_weight is not None:
-            # For its errors, before anything runs.
-            loss_weights(wanted.given, wanted.token_weight.to(wanted.given.device), None, 0, wanted.ignored, 0.0)
-        return wanted
-
-    @property
-    def reduction(self) -> str:
-        return self.asked or ("mean" if self.items is None else "sum")
-
-    @property
-    def given(self) -> Tensor:
-        return self.labels if self.shift_labels is None else self.shift_labels
-
-    @property
-    def read(self) -> Tensor:
-        """(B, S) bool: the tokens that have something to predict."""
-        return self.shifted() != self.ignored
-
-    def shifted(self) -> Tensor:
-        return self._next(self.given, self.ignored)
-
-    def weights(self, device: torch.device, shape: torch.Size) -> Tensor | None:
-        """Of `shifted`, in this shape."""
-        if self.token_weight is None:
-            return None
-        return self._next(self.token_weight, 0.0).to(device).reshape(shape)
-
-    def _next(self, values: Tensor, last: float) -> Tensor:
-        """What is given for each token, of values that are given for each label."""
-        return following(values, last) if self.shift_labels is None else values
-
-    def targets(self, ids: Tensor) -> Targets:
-        """Of a streamed run over ids (B, S), which shifts the labels tile by tile."""
-        labels, weights = self.given.to(ids.device), self.token_weight
-        if weights is not None:
-            weights = weights.to(ids.device).masked_fill(labels == self.ignored, 0.0)
-        if self.shift_labels is not None:
-            return Targets(labels, None, self.ignored, weights)
-        if labels.shape != ids.shape:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {tuple(ids.shape)} as input_ids")
-        seq = ids.shape[1]
-        return Targets(labels, range(seq - 1, ids.numel(), seq), self.ignored, weights)
