@@ -52,18 +52,19 @@ class SwappedProjection(Replaced):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._taken: list[Tensor] | None = None
+        self._taken: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._taken is None:
             return self.original(*args, **kwargs)
         (hidden,) = self.given(args, kwargs).values()
-        self._taken.append(hidden)
-        return _nothing(self.module, hidden)
+        self._taken.append((hidden, _nothing(self.module, hidden)))
+        return self._taken[-1][1]
 
     @contextmanager
-    def taking(self) -> Iterator[list[Tensor]]:
-        taken: list[Tensor] = []
+    def taking(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Of each call inside: its input, and what it gave."""
+        taken: list[tuple[Tensor, Tensor]] = []
         self._taken = taken
         try:
             yield taken
@@ -139,9 +140,10 @@ class SwappedAligned(Replaced):
                 f"{type(model).__name__} called its output embeddings {len(taken)} times in a call with labels, and "
                 "once when it was swapped; swap it with loss=False"
             )
-        projection = self._projection.module
-        of_head = functools.partial(_of_head, projection, made.logits, wanted, self.recompute)
-        loss = wanted.divided(called(projection, of_head, taken[0]))
+        (hidden, nothing), projection = taken[0], self._projection.module
+        added = None if made.logits is nothing else made.logits.flatten()
+        of_head = functools.partial(_of_head, projection, added, wanted, self.recompute)
+        loss = wanted.divided(called(projection, of_head, hidden))
         rest = {n: value for n, value in made.items() if n not in ("loss", "logits")}
         made = type(made)(loss=loss, logits=None, **rest)
         return made if as_dict else made.to_tuple()
@@ -159,14 +161,15 @@ class SwappedAligned(Replaced):
         return Wanted.of(labels, items if self._found.items else None, labels, None, reduction, token_weight)
 
 
-def _of_head(projection: Any, added: Tensor, wanted: Wanted, recompute: bool, hidden: Tensor) -> Tensor:
+def _of_head(projection: Any, added: Tensor | None, wanted: Wanted, recompute: bool, hidden: Tensor) -> Tensor:
+    """added: (V,), to the logits."""
     x, weight = projections.factors(projection, hidden)
-    added, labels = added.flatten(), wanted.shifted().to(x.device)
+    biases, labels = [b for b in (projection.bias, added) if b is not None], wanted.shifted().to(x.device)
     return linear_cross_entropy(
         x.reshape(*labels.shape, x.shape[-1]),
         weight,
         labels,
-        bias=added if projection.bias is None else projection.bias + added,
+        bias=sum(biases[1:], biases[0]) if biases else None,
         ignore_index=IGNORED,
         reduction=wanted.reduction,
         token_weight=wanted.weights(x.device, labels.shape),
