@@ -327,3 +327,30 @@ def test_under_autocast_and_in_half_precision(name):
         torch.testing.assert_close(made.loss, plain.float(), rtol=2e-2, atol=0.0)  # two of bfloat16's roundings
         made.loss.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in one.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("T5", {"target_modules": ["q", "v"]}),
+        ("T5", {"target_modules": ["q"], "trainable_token_indices": [3, 5]}),
+        ("BART", {"target_modules": ["q_proj", "lm_head"]}),
+        ("BERT", {"target_modules": ["query"], "modules_to_save": ["decoder"]}),
+    ],
+    ids=["LoRA", "rows", "LoRA on the head", "a head that is trained as a whole"],
+)
+def test_with_adapters(name, options):
+    peft = pytest.importorskip("peft")
+    model = make(name)
+    batch = batch_for(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **options)).train()
+    plain = step(model, batch)
+    with model.disable_adapter():
+        without = model(**batch).loss
+    pyckpt.swap(model)
+    assert model(**batch).logits is None
+    for n, t in step(model, batch).items():
+        torch.testing.assert_close(t, plain[n], rtol=1e-4, atol=1e-5)
+    with model.disable_adapter(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the head is another module then
+        torch.testing.assert_close(model(**batch).loss, without)

@@ -119,7 +119,7 @@ class SwappedAligned(Replaced):
 
     def _check(self) -> None:
         projection = self._projection.module
-        if projections.of(self.module) is not projection or not self._projection.in_place():
+        if projections.of(self.module, projection) is not projection or not self._projection.in_place():
             raise UnsupportedError("its output embeddings are others than at the swap")
         projections.check(projection, replaced=True)
         _check_around(self.module, self._path)

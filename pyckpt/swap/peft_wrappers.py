@@ -17,15 +17,15 @@ _ROWS = ("peft.utils.other", "TrainableTokensWrapper")
 _ROWS_LAYER = ("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")
 
 
-def called_now(module: Any) -> Any:
+def called_now(module: Any, ours: nn.Module | None = None) -> Any:
     """What a call of the module is one of: where PEFT has wrapped it, the module that it calls now.
 
-    That is the wrapper itself where it is watched: hooks on it see a call.
+    That is the wrapper itself where it is watched: hooks on it see a call. ours: a module whose forward is one of ours.
     """
     kind = _kind(module)
     if kind not in (_WHOLE, _ROWS) or watched(module):
         return module
-    return _whole(module) if kind == _WHOLE else _rows(module)
+    return _whole(module) if kind == _WHOLE else _rows(module, ours)
 
 
 def _kind(module: Any) -> tuple[str, str]:
@@ -38,9 +38,9 @@ def _whole(wrapper: Any) -> Any:
     return wrapper.modules_to_save[active[0]] if trained else wrapper.original_module
 
 
-def _rows(wrapper: Any) -> Any:
+def _rows(wrapper: Any, ours: nn.Module | None) -> Any:
     layer = wrapper.token_adapter
-    if watched(layer) or (layer.disable_adapters and layer.merged):  # a call of the latter unmerges
+    if watched(layer, layer is ours) or (layer.disable_adapters and layer.merged):  # a call of the latter unmerges
         return wrapper
     return layer.base_layer if layer.disable_adapters or layer.merged or not layer.active_adapters else layer
 

@@ -13,9 +13,9 @@ from pyckpt.swap.modules import UnsupportedError, foreign, has_plain_weight, is_
 from pyckpt.swap.shadow import unsharded_class
 
 
-def of(model: Any) -> Any:
-    """The output embeddings; where PEFT trains a copy of them, or rows, that."""
-    return peft_wrappers.called_now(model.get_output_embeddings())
+def of(model: Any, ours: nn.Module | None = None) -> Any:
+    """The output embeddings; where PEFT trains a copy of them, or rows, that. ours: as for `called_now`."""
+    return peft_wrappers.called_now(model.get_output_embeddings(), ours)
 
 
 def check(module: Any, replaced: bool = False) -> None:
