@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -279,6 +280,17 @@ class Capped(transformers.BertForMaskedLM):  # type: ignore[misc, name-defined]
         return made
 
 
+class Placed(transformers.BertForMaskedLM):  # type: ignore[misc, name-defined]
+    """To its logits something is added that places have."""
+
+    def forward(self, input_ids: Tensor, labels: Any = None, **kwargs: Any) -> Any:
+        made = super().forward(input_ids, **kwargs)
+        made["logits"] = made.logits + torch.arange(input_ids.shape[1]).view(-1, 1) * torch.linspace(0, 1, VOCAB)
+        if labels is not None:
+            made["loss"] = nn.functional.cross_entropy(made.logits.flatten(0, 1), labels.flatten())
+        return made
+
+
 class Hooked(transformers.BertForMaskedLM):  # type: ignore[misc, name-defined]
     """Somebody looks at its logits, and changes them."""
 
@@ -287,15 +299,15 @@ class Hooked(transformers.BertForMaskedLM):  # type: ignore[misc, name-defined]
         self.cls.register_forward_hook(lambda module, args, logits: logits * 2.0)
 
 
-@pytest.mark.parametrize("kind", [Penalized, Capped, Hooked])
+@pytest.mark.parametrize("kind", [Penalized, Capped, Placed, Hooked])
 def test_another_loss_is_the_models_own(kind):
     model = kind(transformers.BertConfig(vocab_size=VOCAB, **BERT)).train()
     batch = batch_for(model)
     plain = step(model, batch)
     report = pyckpt.swap(model)
     assert [e.kind for e in report.left] == [kind.__name__]
-    expected = "loss: BertOnlyMLMHead has forward hooks" if kind is Hooked else "loss: its lo"
-    assert report.left[0].why.startswith(expected)
+    reasons = {Hooked: "BertOnlyMLMHead has forward hooks", Placed: "it adds to its logits what is not the same"}
+    assert report.left[0].why.startswith(f"loss: {reasons.get(kind, 'its lo')}")
     assert model(**batch).logits is not None
     for n, t in step(model, batch).items():
         torch.testing.assert_close(t, plain[n], rtol=1e-4, atol=1e-5)
@@ -354,3 +366,20 @@ def test_with_adapters(name, options):
     with model.disable_adapter(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the head is another module then
         torch.testing.assert_close(model(**batch).loss, without)
+
+
+@THREE
+def test_a_copy_is_swapped_on_its_own(name):
+    model = make(name)
+    batch = batch_for(model)
+    plain = step(model, batch)
+    pyckpt.swap(model)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert other(**batch).logits is None
+    for n, t in step(other, batch).items():
+        torch.testing.assert_close(t, plain[n], rtol=1e-4, atol=1e-5)
+    pyckpt.unswap(other)
+    assert other(**batch).logits is not None and model(**batch).logits is None

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pyckpt.functional import linear_cross_entropy
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.swap import projection as projections
+from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.heads import close, output_class, returns_dicts
 from pyckpt.swap.modules import UnsupportedError, called, foreign
 from pyckpt.swap.replaced import Replaced
@@ -52,24 +53,25 @@ class SwappedProjection(Replaced):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._taken: list[tuple[Tensor, Tensor]] | None = None
+        self._of_call = ByThread()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._taken is None:
+        taken = self._of_call.taken
+        if taken is None:
             return self.original(*args, **kwargs)
         (hidden,) = self.given(args, kwargs).values()
-        self._taken.append((hidden, _nothing(self.module, hidden)))
-        return self._taken[-1][1]
+        taken.append((hidden, _nothing(self.module, hidden)))
+        return taken[-1][1]
 
     @contextmanager
     def taking(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Of each call inside: its input, and what it gave."""
         taken: list[tuple[Tensor, Tensor]] = []
-        self._taken = taken
+        self._of_call.taken = taken
         try:
             yield taken
         finally:
-            self._taken = None
+            self._of_call.taken = None
 
 
 def _nothing(projection: Any, hidden: Tensor) -> Tensor:
@@ -236,6 +238,8 @@ def _tried(model: Any, projection: Any, training: bool) -> Aligned:
     logits = projection(hidden) * factor + taken.logits
     if not close(made.logits, logits, hidden.dtype):
         raise UnsupportedError("its logits are not those of its output embeddings alone")
+    if taken.logits.numel() != projection.out_features:
+        raise UnsupportedError("it adds to its logits what is not the same for all tokens")
     if not _is_loss(made.loss, made.logits, labels, "mean"):
         raise UnsupportedError("its loss is not the cross entropy of its logits with the labels")
     more = {n for n, value in made.items() if value is not None} ^ {n for n, v in taken.items() if v is not None}
