@@ -14,7 +14,7 @@ from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 from pyckpt.save import SaveSet
 from pyckpt.swap import kept
 from pyckpt.swap.arguments import CallArguments
-from pyckpt.swap.once import FirstRun, LayerState, SecondRun
+from pyckpt.swap.once import FirstRun, LayerState, SecondRun, write
 from pyckpt.swap.replaced import Replaced
 
 # What PyTorch's error says of torch.func.grad inside a layer (Titans, TTT), under the hooks of a checkpoint.
@@ -126,10 +126,7 @@ def _after_all(layer: Replaced, state: LayerState, given: CallArguments, draws: 
     """The original, once a run has failed half-way: with all as it was before that."""
     given.ran()
     state.put(given.before)
-    for t in state.watched:
-        was = given.before(t)
-        if was is not None:
-            t.data.copy_(was)
+    write((t, was) for t in state.watched if (was := given.before(t)) is not None)
     for device, drawn in draws:
         torch.cuda.set_rng_state(drawn, device) if device.type == "cuda" else torch.set_rng_state(drawn)
     args, kwargs = given.take()

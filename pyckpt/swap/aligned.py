@@ -26,7 +26,7 @@ from pyckpt.swap.modules import UnsupportedError, called, foreign
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, mode, twin_of, untouched
 from pyckpt.swap.survey import check_here, forked, shown
-from pyckpt.swap.wanted import IGNORED, Wanted, asks_ours, for_the_original
+from pyckpt.swap.wanted import IGNORED, SwappedLoss, Wanted
 
 _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap
@@ -79,39 +79,25 @@ def _nothing(projection: Any, hidden: Tensor) -> Tensor:
     return hidden.new_zeros(*[1] * (hidden.dim() - 1), projection.out_features)
 
 
-class SwappedAligned(Replaced):
-    """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original.
-
-    `kind` is that of `SwappedHead`.
-    """
+class SwappedAligned(SwappedLoss):
+    """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original."""
 
     def __init__(self, module: nn.Module, found: Aligned, projection: SwappedProjection, kind: bool | str) -> None:
-        super().__init__(module)
+        super().__init__(module, kind)
         self._found, self._projection, self._path = found, projection, _path_of(module, projection.module)
-        self.always, self.recompute = kind == "always", kind == "recompute"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
-        asked = given.pop("output_logits", False)
-        if asked or given.get("labels") is None:
-            return self._by_itself(given, "logits are asked for" if asked else "there are no labels")
-        if not (self.always or torch.is_grad_enabled() or asks_ours(given)):
-            return self.original(**given)
+        why = self._own(given, given.pop("output_logits", False))
+        if why is not None:
+            return self._by_itself(given, why)
         others = [n for n, value in given.items() if value is not None and self._is_other(n)]
         if self.asks(given, "output_router_logits"):  # its loss has a share of the router's
             others.append("output_router_logits")
         if others:
             self.warn(f"{', '.join(others)} is for the model's own loss, which runs, with logits")
             return self._by_itself(given, f"{', '.join(others)} is for that")
-        try:
-            self._check()
-        except UnsupportedError as reason:
-            self.warn(f"{reason}: the loss is the model's own, from logits")
-            return self._by_itself(given, str(reason))
-        return self._loss(given)
-
-    def _by_itself(self, given: dict[str, Any], why: str) -> Any:
-        return self.original(**for_the_original(given, why))
+        return self._checked(given)
 
     def _is_other(self, name: str) -> bool:
         """An argument that changes the loss in a way that is not ours."""
@@ -125,8 +111,6 @@ class SwappedAligned(Replaced):
             raise UnsupportedError("its output embeddings are others than at the swap")
         projections.check(projection, replaced=True)
         _check_around(self.module, self._path)
-        if self.patched:
-            raise UnsupportedError(self.patched)
 
     def _loss(self, given: dict[str, Any]) -> Any:
         model: Any = self.module
@@ -197,8 +181,7 @@ def tried(model: Any) -> Aligned:
     projection = projections.of(model)
     projections.check(projection)
     _check_around(model, _path_of(model, projection))
-    for module in model.modules():
-        check_here(module)
+    check_here(model)
     device = projection.weight.device
     with forked(device), torch.no_grad(), untouched(model):
         try:
@@ -228,12 +211,11 @@ def _check_around(model: nn.Module, path: str) -> None:
 def _tried(model: Any, projection: Any, training: bool) -> Aligned:
     given, labels = _inputs(model, projection)
     run = functools.partial(_run, model, projection, training, given)
-    quiet, _ = run(factor=1.0, decoder=None, labels=labels)
-    factor = _LOGITS / float(quiet.logits.float().std())
-    made, hidden = run(factor=factor, decoder=None, labels=labels)
     decoder = _decoder_tokens(model, labels) if decodes(model) else None
-    taken, again = run(factor=0.0, decoder=decoder, labels=None)
-    if not close(again, hidden, hidden.dtype):
+    taken, alone = run(factor=0.0, decoder=decoder, labels=None)
+    factor = _LOGITS / float(projection(alone).float().std())
+    made, hidden = run(factor=factor, decoder=None, labels=labels)
+    if not close(alone, hidden, hidden.dtype):
         raise UnsupportedError("labels change what its output embeddings are given")
     logits = projection(hidden) * factor + taken.logits
     if not close(made.logits, logits, hidden.dtype):

@@ -16,7 +16,7 @@ from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
 from pyckpt.swap.layer import Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, is_compiled, what_watches
+from pyckpt.swap.modules import UnsupportedError, is_compiled, what_watches, whose
 from pyckpt.swap.replaced import Replaced, replaced_in
 from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.survey import check_weights
@@ -195,8 +195,7 @@ def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) ->
     for layer, path in first.items():
         if any(f"{path}.".startswith(name) or name.startswith(f"{path}.") for name in taken):
             continue
-        reason = f"a class of {type(layer).__module__.partition('.')[0]}"
-        entries.append(_refused(path, layer, reason, save, note))
+        entries.append(_refused(path, layer, whose(layer), save, note))
         made += [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []
     return made
 

@@ -13,7 +13,7 @@ from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
 from pyckpt.swap.layer import SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, is_own_forward
+from pyckpt.swap.modules import UnsupportedError, is_own_forward, whose
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.survey import Survey
@@ -34,8 +34,8 @@ class Chooser:
     def layer(self, layer: nn.Module, place: int) -> SwappedLayer:
         """The layer's new forward. Raises `UnsupportedError`, saying why there is none."""
         if not hasattr(self._model, "config"):
-            raise UnsupportedError(f"a class of {type(layer).__module__.partition('.')[0]}")
-        other = attention.other(getattr(self._model, "config", None))
+            raise UnsupportedError(whose(layer))
+        other = attention.other(self._model.config)
         if other is not None:
             raise UnsupportedError(other)
         try:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
-from pyckpt.swap import peft_wrappers
-from pyckpt.swap import projection as projections
+from pyckpt.swap import lora, peft_wrappers
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.modules import UnsupportedError, foreign, is_known, norm_eps, watched
 from pyckpt.swap.shadow import unsharded_class
@@ -115,7 +114,7 @@ def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions
     for module, known in ((base, True), (projection, False)):
         if foreign(module, replaced=known):
             raise UnsupportedError(f"its {type(module).__name__} has forward hooks, which a streamed run would not run")
-    if projections.is_adapted(projection):
+    if lora.is_adapted(projection):
         raise UnsupportedError("its output embeddings have LoRA adapters")
     embed, norm = _at(base, places.embed), getattr(base, places.norm)
     table, width = _table(embed), peft_wrappers.base_of(embed).embedding_dim

@@ -21,9 +21,8 @@ from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError, called, gather, is_own_forward
-from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, unsharded_class
-from pyckpt.swap.wanted import IGNORED, Wanted, asks_ours, for_the_original
+from pyckpt.swap.wanted import IGNORED, SwappedLoss, Wanted
 
 KINDS = ("always", "recompute")
 _UNSCALED = Scaling()
@@ -121,22 +120,15 @@ def _output_class(output: str | type) -> Any:
     return getattr(modeling_outputs, output) if isinstance(output, str) else output
 
 
-class SwappedHead(Replaced):
-    """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original.
-
-    `kind`: True, or one of `KINDS`. "always": without gradients too, where the original would return logits beside the
-    loss; "recompute": the backward makes the logits again.
-
-    A call may also ask for what the original does not have: `reduction="none"`, the losses (B, S) of the single tokens,
-    and `token_weight` (B, S), see `linear_cross_entropy`. They are never left to the original.
-    """
+class SwappedHead(SwappedLoss):
+    """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original."""
 
     def __init__(self, module: nn.Module, head: Head, kind: bool | str) -> None:
-        super().__init__(module)
-        self.head, self.always, self.recompute = head, kind == "always", kind == "recompute"
+        super().__init__(module, kind)
+        self.head = head
         self._output = _output_class(head.output)
         self._fields = tuple(f.name for f in dataclasses.fields(self._output) if f.name not in ("loss", "logits"))
-        self._own = self._names_of_its_own()
+        self._handed_on_to_none = self._names_of_its_own()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
@@ -145,25 +137,15 @@ class SwappedHead(Replaced):
             given, "output_router_logits"
         ):  # its loss has a share of the router's logits, which the layers would have to return
             return self._by_itself(given, "output_router_logits asks for the router's loss")
-        own = [n for n in self._own if given.get(n) is not None and given[n] is not False]
+        own = [n for n in self._handed_on_to_none if given.get(n) is not None and given[n] is not False]
         if own:
             self.warn(f"{', '.join(own)} is for the model's own forward, which runs, with logits")
             return self._by_itself(given, f"{', '.join(own)} is for that")
-        if given.get("labels") is None or asked:
-            return self._by_itself(given, "logits are asked for" if asked else "there are no labels")
-        if not (self.always or torch.is_grad_enabled() or asks_ours(given)):
-            return self._by_itself(given, "gradients are off")
-        try:
-            check(self.module)
-            if self.patched:
-                raise UnsupportedError(self.patched)
-        except UnsupportedError as reason:
-            self.warn(f"{reason}: the loss is the model's own, from logits")
-            return self._by_itself(given, str(reason))
-        return self._loss(given)
+        why = self._own(given, asked)
+        return self._checked(given) if why is None else self._by_itself(given, why)
 
-    def _by_itself(self, given: dict[str, Any], why: str) -> Any:
-        return self.original(**for_the_original(given, why))
+    def _check(self) -> None:
+        check(self.module)
 
     def _names_of_its_own(self) -> list[str]:
         """Arguments that it takes, that are not handed on, and of which nothing else is known."""

@@ -28,6 +28,11 @@ def is_known(kind: type) -> bool:
     return kind.__module__.startswith(_OWN)
 
 
+def whose(module: nn.Module) -> str:
+    """The package of the module's class, as a reason."""
+    return f"a class of {type(module).__module__.partition('.')[0]}"
+
+
 def replaced_forward(module: nn.Module) -> bool:
     """Its class is known, and its forward is not of PyTorch or transformers: derived, or patched into the class."""
     kind = unsharded_class(module)
@@ -58,6 +63,11 @@ def norm_eps(module: nn.Module) -> float | None:
     if not (kind.__name__.endswith(("RMSNorm", "LayerNorm")) and is_known(kind)):
         return None
     return next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
+
+
+def is_whole(t: Any) -> bool:
+    """A tensor of PyTorch's own, neither quantized nor dealt out to processes."""
+    return type(t) in (Tensor, nn.Parameter) and not hasattr(t, "ds_id")
 
 
 # By which transformers records attentions and hidden states, and makes embeddings want a gradient for checkpointing.

@@ -78,7 +78,7 @@ class SecondRun:
         first.drawing.restore()
         first.state.put(before)
         self._given.put_contents()
-        _write((t, was) for t, _, was in self._written if was is not None)
+        write((t, was) for t, _, was in self._written if was is not None)
         self._choice = contextlib.ExitStack()
         if _attention_kernels() != first.kernels:
             self._choice.enter_context(sdpa_kernel(first.kernels, set_priority=True))
@@ -86,7 +86,7 @@ class SecondRun:
     def __exit__(self, *error: Any) -> None:
         self._choice.close()
         self._drawing.restore()
-        _write((t, present) for t, present, _ in self._written)
+        write((t, present) for t, present, _ in self._written)
         for module, name, parameter in self._replaced:
             module._parameters[name] = parameter
         state, contents = self._present
@@ -96,7 +96,7 @@ class SecondRun:
         del self._present, self._written, self._drawing, self._replaced
 
 
-def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+def write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Unseen by autograd: what has been saved of these tensors elsewhere is again what it was when this is undone."""
     for t, value in values:
         t.data.copy_(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.modules import UnsupportedError, is_whole, watched
 
 _WHOLE = ("peft.utils.other", "ModulesToSaveWrapper")
 _ROWS = ("peft.utils.other", "TrainableTokensWrapper")
@@ -68,7 +68,7 @@ def check(module: Any) -> None:
     if not trains_rows(module):
         return
     base = module.base_layer
-    if type(base.weight) not in (Tensor, nn.Parameter) or hasattr(base.weight, "ds_id"):
+    if not is_whole(base.weight):
         raise UnsupportedError("rows are trained of a weight that is quantized or dealt out to processes")
     if getattr(base, "bias", None) is not None:
         raise UnsupportedError("rows are trained of output embeddings with a bias, which PEFT leaves out")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyckpt.swap import lora, peft_wrappers
-from pyckpt.swap.modules import UnsupportedError, foreign, has_plain_weight, is_patched, watched
+from pyckpt.swap.modules import UnsupportedError, foreign, has_plain_weight, is_patched, is_whole, watched
 from pyckpt.swap.shadow import unsharded_class
 
 
@@ -40,14 +40,8 @@ def _check_adapted(module: Any, replaced: bool) -> None:
     if any(watched(inside, replaced and inside is module) for inside in module.modules()):
         raise UnsupportedError("its output embeddings' adapters have forward hooks")
     lora.active(module)
-    weight = lora.base_of(module).weight
-    if type(weight) not in (Tensor, nn.Parameter) or hasattr(weight, "ds_id"):
+    if not is_whole(lora.base_of(module).weight):
         raise UnsupportedError("its output embeddings have adapters, and are quantized or dealt out to processes")
-
-
-def is_adapted(module: Any) -> bool:
-    """LoRA adapters are beside it, which may be switched off."""
-    return lora.is_adapted(module)
 
 
 def factors(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

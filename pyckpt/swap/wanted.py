@@ -1,4 +1,4 @@
-"""What a call of a swapped model asks of its loss."""
+"""What a call of a swapped model asks of its loss, and whether it is ours or the original's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import Targets, following
 from pyckpt.functional import loss_weights
+from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.replaced import Replaced
 
 IGNORED = -100
 
@@ -89,14 +91,53 @@ class Wanted:
         return Targets(labels, range(seq - 1, ids.numel(), seq), self.ignored, weights)
 
 
-def asks_ours(given: dict[str, Any]) -> list[str]:
+class SwappedLoss(Replaced):
+    """A model's forward, which computes the loss of labels itself where it may, and else is the original.
+
+    `kind`: True, "always": without gradients too, where the original would return logits beside the loss; or
+    "recompute": the backward makes the logits again.
+
+    A call may also ask for what the original does not have: `reduction="none"`, the losses (B, S) of the single tokens,
+    and `token_weight` (B, S), see `linear_cross_entropy`. They are never left to the original.
+    """
+
+    def __init__(self, module: nn.Module, kind: bool | str) -> None:
+        super().__init__(module)
+        self.always, self.recompute = kind == "always", kind == "recompute"
+
+    def _check(self) -> None:
+        """Raise `UnsupportedError` where the loss cannot be made without logits now."""
+        raise NotImplementedError
+
+    def _loss(self, given: dict[str, Any]) -> Any:
+        """What a call with these arguments returns."""
+        raise NotImplementedError
+
+    def _own(self, given: dict[str, Any], logits: bool) -> str | None:
+        """Why a call of these arguments is the original's, if it is; `logits`: it asks for them."""
+        if given.get("labels") is None or logits:
+            return "logits are asked for" if logits else "there are no labels"
+        return None if self.always or torch.is_grad_enabled() or _ours(given) else "gradients are off"
+
+    def _by_itself(self, given: dict[str, Any], why: str) -> Any:
+        """The original. Raises ValueError where the call asks for what it does not have."""
+        ours = _ours(given)
+        if ours:
+            raise ValueError(f"{', '.join(ours)} can't be had of the model's own forward, which has to run: {why}")
+        return self.original(**{n: v for n, v in given.items() if n not in Wanted.OURS})
+
+    def _checked(self, given: dict[str, Any]) -> Any:
+        """The loss or, where that can't be, the original, with a warning."""
+        try:
+            self._check()
+            if self.patched:
+                raise UnsupportedError(self.patched)
+        except UnsupportedError as reason:
+            self.warn(f"{reason}: the loss is the model's own, from logits")
+            return self._by_itself(given, str(reason))
+        return self._loss(given)
+
+
+def _ours(given: dict[str, Any]) -> list[str]:
     """The arguments of a call that the original does not have."""
     return [n for n in Wanted.OURS if given.get(n) is not None]
-
-
-def for_the_original(given: dict[str, Any], why: str) -> dict[str, Any]:
-    """The arguments without ours. Raises ValueError where those ask for something."""
-    ours = asks_ours(given)
-    if ours:
-        raise ValueError(f"{', '.join(ours)} can't be had of the model's own forward, which has to run: {why}")
-    return {n: v for n, v in given.items() if n not in Wanted.OURS}
