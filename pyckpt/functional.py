@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyckpt import errors
+from pyckpt import errors, vocab_parallel
 from pyckpt.casting import autocast
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
@@ -185,7 +185,8 @@ def linear_cross_entropy(
     """cross_entropy(softcap(x Wᵀ + bias), target) without ever holding the logits of all tokens.
 
     Args:
-        x: (..., D). weight: (V, D), in x's dtype. bias: (V,).
+        x: (..., D). weight: (V, D), in x's dtype; a DTensor with Shard(0) where its words are dealt out to processes
+            (tensor parallelism), which then take part with the same x and target. bias: (V,).
         target: (...) int64, in [0, V) or `ignore_index`.
         reduction: "mean" over the targets that are not ignored, "sum", or "none" (a loss for each token).
         softcap: logits become softcap * tanh(logits / softcap).
@@ -214,6 +215,10 @@ def linear_cross_entropy(
     weights = loss_weights(
         target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing, acc_dtype(x.dtype)
     )
+    if any(map(vocab_parallel.is_dealt_out, (x, weight, bias))):
+        vocab_parallel.check_layout(weight, bias, label_smoothing)
+        options = (ignore_index, cap, float(z_loss), weights, reduction)
+        return vocab_parallel.linear_cross_entropy(x, weight, bias, target, *options)
     x, weight = _with_a_dim(x, weight)
     flat = x.reshape(-1, x.shape[-1])
     grad = torch.is_grad_enabled() and reduction != "none" and not recompute

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MIN_WORDS = 256
 _TILE = 64
 # What stands for ignore_index, which may itself be a word of another block. With any word taken off it fits 32 bits.
-_IGNORED = -(1 << 30)
+IGNORED = -(1 << 30)
 
 
 def gradients(
@@ -46,9 +46,9 @@ def gradients(
     dx = x.new_zeros(x.shape if need_dx else 0, dtype=acc)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     db = weight.new_empty(weight.shape[0] if need_db and head.bias is not None else 0, dtype=acc)
-    labels = target.masked_fill(target == head.ignore_index, _IGNORED)
+    labels = target.masked_fill(target == head.ignore_index, IGNORED)
     for words in _blocks(weight.shape[0], max(_MIN_WORDS, elements // max(1, x.shape[0]))):
-        part = head.part(words, _IGNORED - words.start)
+        part = head.part(words, IGNORED - words.start)
         dz, exact = part.chunk(x, labels - words.start, upstream, None, lse, True)
         if db.numel():
             torch.sum(exact, 0, dtype=acc, out=db[words])
