@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyckpt
+from pyckpt import measure
 
 transformers = pytest.importorskip("transformers")
 sdpa = F.scaled_dot_product_attention
@@ -128,6 +129,34 @@ def test_other_layers_and_attention_that_is_not_causal_any_more(change):
     with pytest.warns(UserWarning, match="runs its original forward"):
         found = step(model, batch)
     assert_same_bits(found, step(plain, batch))
+
+
+class Renamed(torch.nn.Linear):
+    """A linear layer by another name, as a method of adapters may put one in."""
+
+
+def change_its_eps(model: Any) -> None:
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def put_another_class_in(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.__class__ = Renamed
+
+
+@pytest.mark.parametrize("change", [change_its_eps, put_another_class_in], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("how", ["resident", "segments", "stream"])
+def test_layers_that_have_changed_run_again_as_a_whole(change, how):
+    model, batch = make_model("Llama"), make_batch("plain")
+    options: dict[str, Any] = {"segments": {"segments": "sqrt"}, "stream": {"stream": pyckpt.Stream(7)}}.get(how, {})
+    swapped = copy.deepcopy(model)
+    pyckpt.swap(swapped, loss=False, **options)
+    for m in (model, swapped):
+        change(m)
+    with measure.memory() as stored:
+        truth = step(model, batch)
+    with measure.memory() as kept, pytest.warns(UserWarning, match="each layer again as a whole in the backward"):
+        assert_same_bits(step(swapped, batch), truth)
+    assert kept.saved_bytes < stored.saved_bytes / 2
 
 
 def test_layers_that_are_wrapped_since_are_the_same():

@@ -1,4 +1,4 @@
-"""Swapped models under DeepSpeed's ZeRO, two processes over gloo: the gradients of one process without it."""
+"""Swapped models under DeepSpeed's ZeRO and Ulysses, two processes over gloo: the gradients of one without it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from processes import compile_nothing_of_deepspeed, needs_gloo, run_processes, z
 from swap_models import InFloat64, make_adapted, make_model, step
 
 import pyckpt
+from pyckpt import measure
 
 pytest.importorskip("transformers")
 ADVICE = "set_z3_leaf_modules(model, [LlamaDecoderLayer]) before deepspeed.initialize): LlamaModel runs its original"
@@ -93,3 +94,55 @@ def test_zero_gives_the_gradients_of_one_process(seed):
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
     run_processes(2, worker, seed)
+
+
+def ulysses(rank: int, seed: int) -> None:
+    """Each process has some of the tokens, and all of them for some of attention's heads (Jacobs et al. 2023)."""
+    compile_nothing_of_deepspeed()
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(seed)
+    model, tokens = make_model("Llama", attn_implementation="sdpa"), torch.randint(1, 61, (1, 32))
+    labels = torch.cat([tokens[:, 1:], torch.full((1, 1), -100)], 1)
+    batch = {"input_ids": tokens, "position_ids": torch.arange(32)[None], "shift_labels": labels, "labels": labels}
+    with InFloat64():
+        truth = step(copy.deepcopy(model).double(), {"input_ids": tokens, "labels": tokens})
+    plain = step(model, {"input_ids": tokens, "labels": tokens})
+    early = copy.deepcopy(model)
+    assert not pyckpt.swap(early).left
+    UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation="sdpa",
+        sequence_parallel_size=2,
+        micro_batch_size=1,
+        seq_length=32,
+        seq_length_is_variable=True,
+    )
+    mine = {n: t.chunk(2, 1)[rank] for n, t in batch.items()}
+    share = (mine["labels"] != -100).sum() / (labels != -100).sum()
+    with measure.memory() as stored:
+        model(**mine)
+    assert not pyckpt.swap(model).left
+    for swapped, told in ((model, []), (early, ["its attention function 'sdpa' is of deepspeed"])):
+        with warnings.catch_warnings(record=True) as caught, measure.memory() as kept:
+            warnings.filterwarnings("always", message="pyckpt.swap")
+            loss = swapped(**mine).loss * share
+        warned = [str(w.message) for w in caught if "pyckpt.swap" in str(w.message)]
+        assert len(warned) == len(told)
+        assert all(t in w and "again as a whole" in w for t, w in zip(told, warned, strict=True))
+        assert kept.saved_bytes < stored.saved_bytes / 2
+        loss.backward()
+        grads = {n: p.grad for n, p in swapped.named_parameters()}
+        loss = loss.detach()
+        for t in (loss, *grads.values()):
+            torch.distributed.all_reduce(t)
+        assert_as_good({"loss": loss, **grads}, plain, truth, torch.float32)
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_under_ulysses(seed):
+    pytest.importorskip("deepspeed")
+    run_processes(2, ulysses, seed)

@@ -183,7 +183,7 @@ def test_what_a_layer_is_told_after_the_swap(kind, path):
         change(layer)
     truth = step(copy_of(model), x)
     if path == "standard" or kind == "heads":
-        with pytest.warns(UserWarning, match=f"{message}.* original forward, which stores everything"):
+        with pytest.warns(UserWarning, match=f"{message}.* original forward, again as a whole in the backward"):
             assert_same_bits(step(model, x), truth)
     else:
         with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
 from pyckpt.swap.layer import SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, is_own_forward, whose
+from pyckpt.swap.modules import UnsupportedError, is_own_forward, passes, whose
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.survey import Survey
@@ -90,7 +90,7 @@ class Chooser:
         return widths == self._widths
 
     def _twice(self, layer: nn.Module) -> bool:
-        return whole.passes(whole.check, layer)
+        return passes(whole.check, layer)
 
     def _survey(self) -> Survey:
         if self._seen is None:

@@ -214,11 +214,11 @@ class SwappedDecoder(Replaced):
             raise UnsupportedError("its layers are not those that were swapped (unswap and swap again)")
         if not getattr(self.module.config, "is_causal", True):
             raise UnsupportedError("its attention is not causal any more (unswap and swap again)")
+        # From here on: what the layers' own forwards may run twice for.
         for layer in self.layers:
             change = layer.patched or layer.block.mapping.change(layer.module)
             if change is not None:
-                raise UnsupportedError(change)
-        # From here on: what the layers' own forwards may run twice for.
+                raise UnsupportedCallError(change)
         self._check_attention()
         odd = sorted(n for n, value in given.items() if n not in self.known and value is not None)
         if odd:

@@ -13,11 +13,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec
-from pyckpt.swap import again, generic, masks, whole
+from pyckpt.swap import again, generic, masks
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import ATTENTION, MLP, Options, check_forwards, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock, Parts
-from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, passes
 from pyckpt.swap.probe import check_steady
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.weights import Mapping, Source, rate_at, read_rates
@@ -201,8 +201,12 @@ class SwappedEncoderLayer(Replaced):
 
     def __init__(self, module: nn.TransformerEncoderLayer, blocks: dict[bool, EncoderBlock]) -> None:
         super().__init__(module)
-        self._twice = whole.passes(generic.check_unwatched, module)
         self.blocks = blocks  # by causal
+
+    @property
+    def _twice(self) -> bool:
+        """The original may run twice, with what is inside now."""
+        return passes(generic.check_runs_twice, self.module)
 
     @property
     def batch_first(self) -> bool:
@@ -255,7 +259,7 @@ class SwappedEncoderLayer(Replaced):
         mapping = self.blocks[False].mapping
         change = self.patched or mapping.change(self.module) or _change(self.module, mapping)
         if change is not None:
-            raise UnsupportedError(change)
+            raise UnsupportedCallError(change)
         src, mask, padding = (given.get(n) for n in ("src", "src_mask", "src_key_padding_mask"))
         assert src is not None
         batch, seq = src.shape[:2] if self.batch_first else (src.shape[1], src.shape[0])

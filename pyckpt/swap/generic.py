@@ -23,7 +23,7 @@ from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.apart import apart
-from pyckpt.swap.modules import UnsupportedError, watched, what_watches
+from pyckpt.swap.modules import UnsupportedError, is_parallel, watched, what_watches
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.generic import precision
@@ -54,6 +54,13 @@ def check_unwatched(layer: nn.Module) -> None:
     """Raise `UnsupportedError` where a module inside the layer has forward hooks."""
     for path, module in inner(layer):
         if watched(module):
+            raise UnsupportedError(f"{path} {what_watches(module)}")
+
+
+def check_runs_twice(layer: nn.Module) -> None:
+    """Raise `UnsupportedError` where hooks inside the layer would see a second run; those of parallelism may."""
+    for path, module in inner(layer):
+        if watched(module) and not is_parallel(module):
             raise UnsupportedError(f"{path} {what_watches(module)}")
 
 

@@ -16,7 +16,8 @@ from pyckpt.save import save_set
 from pyckpt.stream import Stream, open_blocks, stream_blocks, stream_loss
 from pyckpt.swap import again
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.generic import OwnModulesBlock
+from pyckpt.swap.generic import OwnModulesBlock, check_runs_twice
+from pyckpt.swap.modules import passes
 from pyckpt.swap.replaced import Replaced
 
 CALL = "pyckpt_call"
@@ -92,16 +93,21 @@ class SwappedLayer(Replaced):
     """Runs the block where the model's forward says so, by a `Call`; else the layer's original forward.
 
     Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is. `twice`: its original forward
-    may run twice.
+    might run twice when it was swapped.
     """
 
     def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int, twice: bool) -> None:
         super().__init__(module)
-        self.block, self.place, self.twice = block, place, twice
+        self.block, self.place, self._twice = block, place, twice
 
     @property
     def ways(self) -> tuple[CheckpointedBlock, ...]:
         return (self.block,)
+
+    @property
+    def twice(self) -> bool:
+        """Its original forward may run twice, with what is inside now."""
+        return self._twice and passes(check_runs_twice, self.module)
 
     handed = False
     """It reads what the model hands to it beside hidden states and mask."""

@@ -267,11 +267,11 @@ class SwappedHead(SwappedLoss):
         return linear_cross_entropy(
             x if self._scale == 1.0 else x * self._scale,
             weight,
-            wanted.shifted().to(hidden.device).reshape(hidden.shape[:-1]),
+            wanted.shifted().to(x.device).reshape(x.shape[:-1]),
             bias=projection.bias,
             ignore_index=wanted.ignored,
             reduction=wanted.reduction,
-            token_weight=wanted.weights(hidden.device, hidden.shape[:-1]),
+            token_weight=wanted.weights(x.device, x.shape[:-1]),
             softcap=self._softcap,
             recompute=self.recompute,
         )

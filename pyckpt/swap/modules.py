@@ -20,6 +20,15 @@ class UnsupportedCallError(UnsupportedError):
     """This call asks for something that swapped layers do not compute; their own forwards do."""
 
 
+def passes(check: Callable[..., None], *args: Any) -> bool:
+    """A check raises no `UnsupportedError`."""
+    try:
+        check(*args)
+    except UnsupportedError:
+        return False
+    return True
+
+
 _OWN = ("torch.nn.modules.", "transformers.")
 
 
@@ -128,6 +137,34 @@ def _is_harmless(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in _HARMLESS_HOOKS
 
 
+def is_parallel(module: nn.Module) -> bool:
+    """Tensor, sequence or expert parallelism has dealt it out to processes, and nobody else watches it.
+
+    By the hooks of PyTorch's `parallelize_module`, which bring its inputs and outputs together, or by the forward that
+    transformers' `tp_plan` puts in the place of its own. A call of it computes what it did, and may be made twice.
+    """
+    hooks = [h for h in hooks_of(module) if not _is_harmless(h)]
+    replaced = "forward" in module.__dict__
+    if not (hooks or replaced) or (replaced and not is_parallel_forward(module)):
+        return False
+    return all(_origin(h).startswith("torch.distributed.tensor.") for h in hooks)
+
+
+def has_parallel(layer: nn.Module) -> bool:
+    """Some module inside is `is_parallel`."""
+    return any(map(is_parallel, layer.modules()))
+
+
+def is_parallel_forward(module: nn.Module) -> bool:
+    """A forward of transformers' `tp_plan` is in the place of the module's own."""
+    return _origin(module.__dict__.get("forward")).startswith("transformers.distributed.")
+
+
+def _origin(function: Any) -> str:
+    """The Python module that a function comes from."""
+    return str(getattr(function, "__module__", ""))
+
+
 def is_compiled(module: nn.Module) -> bool:
     """It is what torch.compile has put around a module."""
     return "_orig_mod" in module._modules
@@ -137,6 +174,8 @@ def what_watches(module: nn.Module) -> str:
     """Of a module that is `watched`: by what, and what to do where that can be told."""
     if is_compiled(module):
         return "was compiled by itself (torch.compile); swap the model first, and compile it, or its modules, then"
+    if is_parallel(module):
+        return "is dealt out to processes (tensor parallelism), which a block does not know"
     return "has forward hooks, which a swapped layer would not run"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyckpt.swap import lora, peft_wrappers
+from pyckpt.swap import lora, parallel, peft_wrappers
 from pyckpt.swap.modules import UnsupportedError, foreign, has_plain_weight, is_patched, is_whole, watched
 from pyckpt.swap.shadow import unsharded_class
 
@@ -28,6 +28,8 @@ def check(module: Any, replaced: bool = False) -> None:
     if lora.is_adapted(linear):
         _check_adapted(linear, replaced)
         linear, replaced = lora.base_of(linear), False
+    if unsharded_class(linear) is nn.Linear and parallel.shards_words(linear):
+        return
     if unsharded_class(linear) is not nn.Linear or foreign(linear, replaced):
         raise UnsupportedError(f"its output embeddings are a {type(linear).__name__} with hooks, or no plain nn.Linear")
     if (patched := is_patched(linear)) is not None:
@@ -49,6 +51,8 @@ def factors(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
     x W₀ᵀ + s (x Aᵀ) Bᵀ of LoRA is one product of [x, s x Aᵀ] with [W₀, B]: n is d_model and the ranks.
     """
+    if parallel.shards_words(module):
+        return _as(module.weight, parallel.given(module, hidden)), module.weight
     if not lora.is_adapted(module):
         whole = peft_wrappers.weight_of(module)
         return _as(whole, hidden), whole

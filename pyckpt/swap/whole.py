@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from torch import nn
 
 from pyckpt.save import Save, save_set
 from pyckpt.swap import again, families
-from pyckpt.swap.generic import check_unwatched
+from pyckpt.swap.generic import check_runs_twice
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
 
 
@@ -28,21 +26,12 @@ def check(layer: nn.Module) -> None:
     """
     if _of_transformers(layer):
         families.check_version()
-    check_unwatched(layer)
+    check_runs_twice(layer)
 
 
 def _of_transformers(layer: nn.Module) -> set[str]:
     """The names of those of its classes that are transformers'."""
     return {k.__name__ for k in type(layer).__mro__ if k.__module__.startswith("transformers.")}
-
-
-def passes(check: Callable[..., None], *args: Any) -> bool:
-    """A check raises no `UnsupportedError`."""
-    try:
-        check(*args)
-    except UnsupportedError:
-        return False
-    return True
 
 
 class CheckpointedLayer(Replaced):
