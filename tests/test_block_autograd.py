@@ -101,6 +101,35 @@ def test_frozen_parts_skip_their_work():
     assert _products(block, x, dy) == expected
 
 
+def test_only_what_a_backward_asks_for_is_made():
+    """By `grad` and by `backward(inputs=)`, as of PyTorch's own layers; bitwise what a whole backward gives."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens, d, f = 50, 48, 72
+    block, after = make_block(torch.float32, tile=10), make_block(torch.float32, tile=10)
+    x, _ = make_input(packed=False, dtype=torch.float32)
+    x.requires_grad_()
+    y = after(block(x))
+    dy, up = torch.randn_like(y), block.mlp.up_proj.weight
+
+    def count(*inputs: torch.Tensor) -> tuple[int, tuple[torch.Tensor, ...]]:
+        with FlopCounterMode(display=False) as counter:
+            found = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        return counter.get_total_flops(), found
+
+    weights = [p for p in (*block.parameters(), *after.parameters()) if p.dim() == 2]
+    full, whole = count(x, *block.parameters(), *after.parameters())
+    alone, of_x = count(x)
+    assert full - alone == sum(2 * tokens * w.numel() for w in weights)
+    of_weight = count(x, up)
+    assert of_weight[0] - alone == 2 * tokens * f * d
+    assert torch.equal(of_x[0], whole[0])
+    assert torch.equal(of_weight[1][1], dict(zip(block.parameters(), whole[1:], strict=False))[up])
+    y.backward(dy, inputs=[up])
+    assert torch.equal(up.grad, of_weight[1][1])
+    assert all(p.grad is None for p in block.parameters() if p is not up)
+
+
 def test_backward_twice_needs_retain_graph():
     for save in pyckpt.SAVE_SETS:
         block = make_block(torch.float32, tile=10, save=save, qk_norm=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyckpt import errors
 from pyckpt.attend.dense import Layout
+from pyckpt.exec.asked import asked
 from pyckpt.exec.offload import Parcel, keep
 from pyckpt.exec.resident import BlockPlan, Cast, Inputs, Kept, run_backward, run_forward
 from pyckpt.save import Save
@@ -155,7 +156,7 @@ class _RunFunction(torch.autograd.Function):
         if ctx.parcel is not None:
             kept |= ctx.parcel.fetch()
         x = kept.pop("x")
-        need = ctx.needs_input_grad
+        need = asked(ctx)
         dx, grads = backward(
             ctx.run, x, positions, cu_seqlens, seeds, weights, kept, grad_outputs[0], need[1], tuple(need[5:])
         )
