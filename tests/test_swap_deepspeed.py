@@ -17,7 +17,10 @@ import pyckpt
 from pyckpt import measure
 
 pytest.importorskip("transformers")
-ADVICE = "set_z3_leaf_modules(model, [LlamaDecoderLayer]) before deepspeed.initialize): LlamaModel runs its original"
+ADVICE = (
+    "set_z3_leaf_modules(model, [LlamaDecoderLayer]) before deepspeed.initialize): LlamaModel runs its original "
+    "forward, each layer again as a whole in the backward"
+)
 # By the stage and what else there is to it: what is warned of in the first step.
 EXPECTED = {
     (1, ""): [],
@@ -31,6 +34,7 @@ EXPECTED = {
     (3, "leaves, LoRA, streamed"): [],
     (3, "tied leaves, streamed"): [],
     (3, "no leaves"): [ADVICE],
+    (3, "no leaves, swapped late"): [],
 }
 
 
@@ -63,7 +67,9 @@ def check(rank: int, stage: int, kind: str) -> None:
         assert not pyckpt.swap(model, tile=5, stream=stream).left
     engine = engine_of(model, stage)
     if "late" in kind:
-        assert not pyckpt.swap(model, tile=5, stream=stream).left
+        report = pyckpt.swap(model, tile=5, stream=stream)
+        assert not report.left
+        assert report.entries[0].path == ("checkpointed" if "no leaves" in kind else "standard"), str(report)
     mine = tokens.chunk(2)[rank]
     for i in range(2):  # a second step finds what the first left behind
         with warnings.catch_warnings(record=True) as caught:

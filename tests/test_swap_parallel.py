@@ -84,9 +84,9 @@ def step(model: Any, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], in
 
 
 def check(dealt: Any, batch: dict[str, Any], truth: dict[str, torch.Tensor], message: str | None = None) -> None:
-    """Swapped, it keeps less than half, makes no logits, and has the truth's gradients; without our loss the same bits.
+    """Swapped, it keeps less than half, makes no logits, and has the gradients it had; without our loss the same bits.
 
-    message: it is swapped already, and says so.
+    message: it is swapped already, and says so; then they are the truth's.
     """
     if message is None:
         before, stored, _ = step(dealt, batch)
@@ -97,11 +97,13 @@ def check(dealt: Any, batch: dict[str, Any], truth: dict[str, torch.Tensor], mes
         pyckpt.unswap(dealt)
         assert not pyckpt.swap(dealt).left
         got, _, logits = step(dealt, batch)
+        truth = before
     else:
         with pytest.warns(UserWarning, match=f"{message}.*each layer again as a whole in the backward"):
             got, _, logits = step(dealt, batch)
     assert logits is None
-    assert max(relative_errors(got, truth).values()) < 1e-6  # norms of transformers compute in float32
+    errors = relative_errors(got, truth)
+    assert max(errors.values()) < 1e-6, errors  # norms of transformers compute in float32
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -118,16 +120,25 @@ def worker(rank: int, world: int, folder: str) -> None:
         assert pyckpt.swap(first).entries[0].path == "standard"
         told = r"self_attn(\.q_proj)? is dealt out to processes"
         check(way(first, mesh), batch, truth, told)
-    for family in ("Llama", "Mixtral"):
-        print(f"rank {rank}: {family} by transformers", flush=True)
+    for family, sizes in BY_TRANSFORMERS:
+        print(f"rank {rank}: {family} by transformers, {sizes}", flush=True)
         model, batch = make(family)
-        check(of_transformers(Path(folder) / family, tp_size=world), batch, step(model, batch)[0])
+        check(of_transformers(Path(folder) / family, **sizes), batch, step(model, batch)[0])
 
 
-def of_transformers(path: Path, **sizes: Any) -> Any:
+# A class that no table knows, whose loss is tried out; experts dealt out beside the rest, by FSDP2 too.
+BY_TRANSFORMERS: list[tuple[str, dict[str, int]]] = [
+    ("Llama", {"tp_size": 2}),
+    ("Mixtral", {"tp_size": 2}),
+    ("DeepseekV3", {"tp_size": 2}),
+    ("Mixtral", {"fsdp_size": 2, "ep_size": 2}),
+]
+
+
+def of_transformers(path: Path, **sizes: int) -> Any:
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    how = DistributedConfig(tp_plan="auto", **sizes)
+    how = DistributedConfig(**sizes)
     # Grouped products know no float64.
     options = {"dtype": torch.float64, "experts_implementation": "eager"}
     return transformers.AutoModelForCausalLM.from_pretrained(path, distributed_config=how, **options).train()
@@ -150,7 +161,7 @@ def worker_of_two_dims(rank: int, world: int) -> None:
 @pytest.mark.slow
 @needs_gloo
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    for family in ("Llama", "Mixtral"):
+    for family in {family for family, _ in BY_TRANSFORMERS}:
         make(family)[0].save_pretrained(tmp_path / family)
     run_processes(2, worker, 2, str(tmp_path))
 
@@ -159,3 +170,75 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 @needs_gloo
 def test_four_processes_of_two_dims(tmp_path):
     run_processes(4, worker_of_two_dims, 4)
+
+
+# --- stages of a pipeline --------------------------------------------------------------------------------------------
+
+# By schedule, how many stages a process has, and which: one after the other in turns, or there and back.
+SCHEDULES: dict[str, tuple[int, bool]] = {
+    "Schedule1F1B": (1, False),
+    "ScheduleInterleavedZeroBubble": (2, False),
+    "ScheduleZBVZeroBubble": (2, True),
+}
+
+
+class Stage(torch.nn.Module):
+    """Some of a model's layers; the embedding is before the first, norm and head are after the last."""
+
+    def __init__(self, model: Any, index: int, count: int) -> None:
+        super().__init__()
+        layers = list(model.model.layers)
+        size = len(layers) // count
+        self.model, self.start, self.first, self.last = model, index * size, index == 0, index == count - 1
+        model.model.layers = torch.nn.ModuleList(layers[self.start : self.start + size])
+        model.config.num_hidden_layers = size
+        if not self.first:
+            model.model.embed_tokens = None
+        if not self.last:
+            model.model.norm, model.lm_head = torch.nn.Identity(), None
+        pyckpt.swap(model, loss=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.model.model(**{"input_ids" if self.first else "inputs_embeds": x}).last_hidden_state
+        return self.model.lm_head(hidden) if self.last else hidden
+
+    def grads(self) -> dict[str, torch.Tensor]:
+        """By the names of the whole model."""
+        found = {}
+        for name, grad in gradients(self.model).items():
+            before, layers, after = name.partition(".layers.")
+            place, _, rest = after.partition(".")
+            found[f"{before}{layers}{int(place) + self.start}.{rest}" if layers else name] = grad
+        return found
+
+
+def next_tokens(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def worker_of_stages(rank: int, world: int) -> None:
+    from torch.distributed import pipelining
+
+    model, _ = make(num_hidden_layers=4)
+    tokens = torch.randint(1, 61, (8, SEQ), generator=torch.Generator().manual_seed(1))
+    whole = copy.deepcopy(model)
+    next_tokens(whole(input_ids=tokens).logits, tokens).backward()
+    for name, (each, back) in SCHEDULES.items():
+        count = world * each
+        places = [rank, count - 1 - rank if back else rank + world][:each]
+        mine = [Stage(copy.deepcopy(model), i, count) for i in places]
+        stages = [pipelining.PipelineStage(m, i, count, torch.device("cpu")) for m, i in zip(mine, places, strict=True)]
+        how = {"n_microbatches": 4, "loss_fn": next_tokens}
+        schedule = getattr(pipelining, name)(stages if each > 1 else stages[0], **how)
+        given = {"target": tokens} if any(m.last for m in mine) else {}
+        schedule.step(*([tokens] if any(m.first for m in mine) else []), **given)
+        got = {n: g for m in mine for n, g in m.grads().items()}
+        truth = {n: p.grad for n, p in whole.named_parameters() if n in got}
+        assert max(relative_errors(got, truth).values()) < 1e-6, name
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_stages_of_a_pipeline():
+    """Schedules that put off the weights' gradients run a block's backward twice, for x and for the weights."""
+    run_processes(2, worker_of_stages, 2)

@@ -15,8 +15,9 @@ from pyckpt.swap import aligned, encoder, families, own, quantized, whole
 from pyckpt.swap import loss as losses
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
+from pyckpt.swap.generic import check_unwatched
 from pyckpt.swap.layer import Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, has_parallel, is_compiled, is_parallel, what_watches, whose
+from pyckpt.swap.modules import UnsupportedError, is_compiled, is_parallel_forward, passes, what_watches, whose
 from pyckpt.swap.replaced import Replaced, replaced_in
 from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.survey import check_weights
@@ -203,7 +204,7 @@ def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) ->
 def _check_forward(module: nn.Module) -> None:
     if is_compiled(module):
         raise UnsupportedError(what_watches(module))
-    if "forward" in module.__dict__ and not is_parallel(module):
+    if "forward" in module.__dict__ and not is_parallel_forward(module):
         raise UnsupportedError("its forward was replaced already (by Accelerate?); swap the model before that")
 
 
@@ -258,7 +259,7 @@ def _refused(name: str, layer: nn.Module, reason: str, save: str | Save, note: s
     kind = type(layer).__name__
     try:
         _check_forward(layer)
-        if whole.known(layer) and not has_parallel(layer):
+        if whole.known(layer) and passes(check_unwatched, layer):
             check_weights(layer)  # with its weights it might be cut
         whole.check(layer)
     except UnsupportedError as other:

@@ -23,7 +23,7 @@ from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.apart import apart
-from pyckpt.swap.modules import UnsupportedError, is_parallel, watched, what_watches
+from pyckpt.swap.modules import UnsupportedError, may_be_called_again, watched, what_watches
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.generic import precision
@@ -58,9 +58,12 @@ def check_unwatched(layer: nn.Module) -> None:
 
 
 def check_runs_twice(layer: nn.Module) -> None:
-    """Raise `UnsupportedError` where hooks inside the layer would see a second run; those of parallelism may."""
+    """Raise `UnsupportedError` where hooks inside the layer would see a second run.
+
+    Those that bring weights, inputs or outputs together may (ZeRO-3, FSDP2, tensor parallelism).
+    """
     for path, module in inner(layer):
-        if watched(module) and not is_parallel(module):
+        if not may_be_called_again(module):
             raise UnsupportedError(f"{path} {what_watches(module)}")
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.swap import projection as projections
 from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.parallel import shards_words
 from pyckpt.swap.shadow import twin_of
 from pyckpt.swap.survey import check_here, forked, shown
 
@@ -80,12 +81,13 @@ def tried(model: Any) -> Tried:
     scaled and capped by its config, or its loss anything but the cross entropy of those with the next tokens.
     """
     projection = projections.of(model)
-    check_here(projection)
-    device = projection.weight.device
+    if not shards_words(projection):
+        check_here(projection)
+    device, drawing = projection.weight.device, torch.Generator().manual_seed(0)  # processes have to draw the same
     with forked(device), torch.no_grad():
-        hidden = torch.randn(2, _SEQ, projection.in_features, device=device).to(projection.weight.dtype)
+        hidden = torch.randn(2, _SEQ, projection.in_features, generator=drawing).to(device, projection.weight.dtype)
         hidden = hidden * (_LOGITS / projection(hidden).float().std()).to(hidden.dtype)
-        labels = torch.randint(0, projection.out_features, (2, _SEQ), device=device)
+        labels = torch.randint(0, projection.out_features, (2, _SEQ), generator=drawing).to(device)
         labels[0, :2] = -100
         found = _tried(model, hidden, labels, False, _scalings(model.config))
         # As large again after what it does to them, which nothing else may fit as well.

@@ -138,26 +138,28 @@ def _is_harmless(hook: Any) -> bool:
 
 
 def is_parallel(module: nn.Module) -> bool:
-    """Tensor, sequence or expert parallelism has dealt it out to processes, and nobody else watches it.
+    """Tensor, sequence or expert parallelism has dealt it out to processes.
 
     By the hooks of PyTorch's `parallelize_module`, which bring its inputs and outputs together, or by the forward that
-    transformers' `tp_plan` puts in the place of its own. A call of it computes what it did, and may be made twice.
+    transformers' `tp_plan` puts in the place of its own.
     """
-    hooks = [h for h in hooks_of(module) if not _is_harmless(h)]
-    replaced = "forward" in module.__dict__
-    if not (hooks or replaced) or (replaced and not is_parallel_forward(module)):
-        return False
-    return all(_origin(h).startswith("torch.distributed.tensor.") for h in hooks)
-
-
-def has_parallel(layer: nn.Module) -> bool:
-    """Some module inside is `is_parallel`."""
-    return any(map(is_parallel, layer.modules()))
+    return is_parallel_forward(module) or any(map(_is_parallel, hooks_of(module)))
 
 
 def is_parallel_forward(module: nn.Module) -> bool:
     """A forward of transformers' `tp_plan` is in the place of the module's own."""
     return _origin(module.__dict__.get("forward")).startswith("transformers.distributed.")
+
+
+def may_be_called_again(module: nn.Module) -> bool:
+    """What is around a call of it brings weights, inputs or outputs together, which another call does again."""
+    if "forward" in module.__dict__ and not is_parallel_forward(module):
+        return False
+    return all(_is_harmless(h) or _is_parallel(h) for h in gathering.others(hooks_of(module)))
+
+
+def _is_parallel(hook: Any) -> bool:
+    return _origin(hook).startswith("torch.distributed.tensor.")
 
 
 def _origin(function: Any) -> str:

@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyckpt.swap.modules import is_parallel, is_parallel_forward
+from pyckpt.exec.gathering import gathers
+from pyckpt.swap.modules import is_parallel, is_parallel_forward, may_be_called_again
 from pyckpt.vocab_parallel import is_dealt_out
 
 
 def shards_words(linear: Any) -> bool:
     """It is `is_parallel`, each process has some of its rows, and what it does to its input can be had by itself."""
-    if not is_parallel(linear) or not is_dealt_out(linear.weight):
+    alone = may_be_called_again(linear) and not gathers(linear)
+    if not (is_parallel(linear) and alone and is_dealt_out(linear.weight)):
         return False
     from torch.distributed.tensor import Shard
 

@@ -178,14 +178,14 @@ class Mapping:
         """Raise `UnsupportedError` where the layer's weights do not make up the spec's parameters."""
         shapes = parameter_shapes(self.spec)
         with _whole(layer):
-            found = {name: t for source in self.sources for name, t in source.read(layer).items()}
+            found = {name: t.shape for source in self.sources for name, t in source.read(layer).items()}
         odd = sorted(n for n in found if n not in shapes)
         missing = sorted(n for n in shapes if n not in found and not n.endswith(".bias"))
         if odd or missing:
             raise UnsupportedError(f"its parameters are not a block's: {', '.join(odd + missing)} too many or missing")
-        for name, t in (found | self.matrices(layer)).items():
-            if t.shape != torch.Size(shapes[name]):
-                raise UnsupportedError(f"{name} has shape {tuple(t.shape)}, expected {shapes[name]}")
+        for name, shape in (found | {n: t.shape for n, t in self.matrices(layer).items()}).items():
+            if shape != torch.Size(shapes[name]):
+                raise UnsupportedError(f"{name} has shape {tuple(shape)}, expected {shapes[name]}")
 
     def change(self, layer: nn.Module) -> str | None:
         """What about the layer's inside has changed since the mapping was made, or None."""
