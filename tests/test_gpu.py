@@ -340,6 +340,43 @@ def test_torch_compile(backend):
         assert (p.grad - want[name]).norm() <= 0.02 * want[name].norm(), name
 
 
+class Dropping(torch.nn.Module):
+    """A layer that nobody knows, in a list: a swap has it run again as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = torch.nn.LayerNorm(64), torch.nn.Linear(64, 192)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+        self.drop = torch.nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 16)).movedim(2, 0).transpose(2, 3)
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.2, is_causal=True)
+        x = x + self.drop(o.transpose(1, 2).flatten(2))
+        return x + self.drop(self.mlp(x))
+
+
+def test_layers_that_run_again_drop_the_same():
+    """By the device's generator, which torch.utils.checkpoint sees to by tensors that it is given itself."""
+    model = torch.nn.Sequential(torch.nn.ModuleList(Dropping() for _ in range(3))).to(DEVICE)
+    x = torch.randn(2, 33, 64, device=DEVICE)
+
+    def run() -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        model.zero_grad()
+        y = x.clone().requires_grad_()
+        h = y
+        for layer in model[0]:
+            h = layer(h)
+        h.square().sum().backward()
+        drawn = torch.rand(3, device=DEVICE)  # the second runs leave the generator as it was
+        return {"y": h.detach(), "dx": y.grad, "drawn": drawn, **{n: p.grad for n, p in model.named_parameters()}}
+
+    plain = run()
+    assert {e.path for e in pyckpt.swap(model).entries} == {"checkpointed"}
+    assert_same_bits(run(), plain)
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_a_swapped_llama(padded):
     transformers = pytest.importorskip("transformers")

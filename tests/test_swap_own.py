@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import random
 import warnings
 import weakref
@@ -15,6 +16,7 @@ import torch
 from blocks import assert_same_bits
 from helpers import a_few
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -405,6 +407,38 @@ def test_what_layers_keep_is_kept_once():
         for (name, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
             assert torch.equal(a, b), name
     assert ours.layers[0].calls == 2
+
+
+OF_A_DEVICE = torch.Generator()
+
+
+class DrawingOnADevice(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x * torch.rand(WIDTH, generator=OF_A_DEVICE))
+
+
+def test_a_devices_generator_draws_the_same_again(monkeypatch):
+    """One that stands for a GPU's, which torch.utils.checkpoint sees to by tensors that it is given itself."""
+    plain, ids = Model([DrawingOnADevice() for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+    once = importlib.import_module("pyckpt.swap.once")
+    monkeypatch.setattr(once, "_devices", lambda tensors: [torch.device("cuda", 1)])
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: OF_A_DEVICE.get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: OF_A_DEVICE.set_state(state))
+    made = []
+    for model in (plain, ours):
+        OF_A_DEVICE.manual_seed(5)
+        made.append((step(model, ids), OF_A_DEVICE.get_state()))
+    assert_same_bits(made[1][0], made[0][0])
+    assert torch.equal(made[1][1], made[0][1])  # a second run leaves it as it was
+
+
+def test_the_devices_on_which_a_layer_may_draw():
+    devices = importlib.import_module("pyckpt.swap.once")._devices
+    with FakeTensorMode():
+        first, second, meta = (torch.empty(2, device=d) for d in ("cuda:0", "cuda:1", "meta"))
+    assert devices([torch.empty(2), first, second, meta, first]) == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("when", ["ahead", "back", "both"])

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 
 from pyckpt.save import SaveSet
@@ -93,12 +93,12 @@ def _checkpointed(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]
     if _runs_once(layer, given, state):
         return layer.original(*args, **kwargs)
     given.watch(state.watched)
-    draws = _draws(given.tensors)
+    first = FirstRun(given, state)
     try:
         made = checkpoint(
             functools.partial(_run, layer, given),
             use_reentrant=False,
-            context_fn=functools.partial(_contexts, state, given, save.attention),
+            context_fn=functools.partial(_contexts, first, given, save.attention),
             # It reads the shapes of what is saved, which parts of nested tensors do not have.
             determinism_check="none" if any(t.is_nested for t in given.tensors) else "default",
         )
@@ -110,7 +110,7 @@ def _checkpointed(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]
         return made
     layer.runs_once = True
     layer.warn(f"{type(layer.module).__name__} calls torch.func.grad or its like: it stores everything")
-    return _after_all(layer, state, given, draws)
+    return _after_all(layer, first, given)
 
 
 def _runs_once(layer: Replaced, given: CallArguments, state: LayerState) -> bool:
@@ -122,13 +122,12 @@ def _runs_once(layer: Replaced, given: CallArguments, state: LayerState) -> bool
     return not (given.wants_gradients or any(p.requires_grad for p in weights)) or _differentiates()
 
 
-def _after_all(layer: Replaced, state: LayerState, given: CallArguments, draws: _Draws) -> Any:
+def _after_all(layer: Replaced, first: FirstRun, given: CallArguments) -> Any:
     """The original, once a run has failed half-way: with all as it was before that."""
     given.ran()
-    state.put(given.before)
-    write((t, was) for t in state.watched if (was := given.before(t)) is not None)
-    for device, drawn in draws:
-        torch.cuda.set_rng_state(drawn, device) if device.type == "cuda" else torch.set_rng_state(drawn)
+    first.state.put(given.before)
+    write((t, was) for t in first.state.watched if (was := given.before(t)) is not None)
+    first.drawing.restore()
     args, kwargs = given.take()
     given.put_contents()
     return layer.original(*args, **kwargs)
@@ -138,15 +137,6 @@ def _differentiates() -> bool:
     """A call of torch.func.grad or its like is around the model."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(interpreter.key() == torch._C._functorch.TransformType.Grad for interpreter in stack)
-
-
-_Draws = list[tuple[torch.device, Tensor]]
-
-
-def _draws(tensors: list[Tensor]) -> _Draws:
-    """The states of PyTorch's generators, of the CPU and of the devices of these tensors."""
-    devices = {t.device for t in tensors if t.is_cuda}
-    return [(torch.device("cpu"), torch.get_rng_state()), *((d, torch.cuda.get_rng_state(d)) for d in devices)]
 
 
 def _run(layer: Replaced, given: CallArguments) -> Any:
@@ -190,10 +180,9 @@ def _cacheless(name: str | None, value: Any) -> Any:
     return None if is_cache(name, value) else False if name == "use_cache" else value
 
 
-def _contexts(state: LayerState, given: CallArguments, attention: bool) -> kept.Contexts:
+def _contexts(first: FirstRun, given: CallArguments, attention: bool) -> kept.Contexts:
     """In which the layer runs first, and again."""
     keeping, giving = kept.contexts(given, attention)
-    first = FirstRun(given, state)
     return _Both(first, keeping), _Both(SecondRun(first, given), giving)
 
 

@@ -38,10 +38,11 @@ class FirstRun:
         self.modules = state.modules
         self.parameters = _Parameters(self.modules)
         given.when_backward_begins = self.parameters.check
+        own = [*state.generators, *given.contents.generators]
+        self.drawing = _Generators(own, _devices([*given.tensors, *self.parameters.tensors]))
 
     def __enter__(self) -> None:
         self._versions = [(b, b._version) for b in _buffers(self.modules) if not b.is_inference()]
-        self.drawing = _Generators([*self.state.generators, *self._given.contents.generators])
         self.kernels = _attention_kernels()
 
     def __exit__(self, *error: Any) -> None:
@@ -59,7 +60,8 @@ class SecondRun:
     """A run that finds what `first` found, and whose changes are undone: of attributes, of containers in them, of
     buffers, of modules and hooks inside, and of objects that the layer was given.
 
-    Generators other than PyTorch's own, which torch.utils.checkpoint sees to, give the numbers of the first run again.
+    All generators give the numbers of the first run again. torch.utils.checkpoint sees to those of devices that its own
+    arguments are on, and is given none.
     What `sdpa_kernel` chose around the first run is chosen again. Modules that DeepSpeed or FSDP1 keeps its books in
     are let be.
     """
@@ -214,6 +216,10 @@ class _Parameters:
         self.written: list[Tensor] = []
         self._note()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [p for _, _, p in self._of]
+
     def _note(self) -> None:
         self._versions = [(p, p._version) for _, _, p in self._of if not p.is_inference()]
 
@@ -268,23 +274,47 @@ def _attention_kernels() -> list[SDPBackend]:
 
 
 class _Generators:
-    """The states of Python's and NumPy's global generators, and of some of one's own."""
+    """The states of Python's, NumPy's and PyTorch's global generators, some devices' too, and of some of one's own."""
 
-    def __init__(self, own: list[Any]) -> None:
+    def __init__(self, own: list[Any], devices: list[torch.device]) -> None:
         self._python, numpy = random.getstate(), sys.modules.get("numpy")  # which need not be installed
         self._numpy = numpy and numpy.random.get_state()
+        self._torch = [(d, _state_of(d)) for d in (torch.device("cpu"), *devices)]
         self._own = [(g, drawing(g)) for g in own]
 
     def now(self) -> _Generators:
         """The same ones, at present."""
-        return _Generators([g for g, _ in self._own])
+        return _Generators([g for g, _ in self._own], [d for d, _ in self._torch[1:]])
 
     def restore(self) -> None:
         random.setstate(self._python)
+        for device, state in self._torch:
+            _set_state_of(device, state)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
         for generator, state in self._own:
             draw_from(generator, state)
+
+
+def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """On which a layer of these may draw, but for the CPU."""
+    return list({t.device: None for t in tensors if t.device.type not in ("cpu", "meta")})
+
+
+def _state_of(device: torch.device) -> Tensor:
+    """Of PyTorch's generator of the device."""
+    module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+    return module.get_rng_state(*_which(device))
+
+
+def _set_state_of(device: torch.device, state: Tensor) -> None:
+    module: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+    module.set_rng_state(state, *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """Of the devices of its kind, where there are several."""
+    return () if device.type in ("cpu", "mps") else (device,)
 
 
 def _may_hold(value: Any) -> bool:
