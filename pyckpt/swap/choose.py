@@ -11,6 +11,7 @@ from pyckpt.save import Save
 from pyckpt.swap import attention, families, probe, whole
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
+from pyckpt.swap.code import odd_function
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
 from pyckpt.swap.layer import SwappedLayer
 from pyckpt.swap.modules import UnsupportedError, is_own_forward, passes, whose
@@ -64,6 +65,8 @@ class Chooser:
         kind = unsharded_class(self._model)
         if not is_own_forward(kind):
             raise UnsupportedError(f"the forward of {kind.__name__} is not transformers' own, and may make other masks")
+        if (odd := odd_function([kind])) is not None:
+            raise UnsupportedError(odd)
 
     def _traced(self, layer: nn.Module, place: int, why: str) -> TracedLayer:
         try:

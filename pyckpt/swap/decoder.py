@@ -13,10 +13,12 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
 from pyckpt.swap import again, attention, masks
+from pyckpt.swap.code import functions
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched, wraps
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.rope import Frequencies
+from pyckpt.swap.shadow import kinds_of, unsharded_class
 from pyckpt.swap.survey import packs_by_itself
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -86,6 +88,9 @@ class SwappedDecoder(Replaced):
         self._limits = attention.limits(module.config)
         own = [s.block.mapping.moving for s in layers if not s.handed]
         self._frequencies = Frequencies(getattr(module, "rotary_emb", None) if own and not any(own) else None)
+        own_kinds = [kind for s in layers if not s.handed for kind in kinds_of(s.module)]  # others run what they call
+        self._kinds = list(dict.fromkeys([unsharded_class(module), *own_kinds]))
+        self._functions = functions(self._kinds)
         held, lists = {s.module for s in layers}, module.named_children()
         self._lists = [(name, found) for name, m in lists if held.intersection(found := tuple(m.children()))]
 
@@ -261,7 +266,16 @@ class SwappedDecoder(Replaced):
             raise UnsupportedCallError(
                 f"config.{odd} is now {now.get(odd)}, not the {was} it was when swapped (unswap and swap again)"
             )
-        if not torch.compiler.is_compiling() and self._frequencies.differ(getattr(self.module, "rotary_emb", None)):
+        if torch.compiler.is_compiling():
+            return
+        present = functions(self._kinds)
+        odd = next((n for n, written in self._functions.items() if present.get(n) != written), None)
+        if odd is not None:
+            raise UnsupportedCallError(
+                f"{odd} is now {present.get(odd)}, not the {self._functions[odd]} it was when swapped (unswap and "
+                "swap again)"
+            )
+        if self._frequencies.differ(getattr(self.module, "rotary_emb", None)):
             raise UnsupportedCallError("RoPE's frequencies are not those of the swap any more (unswap and swap again)")
 
     def _cut(self, given: dict[str, Any], positions: Tensor | None) -> Tensor | None:

@@ -13,9 +13,10 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic, lora, quantized
+from pyckpt.swap.code import odd_function
 from pyckpt.swap.modules import UnsupportedError, has_plain_weight, is_known, is_patched, norm_eps
 from pyckpt.swap.rope import MOVING, MovingRope, given
-from pyckpt.swap.shadow import unsharded_class
+from pyckpt.swap.shadow import kinds_of, unsharded_class
 from pyckpt.swap.weights import Mapping, Source, bias_of, read_rates
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -113,8 +114,8 @@ def finish(
 
 
 def check_forwards(layer: nn.Module) -> None:
-    """Raise `UnsupportedError` where somebody has put another forward into one of the layer's classes."""
-    patched = next(filter(None, map(is_patched, layer.modules())), None)
+    """Raise `UnsupportedError` where somebody has put another forward, or what it calls, into the layer's classes."""
+    patched = next(filter(None, map(is_patched, layer.modules())), None) or odd_function(kinds_of(layer))
     if patched is not None:
         raise UnsupportedError(patched)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyckpt.block import CheckpointedBlock
+from pyckpt.swap.code import names_in
 from pyckpt.swap.modules import is_wrapper
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -120,21 +121,10 @@ def _calls(kind: type) -> bool:
     """Its code, other than PyTorch's, names a function of attention, or calls one that does."""
     own_kinds = [k for k in kind.__mro__ if not k.__module__.startswith("torch.")]
     functions = [f for k in own_kinds for f in vars(k).values() if isinstance(f, FunctionType)]
-    return any(_names(f) & _FUNCTIONS for own in functions for f in (own, *_called(own)))
+    return any(names_in(f) & _FUNCTIONS for own in functions for f in (own, *_called(own)))
 
 
 def _called(function: FunctionType) -> list[FunctionType]:
     """Functions of its own module that it names."""
-    found: list[Any] = [function.__globals__.get(name) for name in _names(function)]
+    found: list[Any] = [function.__globals__.get(name) for name in names_in(function)]
     return [f for f in found if isinstance(f, FunctionType)]
-
-
-def _names(function: FunctionType) -> set[str]:
-    return set(_of_code(function.__code__))
-
-
-def _of_code(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _of_code(constant)

@@ -118,6 +118,11 @@ def untouched(module: nn.Module) -> Iterator[list[str]]:
                     buffer.copy_(value)
 
 
+def kinds_of(module: nn.Module) -> list[type]:
+    """The classes of the modules inside, each once."""
+    return list({unsharded_class(m): None for m in module.modules()})
+
+
 def unsharded_class(module: nn.Module) -> type[Any]:
     """The module's class; of one made by FSDP2, the class that it wraps."""
     kind = type(module)
