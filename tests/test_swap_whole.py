@@ -608,3 +608,43 @@ def test_an_empty_cache_breaks_no_compiled_graph():
     loss = torch.compile(lambda: model(**batch).loss, fullgraph=True)()
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected["loss"])
+
+
+# --- devices of their own --------------------------------------------------------------------------------------------
+
+
+def put_hooks(model: Any, offloaded: tuple[str, ...] = ()) -> Any:
+    """Accelerate's, as a `device_map` over several devices has them: of each layer, and of what is inside."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    names = ["", "model.embed_tokens", *(f"model.layers.{i}" for i in range(len(model.model.layers)))]
+    names += ["model.norm", "model.rotary_emb", "lm_head"]
+    devices = {n: torch.device("cpu") for n in names}
+    hooks.attach_align_device_hook_on_blocks(model, devices, offload={n: n in offloaded for n in names})
+    return model
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "Glm"])
+def test_layers_with_a_device_of_their_own(family):
+    model, batch = make_model(family, attn_implementation="sdpa"), make_batch("plain")
+    truth = step(copy.deepcopy(model), batch)
+    put_hooks(model)
+    with measure.memory() as stored:
+        step(model, batch)
+    assert {e.path for e in pyckpt.swap(model, loss=False).entries} == {"checkpointed"}
+    with measure.memory() as kept:
+        assert_same_bits(step(model, batch), truth)
+    assert kept.saved_bytes < stored.saved_bytes / 2
+    pyckpt.unswap(model)
+    assert not pyckpt.swap(model).left
+    assert model(**batch).logits is None
+    got = step(model, batch)
+    for name in truth:
+        torch.testing.assert_close(got[name], truth[name], rtol=1e-4, atol=1e-6)
+
+
+def test_layers_whose_weights_are_brought_for_each_call_are_left():
+    """They are elsewhere in a backward."""
+    model = put_hooks(make_model("Llama"), ("model.layers.1",))
+    report = pyckpt.swap(model)
+    assert [e.path for e in report.entries] == ["checkpointed", "original", "standard"]
+    assert "self_attn.q_proj has forward hooks" in report.entries[1].why

@@ -17,7 +17,7 @@ from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
 from pyckpt.swap.generic import check_unwatched
 from pyckpt.swap.layer import Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, is_compiled, is_parallel_forward, passes, what_watches, whose
+from pyckpt.swap.modules import UnsupportedError, is_compiled, is_parallel_forward, moves, passes, what_watches, whose
 from pyckpt.swap.replaced import Replaced, replaced_in
 from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.survey import check_weights
@@ -204,7 +204,7 @@ def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) ->
 def _check_forward(module: nn.Module) -> None:
     if is_compiled(module):
         raise UnsupportedError(what_watches(module))
-    if "forward" in module.__dict__ and not is_parallel_forward(module):
+    if "forward" in module.__dict__ and not (is_parallel_forward(module) or moves(module)):
         raise UnsupportedError("its forward was replaced already (by Accelerate?); swap the model before that")
 
 

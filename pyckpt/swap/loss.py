@@ -20,7 +20,7 @@ from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, called, gather, is_own_forward
+from pyckpt.swap.modules import UnsupportedError, called, gather, is_own_forward, moves
 from pyckpt.swap.shadow import argument_names, unsharded_class
 from pyckpt.swap.wanted import IGNORED, SwappedLoss, Wanted
 
@@ -187,6 +187,8 @@ class SwappedHead(SwappedLoss):
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
         elif loss.dim():
             loss = loss.view(labels.shape)
+        if moves(model):  # as what it does not run would have it
+            loss = loss.to(labels.device)
         made = self._output(
             loss=wanted.divided(loss), logits=None, **{n: getattr(outputs, n, None) for n in self._fields}
         )

@@ -151,9 +151,21 @@ def is_parallel_forward(module: nn.Module) -> bool:
     return _origin(module.__dict__.get("forward")).startswith("transformers.distributed.")
 
 
+def moves(module: nn.Module) -> bool:
+    """Accelerate's forward is in the place of its own, and brings what it is given to the device of its weights.
+
+    That is what `device_map` does with a model over several devices. Not where it brings the weights, too.
+    """
+    forward = module.__dict__.get("forward")
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None or not _origin(getattr(forward, "func", None)).startswith("accelerate.hooks"):
+        return False
+    return all(getattr(h, "offload", True) is False and not h.no_grad for h in getattr(hook, "hooks", (hook,)))
+
+
 def may_be_called_again(module: nn.Module) -> bool:
     """What is around a call of it brings weights, inputs or outputs together, which another call does again."""
-    if "forward" in module.__dict__ and not is_parallel_forward(module):
+    if "forward" in module.__dict__ and not (is_parallel_forward(module) or moves(module)):
         return False
     return all(_is_harmless(h) or _is_parallel(h) for h in gathering.others(hooks_of(module)))
 
@@ -178,6 +190,8 @@ def what_watches(module: nn.Module) -> str:
         return "was compiled by itself (torch.compile); swap the model first, and compile it, or its modules, then"
     if is_parallel(module):
         return "is dealt out to processes (tensor parallelism), which a block does not know"
+    if moves(module):
+        return "is on a device of its own (device_map), which a block does not know"
     return "has forward hooks, which a swapped layer would not run"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyckpt.swap import lora, parallel, peft_wrappers
-from pyckpt.swap.modules import UnsupportedError, foreign, has_plain_weight, is_patched, is_whole, watched
+from pyckpt.swap.modules import UnsupportedError, foreign, has_plain_weight, is_patched, is_whole, moves, watched
 from pyckpt.swap.shadow import unsharded_class
 
 
@@ -30,7 +30,7 @@ def check(module: Any, replaced: bool = False) -> None:
         linear, replaced = lora.base_of(linear), False
     if unsharded_class(linear) is nn.Linear and parallel.shards_words(linear):
         return
-    if unsharded_class(linear) is not nn.Linear or foreign(linear, replaced):
+    if unsharded_class(linear) is not nn.Linear or (foreign(linear, replaced) and not moves(linear)):
         raise UnsupportedError(f"its output embeddings are a {type(linear).__name__} with hooks, or no plain nn.Linear")
     if (patched := is_patched(linear)) is not None:
         raise UnsupportedError(patched)
@@ -68,5 +68,6 @@ def factors(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as(weight: Tensor, x: Tensor) -> Tensor:
-    """x in the weight's dtype, where autocast does not see to that: Mamba's residual stream is in float32."""
+    """x where the weight is, and in its dtype where autocast does not see to that: Mamba's residual is in float32."""
+    x = x.to(weight.device)  # with a device_map another one than the last layer's, perhaps
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
