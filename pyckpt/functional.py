@@ -207,10 +207,8 @@ def linear_cross_entropy(
     """
     errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
-    _check_loss(x, weight, target, bias, ignore_index, reduction, label_smoothing)
-    errors.check_constant("z_loss", z_loss, "add the loss of plain PyTorch")
-    if not -math.inf < z_loss < math.inf:
-        raise ValueError(f"z_loss must be a finite number, got {z_loss!r}")
+    check_loss_numbers(label_smoothing, z_loss)
+    _check_loss(x, weight, target, bias, ignore_index, reduction)
     cap = _softcap(softcap)
     weights = loss_weights(
         target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing, acc_dtype(x.dtype)
@@ -237,6 +235,15 @@ def linear_cross_entropy(
         *need,
     )[0]
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def check_loss_numbers(label_smoothing: float, z_loss: float) -> None:
+    """Raise ValueError for what a loss cannot be made with."""
+    errors.check_constant("z_loss", z_loss, "add the loss of plain PyTorch")
+    if not -math.inf < z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number, got {z_loss!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
 
 
 def loss_weights(
@@ -291,7 +298,6 @@ def _check_loss(
     bias: Tensor | None,
     ignore_index: int,
     reduction: str,
-    label_smoothing: float,
 ) -> None:
     for name, t in (("x", x), ("weight", weight), ("target", target)):
         errors.check_tensor(name, t)
@@ -306,8 +312,6 @@ def _check_loss(
     errors.check_index("ignore_index", ignore_index)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} does not exist; expected one of {', '.join(_REDUCTIONS)}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token")
     if not on_meta(target, x):

@@ -169,6 +169,21 @@ def test_losses_of_single_tokens_and_their_weights(name):
         pyckpt.token_losses(model, batch["labels"])
 
 
+@THREE
+def test_smoothed_labels_and_a_loss_of_the_normaliser(name):
+    model = make(name)
+    batch = batch_for(model)
+    with torch.no_grad():
+        logits, labels = model(**batch).logits.double(), batch["labels"]
+    smoothed = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    want = smoothed + 0.01 * logits.logsumexp(-1).square()[labels != -100].mean()
+    pyckpt.swap(model)
+    got = model(**batch, label_smoothing=0.1, z_loss=0.01).loss
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"label_smoothing can't be had of the model's own forward.*logits are asked"):
+        model(**batch, label_smoothing=0.1, output_logits=True)
+
+
 def test_a_mixture_whose_routers_have_a_share_of_the_loss():
     model = make("Switch")
     batch = batch_for(model) | {"output_router_logits": True}

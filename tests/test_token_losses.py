@@ -28,12 +28,15 @@ ROUNDING = 1e-10
 ROUTED = 1e-5
 
 
+def logits_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    inputs = {"use_cache": False, **{n: t for n, t in batch.items() if n != "labels"}}
+    return model(**inputs).logits
+
+
 def from_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """What the model's own logits say."""
-    inputs = {n: t for n, t in batch.items() if n != "labels"}
     labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    logits = model(**inputs, use_cache=False).logits if "use_cache" not in inputs else model(**inputs).logits
-    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return F.cross_entropy(logits_of(model, batch).transpose(1, 2), labels, reduction="none")
 
 
 def gradients(model: Any, losses: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -154,6 +157,20 @@ def test_token_weights(items, way):
         assert_near(gradients(model, loss, torch.ones_like(loss)), want)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_smoothed_labels_and_a_loss_of_the_normaliser(way):
+    model, batch = make_model("Gemma2", torch.float64), make_batch("padded")
+    batch = known(model, batch)
+    with InFloat64():
+        logits, labels = logits_of(model, batch), F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        want = F.cross_entropy(logits.transpose(1, 2), labels, label_smoothing=0.2)
+        want = want + 0.1 * logits.logsumexp(-1).square()[labels != -100].mean()
+        want = gradients(model, want, torch.ones_like(want))
+        pyckpt.swap(model, **WAYS[way])
+        loss = model(**batch, label_smoothing=0.2, z_loss=0.1).loss
+        assert_near(gradients(model, loss, torch.ones_like(loss)), want)
+
+
 def test_reductions():
     model, batch = make_model("Llama"), make_batch("padded")
     pyckpt.swap(model)
@@ -174,8 +191,11 @@ def test_reductions():
         ({"token_weight": torch.ones(2, 19), "labels": None}, "token_weight can't be had .*: there are no labels"),
         ({"token_weight": torch.ones(2, 18)}, r"token_weight has shape \(2, 18\), expected \(2, 19\)"),
         ({"token_weight": torch.ones(2, 19).long()}, "token_weight has dtype torch.int64, expected one of"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1\.5"),
+        ({"z_loss": float("nan")}, "z_loss must be a finite number, got nan"),
+        ({"label_smoothing": 0.1, "output_logits": True}, "label_smoothing can't be had of the model's own forward"),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_bad_calls(given, message):
     model, batch = make_model("Llama"), make_batch("plain")

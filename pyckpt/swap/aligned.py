@@ -103,7 +103,7 @@ class SwappedAligned(SwappedLoss):
         """An argument that changes the loss in a way that is not ours."""
         if name == "num_items_in_batch":
             return self._found.items is None
-        return name in _OTHERS or ("label" in name and name != "labels")
+        return name in _OTHERS or ("label" in name and name != "labels" and name not in Wanted.OURS)
 
     def _check(self) -> None:
         projection = self._projection.module
@@ -142,9 +142,9 @@ class SwappedAligned(SwappedLoss):
         tokens = {} if named else {"decoder_input_ids": _decoder_tokens(self.module, labels)}
         return tokens if self._found.caches else {**tokens, "use_cache": False}
 
-    def _wanted(self, labels: Tensor, items: Any, reduction: str | None, token_weight: Tensor | None) -> Wanted:
+    def _wanted(self, labels: Tensor, items: Any, *ours: Any) -> Wanted:
         # Each label is given in its own place, as `shift_labels` are to a causal model.
-        return Wanted.of(labels, items if self._found.items else None, labels, None, reduction, token_weight)
+        return Wanted.of(labels, items if self._found.items else None, labels, None, *ours)
 
 
 def _of_head(projection: Any, added: Tensor | None, wanted: Wanted, recompute: bool, hidden: Tensor) -> Tensor:
@@ -159,6 +159,8 @@ def _of_head(projection: Any, added: Tensor | None, wanted: Wanted, recompute: b
         ignore_index=IGNORED,
         reduction=wanted.reduction,
         token_weight=wanted.weights(x.device, labels.shape),
+        label_smoothing=wanted.label_smoothing,
+        z_loss=wanted.z_loss,
         recompute=recompute,
     )
 

@@ -246,8 +246,10 @@ class SwappedHead(SwappedLoss):
     def ends(self, wanted: Wanted | None = None) -> Ends:
         """What surrounds the layers. Raises `UnsupportedError` where that is not known."""
         model: Any = self.module
-        reduction, ignored = ("mean", IGNORED) if wanted is None else (wanted.reduction, wanted.ignored)
-        options = LossOptions(reduction, self._softcap or 0.0, ignore_index=ignored, scale=self._scale)
+        options = LossOptions(softcap=self._softcap or 0.0, ignore_index=IGNORED, scale=self._scale)
+        if wanted is not None:
+            numbers = {"label_smoothing": float(wanted.label_smoothing), "z_loss": float(wanted.z_loss)}
+            options = dataclasses.replace(options, reduction=wanted.reduction, ignore_index=wanted.ignored, **numbers)
         places, run = self.head.places, wanted is not None
         return ends.ends_of(heads.base_of(model), places, projections.of(model), options, run)
 
@@ -275,6 +277,8 @@ class SwappedHead(SwappedLoss):
             reduction=wanted.reduction,
             token_weight=wanted.weights(x.device, x.shape[:-1]),
             softcap=self._softcap,
+            label_smoothing=wanted.label_smoothing,
+            z_loss=wanted.z_loss,
             recompute=self.recompute,
         )
 

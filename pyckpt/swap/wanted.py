@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import Targets, following
-from pyckpt.functional import loss_weights
+from pyckpt.functional import check_loss_numbers, loss_weights
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
 
@@ -21,10 +21,10 @@ class Wanted:
     """What a call asks for: labels (B, S), each token's the label after it; `shift_labels` are those of each token.
 
     items: what the sum is divided by, instead of the number of labels. asked: the reduction, where the call names one.
-    token_weight: (B, S), of each label.
+    token_weight: (B, S), of each label. label_smoothing, z_loss: as in `linear_cross_entropy`.
     """
 
-    OURS: ClassVar = ("reduction", "token_weight")
+    OURS: ClassVar = ("reduction", "token_weight", "label_smoothing", "z_loss")
     ARGUMENTS: ClassVar = ("num_items_in_batch", "shift_labels", "ignore_index", *OURS)
 
     labels: Tensor
@@ -33,14 +33,21 @@ class Wanted:
     ignored: int = IGNORED
     asked: str | None = None
     token_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     @staticmethod
     def of(labels: Tensor, items: Any, shift_labels: Tensor | None, ignored: int | None, *ours: Any) -> Wanted:
-        wanted = Wanted(labels, items, shift_labels, IGNORED if ignored is None else ignored, *ours)
+        asked, token_weight, *numbers = ours
+        more = (0.0 if n is None else n for n in numbers)
+        wanted = Wanted(
+            labels, items, shift_labels, IGNORED if ignored is None else ignored, asked, token_weight, *more
+        )
         if wanted.asked not in (None, "mean", "sum", "none"):
             raise ValueError(f"reduction={wanted.asked!r} does not exist; expected one of mean, sum, none")
         if wanted.asked is not None and items is not None:
             raise ValueError("num_items_in_batch divides the sum of the losses: leave out it or reduction")
+        check_loss_numbers(wanted.label_smoothing, wanted.z_loss)
         if wanted.token_weight is not None:
             # For its errors, before anything runs.
             loss_weights(wanted.given, wanted.token_weight.to(wanted.given.device), None, 0, wanted.ignored, 0.0)
@@ -98,7 +105,8 @@ class SwappedLoss(Replaced):
     "recompute": the backward makes the logits again.
 
     A call may also ask for what the original does not have: `reduction="none"`, the losses (B, S) of the single tokens,
-    and `token_weight` (B, S), see `linear_cross_entropy`. They are never left to the original.
+    `token_weight` (B, S), `label_smoothing` and `z_loss`, see `linear_cross_entropy`. They are never left to the
+    original.
     """
 
     def __init__(self, module: nn.Module, kind: bool | str) -> None:
@@ -140,4 +148,8 @@ class SwappedLoss(Replaced):
 
 def _ours(given: dict[str, Any]) -> list[str]:
     """The arguments of a call that the original does not have."""
-    return [n for n in Wanted.OURS if given.get(n) is not None]
+    return [n for n in Wanted.OURS if not _asks_nothing(given.get(n))]
+
+
+def _asks_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value == 0.0)
