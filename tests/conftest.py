@@ -37,7 +37,8 @@ def _new_seed() -> int:
 
 
 def _seed_all(value: int) -> int:
-    torch.manual_seed(value)
+    # torch.manual_seed queues a seed for each kind of device, with a traceback, where there is none: 3 ms a test.
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(value)
     random.seed(value)
     return value
 

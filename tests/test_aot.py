@@ -6,21 +6,26 @@ kernels are Triton's interpreter's.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pyckpt.triton_kernels import tuning
-from pyckpt.triton_kernels.aot.compile import exponentials_in_flight, spills_in_loops
+from pyckpt.triton_kernels.aot.attention import AttentionCase
+from pyckpt.triton_kernels.aot.compile import Report, exponentials_in_flight, spills_in_loops
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-ARCHS = list(LIMITS)
+FAMILIES = ("attention", "hopper", "pointwise", "loss", "fused")
+FUSED_ARCHS = ("sm_80", "sm_90")  # `make aot` has all chips
 UNITS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -30,18 +35,28 @@ def environment() -> dict[str, str]:
     return {**env, "PYTHONPATH": str(ROOT)}
 
 
-def compiled(family: str, arch: str, tmp_path: Path) -> list[dict[str, Any]]:
+@functools.cache
+def _compiled(arch: str) -> list[dict[str, Any]]:
+    """What this file looks at, of every family: one process imports PyTorch, and forks those that compile."""
+    families = [word for name in FAMILIES if name != "fused" or arch in FUSED_ARCHS for word in ("--family", name)]
     command = [sys.executable, "-m", "pyckpt.triton_kernels.aot", "--quick", "--json", "kernels.json"]
-    done = subprocess.run(
-        [*command, "--family", family, "--arch", arch],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("kernels compiled, 0 problems")
-    return json.loads((tmp_path / "kernels.json").read_text())["kernels"]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [*command, *families, "--arch", arch], cwd=folder, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.rstrip().endswith("kernels compiled, 0 problems")
+        return json.loads((Path(folder) / "kernels.json").read_text())["kernels"]
+
+
+def compiled(family: str, arch: str) -> list[dict[str, Any]]:
+    return [kernel for kernel in _compiled(arch) if kernel["family"] == family]
+
+
+def on(archs: Iterable[str]) -> pytest.MarkDecorator:
+    """A chip's tests run in one process, where its kernels are compiled once: in 2 CPU minutes if none is cached."""
+    marks = {arch: (pytest.mark.xdist_group(f"aot_{arch}"), pytest.mark.timeout(600)) for arch in archs}
+    return pytest.mark.parametrize("arch", [pytest.param(arch, marks=marks[arch]) for arch in marks])
 
 
 # As nvdisasm writes it: a loop over tiles, in it one that multiplies, and a wait that failed behind the end.
@@ -93,9 +108,9 @@ def test_exact_products_keep_all_bits(arch, dim, mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_fit_the_chip(arch, tmp_path):
-    kernels = compiled("attention", arch, tmp_path)
+@on(LIMITS)
+def test_kernels_fit_the_chip(arch):
+    kernels = compiled("attention", arch)
     assert {(k["op"], k["head_dim"], k["value_dim"]) for k in kernels} == {
         (op, *dims) for op in ("fwd", "dkdv", "dq", "delta") for dims in ((64, 64), (128, 128), (192, 128), (256, 256))
     }
@@ -114,52 +129,41 @@ def test_kernels_fit_the_chip(arch, tmp_path):
 FEATURES = """
 from pyckpt.triton_kernels.aot.__main__ import cases, run
 
-def main():
-    wanted = [c for c in cases(["sm_90"], families=["attention"]) if c.op == "dkdv" and c.key.head_dim == 128]
-    reports = list(run([c for c in wanted if c.features and c.dtype == "bfloat16"]))
-    assert len(reports) >= 8, wanted
-    assert not [(r.line(), p) for r in reports for p in r.problems()]
-
-if __name__ == "__main__":
-    main()
+wanted = [c for c in cases(["sm_90"], families=["attention"]) if c.op == "dkdv" and c.key.head_dim == 128]
+reports = list(run([c for c in wanted if c.features and c.dtype == "bfloat16"]))
+assert len(reports) >= 8, wanted
+assert not [(r.line(), p) for r in reports for p in r.problems()]
 """
 
 
 @pytest.mark.slow
-def test_products_overlap_with_every_feature(tmp_path):
+def test_products_overlap_with_every_feature():
     """In dK/dV's kernel on Hopper, where the assembler may run them one after the other."""
-    script = tmp_path / "features.py"  # a file: the compilers are processes of their own
-    script.write_text(FEATURES)
-    done = subprocess.run([sys.executable, str(script)], env=environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", FEATURES], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 EIGHTS = """
 from pyckpt.triton_kernels.aot.__main__ import cases, run
 
-def main():
-    wanted = [c for c in cases(["sm_80"], families=["attention"]) if c.head_dim == 72]
-    assert len(wanted) == 4, wanted
-    assert not [(r.line(), r.narrow) for r in run(wanted) if r.narrow or r.spilled or list(r.problems())]
-
-if __name__ == "__main__":
-    main()
+wanted = [c for c in cases(["sm_80"], families=["attention"]) if c.head_dim == 72]
+assert len(wanted) == 4, wanted
+assert not [(r.line(), r.narrow) for r in run(wanted) if r.narrow or r.spilled or list(r.problems())]
 """
 
 
 @pytest.mark.slow
-def test_head_dims_that_only_eight_divides_are_read_wide(tmp_path):
+def test_head_dims_that_only_eight_divides_are_read_wide():
     """Two bytes at a time the forward kernel spilled 500 bytes a thread, at head dim 72."""
-    script = tmp_path / "eights.py"
-    script.write_text(EIGHTS)
-    done = subprocess.run([sys.executable, str(script)], env=environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", EIGHTS], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_the_kernels_for_hopper_fit_the_chip(tmp_path):
+@on(["sm_90"])
+def test_the_kernels_for_hopper_fit_the_chip(arch):
     """No product waits for one that it does not need, which the assembler decides too."""
-    kernels = compiled("hopper", "sm_90", tmp_path)
+    kernels = compiled("hopper", arch)
     expected = {("hopper_fwd", 256), *((f"hopper_{op}", dim) for op in ("fwd", "dkdv", "dq") for dim in (64, 128))}
     assert {(k["op"], k["head_dim"]) for k in kernels} == expected
     for k in kernels:
@@ -167,13 +171,13 @@ def test_the_kernels_for_hopper_fit_the_chip(tmp_path):
         # What gradients spill is read again once a tile, outside the loops.
         allowed = {"hopper_dkdv": 160, "hopper_dq": 80}.get(k["op"], 0 if k["head_dim"] <= 128 else 64)
         assert k["spilled"] <= allowed, k
-        assert k["programs"] >= 1 and k["shared"] <= LIMITS["sm_90"], k
+        assert k["programs"] >= 1 and k["shared"] <= LIMITS[arch], k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", LIMITS)
-def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
-    kernels = compiled("pointwise", arch, tmp_path)
+@on(LIMITS)
+def test_pointwise_kernels_fit_the_chip(arch):
+    kernels = compiled("pointwise", arch)
     assert len(kernels) == 2 * 8 + 6 * 2 + 2 + 2 + 2  # norms by width and form, activations, RoPE, dropout, merging
     for k in kernels:
         assert k["shared"] <= LIMITS[arch], k
@@ -184,9 +188,9 @@ def test_pointwise_kernels_fit_the_chip(arch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", LIMITS)
-def test_the_loss_fits_the_chip(arch, tmp_path):
-    kernels = compiled("loss", arch, tmp_path)
+@on(LIMITS)
+def test_the_loss_fits_the_chip(arch):
+    kernels = compiled("loss", arch)
     assert len(kernels) == 3 * 2 * 3  # what is made, vocabularies, options
     for k in kernels:
         assert k["shared"] <= LIMITS[arch], k
@@ -197,9 +201,9 @@ def test_the_loss_fits_the_chip(arch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", list(LIMITS)[:2])  # `make aot` has all chips
-def test_fused_products_fit_the_chip(arch, tmp_path):
-    kernels = compiled("fused", arch, tmp_path)
+@on(FUSED_ARCHS)
+def test_fused_products_fit_the_chip(arch):
+    kernels = compiled("fused", arch)
     assert len(kernels) == 11
     for k in kernels:
         assert k["shared"] <= LIMITS[arch], k
@@ -209,22 +213,16 @@ def test_fused_products_fit_the_chip(arch, tmp_path):
         assert k["programs"] >= 1, k
 
 
-@pytest.mark.slow
-def test_a_spill_is_a_problem():
-    code = """
-from pyckpt.triton_kernels.aot.attention import AttentionCase
-from pyckpt.triton_kernels.aot.compile import Report
-def found(**change):
-    figures = dict(registers=200, spilled=0, stack=0, shared=1000, unit="wgmma", seconds=0.0) | change
-    case = AttentionCase("sm_90", "dq", change.pop("dim", 128), 128, "bfloat16", "causal")
-    return list(Report(case, **figures).problems())
-assert found() == []
-assert found(spilled=4) == ["4 bytes spilled, 0 allowed"]
-assert found(unit="mma") == ["runs on mma, not on wgmma"]
-assert found(shared=300000) == ["300000 bytes of shared memory; sm_90 has 232448"]
-"""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"spilled": 4}, ["4 bytes spilled, 0 allowed"]),
+        ({"unit": "mma"}, ["runs on mma, not on wgmma"]),
+        ({"shared": 300000}, ["300000 bytes of shared memory; sm_90 has 232448"]),
+    ],
+)
+def test_a_spill_is_a_problem(change, expected):
+    figures = {"registers": 200, "spilled": 0, "stack": 0, "shared": 1000, "unit": "wgmma", "seconds": 0.0} | change
+    case = AttentionCase("sm_90", "dq", 128, 128, "bfloat16", "causal")
+    assert list(Report(case, **figures).problems()) == expected

@@ -56,10 +56,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(path: Path, reports: list[Report]) -> None:
     figures = ("registers", "spilled", "stack", "shared", "unit", "programs", "narrow", "serialized", "looped")
-    rows = [{**r.case.record(), **{f: getattr(r, f) for f in figures}} for r in reports]
+    rows = [{"family": _family(r.case), **r.case.record(), **{f: getattr(r, f) for f in figures}} for r in reports]
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
     os.replace(aside, path)
+
+
+def _family(case: Case) -> str:
+    return next(name for name, module in FAMILIES.items() if type(case).__module__ == module.__name__)
 
 
 if __name__ == "__main__":

@@ -246,12 +246,15 @@ def _loops_of_products(code: str) -> list[list[str]]:
 
 
 def run(wanted: list[Case], workers: int | None = None) -> Iterator[Report]:
-    """Reports in the order of the cases, compiled in several processes."""
+    """Reports in the order of the cases, compiled in several processes.
+
+    Forked ones: each would else import PyTorch again, which takes longer than compiling ten small kernels.
+    """
     workers = min(workers or os.cpu_count() or 1, len(wanted))
     if workers <= 1:
         yield from map(compile_case, wanted)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         yield from pool.map(compile_case, wanted, chunksize=4)
 
 
