@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.casting import autocasts
+from pyckpt.compiling import uncompiled
 from pyckpt.exec import compiled, node
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.plan import standard_plan
@@ -468,7 +469,7 @@ def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Te
 
 # torch.compile would compile the functions that a forward calls, and not those of its backward: what these make again
 # would have other bits. And copies beside compute are nothing that a compiled graph knows.
-_execute = torch.compiler.disable(node.execute)
+_execute = uncompiled(node.execute)
 
 
 def draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyckpt.compiling import uncompiled
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.direct import ops
 from pyckpt.ops.linear_cross_entropy import counted
@@ -50,7 +51,7 @@ def check_layout(weight: Any, bias: Any, label_smoothing: float) -> None:
         )
 
 
-@torch.compiler.disable
+@uncompiled
 def linear_cross_entropy(
     x: Tensor,
     weight: Any,

@@ -292,3 +292,9 @@ def test_a_folder_that_cant_be_written_to_is_refused_before_a_comparison(
     monkeypatch.setattr("os.access", lambda *_: False)
     monkeypatch.setattr(compare, "run", lambda **_: pytest.fail("it ran"))
     assert f"out={tmp_path} can't be written to" in called(monkeypatch, "compare", "--out", tmp_path)
+
+
+def test_importing_it_imports_no_compiler() -> None:
+    """torch._dynamo takes as long as PyTorch itself."""
+    code = "import sys, pyckpt; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pyckpt import errors
+from pyckpt.compiling import uncompiled
 from pyckpt.exec import streamed_chain
 from pyckpt.exec.session import Node, Session, check_backward
 
 
-@torch.compiler.disable
+@uncompiled
 def execute(session: Session, x: Tensor | None, weights: tuple[Tensor, ...], by_block: bool = False) -> Tensor:
     """The sink's result; one autograd node where a gradient can be asked for, nothing kept where none can.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pyckpt.compiling import constant_result
 from pyckpt.ops.registry import define
 
 
@@ -48,7 +49,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _widens(device: torch.device, factors: torch.dtype, total: torch.dtype) -> bool:
     """Whether mm and addmm write `total` from factors of a narrower dtype: CUDA's do, and not in every version."""
     return device.type == "cuda" and _tried(device, factors, total)

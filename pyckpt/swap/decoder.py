@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.block import CheckpointedBlock
+from pyckpt.compiling import uncompiled
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
 from pyckpt.swap import again, attention, masks
@@ -354,7 +355,7 @@ class SwappedDecoder(Replaced):
         return given.get("inputs_embeds") if ids is None else ids
 
 
-_run_uncompiled = torch.compiler.disable(SwappedDecoder._run)
+_run_uncompiled = uncompiled(SwappedDecoder._run)
 
 
 def arguments(layers: list[SwappedLayer]) -> frozenset[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
+from pyckpt.compiling import uncompiled
 from pyckpt.exec.lm_ends import Ends, LossOptions
 from pyckpt.functional import linear_cross_entropy
 from pyckpt.stream import Parts
@@ -283,7 +284,7 @@ class SwappedHead(SwappedLoss):
         )
 
 
-_streamed_uncompiled = torch.compiler.disable(SwappedHead._streamed)
+_streamed_uncompiled = uncompiled(SwappedHead._streamed)
 
 
 def _check_layers(decoder: SwappedDecoder | None) -> None:

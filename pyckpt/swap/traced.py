@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.block import CheckpointedBlock
+from pyckpt.compiling import uncompiled
 from pyckpt.exec.plan import generic_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.save import Save
@@ -247,7 +248,7 @@ class TracedLayer(SwappedLayer):
     def softcap(self) -> float:
         return self.block.trace.softcap
 
-    @torch.compiler.disable
+    @uncompiled
     def run(self, blocks: list[CheckpointedBlock], x: Tensor, call: Call, given: dict[str, Any]) -> Any:
         alone = len(blocks) == 1 and (self.apart or call.stream is None)
         try:

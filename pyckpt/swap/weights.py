@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.compiling import constant_result
 from pyckpt.spec import BlockSpec, LowRank
 from pyckpt.swap import lora, quantized
 from pyckpt.swap.modules import UnsupportedError, is_patched, lacks_parameters, watched, what_watches
@@ -312,7 +313,7 @@ def rate_at(layer: nn.Module, path: str) -> float:
 # What torch.compile need not trace: it guards what the arguments are made of, which are strings and numbers.
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _beside(text: str, low_rank: tuple[tuple[Any, ...], ...], training: bool) -> str:
     """The spec with adapters, whose dropout may be on where the layer's own is off."""
     return _cached_beside(text, low_rank, training)
@@ -332,12 +333,12 @@ def _cached_beside(text: str, low_rank: tuple[tuple[Any, ...], ...], training: b
     return dataclasses.replace(spec, low_rank=tuple(LowRank(*a) for a in low_rank)).to_string()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple(parameter_shapes(BlockSpec.from_string(text)).items())
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def drops(text: str) -> bool:
     """Whether a block of this spec draws random numbers in training."""
     return BlockSpec.from_string(text).drops
