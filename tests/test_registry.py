@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
@@ -159,9 +160,15 @@ def block_samples(grad: bool) -> Iterator[Sample]:
         yield x, positions, cu_seqlens, None, weights, spec.to_string(), save, 3, 1 << 30, torch.float32
 
 
-def block_bwd_samples() -> Iterator[Sample]:
-    for sample in block_samples(False):
-        y, kept = ops.block_fwd(*sample)
+def seeded_block_samples(grad: bool) -> Iterator[Sample]:
+    for x, positions, cu_seqlens, _, weights, spec, *rest in block_samples(grad):
+        dropping = dataclasses.replace(BlockSpec.from_string(spec), dropout=0.3).to_string()
+        yield x, positions, cu_seqlens, torch.tensor([5]), weights, dropping, *rest
+
+
+def block_bwd_samples(samples: Callable[[bool], Iterator[Sample]], fwd: Any) -> Iterator[Sample]:
+    for sample in samples(False):
+        y, kept = fwd(*sample)
         n = len(sample[4])
         for need_dx, need_weights in ((True, [True] * n), (False, [i % 2 == 0 for i in range(n)])):
             yield torch.randn_like(y), kept, *sample, need_dx, need_weights
@@ -209,7 +216,9 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     "linear_cross_entropy_tile_": lambda grad: loss_tile_samples(),
     "linear_cross_entropy_bwd": lambda grad: loss_bwd_samples(),
     "block_fwd": block_samples,
-    "block_bwd": lambda grad: block_bwd_samples(),
+    "block_bwd": lambda grad: block_bwd_samples(block_samples, ops.block_fwd),
+    "block_fwd_seeded": seeded_block_samples,
+    "block_bwd_seeded": lambda grad: block_bwd_samples(seeded_block_samples, ops.block_fwd_seeded),
     "added_tokens": lambda grad: [(torch.tensor([[0.0, -1e9], [0.0, 0.0]]), False)],
     "packed_lengths": lambda grad: [(torch.tensor([[0, 1, 0, 0, 1]]), 1, 5)],
     "padded_lengths": lambda grad: [
@@ -218,7 +227,8 @@ SAMPLES: dict[str, Callable[[bool], Iterator[Sample]]] = {
     ],
 }
 DIFFERENTIABLE = ("attention_fwd", "rms_norm_fwd", "layer_norm_fwd", "rope", "glu_fwd", "act_fwd")
-DIFFERENTIABLE += ("add_rms_norm_fwd", "add_layer_norm_fwd", "linear_cross_entropy_fwd", "block_fwd")
+DIFFERENTIABLE += ("add_rms_norm_fwd", "add_layer_norm_fwd", "linear_cross_entropy_fwd")
+DIFFERENTIABLE += ("block_fwd", "block_fwd_seeded")
 
 
 def test_every_op_has_samples():
@@ -228,8 +238,15 @@ def test_every_op_has_samples():
         if name.startswith("pyckpt::")
     }
     assert declared == set(SAMPLES)
-    compiled = {"block_fwd", "block_bwd", "packed_lengths", "padded_lengths", "added_tokens"}
-    assert declared == set(registry.IMPLEMENTATIONS) | compiled
+    compiled = {f"block_{way}{kind}" for way in ("fwd", "bwd") for kind in ("", "_seeded")}
+    masks = {"packed_lengths", "padded_lengths", "added_tokens"}
+    assert declared == set(registry.IMPLEMENTATIONS) | compiled | masks
+
+
+def test_what_reads_values_on_the_host_stays_out_of_cuda_graphs():
+    """Seeds would be the same at each replay, and a GPU that is waited for ends a capture."""
+    outside = {n for n in SAMPLES if torch.Tag.cudagraph_unsafe in getattr(ops, n).default.tags}
+    assert outside == {"block_fwd_seeded", "block_bwd_seeded", "padded_lengths", "added_tokens"}
 
 
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -398,3 +398,16 @@ def test_a_copy_is_swapped_on_its_own(name):
         torch.testing.assert_close(t, plain[n], rtol=1e-4, atol=1e-5)
     pyckpt.unswap(other)
     assert other(**batch).logits is not None and model(**batch).logits is None
+
+
+def test_a_swap_leaves_the_generators_of_other_devices_alone(monkeypatch):
+    """`torch.manual_seed` seeds those of GPUs that are not started yet too: each process would drop the same then."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    pyckpt.swap(make("T5"))
+    assert not seeded
+    made = torch.get_rng_state()
+    torch.set_rng_state(before)
+    make("T5")
+    assert torch.equal(torch.get_rng_state(), made)

@@ -449,3 +449,12 @@ def test_a_module_of_the_same_class_in_the_place_of_another_runs(path):
     pyckpt.unswap(model)
     for n, t in step(model, batch).items():
         torch.testing.assert_close(ours[n], t, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "StableLm", "Glm"])
+def test_whatever_device_tensors_are_made_on_by_default(family):
+    """As under torch.set_default_device("cuda"), for which a device that is not the model's stands in."""
+    model, other = make_model(family), make_model(family)
+    with torch.device("meta"):
+        report = pyckpt.swap(model)
+    assert report.entries == pyckpt.swap(other).entries

@@ -21,8 +21,14 @@ _ARGS = (
     "Tensor x, Tensor? positions, Tensor? cu_seqlens, Tensor? seeds, Tensor[] weights, str spec, str save, int tile, "
     "int tile_bytes, ScalarType dtype"
 )
-LIBRARY.define(f"block_fwd({_ARGS}) -> (Tensor, Tensor[])")
-LIBRARY.define(f"block_bwd(Tensor dy, Tensor[] kept, {_ARGS}, bool need_dx, bool[] need_weights) -> Tensor[]")
+# With seeds, which are read on the host: a CUDA graph (`mode="reduce-overhead"`) would drop the same values for ever.
+_KINDS = {"": (), "_seeded": (torch.Tag.cudagraph_unsafe,)}
+for _kind, _tags in _KINDS.items():
+    LIBRARY.define(f"block_fwd{_kind}({_ARGS}) -> (Tensor, Tensor[])", tags=_tags)
+    LIBRARY.define(
+        f"block_bwd{_kind}(Tensor dy, Tensor[] kept, {_ARGS}, bool need_dx, bool[] need_weights) -> Tensor[]",
+        tags=_tags,
+    )
 
 
 def block(
@@ -38,7 +44,7 @@ def block(
     weights: tuple[Tensor, ...],
 ) -> Tensor:
     """One block, `spec` as `BlockSpec.to_string` writes it; what `node.execute` computes, with the same bits."""
-    fwd = torch.ops.pyckpt.block_fwd
+    fwd = torch.ops.pyckpt.block_fwd if seeds is None else torch.ops.pyckpt.block_fwd_seeded
     return fwd(x, positions, cu_seqlens, seeds, list(weights), spec, save, tile or 0, tile_bytes, dtype)[0]
 
 
@@ -157,14 +163,16 @@ def _backward(ctx, dy, _dkept):  # type: ignore[no-untyped-def]
     need_dx = ctx.needs_input_grad[0]
     need_weights = [w.requires_grad for w in weights]
     given = (x, positions, cu_seqlens, seeds, weights, *ctx.options)
-    grads = torch.ops.pyckpt.block_bwd(dy, kept, *given, need_dx, need_weights)
+    bwd = torch.ops.pyckpt.block_bwd if seeds is None else torch.ops.pyckpt.block_bwd_seeded
+    grads = bwd(dy, kept, *given, need_dx, need_weights)
     found = iter(grads)
     dx = next(found) if need_dx else None
     dweights = [next(found) if need else None for need in need_weights]
     return dx, None, None, None, dweights, *(None,) * len(ctx.options)
 
 
-for _name, _fn, _fake in (("block_fwd", _fwd, _fwd_fake), ("block_bwd", _bwd, _bwd_fake)):
-    LIBRARY.impl(_name, _fn, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyckpt::{_name}", _fake, lib=LIBRARY)
-autograd("block_fwd", _backward, _setup)
+for _kind in _KINDS:
+    for _name, _fn, _fake in ((f"block_fwd{_kind}", _fwd, _fwd_fake), (f"block_bwd{_kind}", _bwd, _bwd_fake)):
+        LIBRARY.impl(_name, _fn, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pyckpt::{_name}", _fake, lib=LIBRARY)
+    autograd(f"block_fwd{_kind}", _backward, _setup)

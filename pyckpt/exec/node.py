@@ -74,8 +74,16 @@ def inputs(run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | N
     return Inputs(flat, positions, Layout(batch, seq, cu_seqlens), run.dtype)
 
 
-def _seeds(run: Run, seeds: Tensor | None) -> list[int | None]:
-    return [None] * len(run.plans) if seeds is None else [None if s == NO_SEED else s for s in seeds.tolist()]
+def _seeds(run: Run, x: Tensor, seeds: Tensor | None) -> list[int | None]:
+    if seeds is None:
+        return [None] * len(run.plans)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a block that drops values is being captured in a CUDA graph, which would drop the same ones at each "
+            "replay: what is dropped follows from a number that is drawn on the CPU. Capture without dropout "
+            "(block.eval(), or dropout=0), or run it uncaptured"
+        )
+    return [None if s == NO_SEED else s for s in seeds.tolist()]
 
 
 def forward(
@@ -89,7 +97,7 @@ def forward(
 ) -> tuple[Tensor, Kept]:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         inp = inputs(run, x, positions, cu_seqlens)
-        y, kept = run_forward(run.plans, run.split(weights), inp, _seeds(run, seeds), keeping)
+        y, kept = run_forward(run.plans, run.split(weights), inp, _seeds(run, x, seeds), keeping)
     # No view: nobody could write to one that a Function returns, and `x = block(x); x += ...` is what people write.
     return torch.ops.aten._unsafe_view(y, x.shape), kept
 
@@ -116,7 +124,7 @@ def backward(
             run.plans,
             run.split(weights),
             inputs(run, x, positions, cu_seqlens),
-            _seeds(run, seeds),
+            _seeds(run, x, seeds),
             kept,
             dy.reshape(-1, dy.shape[-1]),
             wanted,

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from pyckpt.functional import linear_cross_entropy
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.seeding import seed_generators
 from pyckpt.swap import projection as projections
 from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.heads import close, output_class, returns_dicts
-from pyckpt.swap.modules import UnsupportedError, called, foreign
+from pyckpt.swap.modules import UnsupportedError, called, foreign, moves
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, mode, twin_of, untouched
 from pyckpt.swap.survey import check_here, forked, shown
@@ -130,6 +131,8 @@ class SwappedAligned(SwappedLoss):
         added = None if made.logits is nothing else made.logits.flatten()
         of_head = functools.partial(_of_head, projection, added, wanted, self.recompute)
         loss = wanted.divided(called(projection, of_head, hidden))
+        if moves(model):  # as what it does not run would have it
+            loss = loss.to(labels.device)
         rest = {n: value for n, value in made.items() if n not in ("loss", "logits")}
         made = type(made)(loss=loss, logits=None, **rest)
         return made if as_dict else made.to_tuple()
@@ -150,7 +153,8 @@ class SwappedAligned(SwappedLoss):
 def _of_head(projection: Any, added: Tensor | None, wanted: Wanted, recompute: bool, hidden: Tensor) -> Tensor:
     """added: (V,), to the logits."""
     x, weight = projections.factors(projection, hidden)
-    biases, labels = [b for b in (projection.bias, added) if b is not None], wanted.shifted().to(x.device)
+    biases = [b.to(x.device) for b in (projection.bias, added) if b is not None]
+    labels = wanted.shifted().to(x.device)
     return linear_cross_entropy(
         x.reshape(*labels.shape, x.shape[-1]),
         weight,
@@ -295,7 +299,7 @@ def _run(
     twin = twin_of(model, lambda inner, config: config if inner else returns_dicts(config), {path: loud})
     if decoder is not None:
         given = given | {"decoder_input_ids": decoder}
-    torch.manual_seed(0)
+    seed_generators(0, projection.weight.device)
     with mode(model, training):
         twin.__dict__["training"] = training
         made = twin.forward(**given, **labels)

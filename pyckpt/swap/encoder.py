@@ -312,7 +312,8 @@ def _tokens(padding: Tensor, causal: bool) -> Tensor:
     return tokens
 
 
-@torch.library.custom_op("pyckpt::added_tokens", mutates_args=())
+# It looks at values, for which a GPU is waited for: nothing that a CUDA graph may hold.
+@torch.library.custom_op("pyckpt::added_tokens", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def added_tokens(padding: Tensor, causal: bool) -> Tensor:
     """`_tokens` of a graph, which says nothing of values."""
     try:

@@ -83,11 +83,13 @@ def tried(model: Any) -> Tried:
     projection = projections.of(model)
     if not shards_words(projection):
         check_here(projection)
-    device, drawing = projection.weight.device, torch.Generator().manual_seed(0)  # processes have to draw the same
+    # Processes have to draw the same, whatever device tensors are made on by default.
+    device, drawing = projection.weight.device, torch.Generator("cpu").manual_seed(0)
     with forked(device), torch.no_grad():
-        hidden = torch.randn(2, _SEQ, projection.in_features, generator=drawing).to(device, projection.weight.dtype)
+        hidden = torch.randn(2, _SEQ, projection.in_features, generator=drawing, device="cpu")
+        hidden = hidden.to(device, projection.weight.dtype)
         hidden = hidden * (_LOGITS / projection(hidden).float().std()).to(hidden.dtype)
-        labels = torch.randint(0, projection.out_features, (2, _SEQ), generator=drawing).to(device)
+        labels = torch.randint(0, projection.out_features, (2, _SEQ), generator=drawing, device="cpu").to(device)
         labels[0, :2] = -100
         found = _tried(model, hidden, labels, False, _scalings(model.config))
         # As large again after what it does to them, which nothing else may fit as well.

@@ -59,7 +59,11 @@ def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int, 
 # --- padding ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("pyckpt::padded_lengths", mutates_args=())
+# They look at values, for which a GPU is waited for: nothing that a CUDA graph may hold.
+_OUTSIDE_OF_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("pyckpt::padded_lengths", mutates_args=(), tags=_OUTSIDE_OF_GRAPHS)
 def padded_lengths(mask: Tensor, sight: str, reach: int | None, read: Tensor | None) -> Tensor:
     """`packed` of a graph, for a mask."""
     try:

@@ -135,7 +135,8 @@ def survey(model: Any, paths: list[str]) -> Survey:
 
 def packed_positions(device: torch.device) -> Tensor:
     """position_ids (2, SEQ) of rows of two sequences each."""
-    return torch.stack([torch.cat([torch.arange(n), torch.arange(SEQ - n)]) for n in _CUTS]).to(device)
+    rows = [torch.cat([torch.arange(n, device=device), torch.arange(SEQ - n, device=device)]) for n in _CUTS]
+    return torch.stack(rows)
 
 
 def packed_lengths(device: torch.device) -> Tensor:
@@ -222,8 +223,8 @@ class Scene:
     def run(self, seq: int = SEQ, **options: Any) -> dict[int, dict[str, Any]]:
         """What each layer is given in a call of two rows with these options."""
         self._calls, self._states = {}, set()
-        generator = torch.Generator().manual_seed(0)
-        self._ids = ids = torch.randint(0, self._vocab, (2, seq), generator=generator).to(self.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        self._ids = ids = torch.randint(0, self._vocab, (2, seq), generator=generator, device="cpu").to(self.device)
         try:
             with torch.no_grad(), forked(self.device), untouched(self._model):
                 self._made = self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pyckpt.ops import philox
+from pyckpt.ops.seeding import seed_generators
 from pyckpt.tokenwise.generic import GenericTokenwise, in_place
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.settings import Settings
@@ -99,5 +100,5 @@ def _drawing(tile: Tile, site: int) -> Iterator[None]:
         return
     device = tile.x.device
     with in_place(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(philox.derive(philox.derive(tile.seed, site), tile.first))
+        seed_generators(philox.derive(philox.derive(tile.seed, site), tile.first), device)
         yield

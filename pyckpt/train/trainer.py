@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyckpt.keep import Kept, keep_within
+from pyckpt.ops.seeding import seed_generators
 from pyckpt.stream import Stream
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ class Trainer:
         """config: a resolved one. Sets the seed of PyTorch's global generators, of the CPU and of its device."""
         self.config, self.corpus = config, corpus
         self.device = torch.device(config.device)
-        _seed(config.seed, self.device)
+        seed_generators(config.seed, self.device)
         self.model = _build(config, corpus)
         self.kept = self._keep()
         self.optimizer = Optimizer(self.model, config)
@@ -179,14 +180,6 @@ class Trainer:
             torch.cuda.set_rng_state(found.state["rng"]["cuda"], self.device)
         self.history = history
         return found
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Unlike torch.manual_seed leave the generators of other devices alone: nobody would set them back."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
 
 
 def _build(config: TrainConfig, corpus: Corpus) -> Any:
