@@ -12,6 +12,8 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from pyckpt.reading import read_once
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INT_DTYPES = (torch.int32, torch.int64)
 
@@ -108,7 +110,10 @@ def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = 
         raise ValueError(f"{name} is on {cu.device}, the tokens are on {device}; move it with .to(...)")
     if not has_values(cu):
         return
-    values = cu.tolist()
+    read_once(cu, ("cu_seqlens", tokens), lambda: _check_starts(cu.tolist(), tokens, name))
+
+
+def _check_starts(values: list[int], tokens: int, name: str) -> None:
     if values[0] != 0 or values[-1] != tokens:
         raise ValueError(
             f"{name} must begin with 0 and end at the number of tokens, {tokens}; it goes from {values[0]} "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +40,13 @@ class Layout:
         """cu_seqlens of queries and of keys."""
         cu = self.cu_seqlens
         return (cu, cu) if cu is None or cu.dim() == 1 else (cu[0], cu[1])
+
+    @functools.cached_property
+    def numbers(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The starts of queries and of keys, read once for all blocks: a GPU has to be waited for."""
+        cu, cu_keys = self.starts
+        starts = range(0, self.tokens + 1, self.seq) if cu is None else cu.tolist()
+        return starts, cu_keys.tolist() if self.apart and cu_keys is not None else starts
 
     def by_head(self, t: Tensor, head_dim: int) -> Tensor:
         """(T, H * D) -> (B, S, H, D), or (T, H, D) when packed."""

@@ -146,10 +146,7 @@ class TiledAttend:
 
 def _sequences(layout: Layout) -> list[_Sequence]:
     """The sequences that have queries; one without has a number and nothing to do."""
-    cu, cu_keys = layout.starts
-    starts = range(0, layout.tokens + 1, layout.seq) if cu is None else cu.tolist()
-    of_keys = cu_keys.tolist() if layout.apart and cu_keys is not None else starts
-    cuts = enumerate(zip(itertools.pairwise(starts), itertools.pairwise(of_keys), strict=True))
+    cuts = enumerate(zip(*map(itertools.pairwise, layout.numbers), strict=True))
     return [_Sequence(slice(*q), slice(*k), n) for n, (q, k) in cuts if q[1] > q[0]]
 
 

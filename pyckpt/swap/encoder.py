@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyckpt.block import CheckpointedBlock, run_blocks
+from pyckpt.reading import read_once
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import again, generic, masks
@@ -264,12 +265,17 @@ class SwappedEncoderLayer(Replaced):
         assert src is not None
         batch, seq = src.shape[:2] if self.batch_first else (src.shape[1], src.shape[0])
         causal = mask is not None
-        if mask is not None and not _is_causal(mask, seq):
+        if mask is not None and not _says_causal(mask, seq):
             raise UnsupportedCallError("a src_mask that is not the causal one")
         if padding is None:
             return causal, None
-        tokens = ~padding if padding.dtype == torch.bool else _tokens(padding, causal)
-        return causal, masks.packed(tokens, None, batch, seq, masks.Sight("before" if causal else "all"))
+        return causal, read_once(padding, ("packed", causal, batch, seq), lambda: _packed(padding, causal, batch, seq))
+
+
+def _packed(padding: Tensor, causal: bool, batch: int, seq: int) -> Tensor | None:
+    """cu_seqlens of the flat batch, as `masks.packed` gives them."""
+    tokens = ~padding if padding.dtype == torch.bool else _tokens(padding, causal)
+    return masks.packed(tokens, None, batch, seq, masks.Sight("before" if causal else "all"))
 
 
 def _change(layer: Any, mapping: Mapping) -> str | None:
@@ -330,11 +336,16 @@ def _added_tokens_fake(padding: Tensor, causal: bool) -> Tensor:
     return torch.empty_like(padding, dtype=torch.bool)
 
 
-def _is_causal(mask: Tensor, seq: int) -> bool:
+def _says_causal(mask: Tensor, seq: int) -> bool:
     """The mask hides exactly the later keys: True there, or -inf in a mask that is added."""
     if torch.compiler.is_compiling() or tuple(mask.shape) != (seq, seq):
         return False
-    later = torch.ones(seq, seq, dtype=torch.bool, device=mask.device).triu(1)
+    return read_once(mask, "causal", lambda: _is_causal(mask))
+
+
+def _is_causal(mask: Tensor) -> bool:
+    later = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
     if mask.dtype == torch.bool:
         return torch.equal(mask, later)
-    return bool(((mask == float("-inf")) == later).all()) and not bool(mask[~later].any())
+    # Not by `mask[~later]`, whose indices take eight times the mask.
+    return torch.equal(mask == float("-inf"), later) and not bool(mask.masked_fill(later, 0.0).any())
