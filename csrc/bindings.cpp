@@ -17,6 +17,11 @@
 
 #include "launch.h"
 
+// PyTorch 2.13 has it beside the older macro, which forgets the message.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 #ifdef PYCKPT_EMULATED  // tests: the kernels run on CPU tensors (emulator.h)
 #define PYCKPT_KEY CPU
 #define PYCKPT_DEVICE_TYPE "cpu"

@@ -65,3 +65,10 @@ class TestFreeThreaded:
             text=True,
         )
         assert done.stdout.startswith("this Python is free-threaded"), done.stderr
+
+
+def test_what_newer_headers_alone_have_has_another_meaning_with_older_ones():
+    """PyTorch 2.11's, which the binary is for, have none of these: the extension did not compile against them."""
+    source = (ROOT / "csrc" / "bindings.cpp").read_text()
+    newer = set(re.findall(r"\bSTABLE_TORCH_\w*CHECK\b", source))
+    assert newer and newer == set(re.findall(r"#ifndef (\w+)\n#define \1\(", source))
