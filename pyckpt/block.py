@@ -428,7 +428,7 @@ def run_blocks(
         check_weights(block, part, x, compute)
     opaque = torch.compiler.is_compiling() or x.is_meta  # no values to look at
     if cu_seqlens is not None and not checked and not opaque:
-        errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
+        errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device, asker=first)
     if positions is not None:
         positions = errors.check_positions(positions, x)
     tokens = x.numel() // x.shape[-1]

@@ -99,8 +99,13 @@ def check_index(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an int of 64 bits, got {value}")
 
 
-def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = "cu_seqlens") -> None:
-    """int32, (N + 1,), from 0, not descending, up to the token count. Reads the values (a sync on CUDA)."""
+def check_cu_seqlens(
+    cu: Tensor, tokens: int, device: torch.device, name: str = "cu_seqlens", asker: object = None
+) -> None:
+    """int32, (N + 1,), from 0, not descending, up to the token count.
+
+    Reads the values, a sync on CUDA; for an `asker` once for all blocks of a pass (see `read_once`).
+    """
     check_tensor(name, cu)
     if cu.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {cu.dtype}, expected int32; convert it with .to(torch.int32)")
@@ -110,7 +115,10 @@ def check_cu_seqlens(cu: Tensor, tokens: int, device: torch.device, name: str = 
         raise ValueError(f"{name} is on {cu.device}, the tokens are on {device}; move it with .to(...)")
     if not has_values(cu):
         return
-    read_once(cu, ("cu_seqlens", tokens), lambda: _check_starts(cu.tolist(), tokens, name))
+    if asker is None:
+        _check_starts(cu.tolist(), tokens, name)
+    else:
+        read_once(cu, ("cu_seqlens", tokens), asker, lambda: _check_starts(cu.tolist(), tokens, name))
 
 
 def _check_starts(values: list[int], tokens: int, name: str) -> None:

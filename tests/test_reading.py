@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,24 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+def test_padding_that_a_broadcast_has_written_to(waited_for):
+    """Into a buffer of one's own, as stages of a pipeline have it: no version tells of that."""
+    layers = nn.ModuleList(
+        nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, activation="gelu", batch_first=True) for _ in range(2)
+    ).double()
+    plain = copy.deepcopy(layers)
+    pyckpt.swap(layers)
+    x, padding = torch.randn(2, 7, 16, dtype=torch.float64), torch.zeros(2, 7, dtype=torch.bool)
+    for length in (5, 3, 7):
+        written = torch.zeros(2, 7, dtype=torch.bool)
+        written[1, length:] = True
+        padding.data.copy_(written)
+        ours, theirs = x, x
+        for a, b in zip(layers, plain, strict=True):
+            ours, theirs = (m(h, src_key_padding_mask=padding) for m, h in ((a, ours), (b, theirs)))
+        torch.testing.assert_close(ours[~padding], theirs[~padding])
+
+
 def test_until_it_is_written_to(waited_for):
     t, made = torch.zeros(3), []
 
@@ -48,25 +67,28 @@ def test_until_it_is_written_to(waited_for):
         made.append(1)
         return float(t.sum())
 
-    assert [reading.read_once(t, "sum", look) for _ in range(2)] == [0.0, 0.0] and len(made) == 1
+    first, second, third = object(), object(), object()
+    assert [reading.read_once(t, "sum", asker, look) for asker in (first, second)] == [0.0, 0.0] and len(made) == 1
     t += 1
-    assert reading.read_once(t, "sum", look) == 3.0 and len(made) == 2
-    assert reading.read_once(t, "another", look) == 3.0 and len(made) == 3
+    assert reading.read_once(t, "sum", third, look) == 3.0 and len(made) == 2
+    assert reading.read_once(t, "another", third, look) == 3.0 and len(made) == 3
+    t.data.zero_()  # unheard, as what a broadcast writes, but another pass
+    assert reading.read_once(t, "sum", third, look) == 0.0 and len(made) == 4
 
 
 def test_on_a_cpu_each_time():
     """NumPy may have written there, unheard."""
     t = torch.zeros(3)
-    assert reading.read_once(t, "sum", lambda: float(t.sum())) == 0.0
+    assert reading.read_once(t, "sum", object(), lambda: float(t.sum())) == 0.0
     t.numpy()[:] = 1.0
-    assert reading.read_once(t, "sum", lambda: float(t.sum())) == 3.0
+    assert reading.read_once(t, "sum", object(), lambda: float(t.sum())) == 3.0
 
 
 def test_an_error_is_one_each_time(waited_for):
     cu = torch.tensor([0, 5, 3, 8], dtype=torch.int32)
     for _ in range(2):
         with pytest.raises(ValueError, match="must not descend"):
-            errors.check_cu_seqlens(cu, 8, cu.device)
+            errors.check_cu_seqlens(cu, 8, cu.device, asker=object())
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -265,11 +265,12 @@ class SwappedEncoderLayer(Replaced):
         assert src is not None
         batch, seq = src.shape[:2] if self.batch_first else (src.shape[1], src.shape[0])
         causal = mask is not None
-        if mask is not None and not _says_causal(mask, seq):
+        if mask is not None and not _says_causal(mask, seq, self):
             raise UnsupportedCallError("a src_mask that is not the causal one")
         if padding is None:
             return causal, None
-        return causal, read_once(padding, ("packed", causal, batch, seq), lambda: _packed(padding, causal, batch, seq))
+        what = ("packed", causal, batch, seq)
+        return causal, read_once(padding, what, self, lambda: _packed(padding, causal, batch, seq))
 
 
 def _packed(padding: Tensor, causal: bool, batch: int, seq: int) -> Tensor | None:
@@ -336,11 +337,11 @@ def _added_tokens_fake(padding: Tensor, causal: bool) -> Tensor:
     return torch.empty_like(padding, dtype=torch.bool)
 
 
-def _says_causal(mask: Tensor, seq: int) -> bool:
+def _says_causal(mask: Tensor, seq: int, asker: object) -> bool:
     """The mask hides exactly the later keys: True there, or -inf in a mask that is added."""
     if torch.compiler.is_compiling() or tuple(mask.shape) != (seq, seq):
         return False
-    return read_once(mask, "causal", lambda: _is_causal(mask))
+    return read_once(mask, "causal", asker, lambda: _is_causal(mask))
 
 
 def _is_causal(mask: Tensor) -> bool:
