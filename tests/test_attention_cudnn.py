@@ -117,6 +117,12 @@ def as_on_cuda(t):
     return SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=t.dtype, shape=t.shape, numel=t.numel)
 
 
+def test_a_single_key_is_left_to_us():
+    """The last pair of a stream whose tiles leave one token: cuDNN's attention knows no key length of 1."""
+    assert chosen(1, 1) is None and chosen(7, 1, options=Options(window=(-1, -1))) is None
+    assert chosen(2, 2) is True
+
+
 def test_the_usual_masks_are_taken():
     assert chosen() is True
     assert chosen(options=Options()) is False

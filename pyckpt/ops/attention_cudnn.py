@@ -35,8 +35,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, options: Any) -> bool | None:
         return None
     if options.packed or options.softcap or options.dropout or options.sinks is not None:
         return None
-    if options.alibi_slopes is not None or not (q.numel() and k.numel()):
-        return None
+    if options.alibi_slopes is not None or not (q.numel() and k.numel()) or k.shape[1] == 1:
+        return None  # PyTorch's own choice hands it no single key either
     dims = (q.shape[-1], v.shape[-1])
     if max(dims) > _MAX_HEAD_DIM or any(d % 8 for d in dims) or not torch.backends.cudnn.is_available():
         return None
