@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import importlib
 import random
 import types
 import weakref
@@ -640,3 +641,41 @@ def test_sequences_of_several_lengths_in_a_nested_tensor(save):
     pyckpt.swap(model, save)
     for name, gradient in run(model).items():
         assert torch.equal(gradient, before[name]), name
+
+
+# --- NumPy's global generator ----------------------------------------------------------------------------------------
+
+
+def test_numpys_state_is_what_numpy_says():
+    """Read from its memory where it has not changed, a normal number that waits to be drawn included."""
+    numpy_state = importlib.import_module("pyckpt.swap.numpy_state")
+    for draw in (
+        numpy.random.rand,
+        numpy.random.randn,
+        lambda: numpy.random.shuffle([1, 2, 3]),
+        lambda: numpy.random.seed(5),
+    ):
+        for _ in range(3):  # randn has one waiting after every other call
+            draw()
+            state = numpy_state.numpy_state()
+            want = numpy.random.get_state()
+            assert all(numpy.array_equal(a, b) for a, b in zip(state, want, strict=True))
+            assert all(numpy.array_equal(a, b) for a, b in zip(numpy_state.numpy_state(), want, strict=True))
+            drawn = numpy.random.randn(3), numpy.random.rand()
+            numpy_state.set_numpy_state(state)
+            again = numpy.random.randn(3), numpy.random.rand()
+            assert all(numpy.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
+            numpy_state.set_numpy_state(state)
+
+
+def test_numpys_state_of_another_kind_of_generator():
+    numpy_state = importlib.import_module("pyckpt.swap.numpy_state")
+    before = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64(3))
+    try:
+        state = numpy_state.numpy_state()
+        drawn = numpy.random.rand(3)
+        numpy_state.set_numpy_state(state)
+        assert numpy.array_equal(numpy.random.rand(3), drawn)
+    finally:
+        numpy.random.set_bit_generator(before)

@@ -145,6 +145,11 @@ def tensors_written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
                 yield t
 
 
+def writes(op: Any) -> bool:
+    """It writes to some of its arguments."""
+    return bool(_places_written(op))
+
+
 @functools.cache
 def _places_written(op: Any) -> tuple[tuple[int, str], ...]:
     """(place, name) of the arguments that the op writes to."""

@@ -50,7 +50,7 @@ class Contents:
                 self.tensors.append(value)
             elif isinstance(value, nn.Module):
                 self.modules.append(value)
-            elif is_generator(value):
+            elif is_generator(type(value)):
                 self.generators.append(value)
             elif isinstance(value, (tuple, frozenset)):
                 waiting.extend(value)
@@ -76,12 +76,12 @@ def refill(held: Held) -> None:
             _fill(holder, content)
 
 
-def is_generator(value: Any) -> bool:
-    """It draws random numbers: PyTorch's, Python's or NumPy's."""
-    if isinstance(value, (torch.Generator, random.Random)):
+def is_generator(kind: type) -> bool:
+    """What is of this class draws random numbers: PyTorch's, Python's or NumPy's."""
+    if issubclass(kind, (torch.Generator, random.Random)):
         return True
     numpy = sys.modules.get("numpy")  # which need not be installed
-    return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+    return numpy is not None and issubclass(kind, (numpy.random.Generator, numpy.random.RandomState))
 
 
 def drawing(generator: Any) -> Any:

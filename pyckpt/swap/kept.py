@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from pyckpt.swap.arguments import CallArguments, storage_of, tensors_written
+from pyckpt.swap.arguments import CallArguments, storage_of, tensors_written, writes
 
 # Ops that give an attention's output, and what else its backward reads.
 _ATTENTION = frozenset(
@@ -113,6 +113,12 @@ def _is_kept(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 @functools.cache
+def _is_ordinary(op: Any) -> bool:
+    """No attention, and it writes to nothing, as nearly all: a second look would take as long as a launch."""
+    return not _is_attention(op.name()) and not writes(op)
+
+
+@functools.cache
 def _is_attention(name: str) -> bool:
     namespace, _, op = name.partition("::")
     return name in _ATTENTION or (namespace.startswith("_") and "flash_attn" in namespace and op in _OF_BUILDS)
@@ -156,6 +162,8 @@ class _Keeping(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_ordinary(func):
+            return func(*args, **kwargs)
         self._given.written(func, args, kwargs)
         self._hear(func, args, kwargs)
         made = func(*args, **kwargs)
@@ -175,6 +183,8 @@ class _Giving(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_ordinary(func):
+            return func(*args, **kwargs)
         self._hear(func, args, kwargs)
         if _is_kept(func, args, kwargs):
             kept = next(self._next, None)

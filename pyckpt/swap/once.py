@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import random
 import sys
 from collections import deque
@@ -18,12 +20,12 @@ from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count w
 from pyckpt.swap.arguments import CallArguments
 from pyckpt.swap.contents import Contents, Held, draw_from, drawing, is_generator, refill
 from pyckpt.swap.modules import is_wrapper
+from pyckpt.swap.numpy_state import numpy_state, set_numpy_state
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 # Of them what decides about what a call of a module runs.
 _CHILDREN = "_modules"
 _REGISTERED = (_CHILDREN, *(n for n in _OF_MODULES if "_hooks" in n and ("forward" in n or "backward" in n)))
-_NONE: dict[Any, Any] = {}
 
 
 class FirstRun:
@@ -128,7 +130,7 @@ class LayerState:
         self._tensors: list[Tensor] = []
         while look:
             self._of += [(m, _attributes(m), dict(m._buffers)) for m in look if not _has_books(m)]
-            contents = Contents(v for _, had, _ in self._of[-len(look) :] for v in had.values() if _may_hold(v))
+            contents = Contents(v for _, had, _ in self._of[-len(look) :] for v in had.values() if _holds(v))
             self._contents.append(contents)
             self.generators += contents.generators
             self._tensors += contents.tensors
@@ -136,7 +138,7 @@ class LayerState:
             look = list({id(m): m for m in look}.values())
             seen.update(map(id, look))
             self.modules += look
-        self._registered = _registered_in(module, [m for m, _, _ in self._of])
+        self._registered = _Registered(_registered_in(module, [m for m, _, _ in self._of]))
 
     @property
     def watched(self) -> list[Tensor]:
@@ -149,8 +151,8 @@ class LayerState:
         """The same of the present."""
         return _Present(
             [(m, _attributes(m), dict(m._buffers)) for m, _, _ in self._of],
-            [held for contents in self._contents for held in contents.present()]
-            + [(holder, dict(holder)) for holder, _ in self._registered],
+            [held for contents in self._contents for held in contents.present()],
+            self._registered.now(),
         )
 
     def put(self, before: Callable[[Tensor], Tensor | None]) -> None:
@@ -162,15 +164,32 @@ class LayerState:
 
         for contents in self._contents:
             contents.put(instead)
-        refill(self._registered)
+        self._registered.put()
         _put([(m, _with(attributes, instead), buffers) for m, attributes, buffers in self._of])
 
 
-def _registered_in(layer: nn.Module, modules: list[nn.Module]) -> Held:
-    """Hooks on the layer itself run around its runs, and not in them."""
+def _registered_in(layer: nn.Module, modules: list[nn.Module]) -> list[dict[Any, Any]]:
+    """What PyTorch has modules and hooks in. Hooks on the layer itself run around its runs, and not in them."""
     inside = [m.__dict__ for m in modules if not isinstance(m, torch.jit.ScriptModule)]
-    held = [had[name] for had in inside for name in _REGISTERED if name == _CHILDREN or had is not layer.__dict__]
-    return [(holder, dict(holder) if holder else _NONE) for holder in held]
+    return [had[name] for had in inside for name in _REGISTERED if name == _CHILDREN or had is not layer.__dict__]
+
+
+class _Registered:
+    """What is in such dicts now: of seven to a module hardly one has anything in it."""
+
+    def __init__(self, dicts: list[dict[Any, Any]]) -> None:
+        self._dicts = dicts
+        self._held = [(had, dict(had)) for had in dicts if had]
+        self._empty = [had for had in dicts if not had]
+
+    def now(self) -> _Registered:
+        return _Registered(self._dicts)
+
+    def put(self) -> None:
+        refill(self._held)
+        if any(self._empty):
+            for had in self._empty:
+                had.clear()
 
 
 _Of = tuple[nn.Module, dict[str, Any], dict[str, Any]]
@@ -183,9 +202,11 @@ class _Present:
 
     of: list[_Of]
     contents: Held
+    registered: _Registered
 
     def put(self) -> None:
         refill(self.contents)
+        self.registered.put()
         _put(self.of)
 
 
@@ -195,8 +216,11 @@ def _with(attributes: dict[str, Any], instead: Callable[[Tensor], Tensor]) -> di
 
 def _put(state: list[_Of]) -> None:
     for module, attributes, buffers in state:
-        module._buffers.update(buffers)
+        if buffers:
+            module._buffers.update(buffers)
         present = _attributes(module)
+        if len(present) == len(attributes) and all(map(operator.is_, present.values(), attributes.values())):
+            continue  # in the same order, as nothing has been done to them
         if "_is_fsdp_managed_module" in attributes:
             # FSDP1 makes views of its own weights, and takes them away, as they are to be read.
             views = {n for had in (present, attributes) for n, v in had.items() if _is_view(v)}
@@ -250,7 +274,9 @@ class _Parameters:
 
 def _has_books(module: nn.Module) -> bool:
     """DeepSpeed's or FSDP1's own are in its attributes."""
-    return is_wrapper(module) or any(n.startswith("ds_") for n in module.__dict__)
+    if "deepspeed" in sys.modules and any(n.startswith("ds_") for n in module.__dict__):
+        return True
+    return is_wrapper(module)
 
 
 def _is_view(value: Any) -> bool:
@@ -277,8 +303,7 @@ class _Generators:
     """The states of Python's, NumPy's and PyTorch's global generators, some devices' too, and of some of one's own."""
 
     def __init__(self, own: list[Any], devices: list[torch.device]) -> None:
-        self._python, numpy = random.getstate(), sys.modules.get("numpy")  # which need not be installed
-        self._numpy = numpy and numpy.random.get_state()
+        self._python, self._numpy = random.getstate(), numpy_state()
         self._torch = [(d, _state_of(d)) for d in (torch.device("cpu"), *devices)]
         self._own = [(g, drawing(g)) for g in own]
 
@@ -290,15 +315,15 @@ class _Generators:
         random.setstate(self._python)
         for device, state in self._torch:
             _set_state_of(device, state)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+        set_numpy_state(self._numpy)
         for generator, state in self._own:
             draw_from(generator, state)
 
 
 def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    """On which a layer of these may draw, but for the CPU."""
-    return list({t.device: None for t in tensors if t.device.type not in ("cpu", "meta")})
+    """On which a layer of these may draw, but for the CPU. A GPU that is not started yet has none, but fakes of them."""
+    found = {t.device: None for t in tensors if t.device.type not in ("cpu", "meta")}
+    return [d for d in found if d.type != "cuda" or torch.cuda.is_initialized()]
 
 
 def _state_of(device: torch.device) -> Tensor:
@@ -317,9 +342,14 @@ def _which(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type in ("cpu", "mps") else (device,)
 
 
-def _may_hold(value: Any) -> bool:
-    """A tensor, a container or a generator: most attributes are none, and need no second look."""
-    return isinstance(value, (Tensor, dict, list, tuple, set, frozenset, deque)) or is_generator(value)
+def _holds(value: Any) -> bool:
+    return _may_hold(type(value))  # type: ignore[arg-type]  # mypy takes a value's __hash__ for the class's
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_hold(kind: type[Any]) -> bool:
+    """It is of a tensor, a container or a generator: most attributes are none, and need no second look."""
+    return issubclass(kind, (Tensor, dict, list, tuple, set, frozenset, deque)) or is_generator(kind)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
