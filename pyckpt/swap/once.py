@@ -321,7 +321,7 @@ class _Generators:
 
 
 def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    """On which a layer of these may draw, but for the CPU. A GPU that is not started yet has none, but fakes of them."""
+    """On which a layer of these may draw, but for the CPU. On a GPU that is not started there are fakes alone."""
     found = {t.device: None for t in tensors if t.device.type not in ("cpu", "meta")}
     return [d for d in found if d.type != "cuda" or torch.cuda.is_initialized()]
 
