@@ -20,7 +20,7 @@ def read_once(t: Tensor, what: Any, asker: object, read: Callable[[], _T]) -> _T
     no version tells of: a broadcast from another process, `.data`. On a CPU it is read each time: that is quick, and
     memory may be NumPy's. In a CUDA graph's capture reading is an error, as it should be.
     """
-    if not _is_waited_for(t) or t.is_inference():
+    if torch.compiler.is_compiling() or not _is_waited_for(t) or t.is_inference():
         return read()
     known = t.__dict__.setdefault(_READ, {})
     found = known.get(what)

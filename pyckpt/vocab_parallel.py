@@ -71,7 +71,7 @@ def linear_cross_entropy(
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     mesh = weight.device_mesh
-    flat = _dealt_out(x, mesh, Replicate()).to_local(grad_placements=[Partial()]).flatten(0, -2)
+    flat = _dealt_out(x, mesh, Replicate()).to_local(grad_placements=[Partial()]).reshape(-1, x.shape[-1])
     own_bias = None if bias is None else _dealt_out(bias, mesh, Shard(0)).to_local()
     labels = (_dealt_out(target, mesh, Replicate()).to_local() if is_dealt_out(target) else target).flatten()
     labels = labels.masked_fill(labels == ignore_index, IGNORED)

@@ -104,6 +104,18 @@ def test_packed_sequences_of_a_stack(streamed, waited_for, read):
     assert counts[0] == counts[1]
 
 
+def test_padding_in_a_graph(waited_for):
+    """Where nothing is read, and nothing may be kept with a tensor."""
+    layer = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+    pyckpt.swap(layer)
+    x, padding = torch.randn(2, 7, 16), torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 5:] = True
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(x, src_key_padding_mask=padding)[~padding], layer(x, src_key_padding_mask=padding)[~padding]
+    )
+
+
 @pytest.mark.parametrize("masks", ["causal", "padding", "both"])
 def test_masks_of_an_encoder(masks, waited_for, read):
     counts = []

@@ -155,6 +155,14 @@ def test_bad_input(mesh):
 
 
 @needs_gloo
+def test_a_single_token(mesh):
+    inputs, _, _ = make(7, {}, torch.float64, 0)
+    x, dealt = inputs["x"][0, 0], deal_out(inputs, mesh, "weight")
+    loss = pyckpt.linear_cross_entropy(x, dealt["weight"], torch.tensor(3))
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, inputs["weight"]), torch.tensor(3)))
+
+
+@needs_gloo
 def test_holds_no_logits(mesh):
     """Neither from forward to backward nor at once: two numbers a token."""
     inputs, target, _ = make(7, {}, torch.float32, 0)
