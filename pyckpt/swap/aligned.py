@@ -21,9 +21,10 @@ from pyckpt.functional import linear_cross_entropy
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.seeding import seed_generators
 from pyckpt.swap import projection as projections
+from pyckpt.swap.around import called, foreign, moves
 from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.heads import close, output_class, returns_dicts
-from pyckpt.swap.modules import UnsupportedError, called, foreign, moves
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import argument_names, mode, twin_of, untouched
 from pyckpt.swap.survey import check_here, forked, shown

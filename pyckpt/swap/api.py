@@ -13,11 +13,12 @@ from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
 from pyckpt.swap import aligned, encoder, families, own, quantized, whole
 from pyckpt.swap import loss as losses
+from pyckpt.swap.around import is_compiled, is_parallel_forward, moves, what_watches
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
 from pyckpt.swap.generic import check_unwatched
 from pyckpt.swap.layer import Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, is_compiled, is_parallel_forward, moves, passes, what_watches, whose
+from pyckpt.swap.modules import UnsupportedError, passes, whose
 from pyckpt.swap.replaced import Replaced, replaced_in
 from pyckpt.swap.report import CHECKPOINTED, GENERIC, ORIGINAL, STANDARD, Entry, Report
 from pyckpt.swap.survey import check_weights

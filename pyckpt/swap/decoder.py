@@ -14,9 +14,10 @@ from pyckpt.compiling import uncompiled
 from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.stream import Parts
 from pyckpt.swap import again, attention, masks
+from pyckpt.swap.around import gathers, watched, wraps
 from pyckpt.swap.code import functions
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
-from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, gathers, watched, wraps
+from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.rope import Frequencies
 from pyckpt.swap.shadow import kinds_of, unsharded_class

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
 from pyckpt.swap import lora, peft_wrappers
 from pyckpt.swap import survey as surveys
-from pyckpt.swap.modules import UnsupportedError, foreign, is_known, norm_eps, watched
+from pyckpt.swap.around import foreign, watched
+from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.tokenwise.norm import LayerNorm, Norm, RmsNorm, with_offset
 

@@ -23,7 +23,8 @@ from pyckpt.ops.rope import rope_tables
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.apart import apart
-from pyckpt.swap.modules import UnsupportedError, may_be_called_again, watched, what_watches
+from pyckpt.swap.around import may_be_called_again, watched, what_watches
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.generic import precision

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyckpt.swap.modules import UnsupportedError, watched
+from pyckpt.swap.around import watched
+from pyckpt.swap.modules import UnsupportedError
 
 _CLASSES = (("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit"))
 

@@ -17,11 +17,12 @@ from pyckpt.functional import linear_cross_entropy
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
 from pyckpt.swap import projection as projections
+from pyckpt.swap.around import called, gather, moves
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, called, gather, is_own_forward, moves
+from pyckpt.swap.modules import UnsupportedError, is_own_forward
 from pyckpt.swap.shadow import argument_names, unsharded_class
 from pyckpt.swap.wanted import IGNORED, SwappedLoss, Wanted
 

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count what they write
 
 from pyckpt.swap.arguments import CallArguments
+from pyckpt.swap.around import is_wrapper
 from pyckpt.swap.contents import Contents, Held, draw_from, drawing, is_generator, refill
-from pyckpt.swap.modules import is_wrapper
 from pyckpt.swap.numpy_state import numpy_state, set_numpy_state
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pyckpt.block import CheckpointedBlock
+from pyckpt.swap.around import is_wrapper
 from pyckpt.swap.code import names_in
-from pyckpt.swap.modules import is_wrapper
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # In lower case, in the name of a module's class.

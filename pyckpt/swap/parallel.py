@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyckpt.exec.gathering import gathers
-from pyckpt.swap.modules import is_parallel, is_parallel_forward, may_be_called_again
+from pyckpt.swap.around import is_parallel, is_parallel_forward, may_be_called_again
 from pyckpt.vocab_parallel import is_dealt_out
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyckpt.swap.modules import UnsupportedError, is_whole, watched
+from pyckpt.swap.around import watched
+from pyckpt.swap.modules import UnsupportedError, is_whole
 
 _WHOLE = ("peft.utils.other", "ModulesToSaveWrapper")
 _ROWS = ("peft.utils.other", "TrainableTokensWrapper")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyckpt.swap import lora, parallel, peft_wrappers
-from pyckpt.swap.modules import UnsupportedError, foreign, has_plain_weight, is_patched, is_whole, moves, watched
+from pyckpt.swap.around import foreign, moves, watched
+from pyckpt.swap.modules import UnsupportedError, has_plain_weight, is_patched, is_whole
 from pyckpt.swap.shadow import unsharded_class
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.swap.around import is_flattened
 from pyckpt.swap.attention import names_limit
 from pyckpt.swap.handing import HIDDEN, MASK, Arguments, Handing
 from pyckpt.swap.layer import CALL
-from pyckpt.swap.modules import UnsupportedError, is_flattened
+from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MOVING
 from pyckpt.swap.shadow import argument_names, attention_config, mode, twin_of, unsharded_class, untouched
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pyckpt.compiling import constant_result
 from pyckpt.spec import BlockSpec, LowRank
 from pyckpt.swap import lora, quantized
-from pyckpt.swap.modules import UnsupportedError, is_patched, lacks_parameters, watched, what_watches
+from pyckpt.swap.around import lacks_parameters, watched, what_watches
+from pyckpt.swap.modules import UnsupportedError, is_patched
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.packed import Packed
 from pyckpt.tokenwise.parameters import ATTENTION, parameter_shapes
