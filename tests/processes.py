@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import multiprocessing
 import os
 import signal
 import socket
@@ -28,13 +31,23 @@ def run_processes(world: int, body: Callable[..., None], *args: Any) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    _prepare()
     try:
-        mp.spawn(_enter, args=(world, port, body, args), nprocs=world)
+        mp.start_processes(_enter, args=(world, port, body, args), nprocs=world, start_method="forkserver")
     except mp.ProcessRaisedException as error:
         text = str(error)
         if PerhapsChanceError.__name__ in text:
             raise PerhapsChanceError(text.rpartition(PerhapsChanceError.__name__)[2]) from error
         raise
+
+
+@functools.cache
+def _prepare() -> None:
+    """A process that has imported what takes seconds: those of the tests are its forks. It has run nothing."""
+    modules = ["torch.distributed.tensor.parallel", "pyckpt"]
+    if importlib.util.find_spec("transformers") is not None:
+        modules += ["transformers", "transformers.models.llama.modeling_llama"]
+    multiprocessing.set_forkserver_preload(modules)
 
 
 def _enter(rank: int, world: int, port: int, body: Callable[..., None], args: tuple[Any, ...]) -> None:
