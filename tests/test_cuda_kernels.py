@@ -725,7 +725,7 @@ class TestErrors:
         emulate(error)
         with pytest.warns(UserWarning, match=said) as told:
             got = [*run(), *run()]
-        assert len(told) == 1
+        assert sum(issubclass(w.category, UserWarning) for w in told) == 1  # Triton 3.6 has some of its own
         assert all((a - b).abs().max() < 1e-4 for a, b in zip(got, [*want, *want], strict=True) if b.numel())
         with pytest.raises(RuntimeError, match=said):
             torch.ops.pyckpt_cuda.act_fwd(x, "gelu")
