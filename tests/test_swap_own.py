@@ -409,6 +409,30 @@ def test_what_layers_keep_is_kept_once():
     assert ours.layers[0].calls == 2
 
 
+class Renaming(Block):
+    """Its last attribute goes by another name after a run, with the same value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh = None
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        factor = 2.0 if hasattr(self, "fresh") else 3.0
+        if hasattr(self, "fresh"):
+            del self.fresh
+            self.used = None
+        return super().forward(x * factor)
+
+
+def test_an_attribute_by_another_name_is_there_again():
+    plain, ids = Model([Renaming() for _ in range(LAYERS)]), make_ids()
+    ours = copy.deepcopy(plain)
+    pyckpt.swap(ours)
+    for _ in range(2):
+        assert_same_bits(step(ours, ids), step(plain, ids))
+    assert all(hasattr(m, "used") and not hasattr(m, "fresh") for m in ours.layers)
+
+
 OF_A_DEVICE = torch.Generator()
 
 

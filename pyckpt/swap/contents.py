@@ -72,7 +72,7 @@ class Contents:
 
 def refill(held: Held) -> None:
     for holder, content in held:
-        if not _same(_content(holder), content):
+        if not same(_content(holder), content):
             _fill(holder, content)
 
 
@@ -170,7 +170,7 @@ def _replaced(content: Any, instead: Callable[[Tensor], Tensor]) -> Any:
     return type(content)(of(value) for value in content)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """The same things in the same order."""
     if len(a) != len(b):
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import operator
 import random
 import sys
 from collections import deque
@@ -19,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase  # whose kernels do not count w
 
 from pyckpt.swap.arguments import CallArguments
 from pyckpt.swap.around import is_wrapper
-from pyckpt.swap.contents import Contents, Held, draw_from, drawing, is_generator, refill
+from pyckpt.swap.contents import Contents, Held, draw_from, drawing, is_generator, refill, same
 from pyckpt.swap.numpy_state import numpy_state, set_numpy_state
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
@@ -219,8 +218,8 @@ def _put(state: list[_Of]) -> None:
         if buffers:
             module._buffers.update(buffers)
         present = _attributes(module)
-        if len(present) == len(attributes) and all(map(operator.is_, present.values(), attributes.values())):
-            continue  # in the same order, as nothing has been done to them
+        if same(present, attributes):
+            continue
         if "_is_fsdp_managed_module" in attributes:
             # FSDP1 makes views of its own weights, and takes them away, as they are to be read.
             views = {n for had in (present, attributes) for n, v in had.items() if _is_view(v)}
