@@ -41,9 +41,8 @@ def check_layout(weight: Any, bias: Any, label_smoothing: float) -> None:
             f"weight is dealt out as {weight.placements}, expected (Shard(0),): its words over one dim of processes. "
             "Redistribute it, or give it whole (.full_tensor())"
         )
-    meshes = [t.device_mesh for t in (bias,) if is_dealt_out(t)]
-    if any(mesh != weight.device_mesh for mesh in meshes):
-        raise ValueError(f"bias is on {meshes[0]}, weight on {weight.device_mesh}; they have to be on one mesh")
+    if is_dealt_out(bias) and bias.device_mesh != weight.device_mesh:
+        raise ValueError(f"bias is on {bias.device_mesh}, weight on {weight.device_mesh}; they have to be on one mesh")
     if label_smoothing:
         raise ValueError(
             f"label_smoothing goes with a whole weight alone, got {label_smoothing!r}: leave it out, or give the "

@@ -21,7 +21,7 @@ from pyckpt.functional import linear_cross_entropy
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.seeding import seed_generators
 from pyckpt.swap import projection as projections
-from pyckpt.swap.around import called, foreign, moves
+from pyckpt.swap.around import called, foreign
 from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.heads import close, output_class, returns_dicts
 from pyckpt.swap.modules import UnsupportedError
@@ -131,9 +131,7 @@ class SwappedAligned(SwappedLoss):
         (hidden, nothing), projection = taken[0], self._projection.module
         added = None if made.logits is nothing else made.logits.flatten()
         of_head = functools.partial(_of_head, projection, added, wanted, self.recompute)
-        loss = wanted.divided(called(projection, of_head, hidden))
-        if moves(model):  # as what it does not run would have it
-            loss = loss.to(labels.device)
+        loss = self._handed_back(called(projection, of_head, hidden), wanted)
         rest = {n: value for n, value in made.items() if n not in ("loss", "logits")}
         made = type(made)(loss=loss, logits=None, **rest)
         return made if as_dict else made.to_tuple()

@@ -13,7 +13,7 @@ from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
 from pyckpt.swap import aligned, encoder, families, own, quantized, whole
 from pyckpt.swap import loss as losses
-from pyckpt.swap.around import is_compiled, is_parallel_forward, moves, what_watches
+from pyckpt.swap.around import is_compiled, is_replaced, what_watches
 from pyckpt.swap.choose import Chooser
 from pyckpt.swap.decoder import SwappedDecoder, arguments, together
 from pyckpt.swap.generic import check_unwatched
@@ -205,7 +205,7 @@ def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) ->
 def _check_forward(module: nn.Module) -> None:
     if is_compiled(module):
         raise UnsupportedError(what_watches(module))
-    if "forward" in module.__dict__ and not (is_parallel_forward(module) or moves(module)):
+    if is_replaced(module):
         raise UnsupportedError("its forward was replaced already (by Accelerate?); swap the model before that")
 
 

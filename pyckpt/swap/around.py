@@ -94,11 +94,16 @@ def moves(module: nn.Module) -> bool:
     return all(getattr(h, "offload", True) is False and not h.no_grad for h in getattr(hook, "hooks", (hook,)))
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """A forward that may be anything is in the place of its own."""
+    return "forward" in module.__dict__ and not (is_parallel_forward(module) or moves(module))
+
+
 def may_be_called_again(module: nn.Module) -> bool:
     """What is around a call of it brings weights, inputs or outputs together, which another call does again."""
-    if "forward" in module.__dict__ and not (is_parallel_forward(module) or moves(module)):
-        return False
-    return all(_is_harmless(h) or _is_parallel(h) for h in gathering.others(hooks_of(module)))
+    return not is_replaced(module) and all(
+        _is_harmless(h) or _is_parallel(h) for h in gathering.others(hooks_of(module))
+    )
 
 
 def _is_parallel(hook: Any) -> bool:

@@ -8,13 +8,13 @@ from torch import nn
 
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.save import Save
-from pyckpt.swap import attention, families, probe, whole
+from pyckpt.swap import attention, families, probe
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.code import odd_function
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
 from pyckpt.swap.layer import SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, is_own_forward, passes, whose
+from pyckpt.swap.modules import UnsupportedError, is_own_forward, whose
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.survey import Survey
@@ -48,7 +48,7 @@ class Chooser:
         except AttributeError as error:
             return self._traced(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
         self._fits(DenseAttend.of(mapping.spec))
-        return SwappedLayer(layer, block, place, self._twice(layer))
+        return SwappedLayer(layer, block, place)
 
     def _block(self, layer: nn.Module, mapping: Mapping) -> MappedBlock | GenericMappedBlock:
         if not mapping.why:
@@ -79,7 +79,7 @@ class Chooser:
             handing = self._survey().handing
             if handing is not None and self._fits(block.trace.attend(0.0)):
                 block.handing, block.place = handing, place
-            return TracedLayer(layer, block, place, self._twice(layer))
+            return TracedLayer(layer, block, place)
         except UnsupportedError as reason:
             raise UnsupportedError(why if str(reason) == why else f"{why}, and {reason}") from reason
         except Exception as error:
@@ -91,9 +91,6 @@ class Chooser:
         widths = (attend.n_heads, attend.n_kv_heads * attend.head_dim, attend.d_v, attend.d_o)
         self._widths = self._widths or widths
         return widths == self._widths
-
-    def _twice(self, layer: nn.Module) -> bool:
-        return passes(whole.check, layer)
 
     def _survey(self) -> Survey:
         if self._seen is None:

@@ -7,6 +7,7 @@ differentiated by autograd, one tile at a time.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -53,9 +54,7 @@ def check(layer: nn.Module, spec: BlockSpec) -> None:
 
 def check_unwatched(layer: nn.Module) -> None:
     """Raise `UnsupportedError` where a module inside the layer has forward hooks."""
-    for path, module in inner(layer):
-        if watched(module):
-            raise UnsupportedError(f"{path} {what_watches(module)}")
+    _check_none(layer, watched)
 
 
 def check_runs_twice(layer: nn.Module) -> None:
@@ -63,9 +62,13 @@ def check_runs_twice(layer: nn.Module) -> None:
 
     Those that bring weights, inputs or outputs together may (ZeRO-3, FSDP2, tensor parallelism).
     """
-    for path, module in inner(layer):
-        if not may_be_called_again(module):
-            raise UnsupportedError(f"{path} {what_watches(module)}")
+    _check_none(layer, lambda module: not may_be_called_again(module))
+
+
+def _check_none(layer: nn.Module, is_odd: Callable[[nn.Module], bool]) -> None:
+    odd = next(((path, module) for path, module in inner(layer) if is_odd(module)), None)
+    if odd is not None:
+        raise UnsupportedError(f"{odd[0]} {what_watches(odd[1])}")
 
 
 def _draws(module: nn.Module) -> bool:

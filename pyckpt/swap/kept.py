@@ -144,6 +144,14 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self._kept = kept
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **kwargs) if _is_ordinary(func) else self._run(func, args, kwargs)
+
+    def _run(self, op: Any, args: Any, kwargs: Any) -> Any:
+        """What an op makes that is an attention, or writes to something."""
+        raise NotImplementedError
+
     def _hear(self, op: Any, args: Any, kwargs: Any) -> None:
         for t in tensors_written(op, args, kwargs) if self._kept else ():
             for kept in self._kept:
@@ -160,15 +168,12 @@ class _Keeping(_Mode):
         if error[0] is None:
             self._given.ran()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _is_ordinary(func):
-            return func(*args, **kwargs)
-        self._given.written(func, args, kwargs)
-        self._hear(func, args, kwargs)
-        made = func(*args, **kwargs)
-        if self._attention and _is_kept(func, args, kwargs):
-            self._kept.append(_Kept(_label(func, args), _detached(made)))
+    def _run(self, op: Any, args: Any, kwargs: Any) -> Any:
+        self._given.written(op, args, kwargs)
+        self._hear(op, args, kwargs)
+        made = op(*args, **kwargs)
+        if self._attention and _is_kept(op, args, kwargs):
+            self._kept.append(_Kept(_label(op, args), _detached(made)))
         return made
 
 
@@ -181,17 +186,14 @@ class _Giving(_Mode):
         self._next = iter(self._kept)
         return super().__enter__()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _is_ordinary(func):
-            return func(*args, **kwargs)
-        self._hear(func, args, kwargs)
-        if _is_kept(func, args, kwargs):
+    def _run(self, op: Any, args: Any, kwargs: Any) -> Any:
+        self._hear(op, args, kwargs)
+        if _is_kept(op, args, kwargs):
             kept = next(self._next, None)
-            made = kept.give() if kept is not None and kept.label == _label(func, args) else None
+            made = kept.give() if kept is not None and kept.label == _label(op, args) else None
             if made is not None:
                 return made
-        return func(*args, **kwargs)
+        return op(*args, **kwargs)
 
 
 def _detached(made: Any) -> Any:

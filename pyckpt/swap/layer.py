@@ -92,13 +92,12 @@ class Gathered:
 class SwappedLayer(Replaced):
     """Runs the block where the model's forward says so, by a `Call`; else the layer's original forward.
 
-    Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is. `twice`: its original forward
-    might run twice when it was swapped.
+    Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is.
     """
 
-    def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int, twice: bool) -> None:
+    def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int) -> None:
         super().__init__(module)
-        self.block, self.place, self._twice = block, place, twice
+        self.block, self.place = block, place
 
     @property
     def ways(self) -> tuple[CheckpointedBlock, ...]:
@@ -107,7 +106,7 @@ class SwappedLayer(Replaced):
     @property
     def twice(self) -> bool:
         """Its original forward may run twice, with what is inside now."""
-        return self._twice and passes(check_runs_twice, self.module)
+        return passes(check_runs_twice, self.module)
 
     handed = False
     """It reads what the model hands to it beside hidden states and mask."""
@@ -135,8 +134,6 @@ class SwappedLayer(Replaced):
         if isinstance(call, InRun):
             return call.run.layer(call.block, args[0], self.block.weights)
         if call.whole:
-            if not self.twice:
-                return self.original(*args, **kwargs)
             return again.run_twice(self, args, kwargs, save_set(self.block.save))
         given = self.given(args, kwargs)
         x = given["hidden_states"]

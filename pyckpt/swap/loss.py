@@ -17,7 +17,7 @@ from pyckpt.functional import linear_cross_entropy
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
 from pyckpt.swap import projection as projections
-from pyckpt.swap.around import called, gather, moves
+from pyckpt.swap.around import called, gather
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
@@ -189,10 +189,8 @@ class SwappedHead(SwappedLoss):
             loss = self._of_hidden(outputs.last_hidden_state, wanted)
         elif loss.dim():
             loss = loss.view(labels.shape)
-        if moves(model):  # as what it does not run would have it
-            loss = loss.to(labels.device)
         made = self._output(
-            loss=wanted.divided(loss), logits=None, **{n: getattr(outputs, n, None) for n in self._fields}
+            loss=self._handed_back(loss, wanted), logits=None, **{n: getattr(outputs, n, None) for n in self._fields}
         )
         if as_dict is None:
             as_dict = getattr(model.config, "return_dict", True)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyckpt.swap.shadow import unsharded_class
+from pyckpt.vocab_parallel import is_dealt_out
 
 
 class UnsupportedError(Exception):
@@ -61,7 +62,7 @@ def is_patched(module: nn.Module) -> str | None:
 def has_plain_weight(module: Any) -> bool:
     """The module's weight is a tensor of PyTorch's own, or one dealt out to processes; quantized ones may be others."""
     t = module.weight
-    return type(t) in (Tensor, nn.Parameter) or type(t).__name__ == "DTensor" or hasattr(t, "ds_id")
+    return type(t) in (Tensor, nn.Parameter) or is_dealt_out(t) or hasattr(t, "ds_id")
 
 
 def norm_eps(module: nn.Module) -> float | None:

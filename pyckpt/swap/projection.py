@@ -29,9 +29,8 @@ def check(module: Any, replaced: bool = False) -> None:
     if lora.is_adapted(linear):
         _check_adapted(linear, replaced)
         linear, replaced = lora.base_of(linear), False
-    if unsharded_class(linear) is nn.Linear and parallel.shards_words(linear):
-        return
-    if unsharded_class(linear) is not nn.Linear or (foreign(linear, replaced) and not moves(linear)):
+    known = not foreign(linear, replaced) or moves(linear) or parallel.shards_words(linear)
+    if unsharded_class(linear) is not nn.Linear or not known:
         raise UnsupportedError(f"its output embeddings are a {type(linear).__name__} with hooks, or no plain nn.Linear")
     if (patched := is_patched(linear)) is not None:
         raise UnsupportedError(patched)

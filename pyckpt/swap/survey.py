@@ -22,6 +22,7 @@ from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MOVING
 from pyckpt.swap.shadow import argument_names, attention_config, mode, twin_of, unsharded_class, untouched
+from pyckpt.vocab_parallel import is_dealt_out
 
 SEQ = 11
 _LONG = 1025  # of a call in which masks alone are looked at
@@ -70,7 +71,7 @@ def check_weights(module: nn.Module) -> None:
     for name, p in (*module.named_parameters(), *module.named_buffers()):
         if p.is_meta:
             raise UnsupportedError(f"{name} is on the meta device; swap the model when it has its weights")
-        if type(p).__name__ == "DTensor" or (p.numel() == 0 and hasattr(p, "ds_id")):
+        if is_dealt_out(p) or (p.numel() == 0 and hasattr(p, "ds_id")):
             raise UnsupportedError(f"{name} is sharded; swap the model before it is sharded")
 
 

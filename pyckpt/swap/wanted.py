@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import Targets, following
 from pyckpt.functional import check_loss_numbers, loss_weights
+from pyckpt.swap.around import moves
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
 
@@ -120,6 +121,11 @@ class SwappedLoss(Replaced):
     def _loss(self, given: dict[str, Any]) -> Any:
         """What a call with these arguments returns."""
         raise NotImplementedError
+
+    def _handed_back(self, loss: Tensor, wanted: Wanted) -> Tensor:
+        """Divided as asked, and with a device_map where the labels are, as what does not run here would have it."""
+        loss = wanted.divided(loss)
+        return loss.to(wanted.labels.device) if moves(self.module) else loss
 
     def _own(self, given: dict[str, Any], logits: bool) -> str | None:
         """Why a call of these arguments is the original's, if it is; `logits`: it asks for them."""
