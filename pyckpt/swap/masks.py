@@ -8,7 +8,7 @@ outputs somebody may read: labels may be the padded input_ids.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,18 +42,18 @@ def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int, 
     """
     if mask is not None and tuple(mask.shape) != (batch, seq):
         raise UnsupportedCallError(f"an attention_mask of shape {tuple(mask.shape)}, not ({batch}, {seq})")
-    if mask is not None:
-        if torch.compiler.is_compiling():
-            return padded_lengths(mask, sight.tokens, sight.reach, sight.read)
-        mask = mask.bool()
-        if not bool(mask.all()):
-            return _padded(mask, sight)
+    if mask is not None and torch.compiler.is_compiling():
+        return padded_lengths(mask, sight.tokens, sight.reach, sight.read)
+    if mask is not None and mask.numel() > 0:
+        rows = _rows(mask.bool(), sight)
+        if not rows.whole:
+            return _padded(rows, seq)
     if positions is None or (mask is not None and sight.tokens != "none"):
         return None
     if torch.compiler.is_compiling():
         return packed_lengths(positions, batch, seq)
-    ends = _ends(positions, batch, seq)
-    return _cut(ends) if bool(ends.any()) else None
+    lengths = _cut(_ends(positions, batch, seq))
+    return lengths if len(lengths) > batch + 1 else None
 
 
 # --- padding ------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ _OUTSIDE_OF_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 def padded_lengths(mask: Tensor, sight: str, reach: int | None, read: Tensor | None) -> Tensor:
     """`packed` of a graph, for a mask."""
     try:
-        return _padded(mask.bool(), Sight(sight, reach, read))  # type: ignore[arg-type]
+        return _padded(_rows(mask.bool(), Sight(sight, reach, read)), mask.shape[1])  # type: ignore[arg-type]
     except UnsupportedError as reason:
         raise RuntimeError(
             f"{reason} came to a compiled model, which cannot take another way; call pyckpt.unswap(model), or the "
@@ -80,38 +80,59 @@ def _padded_lengths_fake(mask: Tensor, sight: str, reach: int | None, read: Tens
     return mask.new_empty((2, 5 * mask.shape[0] + 1), dtype=torch.int32)
 
 
-def _padded(mask: Tensor, sight: Sight) -> Tensor:
-    """(2, 5 * B + 1) for a mask (B, S) bool, five sequences a row.
+class _Rows(NamedTuple):
+    """Where the tokens of a mask's rows begin and end, (B,) int64 each; whether all are tokens; `Sight.tokens`, or less
+    where nobody reads what padding gives."""
+
+    first: Tensor
+    stop: Tensor
+    whole: bool
+    tokens: str
+
+
+def _rows(mask: Tensor, sight: Sight) -> _Rows:
+    """What there is to know of a mask (B, S) bool, read at once: for each look at values a GPU is waited for."""
+    seq = mask.shape[1]
+    runs = mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    first = torch.where(runs > 0, mask.long().argmax(1), seq)
+    stop = first + mask.sum(1)
+    unseen, after = _read(first, stop, seq, sight)
+    answers = [mask.all(), (runs > 1).any(), unseen.any(), after.any()]
+    whole, torn, unseen_is_read, after_is_read = torch.stack(answers).tolist()
+    if torn:
+        raise UnsupportedCallError("an attention_mask with padding between tokens")
+    if unseen_is_read:
+        raise UnsupportedCallError("padding that sees no token, and is read, under eager attention")
+    return _Rows(first, stop, whole, sight.tokens if after_is_read else "none")
+
+
+def _read(first: Tensor, stop: Tensor, seq: int, sight: Sight) -> tuple[Tensor, Tensor]:
+    """(B, S) bool each: padding that sees no token under attention that would see it, and padding after the tokens;
+    of both what is read. (B,) where neither makes a difference."""
+    if sight.tokens == "none" or (sight.read is None and sight.reach is None):
+        return torch.zeros_like(first, dtype=torch.bool), torch.ones_like(first, dtype=torch.bool)
+    token, first, stop = torch.arange(seq, device=first.device), first[:, None], stop[:, None]
+    read = torch.ones_like(token < first) if sight.read is None else sight.read.to(first.device).reshape(-1, seq)
+    after = (token >= stop) & read
+    if sight.reach is None:
+        return torch.zeros_like(read), after
+    return ((token < first) | (token >= stop + sight.reach)) & read, after
+
+
+def _padded(rows: _Rows, seq: int) -> Tensor:
+    """(2, 5 * B + 1) of queries and of keys, five sequences a row.
 
     They are: queries of padding before the tokens, which see nothing; its keys, which nobody sees; the tokens, with the
     queries of padding that see them; queries of padding after them that see nothing; its keys.
     """
-    batch, seq = mask.shape
-    before, after = mask[:, :-1], mask[:, 1:]
-    runs = mask[:, 0].long() + (after & ~before).sum(1)
-    if bool((runs > 1).any()):
-        raise UnsupportedCallError("an attention_mask with padding between tokens")
-    first = torch.where(runs > 0, mask.long().argmax(1), seq)
-    stop = first + mask.sum(1)
-    tokens = _seen(first, stop, seq, sight)
-    row = torch.arange(0, batch * seq, seq, device=mask.device)
-    begin = row if tokens == "all" else row + first
-    end = row + (stop if tokens == "none" else seq)
+    first, stop, batch = rows.first, rows.stop, len(rows.first)
+    row = torch.arange(0, batch * seq, seq, device=first.device)
+    begin = row if rows.tokens == "all" else row + first
+    end = row + (stop if rows.tokens == "none" else seq)
     queries = torch.stack([row, begin, begin, end, row + seq], dim=1)
     keys = torch.stack([row, row, row + first, row + stop, row + stop], dim=1)
     starts = torch.stack([queries.flatten(), keys.flatten()])
     return torch.nn.functional.pad(starts, (0, 1), value=batch * seq).to(torch.int32)
-
-
-def _seen(first: Tensor, stop: Tensor, seq: int, sight: Sight) -> str:
-    """`sight.tokens`, or less where nobody reads what padding gives."""
-    if sight.tokens == "none" or (sight.read is None and sight.reach is None):
-        return sight.tokens
-    token, first, stop = torch.arange(seq, device=first.device), first[:, None], stop[:, None]
-    read = torch.ones_like(token < first) if sight.read is None else sight.read.to(first.device).reshape(-1, seq)
-    if sight.reach is not None and bool((((token < first) | (token >= stop + sight.reach)) & read).any()):
-        raise UnsupportedCallError("padding that sees no token, and is read, under eager attention")
-    return sight.tokens if bool(((token >= stop) & read).any()) else "none"
 
 
 # --- packing ------------------------------------------------------------------------------------------------
@@ -154,4 +175,4 @@ def _cut(ends: Tensor) -> Tensor:
     """cu_seqlens from where in a row the next token starts another sequence."""
     starts = torch.cat([torch.ones_like(ends[:, :1]), ends], dim=1)
     found = starts.flatten().nonzero().flatten()
-    return torch.cat([found, found.new_tensor([starts.numel()])]).to(torch.int32)
+    return torch.nn.functional.pad(found, (0, 1), value=starts.numel()).to(torch.int32)
