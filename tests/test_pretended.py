@@ -1,0 +1,385 @@
+"""What a GPU would show of everything around the kernels, on devices that are pretended (see `pretended`).
+
+Without a GPU one test starts a process that has two such devices, and runs the others of this file there. PyTorch's own
+kernels serve its ops, and where a test says so Triton's in their interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyckpt
+from pyckpt.ops import attention_torch
+
+HERE = Path(__file__).parent
+PRETENDED = sys.modules.get("pretended")
+CURRENT, OTHER = "cuda:0", "cuda:1"
+SIZES = {"vocab_size": 61, "n_layers": 3, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+there = pytest.mark.skipif(PRETENDED is None, reason="needs the devices that are pretended")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PRETENDED is not None, reason="starts what this is")
+@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="needs PyTorch's CPU build")
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is linked as Linux has it")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
+def test_on_devices_that_are_pretended():
+    paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYCKPT_BACKEND": "torch",
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ["-p", "pretended", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", "-m", "not slow or slow"]
+    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+# --- helpers ------------------------------------------------------------------------------------------------
+
+
+def make(device: str = CURRENT, **options: Any) -> pyckpt.CkptCausalLM:
+    return pyckpt.CkptCausalLM(**SIZES, **options, device=device)
+
+
+def tokens(*shape: int, device: str = CURRENT) -> Tensor:
+    return torch.randint(0, SIZES["vocab_size"], shape, device=device)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"loss": loss.detach(), **grads}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Other kernels, in float32: their roundings, and far below what a wrong device's numbers would be."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name].cpu(), value.cpu(), rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@pytest.fixture
+def in_order() -> Iterator[None]:
+    """No stream does anything beside another that nothing orders."""
+    PRETENDED.forget_races()
+    yield
+    assert sorted(set(PRETENDED.races())) == []
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    """Nothing is made on the current device, and it stays the current one."""
+    torch.cuda.reset_peak_memory_stats(CURRENT)
+    before = torch.cuda.max_memory_allocated(CURRENT)
+    yield
+    assert torch.cuda.max_memory_allocated(CURRENT) == before
+    assert torch.cuda.current_device() == 0
+
+
+# --- the devices themselves ---------------------------------------------------------------------------------
+
+
+@there
+class TestTheDevices:
+    def test_tensors_of_several_devices_do_not_mix(self):
+        x = torch.randn(3, 4, device=CURRENT)
+        for other in (torch.randn(3, 4), torch.randn(3, 4, device=OTHER)):
+            with pytest.raises(RuntimeError, match="same device"):
+                x + other
+            with pytest.raises(RuntimeError, match="same device"):
+                torch.mm(x, other.T)
+        assert torch.equal((x * torch.tensor(2.0)).cpu(), x.cpu() * 2)
+        assert torch.equal(x[torch.tensor([0, 2])].cpu(), x.cpu()[[0, 2]])
+
+    def test_each_draws_by_itself(self):
+        host = torch.get_rng_state()
+        torch.cuda.manual_seed(3)
+        first, state = torch.rand(4, device=CURRENT), torch.cuda.get_rng_state()
+        second = nn.functional.dropout(torch.ones(50, device=CURRENT))
+        torch.cuda.set_rng_state(state)
+        torch.rand(4, device=OTHER)
+        assert torch.equal(nn.functional.dropout(torch.ones(50, device=CURRENT)), second)
+        torch.cuda.manual_seed(3)
+        assert torch.equal(torch.rand(4, device=CURRENT), first)
+        assert torch.equal(torch.get_rng_state(), host)
+
+    def test_what_the_host_waits_for_is_counted(self):
+        x, locked = torch.ones(4, device=CURRENT), torch.empty(4, pin_memory=True)
+        before = PRETENDED.waits()
+        locked.copy_(x + 1, non_blocking=True)
+        x.copy_(locked, non_blocking=True)
+        assert PRETENDED.waits() == before
+        for wait in (x.sum().item, x.cpu, x.nonzero, torch.cuda.synchronize, lambda: x.copy_(locked)):
+            before = PRETENDED.waits()
+            wait()
+            assert PRETENDED.waits() == before + 1
+
+    def test_what_nothing_orders_is_told(self):
+        x, side = torch.zeros(9, device=CURRENT), torch.cuda.Stream()
+        PRETENDED.forget_races()
+        with torch.cuda.stream(side):
+            y = x + 1
+        assert [text.split(" on lane")[0] for text in PRETENDED.races()] == ["read by aten::add"]
+        PRETENDED.forget_races()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            y = x + 1
+        torch.cuda.current_stream().wait_stream(side)
+        z = y * 2
+        assert not PRETENDED.races()
+        del y
+        assert [text.split(" on lane")[0] for text in PRETENDED.races()] == ["freed"]
+        torch.cuda.synchronize()
+        del z
+
+    def test_memory_that_nobody_wrote_to_is_nan(self):
+        assert bool(torch.empty(100, device=OTHER).isnan().all())
+
+
+# --- streams ------------------------------------------------------------------------------------------------
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "segments": {"segments": 2},
+    "dropout": {"dropout": 0.1},
+    "window": {"window": 5},
+    "tied": {"tie_embeddings": True},
+}
+
+
+@there
+@pytest.mark.parametrize("gradients_come", ["together", "by block"])
+@pytest.mark.parametrize("store", ["device", "host", "file"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_streamed_run_is_in_order(kind, store, gradients_come, in_order):
+    """Run after run, on the default stream and on another; and what it gives is what the resident executor gives."""
+    model, ids = make(**KINDS[kind]), tokens(2, 30)
+    truth = None if kind == "dropout" else gradients(model, model.loss(ids))
+    stream = pyckpt.Stream(tile=8, store=store, gradients=gradients_come)
+    side = torch.cuda.Stream()
+    for where in (torch.cuda.current_stream(), side, torch.cuda.current_stream()):
+        where.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(where):
+            found = gradients(model, model.loss(ids, stream=stream))
+        torch.cuda.current_stream().wait_stream(where)
+        torch.cuda.synchronize()  # gradients of another stream go here
+        if truth is not None:
+            assert_close(found, truth)
+
+
+@there
+@pytest.mark.parametrize("names", ["x", "x o", "o lse"])
+@pytest.mark.parametrize("place", ["host", "file"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_offload_is_in_order(kind, place, names, in_order):
+    """Several forwards before their backwards, one of them twice, on two streams."""
+    model, ids = make(**KINDS[kind]), tokens(2, 30)
+    truth = None if kind == "dropout" else gradients(model, model.loss(ids))
+    placed = make(**KINDS[kind], save=pyckpt.Save("attention", place=dict.fromkeys(names.split(), place)))
+    placed.load_state_dict(model.state_dict())
+    side = torch.cuda.Stream()
+    first, short = placed.loss(ids), placed.loss(ids[:, :20])
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        second = placed.loss(ids)
+    torch.cuda.current_stream().wait_stream(side)
+    second.backward(retain_graph=True)
+    gradients(placed, second)
+    short.backward()
+    placed.zero_grad()
+    found = gradients(placed, first)
+    torch.cuda.synchronize()
+    if truth is not None:
+        assert_close(found, truth)
+
+
+@there
+@pytest.mark.parametrize("wait", ["hold", "run"])
+def test_a_wait_left_out_shows(wait, monkeypatch):
+    """Of compute for copies, and of copies for compute: what `in_order` would say."""
+    from pyckpt.store import lanes
+
+    if wait == "hold":
+        monkeypatch.setattr(lanes.CudaLanes, "hold", lambda self, events: None)
+    else:
+        run = lanes.CudaLanes.run
+        monkeypatch.setattr(lanes.CudaLanes, "run", lambda self, lane, copy, after: run(self, lane, copy, ()))
+    PRETENDED.forget_races()
+    model, ids = make(), tokens(1, 40)
+    model.loss(ids, stream=pyckpt.Stream(tile=8, store="host")).backward()
+    torch.cuda.synchronize()
+    assert PRETENDED.races()
+    PRETENDED.forget_races()
+
+
+@there
+def test_streamed_memory_by_the_allocator_is_flat():
+    model = make()
+
+    def peak(length: int) -> int:
+        ids, stream = tokens(1, length), pyckpt.Stream(tile=16, store="host")
+        for _ in range(2):  # what is made once
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model.loss(ids, stream=stream).backward()
+            model.zero_grad()
+        return torch.cuda.max_memory_allocated() - before
+
+    short, long = peak(64), peak(256)
+    assert long <= short + 2 * 512  # which the allocator rounds up to
+
+
+# --- a device that is not the current one -------------------------------------------------------------------
+
+
+@there
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_elsewhere(kind, elsewhere):
+    model, ids = pyckpt.CkptCausalLM(**SIZES, **KINDS[kind]), torch.randint(0, 61, (2, 30))
+    truth = gradients(model, model.loss(ids))
+    model, ids = copy.deepcopy(model).to(OTHER), ids.to(OTHER)
+    found = [gradients(model, model.loss(ids))]
+    found += [
+        gradients(model, model.loss(ids, stream=pyckpt.Stream(tile=8, store=store)))
+        for store in ("device", "host", "file")
+    ]
+    with torch.autocast("cuda", torch.bfloat16):
+        gradients(model, model.loss(ids))
+    assert pyckpt.token_losses(model, ids).device == torch.device(OTHER)
+    if kind != "dropout":
+        for each in found:
+            assert_close(each, truth)
+
+
+@there
+@pytest.mark.parametrize("kind", ["plain", "dropout"])
+def test_triton_launches_elsewhere(kind, monkeypatch, elsewhere):
+    """Its kernels run on the current device, which has to be the tensors' then."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launch, launched = interpreter.GridExecutor.__call__, set()
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                assert value.device == torch.device("cuda", torch.cuda.current_device()), self.fn.__name__
+        launched.add(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched)
+    monkeypatch.delenv("PYCKPT_BACKEND")
+    model, ids = pyckpt.CkptCausalLM(**SIZES | {"n_layers": 1}, **KINDS[kind]), torch.randint(0, 61, (1, 18))
+    truth = gradients(model, model.loss(ids))
+    model, ids = copy.deepcopy(model).to(OTHER), ids.to(OTHER)
+    found = gradients(model, model.loss(ids))
+    if kind == "plain":
+        assert_close(found, truth)
+    gradients(model, model.loss(ids, stream=pyckpt.Stream(tile=16, store="host")))
+    assert len(launched) > 8
+
+
+FAMILIES = ["Llama", "Gemma2", "GPT2", "Qwen3Moe", "Exaone4", "Falcon", "Qwen3Next"]
+WAYS: dict[str, Callable[[], dict[str, Any]]] = {
+    "resident": lambda: {"tile": 8},
+    "segments": lambda: {"segments": 2},
+    "streamed": lambda: {"stream": pyckpt.Stream(tile=8, store="host")},
+}
+
+
+@there
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_models_elsewhere(family, kind, elsewhere):
+    pytest.importorskip("transformers")
+    from swap_models import make_batch, make_model, step
+
+    model, batch = make_model(family), make_batch(kind)
+    truth = step(copy.deepcopy(model), batch)
+    model, batch = model.to(OTHER), moved(batch, OTHER)
+    cut = family not in ("Falcon", "Qwen3Next", "Qwen3Moe")
+    for way in WAYS if cut else ["resident"]:
+        pyckpt.swap(model, **WAYS[way]())
+        assert_close(step(model, batch), truth)
+        pyckpt.unswap(model)
+
+
+@there
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Exaone4", "Bloom"])
+def test_models_over_two_devices(family):
+    """As accelerate deals them out (`device_map`)."""
+    pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    from swap_models import make_batch, make_model, step
+
+    model, batch = make_model(family), make_batch("padded")
+    truth = step(copy.deepcopy(model), batch)
+    where, layers = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    places: dict[str, int] = {f"{where}.{i}": int(i >= len(layers) // 2) for i in range(len(layers))}
+    places |= {n: 0 for n, m in model.named_modules() if not list(m.children()) and not n.startswith(where)}
+    model = accelerate.dispatch_model(model, places)
+    batch = moved(batch, CURRENT)
+    assert_close(step(model, batch), truth)
+    assert {e.path for e in pyckpt.swap(model).entries if e.name.startswith(where)} == {"checkpointed"}
+    assert_close(step(model, batch), truth)
+
+
+# --- what the host waits for --------------------------------------------------------------------------------
+
+
+@there
+@pytest.mark.parametrize(("kind", "allowed"), [("plain", 0), ("padded", 1), ("packed", 1)])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPT2", "Exaone4"])
+def test_a_step_of_a_swapped_model_waits_once_where_masks_are_read(family, kind, allowed, monkeypatch):
+    """For what the mask or the positions say. PyTorch's attention reads the lengths in every call, Triton's never."""
+    pytest.importorskip("transformers")
+    from swap_models import make_batch, make_model
+
+    reading, sequences = [0], attention_torch._sequences
+
+    def counted(*args: Any) -> Iterator[Any]:
+        before = PRETENDED.waits()
+        found = list(sequences(*args))
+        reading[0] += PRETENDED.waits() - before
+        return iter(found)
+
+    monkeypatch.setattr(attention_torch, "_sequences", counted)
+    model, batch = make_model(family).to(CURRENT), moved(make_batch(kind), CURRENT)
+    pyckpt.swap(model)
+    for _ in range(3):
+        before, reading[0] = PRETENDED.waits(), 0
+        model(**batch).loss.backward()
+        waited = PRETENDED.waits() - before - reading[0]
+    assert waited == allowed
+
+
+@there
+@pytest.mark.parametrize("options", [{}, {"segments": 2}, {"dropout": 0.1}, {"save": "all"}], ids=str)
+def test_a_step_of_our_own_waits_for_nothing(options):
+    model, ids = make(**options), tokens(2, 30)
+    for _ in range(3):
+        before = PRETENDED.waits()
+        model.loss(ids).backward()
+        waited = PRETENDED.waits() - before
+    assert waited == 0
