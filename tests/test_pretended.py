@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 import pyckpt
 from pyckpt.ops import attention_torch
+from pyckpt.train.signals import StopRequest
 
 HERE = Path(__file__).parent
 PRETENDED = sys.modules.get("pretended")
@@ -275,6 +278,25 @@ def test_models_elsewhere(kind, elsewhere):
 
 
 @there
+def test_host_memory_is_locked_for_the_device_that_copies(monkeypatch, elsewhere):
+    """On the current one it would make a context, which takes some hundred MiB there."""
+    runtime, devices = torch.cuda.cudart(), []
+    register = runtime.cudaHostRegister
+
+    def watched(at: int, size: int, flags: int) -> int:
+        devices.append(torch.cuda.current_device())
+        return register(at, size, flags)
+
+    monkeypatch.setattr(runtime, "cudaHostRegister", watched, raising=False)
+    model, ids = make(OTHER), tokens(1, 40, device=OTHER)
+    model.loss(ids, stream=pyckpt.Stream(tile=8, store="host")).backward()
+    streamed = len(devices)
+    placed = make(OTHER, save=pyckpt.Save("attention", place={"x": "host", "o": "host"}))
+    placed.loss(ids).backward()
+    assert 0 < streamed < len(devices) and set(devices) == {1}
+
+
+@there
 @pytest.mark.parametrize("kind", ["plain", "dropout"])
 def test_triton_launches_elsewhere(kind, monkeypatch, elsewhere):
     """Its kernels run on the current device, which has to be the tensors' then."""
@@ -323,6 +345,54 @@ def test_swapped_models_elsewhere(family, kind, elsewhere):
         pyckpt.swap(model, **WAYS[way]())
         assert_close(step(model, batch), truth)
         pyckpt.unswap(model)
+
+
+def bert() -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=61, max_position_embeddings=64))
+
+
+def t5() -> Any:
+    import transformers
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 61}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+
+
+@there
+@pytest.mark.parametrize("device", [CURRENT, OTHER])
+@pytest.mark.parametrize("make_one", [bert, t5])
+def test_layers_that_run_again_drop_the_same(make_one, device):
+    """By the generator of their device, which torch.utils.checkpoint keeps for its own arguments' devices alone."""
+    pytest.importorskip("transformers")
+    from swap_models import step
+
+    model, ids = make_one().train().to(device), tokens(2, 12, device=device)
+    batch = {"input_ids": ids, "labels": ids}
+    torch.manual_seed(1)
+    truth = step(model, batch)
+    assert {e.path for e in pyckpt.swap(model, loss=False).entries} == {"checkpointed"}
+    torch.manual_seed(1)
+    found = step(model, batch)
+    for name, value in truth.items():
+        assert torch.equal(found[name], value), name
+    assert not torch.equal(step(model, batch)["loss"], truth["loss"])  # it does drop
+
+
+@there
+@pytest.mark.parametrize("kind", ["plain", "padded"])
+def test_compiled_models_elsewhere(kind):
+    """Traced, as Inductor would be given it."""
+    pytest.importorskip("transformers")
+    from swap_models import make_batch, make_model, step
+
+    model, batch = make_model("Llama").to(OTHER), moved(make_batch(kind), OTHER)
+    truth = step(model, batch)
+    pyckpt.swap(model)
+    found = step(torch.compile(model, backend="aot_eager"), batch)
+    assert_close({name.removeprefix("_orig_mod."): value for name, value in found.items()}, truth)
 
 
 @there
@@ -383,3 +453,34 @@ def test_a_step_of_our_own_waits_for_nothing(options):
         model.loss(ids).backward()
         waited = PRETENDED.waits() - before
     assert waited == 0
+
+
+# --- the thread of a device's backward ----------------------------------------------------------------------
+
+
+@there
+@pytest.mark.parametrize("store", ["device", "host", "file"])
+def test_a_signal_ends_a_streamed_backward_between_tiles(store):
+    """While Python's handlers wait for the main thread, which waits for the device's in C++: `pyckpt train`'s way."""
+
+    class StoppedError(Exception):
+        pass
+
+    model, ids, tiles = make(), tokens(1, 60), []
+
+    def between_tiles(what: str, block: int, tile: int) -> None:
+        if what != "backward":
+            return
+        if stop:
+            raise StoppedError
+        tiles.append(threading.current_thread())
+        if len(tiles) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stream = pyckpt.Stream(tile=8, store=store, progress=between_tiles)
+    with StopRequest() as stop, pytest.raises(StoppedError):
+        model.loss(ids, stream=stream).backward()
+    assert len(tiles) == 3 and threading.main_thread() not in tiles
+    assert all(p.grad is None for p in model.parameters())
+    stream.progress = None
+    assert_close(gradients(model, model.loss(ids, stream=stream)), gradients(model, model.loss(ids)))

@@ -263,6 +263,11 @@ def _queue_of(device: torch.device, process: int) -> Queue:
 def _route_of(device: torch.device, place: str, path: str | None, process: int) -> Route:
     if place == "host":
         lanes: Lanes = CudaLanes(device)
-        return Route(lanes, Pool(HostRoom, lanes.wait))
+        return Route(lanes, Pool(lambda nbytes: _locked_for(device, nbytes), lanes.wait))
     folder, staging, lanes = scratch_folder(path), Staging.of(device), ThreadLanes(device)
     return Route(lanes, Pool(lambda nbytes: Scratch(nbytes, folder, staging), lanes.wait))
+
+
+def _locked_for(device: torch.device, nbytes: int) -> HostRoom:
+    with torch.cuda.device(device):  # locking makes a context of the current one, which may be another
+        return HostRoom(nbytes)

@@ -76,7 +76,8 @@ class HostStore(_Reusing):
         if not self.copies(device):
             slabs = self._memory(kind, lambda: self._reserve(plan, lambda: allocate(plan, device)))
             return InMemory(plan, device, slabs, lambda memory: self._keep(kind, memory))
-        memory = self._locked(plan)
+        with torch.cuda.device(device):  # locking makes a context of the current one, which may be another
+            memory = self._locked(plan)
         return Staged(plan, device, HostMemory(plan, memory), CudaLanes(device), lambda: self._keep(_LOCKED, memory))
 
     def _locked(self, plan: Plan) -> LockedMemory:

@@ -93,7 +93,7 @@ class _Library:
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile looks its rules up by function, for which it has to be hashable."""
+    """torch.compile looks its rules up by function, for which it has to be hashable, and one of its own."""
     return lambda *args: function(*args)
 
 
@@ -236,8 +236,8 @@ def _pretend() -> None:
     cuda.is_available, cuda.device_count, cuda._device_count_nvml = (lambda: True), (lambda: count), (lambda: count)
     core._cuda_getDeviceCount, core._cuda_init, cuda._is_in_bad_fork = (lambda: count), (lambda: None), (lambda: False)
     core._cuda_getDevice, core._cuda_setDevice = lib.device, lib.set_device
-    core._cuda_exchangeDevice = core._cuda_maybeExchangeDevice = lib.set_device
-    cuda._exchange_device = cuda._maybe_exchange_device = lib.set_device
+    core._cuda_exchangeDevice = cuda._exchange_device = lib.set_device
+    core._cuda_maybeExchangeDevice = cuda._maybe_exchange_device = _plain(lib.set_device)
     core._cuda_getCurrentStream = lambda device: (lib.stream(device), device, _CUDA)
     core._cuda_getDefaultStream = lambda device: (0, device, _CUDA)
     core._cuda_getCurrentRawStream, core._cuda_setStream = lib.stream, _set_stream
