@@ -275,6 +275,27 @@ def block_gpu() -> str:
     return _by_device("block", lambda r: f"{r['length']:,}" + _blocks(r["layers"]), columns, cells)
 
 
+def gpu_memory() -> str:
+    """What the allocator counts without a GPU, beside what the H200 counted before, for README.md."""
+    figures = common.read("gpu_memory")
+    h200 = common.read("block_h200")
+    measured = {(r["length"], r["variant"]): r["beyond_bytes"] for r in h200["rows"]}
+    streamed = {r["length"]: r["peak_bytes"] for r in common.read("stream_h200")["rows"] if r["variant"] == "streamed"}
+    before = figures["plain"]["commit"]
+    lines = [f"| size | kept | memory beyond | / plain | on the H200, commit {before} |", "|---|---|--:|--:|--:|"]
+    for row in figures["rows"]:
+        if row["what"] == "block":
+            kept, over, then = row["save"], f"{row['over_plain']:.3f}", measured[row["length"], row["save"]]
+            aims = h200["aims"]
+            if (kept, row["length"]) == (SAVE, aims["at_length"]):
+                over += f" (aim ≤ {aims['beyond_bytes_over_plain']:.2f})"
+        else:
+            kept, over, then = f"streamed, {row['layers']} layers", "–", streamed.get(row["length"])
+        shown = "–" if then is None else format_bytes(then)
+        lines.append(f"| {row['length']:,} | {kept} | {format_bytes(row['bytes'])} | {over} | {shown} |")
+    return "\n".join([*lines, "", source("bench/gpu_memory.py", "gpu_memory", figures)])
+
+
 def _blocks(layers: int) -> str:
     return f", {layers} blocks" if layers > 1 else ""
 
@@ -482,6 +503,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda-kernels": cuda_kernels,
     "cuda-build": cuda_build,
     "block-gpu": block_gpu,
+    "gpu-memory": gpu_memory,
     "loss": loss,
     "mlp": mlp,
     "stream-gpu": stream_gpu,

@@ -18,6 +18,7 @@ Kernels of CUDA, cuDNN, NCCL and CUDA graphs are not there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -26,7 +27,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "races": (_LONG, []),
     "race": (_TEXT, [_LONG]),
     "forget_races": (None, []),
+    "set_idle": (None, [_INT]),
     "synchronize": (None, []),
     "synchronize_stream": (None, [_INT, _LONG]),
     "new_event": (_PLACE, []),
@@ -118,6 +120,27 @@ def races() -> list[str]:
 
 def forget_races() -> None:
     lib.forget_races()
+
+
+@contextlib.contextmanager
+def idle() -> Iterator[None]:
+    """Kernels, Triton's too, do nothing in here: memory is taken and given back as by any, and has nothing in it.
+
+    For what the allocator counts at sizes at which the CPU's kernels would take hours.
+    """
+    launch = None
+    with contextlib.suppress(ImportError):
+        from triton.runtime import interpreter
+
+        launch = interpreter.GridExecutor.__call__
+        interpreter.GridExecutor.__call__ = lambda self, *args, **kwargs: None
+    lib.set_idle(1)
+    try:
+        yield
+    finally:
+        lib.set_idle(0)
+        if launch is not None:
+            interpreter.GridExecutor.__call__ = launch
 
 
 class _Properties:

@@ -11,6 +11,7 @@
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/ConvUtils.h>
 #include <ATen/native/transformers/attention.h>
+#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -40,6 +41,7 @@ constexpr size_t kRounding = 512;  // PyTorch's allocator's
 
 thread_local int device_now = 0;
 thread_local int64_t stream_now[kDevices] = {};
+bool idle = false;  // nothing is computed, for sizes at which that would take hours: see `idle` in Python
 thread_local bool inside = false;  // in a kernel, whose own copies are no copies of the device's
 
 std::recursive_mutex lock;  // of all that follows
@@ -173,7 +175,7 @@ void* take(size_t size, int device) {
   size = (size + kRounding - 1) / kRounding * kRounding;
   void* at = nullptr;
   TORCH_CHECK(posix_memalign(&at, kRounding, size) == 0, "out of memory");
-  std::memset(at, 0xff, size);  // NaN: nobody wrote to it
+  if (!idle) std::memset(at, 0xff, size);  // NaN: nobody wrote to it. Pages that nobody touches take no memory.
   Lock guard(lock);
   blocks[static_cast<const char*>(at)] = {size, device, device < 0 ? -1 : lane_of(device), {}, {}};
   if (device >= 0) {
@@ -400,7 +402,7 @@ void order_copy(const Tensor& to, const Tensor& from, bool non_blocking) {
 Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   if (self.is_same(from) || from.is_meta()) return self;
   order_copy(self, from, non_blocking);
-  on_host(self).copy_(on_host(from));
+  if (!idle) on_host(self).copy_(on_host(from));
   return self;
 }
 
@@ -467,9 +469,11 @@ std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& g, const Tensor& x, 
   return {dx.defined() ? dx.to(x.device()) : dx, dw.defined() ? dw.to(x.device()) : dw};
 }
 
-int64_t composed_attention(const Tensor&, const Tensor&, const Tensor&, const Maybe<Tensor>&, double, bool,
-                           Maybe<double>, bool) {
-  return 0;  // sdp::SDPBackend::math
+// What PyTorch's attention runs on: products and a softmax; or its flash kernel, of which idle devices need no more
+// than sizes.
+int64_t chosen_attention(const Tensor&, const Tensor&, const Tensor&, const Maybe<Tensor>&, double, bool, Maybe<double>,
+                         bool) {
+  return static_cast<int64_t>(idle ? sdp::SDPBackend::flash_attention : sdp::SDPBackend::math);
 }
 
 // --- every other op: the CPU's --------------------------------------------------------------------------------------
@@ -549,6 +553,63 @@ void as_on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack, int 
   cpu.set_state(before);
 }
 
+Tensor as_meta(const Tensor& t) {
+  return t.defined() ? at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kMeta).requires_grad(false))
+                     : t;
+}
+
+c10::IValue as_meta(const c10::IValue& value) {
+  if (value.isTensor()) return as_meta(value.toTensor());
+  if (value.isDevice()) return Device(DeviceType::Meta);
+  if (value.isGenerator()) return {};
+  if (value.isTensorList()) {
+    c10::List<Tensor> all;
+    for (const Tensor& t : value.toTensorVector()) all.push_back(as_meta(t));
+    return all;
+  }
+  if (value.isOptionalTensorList()) {
+    c10::List<Maybe<Tensor>> all;
+    for (const auto& t : value.toOptionalTensorVector()) all.push_back(t ? Maybe<Tensor>(as_meta(*t)) : t);
+    return all;
+  }
+  return value;
+}
+
+Tensor of_size(const Tensor& meta) {
+  return meta.defined() ? at::empty_strided(meta.sizes(), meta.strides(), meta.options().device(at::kCUDA)) : meta;
+}
+
+// Memory for what an op gives, of the sizes that it says, and nothing in it.
+void sizes_alone(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  auto n = schema.arguments().size(), results = schema.returns().size();
+  std::vector<c10::IValue> given(stack->end() - static_cast<int64_t>(n), stack->end());
+  for (size_t i = stack->size() - n; i < stack->size(); ++i) stack->at(i) = as_meta(stack->at(i));
+  op.callBoxed(stack);
+  for (size_t i = 0; i < results; ++i) {
+    auto& result = stack->at(stack->size() - results + i);
+    auto alias = schema.returns()[i].alias_info();
+    if (alias == nullptr) {
+      if (result.isTensor()) {
+        result = of_size(result.toTensor());
+      } else if (result.isTensorList()) {
+        c10::List<Tensor> all;
+        for (const Tensor& t : result.toTensorVector()) all.push_back(of_size(t));
+        result = all;
+      }
+      continue;
+    }
+    for (size_t k = 0; k < n; ++k) {
+      auto same = schema.arguments()[k].alias_info();
+      if (same == nullptr || same->beforeSets() != alias->beforeSets()) continue;
+      if (given[k].isTensor() && given[k].toTensor().sizes() != result.toTensor().sizes())
+        resize_(given[k].toTensor(), result.toTensor().sizes(), std::nullopt);
+      result = given[k];
+      break;
+    }
+  }
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   auto args = torch::jit::last(*stack, schema.arguments().size());
@@ -564,7 +625,10 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       });
     }
   }
-  as_on_the_cpu(op, stack, device);
+  if (idle)
+    sizes_alone(op, stack);
+  else
+    as_on_the_cpu(op, stack, device);
   Lock after(lock);
   for (const auto& result : torch::jit::last(*stack, schema.returns().size()))
     each_tensor(result, [&](const Tensor& t) {
@@ -610,7 +674,7 @@ namespace at {
 C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
 }
 namespace at::native {
-REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &::composed_attention)
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &::chosen_attention)
 REGISTER_CUDA_DISPATCH(conv_depthwise2d_backward_stub, &::depthwise_backward)
 }  // namespace at::native
 
@@ -632,6 +696,7 @@ int64_t pretended_waits() { return waits; }
 int64_t pretended_races() { return static_cast<int64_t>(races.size()); }
 const char* pretended_race(int64_t i) { return races[i].c_str(); }
 void pretended_forget_races() { races.clear(); }
+void pretended_set_idle(int on) { idle = on != 0; }
 void pretended_synchronize() { Guard().synchronizeDevice(0); }
 void pretended_synchronize_stream(int device, int64_t stream) {
   Guard().synchronizeStream(Guard().stream(Device(DeviceType::CUDA, device), stream));
