@@ -35,11 +35,13 @@ there = pytest.mark.skipif(PRETENDED is None, reason="needs the devices that are
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", ["in_order", "not in_order"])
 @pytest.mark.skipif(PRETENDED is not None, reason="starts what this is")
 @pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="needs PyTorch's CPU build")
 @pytest.mark.skipif(sys.platform != "linux", reason="the library is linked as Linux has it")
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
-def test_on_devices_that_are_pretended():
+def test_on_devices_that_are_pretended(part):
     paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -47,7 +49,7 @@ def test_on_devices_that_are_pretended():
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
     }
-    options = ["-p", "pretended", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", "-m", "not slow or slow"]
+    options = ["-p", "pretended", "-p", "no:xdist", "-p", "no:cacheprovider", "-q", "-k", part]
     command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
     done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -144,7 +144,7 @@ def idle() -> Iterator[None]:
 
 
 class _Properties:
-    name = "NVIDIA H200 (pretended)"
+    name = "no GPU, an H200 pretended"
     major, minor = 9, 0
     total_memory = 140 * 2**30
     multi_processor_count = 132
