@@ -14,11 +14,13 @@ import argparse
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
-LLAMA_8B: dict[str, Any] = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336, "rope_theta": 5e5}
+# As in block_gpu.py and stream_gpu.py, which cannot be imported beside an older pyckpt.
+LLAMA_8B: dict[str, Any] = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336}
 WORDS, LAYERS, TILE = 32_000, 2, 8192
 BLOCKS, STREAMS = (8192, 32768), (32768, 131072, 262144)
 
@@ -34,6 +36,7 @@ def main() -> None:
     sys.path[:0] = [str(options.root), str(HERE / "tests")]
     import pretended
 
+    import pyckpt
     from pyckpt.store import host
 
     sys.path.insert(0, str(HERE))
@@ -43,7 +46,8 @@ def main() -> None:
 
     h200 = common.read("block_h200")
     with pretended.idle():
-        rows = [row for length in BLOCKS for row in blocks(length, plain_bytes(h200, length))]
+        sets = [(length, save) for length in BLOCKS for save in pyckpt.SAVE_SETS]
+        rows = [block(length, save, plain_bytes(h200, length)) for length, save in sets]
         rows += [streamed(length) for length in options.streams]
     for row in rows:
         print(line(row), flush=True)
@@ -56,28 +60,23 @@ def plain_bytes(h200: Row, length: int) -> int:
     return next(r["beyond_bytes"] for r in h200["rows"] if (r["length"], r["variant"]) == (length, "plain"))
 
 
-def blocks(length: int, plain: int) -> list[Row]:
-    """Of each save set, what a step needs beyond its output and gradients, in bfloat16."""
+def block(length: int, save: str, plain: int) -> Row:
+    """What a step of the block needs beyond its output and gradients, in bfloat16."""
     import torch
 
     import pyckpt
 
-    rows = []
-    for save in ("all", "attention+qkv", "attention+mid", "attention", "input"):
-        block = pyckpt.CkptTransformerBlock(**LLAMA_8B, save=save, device="cuda", dtype=torch.bfloat16)
-        x = torch.empty(1, length, LLAMA_8B["d_model"], device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.empty_like(x)
+    made = pyckpt.CkptTransformerBlock(**LLAMA_8B, save=save, device="cuda", dtype=torch.bfloat16)
+    x = torch.empty(1, length, LLAMA_8B["d_model"], device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.empty_like(x)
 
-        def step(block: Any = block, x: Any = x, dy: Any = dy) -> None:
-            block(x).backward(dy)
+    def step() -> None:
+        made(x).backward(dy)
+        made.zero_grad()
+        x.grad = None
 
-        peak = peak_bytes(step, lambda block=block, x=x: clear([*block.parameters(), x]))
-        made = 2 * x.nbytes + sum(p.nbytes for p in block.parameters())
-        rows.append(
-            {"what": "block", "length": length, "save": save, "bytes": peak - made, "over_plain": (peak - made) / plain}
-        )
-        del block, x, dy, step
-    return rows
+    beyond = peak_bytes(step) - 2 * x.nbytes - sum(p.nbytes for p in made.parameters())
+    return {"what": "block", "length": length, "save": save, "bytes": beyond, "over_plain": beyond / plain}
 
 
 def streamed(length: int) -> Row:
@@ -86,29 +85,22 @@ def streamed(length: int) -> Row:
 
     import pyckpt
 
-    kind = {**LLAMA_8B, "vocab_size": WORDS, "n_layers": LAYERS}
-    model = pyckpt.CkptCausalLM(**kind, device="cuda", dtype=torch.bfloat16)
+    model = pyckpt.CkptCausalLM(WORDS, LAYERS, **LLAMA_8B, device="cuda", dtype=torch.bfloat16)
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     tokens, stream = torch.zeros(1, length, dtype=torch.int64, device="cuda"), pyckpt.Stream(TILE, "host")
-    peak = peak_bytes(lambda: model.loss(tokens, stream=stream).backward(), lambda: None)
+    peak = peak_bytes(lambda: model.loss(tokens, stream=stream).backward())
     return {"what": "streamed", "length": length, "layers": LAYERS, "tile": TILE, "bytes": peak}
 
 
-def clear(tensors: list[Any]) -> None:
-    for t in tensors:
-        t.grad = None
-
-
-def peak_bytes(step: Any, before_each: Any) -> int:
-    """The most that a second step takes above what was there."""
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most that a second step takes above what was there before it."""
     import torch
 
     for _ in range(2):
-        before_each()
         gc.collect()
-        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
     return torch.cuda.max_memory_allocated() - before
 

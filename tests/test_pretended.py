@@ -7,8 +7,6 @@ kernels serve its ops, and where a test says so Triton's in their interpreter.
 from __future__ import annotations
 
 import copy
-import gc
-import json
 import os
 import shutil
 import signal
@@ -24,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import pyckpt
+from bench import common, gpu_memory
+from bench.gpu_memory import peak_bytes
 from pyckpt.ops import attention_torch
 from pyckpt.train.signals import StopRequest
 
@@ -245,16 +245,6 @@ def test_a_wait_left_out_shows(wait, monkeypatch):
 # --- what the allocator counts ------------------------------------------------------------------------------
 
 
-def peak(step: Callable[[], Any]) -> int:
-    """Of a second step, above what was there before it."""
-    for _ in range(2):
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-    return torch.cuda.max_memory_allocated() - before
-
-
 @there
 def test_idle_devices_count_what_working_ones_do():
     with PRETENDED.idle():
@@ -268,9 +258,9 @@ def counted() -> list[int]:
     found = []
     for options in ways:
         model = make(**options)
-        found.append(peak(lambda model=model: (model.loss(ids).backward(), model.zero_grad())))
+        found.append(peak_bytes(lambda model=model: (model.loss(ids).backward(), model.zero_grad())))
     stream = pyckpt.Stream(tile=16, store="host")
-    found.append(peak(lambda: (model.loss(ids, stream=stream).backward(), model.zero_grad())))
+    found.append(peak_bytes(lambda: (model.loss(ids, stream=stream).backward(), model.zero_grad())))
     return found
 
 
@@ -279,21 +269,10 @@ def test_llama_8bs_block_takes_a_quarter_of_plain_pytorchs_peak(monkeypatch):
     """32K tokens in bfloat16 by Triton's launchers; plain PyTorch's is what an H200 counted."""
     pytest.importorskip("triton")
     monkeypatch.delenv("PYCKPT_BACKEND")
-    results = json.loads((HERE.parent / "bench/results/block_h200.json").read_text())
-    plain = next(r for r in results["rows"] if (r["length"], r["variant"]) == (32768, "plain"))
+    h200 = common.read("block_h200")
     with PRETENDED.idle():
-        sizes = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336}
-        block = pyckpt.CkptTransformerBlock(**sizes, device=CURRENT, dtype=torch.bfloat16)
-        x = torch.empty(1, 32768, 4096, device=CURRENT, dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.empty_like(x)
-
-        def step() -> None:
-            block(x).backward(dy)
-            block.zero_grad()
-            x.grad = None
-
-        made = 2 * x.nbytes + sum(p.nbytes for p in block.parameters())
-        assert peak(step) - made <= results["aims"]["beyond_bytes_over_plain"] * plain["beyond_bytes"]
+        found = gpu_memory.block(32768, "attention", gpu_memory.plain_bytes(h200, 32768))
+    assert found["over_plain"] <= h200["aims"]["beyond_bytes_over_plain"]
 
 
 @there
@@ -302,15 +281,7 @@ def test_streamed_memory_is_flat(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("PYCKPT_BACKEND")
     with PRETENDED.idle():
-        sizes = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336, "vocab_size": 32000, "n_layers": 2}
-        model = pyckpt.CkptCausalLM(**sizes, device=CURRENT, dtype=torch.bfloat16)
-        peaks = set()
-        for length in (24576, 32768, 65536):
-            ids, stream = torch.zeros(1, length, dtype=torch.int64, device=CURRENT), pyckpt.Stream(8192, "host")
-            peaks.add(
-                peak(lambda ids=ids, stream=stream: (model.loss(ids, stream=stream).backward(), model.zero_grad()))
-            )
-    assert len(peaks) == 1
+        assert len({gpu_memory.streamed(length)["bytes"] for length in (24576, 32768, 65536)}) == 1
 
 
 # --- a device that is not the current one -------------------------------------------------------------------

@@ -90,9 +90,6 @@ class _Library:
             function.restype, function.argtypes = result, arguments
             setattr(self, name, _plain(function))
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
-
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile looks its rules up by function, for which it has to be hashable, and one of its own."""
