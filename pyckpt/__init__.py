@@ -2,6 +2,7 @@
 
 from pyckpt import _source_tree, measure, ops  # noqa: F401 (_source_tree: its import has the effect)
 from pyckpt._version import __version__
+from pyckpt.attend.context import ContextParallel
 from pyckpt.block import CkptGenericBlock, CkptTransformerBlock
 from pyckpt.functional import activation, attention, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 from pyckpt.keep import Kept, keep_within
@@ -17,6 +18,7 @@ __all__ = [
     "CkptGenericBlock",
     "CkptTransformer",
     "CkptTransformerBlock",
+    "ContextParallel",
     "Kept",
     "Save",
     "Stream",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
+from pyckpt.attend.context import ContextParallel, check_context
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.casting import autocasts
 from pyckpt.compiling import uncompiled
@@ -20,6 +22,7 @@ from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.streamed_layers import InRun
 from pyckpt.exec.tiling import TILE_BYTES
+from pyckpt.reading import read_once
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec, Window
 from pyckpt.tokenwise.generic import in_place, precision
@@ -124,19 +127,22 @@ class CheckpointedBlock(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         *,
+        context: ContextParallel | None = None,
         pyckpt_call: InRun | None = None,
     ) -> Tensor:
         """y, with the shape and dtype of x.
 
         x: (B, S, d_model), or packed (T, d_model) with `cu_seqlens` (N + 1,) int32, the sequences' starts and, last,
         T. positions: (S,), (B, S) or (T,) int, for RoPE; by default they count from 0 in every sequence.
+        context: the processes that share the sequences. Then x and y are this one's part (`ContextParallel.shard`), S
+        and T in the others are those of the whole.
 
         Raises ValueError on shapes, dtypes or devices that do not fit, before anything runs. (`pyckpt_call` is how a
         streamed run calls a block whose weights FSDP2 gathers.)
         """
         if pyckpt_call is not None:
             return pyckpt_call.run.layer(pyckpt_call.block, x, self.weights)
-        return run_blocks([self], x, positions, cu_seqlens)
+        return run_blocks([self], x, positions, cu_seqlens, context=context)
 
 
 class CkptTransformerBlock(CheckpointedBlock):
@@ -411,16 +417,21 @@ def run_blocks(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     checked: bool = False,
+    context: ContextParallel | None = None,
 ) -> Tensor:
     """Run consecutive blocks as one autograd node (see `pyckpt.exec.node`), after checking the inputs.
 
     `checked`: the values of cu_seqlens are known to be right, and need not be read.
     """
+    if context is not None:
+        check_context(context)
+        if torch.compiler.is_compiling():  # what processes say to each other is nothing that a graph knows
+            return _run_uncompiled(blocks, x, positions, cu_seqlens, checked, context)
     first = blocks[0]
     compute = compute_dtype(x)
     if x.is_meta and len(blocks) > 1:  # nothing is kept there: a segment has the shapes of its blocks
         for block in blocks:
-            x = run_blocks([block], x, positions, cu_seqlens, checked)
+            x = run_blocks([block], x, positions, cu_seqlens, checked, context)
         return x
     errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
     weights = [block.weights() for block in blocks]
@@ -428,13 +439,16 @@ def run_blocks(
         check_weights(block, part, x, compute)
     opaque = torch.compiler.is_compiling() or x.is_meta  # no values to look at
     if cu_seqlens is not None and not checked and not opaque:
-        errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device, asker=first)
+        all_tokens = x.shape[0] * (1 if context is None else context.size)
+        errors.check_cu_seqlens(cu_seqlens, all_tokens, x.device, asker=first)
     if positions is not None:
+        if context is not None:
+            positions = context.shard(positions, -1)
         positions = errors.check_positions(positions, x)
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
     placed = None if x.is_meta else first.placed
-    if opaque and len(blocks) == 1 and first.spec_text is not None and placed is None:
+    if opaque and len(blocks) == 1 and first.spec_text is not None and placed is None and context is None:
         options = (first.spec_text, first._save.name, first.tile, first.tile_bytes, compute)
         return compiled.block(*options, x, positions, cu_seqlens, draw_seeds(blocks), flat)
     if x.is_meta:
@@ -442,13 +456,16 @@ def run_blocks(
             f"x is on the meta device, where a {type(first).__name__} cannot run: its modules and attention compute by "
             "tiles, with values; give x on a device that has some, and the block with .to_empty(device=...)"
         )
-    run = node.Run(
-        [block.plan(tokens, x.dtype, compute, x.device) for block in blocks],
-        [tuple(part) for part in weights],
-        compute,
-        placed,
-    )
+    plans = [block.plan(tokens, x.dtype, compute, x.device) for block in blocks]
+    starts = None
+    if context is not None:
+        plans = [dataclasses.replace(plan, attend=context.attend(plan.attend)) for plan in plans]
+        starts = None if cu_seqlens is None else read_once(cu_seqlens, "starts", first, cu_seqlens.tolist)
+    run = node.Run(plans, [tuple(part) for part in weights], compute, placed, context, starts)
     return _execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
+
+
+_run_uncompiled = uncompiled(run_blocks)
 
 
 def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyckpt import errors, vocab_parallel
+from pyckpt.attend import shared
+from pyckpt.attend.context import ContextParallel, check_context
+from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.casting import autocast
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
@@ -43,6 +46,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
+    context: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention, without an Sq x Sk matrix in memory, forward or backward.
 
@@ -66,6 +70,9 @@ def attention(
         return_lse: also return lse, the log-sum-exp of each query's scores: (B, H, Sq), packed (H, T);
             float32 (float64 for float64 inputs). Of bfloat16 inputs on a CPU, which go to PyTorch's kernel, it is
             exact to 1e-4 and not to 1e-6.
+        context: the processes that share the sequences: q, k, v are this one's part (`ContextParallel.shard`), all of
+            one length, and so are o and lse; cu_seqlens are those of all tokens. Not with alibi_slopes or cu_seqlens_k.
+            Gradients are those of the sum of the processes' losses.
 
     A query that sees no key has o = 0 and lse = -inf. Differentiable in q, k, v and sinks through o and lse.
     Raises ValueError on shapes, dtypes and options that do not fit.
@@ -73,13 +80,22 @@ def attention(
     errors.check_transforms("pyckpt.attention", q, k, v, sinks)
     q, k, v = autocast(q, k, v)
     _check_attention(q, k, v, packed=cu_seqlens is not None)
-    _check_packed(q, k, cu_seqlens, cu_seqlens_k)
+    _check_packed(q, k, cu_seqlens, cu_seqlens_k, 1 if context is None else check_context(context).size)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
     _check_dropout(dropout, seed)
     errors.check_constant("scale", scale, "multiply q by it and give scale=1.0")
     left, right = canonical_window(causal, window)
     cap = _softcap(softcap)
     q, scale = _scaled(q, q.shape[-1] ** -0.5 if scale is None else scale)
+    if context is not None:
+        _check_shared(q, k, alibi_slopes, cu_seqlens_k)
+        heads = (q.shape[-2], k.shape[-2], q.shape[-1])
+        attend = DenseAttend(*heads, (left, right), cap, scale, float(dropout), v_head_dim=v.shape[-1])
+        batch, seq = (q.shape[0], q.shape[1]) if cu_seqlens is None else (1, q.shape[0])
+        layout = Layout(batch, seq, cu_seqlens)
+        drawn = context.seed(seed) if dropout else None
+        found = shared.attention(q, k, v, sinks, context.attend(attend), layout, drawn)
+        return found if return_lse else found[0]
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sinks, slopes = (None if t is None else t.contiguous() for t in (sinks, alibi_slopes))
     extras = (sinks, slopes, float(dropout), seed if dropout else None)
@@ -120,13 +136,25 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(f"q has batch size {q.shape[0]} and k has {k.shape[0]}; they must be equal")
 
 
-def _check_packed(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+def _check_shared(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    for name, given in (("alibi_slopes", alibi_slopes), ("cu_seqlens_k", cu_seqlens_k)):
+        if given is not None:
+            raise ValueError(f"context goes with no {name}; leave one of them out")
+    if q.shape[:-2] != k.shape[:-2] or q.shape[:-2].numel() == 0:
+        raise ValueError(
+            f"with context q and k are the same tokens, at least one, got shapes {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+
+
+def _check_packed(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, processes: int = 1
+) -> None:
     if cu_seqlens is None:
         if cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_k is given without cu_seqlens, the starts of the queries")
         return
     if not on_meta(cu_seqlens, q):
-        errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+        errors.check_cu_seqlens(cu_seqlens, q.shape[0] * processes, q.device)
     if cu_seqlens_k is None:
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"packed q has {q.shape[0]} tokens and k has {k.shape[0]}; they differ: give cu_seqlens_k")

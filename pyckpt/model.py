@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
+from pyckpt.attend.context import ContextParallel, check_context
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
 from pyckpt.exec.gathering import gather, gathers, hooks_of, others, unshards
 from pyckpt.exec.lm_ends import following
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, on_meta, rms_norm
 from pyckpt.ops.chunks import acc_dtype
+from pyckpt.ops.linear_cross_entropy import counted
 from pyckpt.save import Save, SaveSet
 from pyckpt.spec import Window
 from pyckpt.stream import Stream, check_stream, run_loss, run_stack
@@ -115,22 +117,25 @@ class CkptTransformer(nn.ModuleList):
         cu_seqlens: Tensor | None = None,
         *,
         stream: Stream | None = None,
+        context: ContextParallel | None = None,
     ) -> Tensor:
-        """y, with the shape and dtype of x; arguments as for `CkptTransformerBlock`.
+        """y, with the shape and dtype of x; arguments as for a block's call.
 
-        stream: run streamed; x and y are whole tensors, and nothing between them is.
+        stream: run streamed; x and y are whole tensors, and nothing between them is. Not with `context`.
         """
         if stream is not None:
             check_stream(stream)
+            _check_alone(context)
             return run_stack(self, x, positions, cu_seqlens, stream)
+        shared: dict[str, Any] = {} if context is None else {"context": context}
         length = self.segment_length
         if length == 1 or self._is_watched():
             for block in self:
-                x = block(x, positions, cu_seqlens)
+                x = block(x, positions, cu_seqlens, **shared)
             return x
         blocks = cast("list[CheckpointedBlock]", list(self))
         for start in range(0, len(blocks), length):
-            x = run_blocks(blocks[start : start + length], x, positions, cu_seqlens)
+            x = run_blocks(blocks[start : start + length], x, positions, cu_seqlens, context=context)
         return x
 
     def _is_watched(self) -> bool:
@@ -315,10 +320,22 @@ class CkptCausalLM(nn.Module):
         for block in self.blocks:
             block.tile = tile
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The final norm's output, (*tokens.shape, d_model): what the head reads."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        context: ContextParallel | None = None,
+    ) -> Tensor:
+        """The final norm's output, (*tokens.shape, d_model): what the head reads.
+
+        With `context`, which processes share the sequences, that of this one's tokens, of the whole ones given.
+        """
         self._check_tokens(tokens, cu_seqlens)
-        x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens)
+        if context is not None:
+            tokens = check_context(context).shard(tokens, -1)
+        x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens, context=context)
         norm = self.model.norm
         gather(norm)
         weight = with_offset(cast(Tensor, norm.weight), self.spec.norm_offset)
@@ -326,12 +343,19 @@ class CkptCausalLM(nn.Module):
             return layer_norm(x, weight, norm.bias, self.spec.norm_eps)
         return rms_norm(x, weight, self.spec.norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        context: ContextParallel | None = None,
+    ) -> Tensor:
         """Logits (*tokens.shape, vocab_size). Tokens (B, S) int64, or packed (T,) with cu_seqlens.
 
-        This holds the logits of all tokens; `loss` does not.
+        This holds the logits of all tokens; `loss` does not. With `context`, of this process's tokens.
         """
-        return self._logits(self.hidden(tokens, positions, cu_seqlens))
+        return self._logits(self.hidden(tokens, positions, cu_seqlens, context=context))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.lm_head
@@ -349,6 +373,7 @@ class CkptCausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         stream: Stream | None = None,
+        context: ContextParallel | None = None,
         token_weight: Tensor | None = None,
         class_weight: Tensor | None = None,
         softcap: float | None = None,
@@ -361,7 +386,8 @@ class CkptCausalLM(nn.Module):
 
         labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
         i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
-        included. stream: run streamed, with memory on the device that does not depend on the sequence length.
+        included. stream: run streamed, with memory on the device that does not depend on the sequence length. context:
+        the processes that share the sequences; all give the same whole ones, of any length, and have the same loss.
         token_weight: floating, in the labels' shape and aligned with them. class_weight (vocab_size,), softcap, z_loss,
         label_smoothing, reduction and, not streamed, recompute: as in `linear_cross_entropy`.
 
@@ -379,12 +405,52 @@ class CkptCausalLM(nn.Module):
         }
         if stream is not None:
             check_stream(stream)
+            _check_alone(context)
             return run_loss(self, tokens, labels, weights, positions, cu_seqlens, stream, options)
         targets = _targets(labels, cu_seqlens)
-        hidden = self.hidden(tokens, positions, cu_seqlens)
         weights = None if weights is None else following(weights, 0.0)
+        if context is not None:
+            return self._shared_loss(tokens, targets, weights, positions, cu_seqlens, check_context(context), options)
+        hidden = self.hidden(tokens, positions, cu_seqlens)
         gather(self.lm_head)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, token_weight=weights, **options)
+
+    def _shared_loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        context: ContextParallel,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The loss of all tokens, of which this process computes its part."""
+        given, reduction = tokens.shape[-1], options["reduction"]
+        padding = -given % context.multiple  # at the end, where no other token sees it
+        if padding:
+            tokens, targets = (
+                nn.functional.pad(tokens, (0, padding)),
+                nn.functional.pad(targets, (0, padding), value=-100),
+            )
+            weights, positions = (
+                None if t is None else nn.functional.pad(t, (0, padding)) for t in (weights, positions)
+            )
+            if cu_seqlens is not None:
+                cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=given + padding)
+        hidden = self.hidden(tokens, positions, cu_seqlens, context=context)
+        gather(self.lm_head)
+        part = linear_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            context.shard(targets, -1),
+            token_weight=None if weights is None else context.shard(weights, -1),
+            **options | {"reduction": "none" if reduction == "none" else "sum"},
+        )
+        if reduction == "none":
+            return context.gather(part, -1)[..., :given]
+        loss = context.total(part)
+        return loss / counted(targets, weights, -100) if reduction == "mean" else loss
 
     def _check_tokens(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
         weight = self.model.embed_tokens.weight
@@ -446,6 +512,13 @@ class CkptCausalLM(nn.Module):
         from pyckpt.hf import load_pretrained
 
         return load_pretrained(path, **options)
+
+
+def _check_alone(context: ContextParallel | None) -> None:
+    if context is not None:
+        raise ValueError(
+            "stream and context are both given: a streamed run has the whole sequence in one process. Leave one out"
+        )
 
 
 def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -19,12 +19,13 @@ class Layout:
     """How a flat list of T tokens falls into sequences: `batch` of `seq` tokens each, or packed by `cu_seqlens`.
 
     cu_seqlens: (N + 1,) int32; or (2, N + 1), where keys have starts of their own, in the second row. A sequence's
-    first query then stands at its first key.
+    first query then stands at its first key. `read`: its values, where they have been read already.
     """
 
     batch: int
     seq: int
     cu_seqlens: Tensor | None = None
+    read: Sequence[int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -45,7 +46,9 @@ class Layout:
     def numbers(self) -> tuple[Sequence[int], Sequence[int]]:
         """The starts of queries and of keys, read once for all blocks: a GPU has to be waited for."""
         cu, cu_keys = self.starts
-        starts = range(0, self.tokens + 1, self.seq) if cu is None else cu.tolist()
+        starts = self.read
+        if starts is None:
+            starts = range(0, self.tokens + 1, self.seq) if cu is None else cu.tolist()
         return starts, cu_keys.tolist() if self.apart and cu_keys is not None else starts
 
     def by_head(self, t: Tensor, head_dim: int) -> Tensor:
@@ -136,18 +139,22 @@ class DenseAttend:
         seed: int | None = None,
         delta: Tensor | None = None,
         sinks: Tensor | None = None,
+        dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat dq, dk, dv. `delta` (heads, T): the sums of do * o by head, where somebody has them already."""
+        """Flat dq, dk, dv. `delta` (heads, T): the sums of do * o by head, where somebody has them already; not with
+        `dlse`, the gradient of lse, laid out like it."""
         q, k = self._keyed(layout, q, k)
         do, v, o = self._valued(layout, do, v, o)
         if delta is not None and layout.cu_seqlens is None:
             delta = delta.unflatten(1, (layout.batch, layout.seq)).transpose(0, 1)
-        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, None, *self._options(layout, seed, sinks), delta)
+        dq, dk, dv = ops.attention_bwd(do, q, k, v, o, lse, dlse, *self._options(layout, seed, sinks), delta)
         return dq.view(layout.tokens, -1), dk.view(layout.tokens, -1), dv.view(layout.tokens, -1)
 
-    def sinks_backward(self, layout: Layout, do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    def sinks_backward(
+        self, layout: Layout, do: Tensor, o: Tensor, lse: Tensor, sinks: Tensor, dlse: Tensor | None = None
+    ) -> Tensor:
         """The gradient of the sinks (H,)."""
-        return sinks_backward(sinks, lse, ops.attention_delta(*self._valued(layout, do, o), None))
+        return sinks_backward(sinks, lse, ops.attention_delta(*self._valued(layout, do, o), dlse))
 
     def _keyed(self, layout: Layout, *tensors: Tensor) -> list[Tensor]:
         return [layout.by_head(t, self.head_dim) for t in tensors]

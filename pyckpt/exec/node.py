@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyckpt import errors
+from pyckpt.attend.context import ContextParallel
 from pyckpt.attend.dense import Layout
 from pyckpt.exec.asked import asked
 from pyckpt.exec.offload import Parcel, keep
@@ -25,12 +27,18 @@ _HOW_TO = "Use the block without {what}, or a plain PyTorch block for that part 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Consecutive blocks that run as one node: their plans, each one's weight names, where what is kept waits."""
+    """Consecutive blocks that run as one node: their plans, each one's weight names, where what is kept waits.
+
+    With `context`, x is this process's part of the sequences, and cu_seqlens, of which `starts` are the values, are
+    those of all tokens.
+    """
 
     plans: list[BlockPlan]
     names: list[tuple[str, ...]]
     dtype: torch.dtype
     placed: Save | None = None
+    context: ContextParallel | None = None
+    starts: Sequence[int] | None = None
 
     def split(self, weights: tuple[Tensor, ...]) -> list[Cast]:
         """Flat weights, in order, by block, to be had in the dtype that the products take while a block runs."""
@@ -71,7 +79,9 @@ def execute(
 def inputs(run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
     batch, seq = (1, x.shape[0]) if x.dim() == 2 else (x.shape[0], x.shape[1])
     flat = x.reshape(-1, x.shape[-1])
-    return Inputs(flat, positions, Layout(batch, seq, cu_seqlens), run.dtype)
+    if positions is None and run.context is not None:
+        positions = run.context.places(run.starts, batch, seq, x.device)
+    return Inputs(flat, positions, Layout(batch, seq, cu_seqlens, run.starts), run.dtype)
 
 
 def _seeds(run: Run, x: Tensor, seeds: Tensor | None) -> list[int | None]:
@@ -83,7 +93,8 @@ def _seeds(run: Run, x: Tensor, seeds: Tensor | None) -> list[int | None]:
             "replay: what is dropped follows from a number that is drawn on the CPU. Capture without dropout "
             "(block.eval(), or dropout=0), or run it uncaptured"
         )
-    return [None if s == NO_SEED else s for s in seeds.tolist()]
+    drawn = [None if s == NO_SEED else s for s in seeds.tolist()]
+    return drawn if run.context is None else [run.context.seed(s) for s in drawn]
 
 
 def forward(

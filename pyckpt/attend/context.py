@@ -1,0 +1,208 @@
+"""`ContextParallel`: what users say about a sequence that several processes share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyckpt.attend.all_to_all import AllToAllAttend, why_not
+from pyckpt.attend.dense import DenseAttend
+from pyckpt.attend.processes import Processes, Spans
+from pyckpt.attend.ring import RingAttend
+from pyckpt.ops import philox
+
+_KINDS: dict[str, Any] = {"ring": RingAttend, "all-to-all": AllToAllAttend}
+_FIRST_SITE = 1 << 20  # of the seeds that are derived from a block's: beyond those inside a block
+
+
+class ContextParallel:
+    """A group of processes that share every sequence: each has some of its tokens, in all blocks, and all weights.
+
+    Args:
+        group: a `torch.distributed` process group, or a `DeviceMesh` of one dim; default: all processes.
+        method: how attention reaches the tokens of others. "ring": keys and values go round the processes while queries
+            stay (Liu et al. 2023), each process having a chunk from the front of the sequence and one from its end, so
+            that a causal mask gives all as much to do. "all-to-all": each process attends some of the heads over all
+            tokens (Jacobs et al. 2023, DeepSpeed-Ulysses); heads have to be dealt out evenly, fewer bytes are sent, and
+            packed sequences are as fast as others.
+
+    Given to `CkptCausalLM.loss`, a block, a stack or `pyckpt.attention` as `context=`. Token ids (and labels,
+    positions, cu_seqlens) are those of whole sequences, the same in every process of the group; what is between, x and
+    y of a block or q, k, v, is this process's part (`shard`), and `gather` brings parts together. A loss is that of all
+    tokens, the same in every process.
+
+    Gradients of weights are to be averaged over the group's processes, as DDP and FSDP average them over the processes
+    that they are given: each process has its own tokens' share, times the number of processes. What dropout drops
+    depends on the process too, and is no less the same in every recomputation.
+    """
+
+    def __init__(self, group: Any = None, method: str = "ring") -> None:
+        if method not in _KINDS:
+            raise ValueError(f"method={method!r} does not exist; expected one of {', '.join(map(repr, _KINDS))}")
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "there are no other processes: torch.distributed is not initialised; start the script with torchrun "
+                "and call torch.distributed.init_process_group() first"
+            )
+        group = _group(group)
+        if dist.get_rank(group) < 0:
+            raise ValueError("this process is not in the group; give each process the group that it is in")
+        self.method = method
+        self._processes = Processes(group, dist.get_rank(group), dist.get_world_size(group))
+
+    @property
+    def group(self) -> Any:
+        """The process group."""
+        return self._processes.group
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return self._processes.rank
+
+    @property
+    def size(self) -> int:
+        """Processes in the group."""
+        return self._processes.size
+
+    @property
+    def multiple(self) -> int:
+        """What the tokens of a sequence, or of a packed batch, have to be a multiple of."""
+        return self._spans(1, 0).chunks
+
+    def shard(self, t: Tensor, dim: int = 1) -> Tensor:
+        """This process's part of a whole tensor along `dim`, the tokens': 1 of (B, S, ...), 0 of packed (T, ...).
+
+        Raises ValueError where the tokens are no multiple of `multiple`.
+        """
+        t, dim = _checked(t, dim)
+        self._check(t.shape[dim])
+        chunks = t.chunk(self.multiple, dim)
+        return torch.cat([chunks[i] for i in self._spans(1, 0).chunks_of(self.rank)], dim)
+
+    def gather(self, t: Tensor, dim: int = 1) -> Tensor:
+        """The whole of which every process has given its part, in every process.
+
+        Differentiable: a part's gradient is the sum of those that the processes have for it.
+        """
+        t, dim = _checked(t, dim)
+        gathered: Tensor = _Gather.apply(t, dim, self)
+        return gathered
+
+    def total(self, t: Tensor) -> Tensor:
+        """The sum of what the processes give, in every process; the gradient of each is the sum of all processes'."""
+        summed: Tensor = _Total.apply(t, self)
+        return summed
+
+    def positions(self, tokens: int, device: torch.device | str | None = None) -> Tensor:
+        """The places in a sequence, (S / size,) int64, of this process's tokens, of `tokens` = S in the whole."""
+        self._check(tokens)
+        return self.shard(torch.arange(tokens, device=device), 0)
+
+    def __repr__(self) -> str:
+        return f"ContextParallel(rank={self.rank}, size={self.size}, method={self.method!r})"
+
+    # --- what executors ask ---------------------------------------------------------------------------------------
+
+    def attend(self, attend: DenseAttend) -> RingAttend | AllToAllAttend:
+        """The same attention, over the tokens of all processes."""
+        if self.method == "all-to-all":
+            why = why_not(attend.n_heads, attend.n_kv_heads, self.size)
+            if why is not None:
+                raise ValueError(f'{why}: method="ring" takes any number of heads')
+        fields = {f.name: getattr(attend, f.name) for f in dataclasses.fields(DenseAttend)}
+        kind: type[RingAttend] | type[AllToAllAttend] = _KINDS[self.method]
+        return kind(**fields, processes=self._processes)
+
+    def seed(self, seed: int | None) -> int | None:
+        """Of this process's dropout: two that are seeded alike are not to drop alike, at places counted from 0."""
+        return None if seed is None else philox.derive(seed, _FIRST_SITE + self.rank)
+
+    def places(self, starts: Sequence[int] | None, batch: int, here: int, device: torch.device) -> Tensor:
+        """Each token's place in its sequence, (batch * here,), of `here` tokens in each row of this process's.
+
+        starts: of the packed sequences, and the number of all tokens.
+        """
+        if starts is None:
+            return self.positions(here * self.size, device).repeat(batch)
+        begins = torch.tensor(starts[:-1], device=device)
+        tokens = self.positions(here * self.size, device)
+        return tokens - begins[torch.searchsorted(begins, tokens, right=True) - 1]
+
+    def _spans(self, rows: int, seq: int) -> Spans:
+        return Spans(self.size, rows, seq, balanced=self.method == "ring")
+
+    def _check(self, tokens: int) -> None:
+        if tokens < 1 or tokens % self.multiple:
+            enough = max(1, -(-tokens // self.multiple)) * self.multiple
+            raise ValueError(
+                f"{tokens} tokens can't be dealt out evenly to {self.size} processes (method={self.method!r}): pad "
+                f"them to a multiple of {self.multiple}, {enough} for instance"
+            )
+
+
+def check_context(given: Any) -> ContextParallel:
+    if not isinstance(given, ContextParallel):
+        raise TypeError(f"context must be a pyckpt.ContextParallel or None, got {type(given).__name__}")
+    return given
+
+
+def _group(given: Any) -> Any:
+    """The process group of what users give."""
+    if given is None:
+        return dist.group.WORLD
+    if isinstance(given, dist.ProcessGroup):
+        return given
+    if hasattr(given, "get_group"):  # a DeviceMesh
+        if given.ndim != 1:
+            raise ValueError(f"group is a DeviceMesh of {given.ndim} dims, expected one: give mesh['cp'], say")
+        return given.get_group()
+    if given is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not in the group; give each process the group that it is in")
+    raise TypeError(f"group must be a process group or a DeviceMesh, got {type(given).__name__}")
+
+
+def _checked(t: Any, dim: int) -> tuple[Tensor, int]:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"expected a torch.Tensor, got {type(t).__name__}")
+    if not -t.dim() <= dim < t.dim():
+        raise ValueError(f"dim={dim} is not a dim of a tensor of shape {tuple(t.shape)}")
+    return t, dim % t.dim()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, dim: int, context: ContextParallel) -> Tensor:
+        ctx.dim, ctx.context = dim, context
+        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(context.size)]
+        dist.all_gather(parts, t.contiguous(), group=context.group)
+        spans = context._spans(1, 0)
+        chunks = [c for part in parts for c in part.chunk(len(spans.chunks_of(0)), dim)]
+        placed = sorted(zip(spans.order(), chunks, strict=True), key=lambda pair: pair[0])
+        return torch.cat([chunk for _, chunk in placed], dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        whole = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=ctx.context.group)
+        return ctx.context.shard(whole, ctx.dim), None, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, context: ContextParallel) -> Tensor:
+        ctx.context = context
+        t = t.clone()
+        dist.all_reduce(t, group=context.group)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        whole = grads[0].clone()
+        dist.all_reduce(whole, group=ctx.context.group)
+        return whole, None
