@@ -4,9 +4,11 @@
     torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 8192 --steps 100 --checkpoint run/100
     torchrun --nproc-per-node 4 examples/fsdp2.py --text book.txt --seq-len 8192 --steps 200 --resume run/100
     torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 1000000 --rows 8 --stream 4096
+    torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 262144 --rows 2 --share 4
 
 On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Model and text are those of finetune_llama.py. With
 --stream neither the weights nor the sequence are on a GPU as a whole: a tile of so many tokens, and a layer's weights.
+With --share so many processes share each row, of which every one computes a part of the tokens.
 """
 
 from __future__ import annotations
@@ -57,14 +59,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=at_least(1), default=4, help="of a batch, over all processes")
     parser.add_argument("--seq-len", type=at_least(2), default=256)
     parser.add_argument("--stream", type=at_least(1), help="tokens of a tile that is on the device; the rest waits")
+    parser.add_argument("--share", type=at_least(1), default=1, help="processes that share each row")
     parser.add_argument("--checkpoint", type=a_new_folder, help="a folder that does not exist yet")
     parser.add_argument("--resume", type=a_checkpoint, help="the folder of a checkpoint to go on from, up to --steps")
     args = parser.parse_args(arguments)
     if "RANK" not in os.environ:
         parser.error("start it by torchrun --nproc-per-node 2 examples/fsdp2.py")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if args.rows % world:
-        parser.error(f"--rows {args.rows} can't be dealt out to {world} processes; give a multiple")
+    if world % args.share:
+        parser.error(f"--share {args.share} does not divide the {world} processes")
+    if args.share > 1 and args.stream is not None:
+        parser.error("--stream has the whole sequence in one process, --share in several; leave one of them out")
+    groups = world // args.share
+    if args.rows % groups:
+        parser.error(f"--rows {args.rows} can't be dealt out to {groups} groups of processes; give a multiple")
     text = text_of(parser, args)
 
     on_gpu = torch.cuda.is_available()
@@ -74,7 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     torch.manual_seed(0)
     model = small_llama().to(device)
-    pyckpt.swap(model, stream=None if args.stream is None else pyckpt.Stream(args.stream))
+    mesh = dist.init_device_mesh(device.type, (groups, args.share), mesh_dim_names=("dp", "cp"))
+    context = pyckpt.ContextParallel(mesh["cp"]) if args.share > 1 else None
+    pyckpt.swap(model, stream=None if args.stream is None else pyckpt.Stream(args.stream), context=context)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
@@ -86,10 +96,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"--resume {args.resume} has {first} steps, --steps {args.steps} asks for no more; give a larger one"
         )
     for step in range(first, args.steps):
-        # The rows follow from the step: the same in every process, which takes its share, and in a resumed run.
+        # The rows follow from the step: the same in every process, which takes its group's, and in a resumed run.
         torch.manual_seed(step)
         (rows,) = batches(text, args.rows, args.seq_len, 1)
-        tokens = rows.chunk(world)[rank].to(device)
+        tokens = rows.chunk(groups)[mesh["dp"].get_local_rank()].to(device)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()

@@ -142,6 +142,8 @@ class CheckpointedBlock(nn.Module):
         """
         if pyckpt_call is not None:
             return pyckpt_call.run.layer(pyckpt_call.block, x, self.weights)
+        if context is not None and positions is not None:
+            positions = check_context(context).shard(positions, -1)
         return run_blocks([self], x, positions, cu_seqlens, context=context)
 
 
@@ -418,20 +420,22 @@ def run_blocks(
     cu_seqlens: Tensor | None,
     checked: bool = False,
     context: ContextParallel | None = None,
+    rows: int = 1,
 ) -> Tensor:
     """Run consecutive blocks as one autograd node (see `pyckpt.exec.node`), after checking the inputs.
 
-    `checked`: the values of cu_seqlens are known to be right, and need not be read.
+    `checked`: the values of cu_seqlens are known to be right, and need not be read. With `context`, x and positions are
+    this process's part, packed ones of `rows` rows of which each is dealt out, and cu_seqlens are those of all tokens.
     """
     if context is not None:
         check_context(context)
         if torch.compiler.is_compiling():  # what processes say to each other is nothing that a graph knows
-            return _run_uncompiled(blocks, x, positions, cu_seqlens, checked, context)
+            return _run_uncompiled(blocks, x, positions, cu_seqlens, checked, context, rows)
     first = blocks[0]
     compute = compute_dtype(x)
     if x.is_meta and len(blocks) > 1:  # nothing is kept there: a segment has the shapes of its blocks
         for block in blocks:
-            x = run_blocks([block], x, positions, cu_seqlens, checked, context)
+            x = run_blocks([block], x, positions, cu_seqlens, checked, context, rows)
         return x
     errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
     weights = [block.weights() for block in blocks]
@@ -442,8 +446,6 @@ def run_blocks(
         all_tokens = x.shape[0] * (1 if context is None else context.size)
         errors.check_cu_seqlens(cu_seqlens, all_tokens, x.device, asker=first)
     if positions is not None:
-        if context is not None:
-            positions = context.shard(positions, -1)
         positions = errors.check_positions(positions, x)
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
@@ -457,15 +459,25 @@ def run_blocks(
             "tiles, with values; give x on a device that has some, and the block with .to_empty(device=...)"
         )
     plans = [block.plan(tokens, x.dtype, compute, x.device) for block in blocks]
-    starts = None
+    run = node.Run(plans, [tuple(part) for part in weights], compute, placed)
     if context is not None:
-        plans = [dataclasses.replace(plan, attend=context.attend(plan.attend)) for plan in plans]
-        starts = None if cu_seqlens is None else read_once(cu_seqlens, "starts", first, cu_seqlens.tolist)
-    run = node.Run(plans, [tuple(part) for part in weights], compute, placed, context, starts)
+        run = _shared(run, context, cu_seqlens, rows, first)
     return _execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)
 
 
 _run_uncompiled = uncompiled(run_blocks)
+
+
+def _shared(
+    run: node.Run, context: ContextParallel, cu_seqlens: Tensor | None, rows: int, asker: CheckpointedBlock
+) -> node.Run:
+    """The same run, of a part of sequences that processes share."""
+    plans = [dataclasses.replace(plan, attend=context.attend(plan.attend)) for plan in run.plans]
+    read = None
+    if cu_seqlens is not None:
+        values = read_once(cu_seqlens, "starts", asker, cu_seqlens.tolist)
+        read = (values, values) if cu_seqlens.dim() == 1 else (values[0], values[1])
+    return dataclasses.replace(run, plans=plans, context=context, read=read, rows=rows)
 
 
 def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:

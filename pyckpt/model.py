@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.attend.context import ContextParallel, check_context
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
+from pyckpt.compiling import uncompiled
 from pyckpt.exec.gathering import gather, gathers, hooks_of, others, unshards
 from pyckpt.exec.lm_ends import following
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, on_meta, rms_norm
 from pyckpt.ops.chunks import acc_dtype
-from pyckpt.ops.linear_cross_entropy import counted
 from pyckpt.save import Save, SaveSet
+from pyckpt.shared_loss import shared_loss
 from pyckpt.spec import Window
 from pyckpt.stream import Stream, check_stream, run_loss, run_stack
 from pyckpt.tokenwise.norm import with_offset
@@ -134,6 +135,8 @@ class CkptTransformer(nn.ModuleList):
                 x = block(x, positions, cu_seqlens, **shared)
             return x
         blocks = cast("list[CheckpointedBlock]", list(self))
+        if context is not None and positions is not None:
+            positions = check_context(context).shard(positions, -1)
         for start in range(0, len(blocks), length):
             x = run_blocks(blocks[start : start + length], x, positions, cu_seqlens, context=context)
         return x
@@ -415,6 +418,7 @@ class CkptCausalLM(nn.Module):
         gather(self.lm_head)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, token_weight=weights, **options)
 
+    @uncompiled
     def _shared_loss(
         self,
         tokens: Tensor,
@@ -426,31 +430,20 @@ class CkptCausalLM(nn.Module):
         options: dict[str, Any],
     ) -> Tensor:
         """The loss of all tokens, of which this process computes its part."""
-        given, reduction = tokens.shape[-1], options["reduction"]
-        padding = -given % context.multiple  # at the end, where no other token sees it
+        padding = -tokens.shape[-1] % context.multiple  # at the end, where no other token sees it
         if padding:
-            tokens, targets = (
-                nn.functional.pad(tokens, (0, padding)),
-                nn.functional.pad(targets, (0, padding), value=-100),
-            )
-            weights, positions = (
-                None if t is None else nn.functional.pad(t, (0, padding)) for t in (weights, positions)
-            )
+            tokens = nn.functional.pad(tokens, (0, padding))
+            positions = None if positions is None else nn.functional.pad(positions, (0, padding))
             if cu_seqlens is not None:
-                cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=given + padding)
+                cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=tokens.shape[-1])
         hidden = self.hidden(tokens, positions, cu_seqlens, context=context)
         gather(self.lm_head)
-        part = linear_cross_entropy(
-            hidden,
-            self.lm_head.weight,
-            context.shard(targets, -1),
-            token_weight=None if weights is None else context.shard(weights, -1),
-            **options | {"reduction": "none" if reduction == "none" else "sum"},
-        )
-        if reduction == "none":
-            return context.gather(part, -1)[..., :given]
-        loss = context.total(part)
-        return loss / counted(targets, weights, -100) if reduction == "mean" else loss
+
+        def of_part(targets: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+            how = options | {"reduction": reduction, "token_weight": weights}
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets, **how)
+
+        return shared_loss(context, targets, weights, -100, options["reduction"], of_part)
 
     def _check_tokens(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
         weight = self.model.embed_tokens.weight

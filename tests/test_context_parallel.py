@@ -251,6 +251,8 @@ def model_worker(rank: int, world: int, seed: int) -> None:
         tokens = torch.randint(0, 40, (2, 24), generator=seeded(seed))
         whole = context.gather(model(tokens, context=context))
         torch.testing.assert_close(whole, model(tokens))
+        compiled = torch.compile(model.loss, backend="eager")
+        assert torch.equal(compiled(tokens, context=context), model.loss(tokens, context=context))
         losses = pyckpt.token_losses(model, tokens, context=context)
         torch.testing.assert_close(losses, pyckpt.token_losses(model, tokens))
 

@@ -143,13 +143,14 @@ def fsdp2(world: int, *options: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_fsdp2_trains_as_one_process_does(capsys, tmp_path):
-    """Four steps of one process; and two of two, streamed, with the rest by one from their checkpoint."""
+    """Four steps of one process; two of two, streamed, and the rest by one from their checkpoint; two shared ones."""
     pytest.importorskip("transformers")
-    whole, half, rest = (str(tmp_path / name) for name in ("whole", "half", "rest"))
+    whole, half, rest, shared = (str(tmp_path / name) for name in ("whole", "half", "rest", "shared"))
     losses, saved = {}, {}
     for world, folder, options in (
         (1, whole, ["--steps", "4"]),
         (2, half, ["--steps", "2", "--stream", "24"]),
+        (2, shared, ["--steps", "2", "--share", "2"]),
         (1, rest, ["--steps", "4", "--resume", half]),
     ):
         printed = fsdp2(world, "--checkpoint", folder, *options)
@@ -159,6 +160,7 @@ def test_fsdp2_trains_as_one_process_does(capsys, tmp_path):
     assert len(losses[whole]) == 4 and losses[whole][-1] < losses[whole][0]
     # Sums in another order: float32 roundings of a loss of about 5, which three steps of AdamW pass on.
     assert losses[half] + losses[rest] == pytest.approx(losses[whole], rel=1e-4)
+    assert losses[shared] == pytest.approx(losses[half], rel=1e-4)
     # Steps of AdamW at a rate of 1e-3 move each weight by some 1e-3: what was not saved would differ by that. Where a
     # gradient is nearly all rounding, of sums in another order, so is a share of the step.
     for name, p in saved[whole].items():

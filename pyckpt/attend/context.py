@@ -28,8 +28,8 @@ class ContextParallel:
         method: how attention reaches the tokens of others. "ring": keys and values go round the processes while queries
             stay (Liu et al. 2023), each process having a chunk from the front of the sequence and one from its end, so
             that a causal mask gives all as much to do. "all-to-all": each process attends some of the heads over all
-            tokens (Jacobs et al. 2023, DeepSpeed-Ulysses); heads have to be dealt out evenly, fewer bytes are sent, and
-            packed sequences are as fast as others.
+            tokens (Jacobs et al. 2023, DeepSpeed-Ulysses); heads have to be dealt out evenly. What each sends falls
+            with the number of processes, where a ring's does not, but nothing is computed meanwhile.
 
     Given to `CkptCausalLM.loss`, a block, a stack or `pyckpt.attention` as `context=`. Token ids (and labels,
     positions, cu_seqlens) are those of whole sequences, the same in every process of the group; what is between, x and

@@ -19,13 +19,14 @@ class Layout:
     """How a flat list of T tokens falls into sequences: `batch` of `seq` tokens each, or packed by `cu_seqlens`.
 
     cu_seqlens: (N + 1,) int32; or (2, N + 1), where keys have starts of their own, in the second row. A sequence's
-    first query then stands at its first key. `read`: its values, where they have been read already.
+    first query then stands at its first key. `read`: their values of queries and of keys, where
+    they have been read already.
     """
 
     batch: int
     seq: int
     cu_seqlens: Tensor | None = None
-    read: Sequence[int] | None = None
+    read: tuple[Sequence[int], Sequence[int]] | None = None
 
     @property
     def tokens(self) -> int:
@@ -46,9 +47,9 @@ class Layout:
     def numbers(self) -> tuple[Sequence[int], Sequence[int]]:
         """The starts of queries and of keys, read once for all blocks: a GPU has to be waited for."""
         cu, cu_keys = self.starts
-        starts = self.read
-        if starts is None:
-            starts = range(0, self.tokens + 1, self.seq) if cu is None else cu.tolist()
+        if self.read is not None:
+            return self.read
+        starts = range(0, self.tokens + 1, self.seq) if cu is None else cu.tolist()
         return starts, cu_keys.tolist() if self.apart and cu_keys is not None else starts
 
     def by_head(self, t: Tensor, head_dim: int) -> Tensor:

@@ -29,8 +29,8 @@ _HOW_TO = "Use the block without {what}, or a plain PyTorch block for that part 
 class Run:
     """Consecutive blocks that run as one node: their plans, each one's weight names, where what is kept waits.
 
-    With `context`, x is this process's part of the sequences, and cu_seqlens, of which `starts` are the values, are
-    those of all tokens.
+    With `context`, x is this process's part of the sequences, packed ones of so many `rows`, and cu_seqlens, of which
+    `read` are the values (`Layout`), are those of all tokens.
     """
 
     plans: list[BlockPlan]
@@ -38,7 +38,8 @@ class Run:
     dtype: torch.dtype
     placed: Save | None = None
     context: ContextParallel | None = None
-    starts: Sequence[int] | None = None
+    read: tuple[Sequence[int], Sequence[int]] | None = None
+    rows: int = 1
 
     def split(self, weights: tuple[Tensor, ...]) -> list[Cast]:
         """Flat weights, in order, by block, to be had in the dtype that the products take while a block runs."""
@@ -77,11 +78,11 @@ def execute(
 
 
 def inputs(run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
-    batch, seq = (1, x.shape[0]) if x.dim() == 2 else (x.shape[0], x.shape[1])
+    batch, seq = (run.rows, x.shape[0] // run.rows) if x.dim() == 2 else (x.shape[0], x.shape[1])
     flat = x.reshape(-1, x.shape[-1])
     if positions is None and run.context is not None:
-        positions = run.context.places(run.starts, batch, seq, x.device)
-    return Inputs(flat, positions, Layout(batch, seq, cu_seqlens, run.starts), run.dtype)
+        positions = run.context.places(run.read and run.read[0], batch, seq, x.device)
+    return Inputs(flat, positions, Layout(batch, seq, cu_seqlens, run.read), run.dtype)
 
 
 def _seeds(run: Run, x: Tensor, seeds: Tensor | None) -> list[int | None]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt import errors
+from pyckpt.attend.context import ContextParallel, check_context
 from pyckpt.block import CheckpointedBlock
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
@@ -34,6 +35,7 @@ def swap(
     stream: Stream | None = None,
     tile: int | None = None,
     loss: bool | str = True,
+    context: ContextParallel | None = None,
 ) -> Report:
     """Make the model's transformer layers keep the save set alone from forward to backward, in place.
 
@@ -54,6 +56,10 @@ def swap(
             asks for both); "always": without gradients too; "recompute": as True, and the backward makes the logits
             again, so that no gradient of the embeddings waits for it in float32: a fourth product for two fifths of
             the loss's memory, see `linear_cross_entropy`. False: the loss is left as it is.
+        context: the processes that share every sequence (context parallelism), of a causal language model whose layers
+            can be streamed. Each is called with the same whole input_ids and labels, computes its own tokens' part, and
+            returns the loss of all; gradients are to be averaged over them, see `ContextParallel`. A call without
+            labels, or that asks for logits, runs whole in every process. Neither with `stream` nor with loss=False.
 
     Returns a `Report`: each layer, the path it takes and why. Layers that cannot be cut at their attention run again as
     a whole in the backward; those with hooks inside are left as they are.
@@ -68,12 +74,16 @@ def swap(
     errors.check_segments(segments)
     if stream is not None:
         check_stream(stream)
+    if context is not None:
+        check_context(context)
+        if stream is not None or loss is False:
+            raise ValueError("context goes neither with stream nor with loss=False; leave one of them out")
     if loss not in (True, False, *losses.KINDS):
         raise ValueError(f"loss must be True, False, 'always' or 'recompute', got {loss!r}")
     if any(True for _ in replaced_in(model)):
         raise ValueError("the model is swapped already; call pyckpt.unswap(model) first to swap it with other options")
     with quantized.never_packed(model):
-        return _swap(model, save, segments, stream, tile, loss)
+        return _swap(model, save, segments, stream, tile, loss, context)
 
 
 def _swap(
@@ -83,6 +93,7 @@ def _swap(
     stream: Stream | None,
     tile: int | None,
     loss: bool | str,
+    context: ContextParallel | None,
 ) -> Report:
     entries: list[Entry] = []
     made: list[Replaced] = []
@@ -112,7 +123,9 @@ def _swap(
         raise ValueError("stream= takes decoder layers of transformers, and this model has none that can be streamed")
     if loss:
         decoders = [r for r in made if isinstance(r, SwappedDecoder)]
-        made += _heads(model, loss, stream, decoders, entries)
+        made += _heads(model, loss, stream, decoders, context, entries)
+    if context is not None and not any(isinstance(r, losses.SwappedHead) for r in made):
+        raise ValueError("context= takes causal language models of transformers, and this model is none")
     for replaced in made:
         replaced.install()
     return Report(tuple(entries))
@@ -312,7 +325,12 @@ def _encoder_layer(
 
 
 def _heads(
-    model: nn.Module, loss: bool | str, stream: Stream | None, decoders: list[SwappedDecoder], entries: list[Entry]
+    model: nn.Module,
+    loss: bool | str,
+    stream: Stream | None,
+    decoders: list[SwappedDecoder],
+    context: ContextParallel | None,
+    entries: list[Entry],
 ) -> list[Replaced]:
     """The loss of every language model inside."""
     made: list[Replaced] = []
@@ -335,10 +353,16 @@ def _heads(
         except UnsupportedError as reason:
             entries.append(Entry(name or "(model)", kind, ORIGINAL, f"loss: {reason}"))
             continue
-        swapped = losses.SwappedHead(module, head, loss)
+        swapped = losses.SwappedHead(module, head, loss, context)
         made.append(swapped)
+        decoder = next((d for d in decoders if d.module is swapped.body), None)
+        if context is not None:
+            try:
+                swapped.check_shared(decoder)
+            except UnsupportedError as reason:
+                raise ValueError(f"processes can't share the sequences of a {kind}: {reason}") from None
+            why += f"; shared by {context.size} processes, {context.method}"
         if stream is not None:
-            decoder = next((d for d in decoders if d.module is swapped.body), None)
             try:
                 swapped.check_streamed(decoder)
                 why += "; streamed from the token ids on"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyckpt.attend.context import ContextParallel
 from pyckpt.block import CheckpointedBlock
 from pyckpt.compiling import uncompiled
 from pyckpt.exec.lm_ends import Ends, Targets
@@ -62,7 +64,7 @@ class SwappedDecoder(Replaced):
     """Calls the original forward, with what swapped layers need; or without, and they run as they did before.
 
     An argument `CALL` says that the outputs only serve a loss: no cache is made then. It is the mask (B, S) of the
-    tokens whose outputs that reads.
+    tokens whose outputs that reads; or what `prepare` has made of this call.
 
     `layers` are the swapped ones; `complete` says that the model has no others, `unread` that
     nothing reads the mask that the model would make; `segments` are the layers in the runs that
@@ -135,9 +137,12 @@ class SwappedDecoder(Replaced):
         return Parts([s.block for s in self.layers], length)
 
     def _run(self, given: dict[str, Any]) -> Any:
-        call = self.prepare(given, given.pop(CALL, None))
+        told = given.pop(CALL, None)
+        call = told if isinstance(told, Call) else self.prepare(given, told)
         if call is None:
             return self.original(**given)
+        if call.context is not None:
+            given, call = self._dealt_out(given, call, call.context)
         if self.unread and not call.whole:
             # Any mask of four dims is taken as it is: none of S x S is made, and no layer reads this one.
             given["attention_mask"] = self._like(given).new_zeros((1, 1, 1, 1), dtype=torch.bool)
@@ -152,9 +157,29 @@ class SwappedDecoder(Replaced):
         with _not_checkpointed(self._checkpointed):
             return call.stream_loss(self.layers, ids, targets, ends)
 
-    def prepare(self, given: dict[str, Any], read: Tensor | None) -> Call | None:
+    def _dealt_out(self, given: dict[str, Any], call: Call, context: ContextParallel) -> tuple[dict[str, Any], Call]:
+        """This process's part of a call of whole sequences, which are padded at the end to what can be dealt out."""
+        like = self._like(given)
+        padding = -like.shape[1] % context.multiple
+        if padding and call.cu_seqlens is not None:
+            context.positions(like.shape[1])  # its error says to what to pad
+        positions = call.positions
+        if positions is None:
+            positions = torch.arange(like.shape[1], device=like.device)[None]
+        part = context.shard(torch.nn.functional.pad(positions, (0, padding)))
+        given = {n: value for n, value in given.items() if n not in (*_LENGTHS, "seq_idx", "cache_position")}
+        for name in ("input_ids", "inputs_embeds", "token_type_ids"):
+            if (t := given.get(name)) is not None:
+                given[name] = context.shard(torch.nn.functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, padding)))
+        given |= {"position_ids": part, "attention_mask": None}
+        return given, dataclasses.replace(call, positions=part)
+
+    def prepare(
+        self, given: dict[str, Any], read: Tensor | None, context: ContextParallel | None = None
+    ) -> Call | None:
         """What the layers are told in a call with these arguments; None where the original forward is to run.
 
+        context: the processes that share the sequences, of which the arguments are whole.
         read: (B, S) bool, of which tokens a loss reads the outputs; None: somebody else may read all.
         """
         if self._like(given) is None:
@@ -168,7 +193,7 @@ class SwappedDecoder(Replaced):
         if self._caches(given, read is not None):
             return None
         try:
-            call = self._call(given, read)
+            call = self._call(given, read, context)
         except UnsupportedError as reason:
             whole = isinstance(reason, UnsupportedCallError) and all(s.twice for s in self.layers)
             how = "each layer again as a whole in the backward" if whole else "which stores everything"
@@ -210,7 +235,7 @@ class SwappedDecoder(Replaced):
         """The original would, whether or not somebody is to have it."""
         return bool(self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
 
-    def _call(self, given: dict[str, Any], read: Tensor | None) -> Call:
+    def _call(self, given: dict[str, Any], read: Tensor | None, context: ContextParallel | None) -> Call:
         for name in ("output_attentions", "output_router_logits"):
             if self.asks(given, name):
                 raise UnsupportedError(f"{name}=True asks for what swapped layers do not return")
@@ -253,8 +278,10 @@ class SwappedDecoder(Replaced):
         if positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
+        if context is not None and seen:
+            raise UnsupportedError(f"{', '.join(seen)} change what each layer is handed, which processes can't share")
         runs, streamed, gathered = self._runs(given, seen)
-        return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered)
+        return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered, context=context)
 
     def _check_attention(self) -> None:
         """Raise `UnsupportedCallError` where the config has attention computed otherwise than when it was swapped."""
@@ -349,6 +376,11 @@ class SwappedDecoder(Replaced):
             runs |= {s.place: [] for s in segment}
             runs[segment[0].place] = [s.block for s in segment]
         return runs, streamed, None
+
+    def tokens(self, given: dict[str, Any]) -> tuple[int, int] | None:
+        """(B, S) of a call with these arguments."""
+        like = self._like(given)
+        return None if like is None else (like.shape[0], like.shape[1])
 
     @staticmethod
     def _like(given: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt.attend.context import ContextParallel
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, run_blocks
 from pyckpt.exec.lm_ends import Ends, Targets
@@ -37,7 +38,8 @@ class Call:
 
     `runs`: by a layer's place, the blocks that it runs, its own first; none where an earlier layer has run it.
     `stream`: how those are streamed, where they are; `gathered`: inside their layers' own calls. `whole`: the layers
-    run their own forwards, and again as a whole in the backward where they may.
+    run their own forwards, and again as a whole in the backward where they may. `context`: the processes that share the
+    sequences; positions are then this one's part.
     """
 
     positions: Tensor | None
@@ -46,6 +48,7 @@ class Call:
     stream: Streaming | None = None
     gathered: Gathered | None = None
     whole: bool = False
+    context: ContextParallel | None = None
 
     def flat_positions(self, rows: torch.Size) -> Tensor | None:
         """(B * S,) for rows (B, S)."""
@@ -152,9 +155,10 @@ class SwappedLayer(Replaced):
         """What the layer returns: `blocks` of x, of a call with the arguments `given`."""
         streamed = call.stream is not None and not self.apart
         if call.cu_seqlens is None and not streamed:
-            return run_blocks(blocks, x, call.positions, None)
+            return run_blocks(blocks, x, call.positions, None, context=call.context)
         positions = call.flat_positions(x.shape[:2])
         if call.stream is not None and streamed:
             return stream_blocks(blocks, call.stream.segments, x, positions, call.cu_seqlens, call.stream.stream)
-        y = run_blocks(blocks, x.flatten(0, 1), positions, call.cu_seqlens, checked=True)
+        shared = (True, call.context, x.shape[0]) if call.context is not None else (True,)
+        y = run_blocks(blocks, x.flatten(0, 1), positions, call.cu_seqlens, *shared)
         return torch.ops.aten._unsafe_view(y, x.shape)  # FSDP2 warns of a layer that returns a view

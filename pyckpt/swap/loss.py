@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
+from pyckpt.attend.context import ContextParallel
 from pyckpt.compiling import uncompiled
 from pyckpt.exec.lm_ends import Ends, LossOptions
 from pyckpt.functional import linear_cross_entropy
+from pyckpt.shared_loss import shared_loss
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
 from pyckpt.swap import projection as projections
@@ -123,11 +125,15 @@ def _output_class(output: str | type) -> Any:
 
 
 class SwappedHead(SwappedLoss):
-    """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original."""
+    """With labels: the loss, by `linear_cross_entropy`, and no logits. Else, or where it can't be: the original.
 
-    def __init__(self, module: nn.Module, head: Head, kind: bool | str) -> None:
+    With `context` processes share the sequences of a call whose loss it is, and no others.
+    """
+
+    def __init__(self, module: nn.Module, head: Head, kind: bool | str, context: ContextParallel | None = None) -> None:
         super().__init__(module, kind)
-        self.head = head
+        self.head, self.context = head, context
+        self.always |= context is not None  # no process has the logits of all tokens
         self._output = _output_class(head.output)
         self._fields = tuple(f.name for f in dataclasses.fields(self._output) if f.name not in ("loss", "logits"))
         self._handed_on_to_none = self._names_of_its_own()
@@ -145,6 +151,11 @@ class SwappedHead(SwappedLoss):
             return self._by_itself(given, f"{', '.join(own)} is for that")
         why = self._own(given, asked)
         return self._checked(given) if why is None else self._by_itself(given, why)
+
+    def _by_itself(self, given: dict[str, Any], why: str) -> Any:
+        if self.context is not None and self.module.training and torch.is_grad_enabled():
+            self.warn(f"{why}: such a call runs whole in every process")
+        return super()._by_itself(given, why)
 
     def _check(self) -> None:
         check(self.module)
@@ -173,20 +184,27 @@ class SwappedHead(SwappedLoss):
         return keep is None or (isinstance(keep, int) and keep == 0)
 
     def _loss(self, given: dict[str, Any]) -> Any:
+        if self.context is not None and torch.compiler.is_compiling():
+            return _uncompiled(self, given)  # what processes say to each other is nothing that a graph knows
+        return self._made(given)
+
+    def _made(self, given: dict[str, Any]) -> Any:
         model: Any = self.module
         labels = given.pop("labels")
         for name in ("logits_to_keep", *self.head.dropped):
             given.pop(name, None)
         as_dict = given.pop("return_dict", None)
         wanted = Wanted.of(labels, *(given.pop(n, None) for n in Wanted.ARGUMENTS))
-        decoder, loss, outputs = self._decoder, None, None
+        decoder, loss, outputs, context = self._decoder, None, None, None
         if decoder is not None:
             given[CALL] = wanted.read
+            if self.context is not None:
+                given, context = self._told(decoder, given, wanted)
             loss = None if decoder.stream is None else _streamed_uncompiled(self, decoder, given, wanted)
         if loss is None:
             tuples = not getattr(getattr(self.body, "config", None), "return_dict", True)
             outputs = self.body(**given, **({"return_dict": True} if tuples else {}))
-            loss = self._of_hidden(outputs.last_hidden_state, wanted)
+            loss = self._of_hidden(outputs.last_hidden_state, wanted, context)
         elif loss.dim():
             loss = loss.view(labels.shape)
         made = self._output(
@@ -195,6 +213,20 @@ class SwappedHead(SwappedLoss):
         if as_dict is None:
             as_dict = getattr(model.config, "return_dict", True)
         return made if as_dict else made.to_tuple()
+
+    def _told(
+        self, decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted
+    ) -> tuple[dict[str, Any], ContextParallel | None]:
+        """The arguments, with what the layers are told, and the processes that share the call, where they do."""
+        if wanted.given.shape != decoder.tokens(given):
+            raise ValueError(
+                f"labels have shape {tuple(wanted.given.shape)}, expected those of the whole sequences, "
+                f"{decoder.tokens(given)}"
+            )
+        call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, wanted.read, self.context)
+        if call is None or call.context is None:
+            return given, None
+        return given | {CALL: call}, call.context
 
     def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted) -> Tensor | None:
         """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
@@ -232,6 +264,13 @@ class SwappedHead(SwappedLoss):
         except UnsupportedError:
             return None
 
+    def check_shared(self, decoder: SwappedDecoder | None) -> None:
+        """Raise `UnsupportedError` where tokens may be mixed by something else than the layers' attention."""
+        if decoder is None or not decoder.streams:
+            raise UnsupportedError("some of its layers need the model's own forward")
+        if self.head.places is None:
+            raise UnsupportedError("what surrounds the layers of this class is not known")
+
     def check_streamed(self, decoder: SwappedDecoder | None) -> None:
         """Raise `UnsupportedError` where the loss cannot be streamed from the token ids on, over these layers."""
         _check_layers(decoder)
@@ -261,21 +300,32 @@ class SwappedHead(SwappedLoss):
     def _scale(self) -> float:
         return self.head.scaling.scale(self.module.config)
 
-    def _of_hidden(self, hidden: Tensor, wanted: Wanted) -> Tensor:
-        """The loss of hidden states (B, S, d_model)."""
+    def _of_hidden(self, hidden: Tensor, wanted: Wanted, context: ContextParallel | None = None) -> Tensor:
+        """The loss of hidden states (B, S, d_model), those of this process's tokens with `context`."""
         projection: Any = projections.of(self.module)
-        return called(projection, functools.partial(self._of_head, projection, wanted), hidden)
 
-    def _of_head(self, projection: Any, wanted: Wanted, hidden: Tensor) -> Tensor:
+        def of_part(*given: Any) -> Tensor:
+            return called(projection, functools.partial(self._of_head, projection, wanted, *given), hidden)
+
+        targets = wanted.shifted().to(hidden.device)
+        if context is None:
+            lead = hidden.shape[:-1]
+            return of_part(targets.reshape(lead), wanted.weights(hidden.device, lead), wanted.reduction)
+        weights = wanted.weights(hidden.device, targets.shape)
+        return shared_loss(context, targets, weights, wanted.ignored, wanted.reduction, of_part)
+
+    def _of_head(
+        self, projection: Any, wanted: Wanted, targets: Tensor, weights: Tensor | None, reduction: str, hidden: Tensor
+    ) -> Tensor:
         x, weight = projections.factors(projection, hidden)
         return linear_cross_entropy(
             x if self._scale == 1.0 else x * self._scale,
             weight,
-            wanted.shifted().to(x.device).reshape(x.shape[:-1]),
+            targets.to(x.device).reshape(x.shape[:-1]),
             bias=projection.bias,
             ignore_index=wanted.ignored,
-            reduction=wanted.reduction,
-            token_weight=wanted.weights(x.device, x.shape[:-1]),
+            reduction=reduction,
+            token_weight=None if weights is None else weights.to(x.device).reshape(x.shape[:-1]),
             softcap=self._softcap,
             label_smoothing=wanted.label_smoothing,
             z_loss=wanted.z_loss,
@@ -284,6 +334,7 @@ class SwappedHead(SwappedLoss):
 
 
 _streamed_uncompiled = uncompiled(SwappedHead._streamed)
+_uncompiled = uncompiled(SwappedHead._made)
 
 
 def _check_layers(decoder: SwappedDecoder | None) -> None:
