@@ -18,10 +18,11 @@ from pyckpt.exec.estimate import Estimate, estimate, work_of
 from pyckpt.exec.gathering import gather, gathers, hooks_of, others
 from pyckpt.exec.lm_ends import IGNORE, EmbeddingOptions, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
+from pyckpt.exec.places import store_plan
 from pyckpt.exec.resident import NOTHING
 from pyckpt.exec.schedule import by_segments, by_slots, without_gradient
 from pyckpt.exec.session import ENDS, Session
-from pyckpt.exec.streamed import Stack, store_plan
+from pyckpt.exec.stack import Stack
 from pyckpt.exec.streamed_layers import InRun, LayerRun
 from pyckpt.exec.streamed_node import execute
 from pyckpt.measure.units import parse_bytes

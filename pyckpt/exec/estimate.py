@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pyckpt.attend.dense import Layout
 from pyckpt.attend.tiled import TiledAttend
+from pyckpt.exec.places import store_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.schedule import Advance
-from pyckpt.exec.streamed import Stack, store_plan
+from pyckpt.exec.stack import Stack
 from pyckpt.measure.flops import attention_pairs
 from pyckpt.measure.units import format_bytes
 from pyckpt.ops.chunks import acc_dtype

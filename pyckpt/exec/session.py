@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pyckpt import errors
 from pyckpt.exec.ends import Given, Gradients, Named, Sink, Source
-from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
+from pyckpt.exec.places import store_plan
+from pyckpt.exec.stack import Stack
+from pyckpt.exec.streamed import Progress, Streamed
 from pyckpt.exec.unchanged import Unchanged
 from pyckpt.store import OpenStore, Store
 

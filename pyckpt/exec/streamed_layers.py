@@ -25,9 +25,11 @@ from torch import Tensor
 
 from pyckpt import errors
 from pyckpt.exec.ends import Gradients, Named, Sink, Source
+from pyckpt.exec.places import store_plan
 from pyckpt.exec.schedule import Back
 from pyckpt.exec.session import HOW_TO, Node, at_work, check_backward, given_gradient, summed
-from pyckpt.exec.streamed import Progress, Stack, Streamed, store_plan
+from pyckpt.exec.stack import Stack
+from pyckpt.exec.streamed import Progress, Streamed
 from pyckpt.exec.unchanged import Unchanged
 from pyckpt.store import OpenStore, Store
 

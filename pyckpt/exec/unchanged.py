@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from pyckpt.exec.ends import Sink, Source
-from pyckpt.exec.streamed import Stack
+from pyckpt.exec.stack import Stack
 
 _Versions = list[tuple[Tensor, int]]
 
