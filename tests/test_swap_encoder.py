@@ -234,3 +234,39 @@ def test_a_sequence_without_a_batch_runs_again_as_a_whole(path):
         y = model(x)
     assert ours.saved_bytes < stored.saved_bytes / 2
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], plain)
+
+
+# --- what has a gradient, and what has none ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("which", ["mask", "padding"])
+def test_a_mask_that_learns_has_its_gradient(which, path):
+    """Also while all that it adds is 0, which is where it begins."""
+    layer, x = make(PATHS[path]).layers[0], inputs()
+    bias = torch.zeros((SEQ, SEQ) if which == "mask" else (2, SEQ), dtype=torch.float64, requires_grad=True)
+    given = {"src_mask": causal() + bias} if which == "mask" else {"src_key_padding_mask": bias}
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(layer(x, **given).square().mean(), bias, retain_graph=True)[0]
+
+    before = gradient()
+    pyckpt.swap(nn.ModuleList([layer]))
+    with pytest.warns(UserWarning, match="a mask that has a gradient.*again as a whole in the backward"):
+        assert torch.equal(gradient(), before)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x, **given)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_adapters_that_pytorch_does_not_call_do_nothing(path):
+    """Its attention reads its output projection's weight, and calls no module."""
+    peft = pytest.importorskip("peft")
+    model, x = nn.ModuleDict({"encoder": make(PATHS[path])}), inputs()
+    config = peft.LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).double()
+    before = adapted.base_model.model["encoder"](x)
+    report = pyckpt.swap(adapted)
+    assert {e.path for e in report.entries} == {"checkpointed"}
+    assert torch.equal(adapted.base_model.model["encoder"](x), before)

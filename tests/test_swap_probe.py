@@ -857,6 +857,47 @@ def test_a_family_with_what_runs_once_alone_runs_again_as_a_whole(change, why):
         torch.testing.assert_close(results[1][n], t, rtol=1e-4, atol=1e-5)
 
 
+class DropsByFunction(nn.Linear):
+    """Beside its product, by no module of its own: NeMo's LoRA does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.dropout(x.sum(-1, keepdim=True), 0.5, training=self.training)
+
+
+@pytest.mark.parametrize("family", ["Llama", "encoder"])
+def test_a_function_drops_the_same_again(family):
+    """In training alone a seed is drawn for it; the same values with every save set, and none in eval mode."""
+    if family == "Llama":
+        model: Any = make_model("Llama")
+        layers, batch = [layer.mlp.up_proj for layer in model.model.layers], make_batch("plain")
+        run = lambda: step(model, batch)  # noqa: E731
+    else:
+        model = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        layers, x = [model.linear1], torch.randn(2, 5, 16)
+
+        def run() -> dict[str, Tensor]:
+            model.zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+            return {"y": y.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    for layer in layers:
+        layer.__class__ = DropsByFunction
+    quiet = {n: t.clone() for n, t in (model.eval(), run())[1].items()}
+    results = []
+    for save in ("attention", "input"):
+        assert pyckpt.swap(model, save=save, tile=4).entries[0].path == "generic"
+        torch.manual_seed(7)
+        results.append((model.train(), run())[1])
+        before = torch.get_rng_state()
+        for n, t in (model.eval(), run())[1].items():
+            torch.testing.assert_close(t, quiet[n], rtol=1e-4, atol=1e-5)
+        assert torch.equal(torch.get_rng_state(), before)
+        pyckpt.unswap(model)
+    assert_same_bits(*results)
+    assert not torch.equal(next(iter(results[0].values())), next(iter(quiet.values())))
+
+
 def test_an_encoder_layer_with_what_runs_once_alone_runs_again_as_a_whole():
     layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, dtype=torch.float64)
     torch.nn.utils.parametrizations.spectral_norm(layer.linear1)

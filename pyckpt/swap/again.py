@@ -79,7 +79,7 @@ def run_twice(layer: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], sa
     if checkpoints_itself or layer.runs_once or not torch.is_grad_enabled():
         return layer.original(*args, **kwargs)
     if not only_reads(layer.module) and _writes_caches(layer, args, kwargs):
-        args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.names[: len(args)], args))
+        args = tuple(_cacheless(n, value) for n, value in itertools.zip_longest(layer.by_place[: len(args)], args))
         kwargs = {n: _cacheless(n, value) for n, value in kwargs.items()}
     if torch.compiler.is_compiling():
         options: dict[str, Any] = {"context_fn": kept.traced_contexts} if save.attention else {}

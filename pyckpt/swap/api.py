@@ -98,7 +98,14 @@ def _swap(
     entries: list[Entry] = []
     made: list[Replaced] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
+        if _inside(name, entries, ORIGINAL):
+            continue
+        if own.is_checkpointed(module):
+            why = (
+                "PyTorch's checkpoint_wrapper runs it again already: swap the model before it is put around its layers"
+            )
+            entries.append(Entry(name, type(next(module.children())).__name__, ORIGINAL, why))
+        elif isinstance(module, nn.TransformerEncoderLayer):
             if not _inside(name, entries):
                 made += _encoder_layer(name, module, save, tile, _apart(segments, stream), entries)
         elif layers := _decoder_layers(module):
@@ -179,9 +186,9 @@ def _other_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _inside(name: str, entries: list[Entry]) -> bool:
+def _inside(name: str, entries: list[Entry], path: str = CHECKPOINTED) -> bool:
     """The module of this name is, or is part of, a layer that runs again: with it all that is inside does."""
-    again = (e.name for e in entries if e.path == CHECKPOINTED)
+    again = (e.name for e in entries if e.path == path)
     return any(name == n or name.startswith(f"{n}.") for n in again)
 
 
@@ -203,12 +210,15 @@ def _others(
 def _own(model: nn.Module, note: str, save: str | Save, entries: list[Entry]) -> list[Replaced]:
     """Layers of classes that nobody knows, where none of those above is, around or inside."""
     made: list[Replaced] = []
-    taken = [f"{e.name}." for e in entries]
+    found = own.layers_of(model)
+    kinds = {type(layer) for _, layer in found if not type(layer).__module__.startswith("torch.")}
     first: dict[nn.Module, str] = {}  # its path, of a layer that stands in several places
-    for path, layer in own.layers_of(model):
+    for path, layer in (*found, *own.are_layers(model, kinds)):
         first.setdefault(layer, path)
+    inside = {m for layer in first for m in layer.modules() if m is not layer}  # by whatever path
+    taken = [f"{e.name}." for e in entries]
     for layer, path in first.items():
-        if any(f"{path}.".startswith(name) or name.startswith(f"{path}.") for name in taken):
+        if layer in inside or any(f"{path}.".startswith(name) or name.startswith(f"{path}.") for name in taken):
             continue
         entries.append(_refused(path, layer, whose(layer), save, note))
         made += [CheckpointedLayer(layer, False, save)] if entries[-1].path == CHECKPOINTED else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -99,9 +100,19 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not (is_parallel_forward(module) or moves(module))
 
 
+def _brings_weights(module: nn.Module) -> bool:
+    """The forward in the place of its own is Accelerate's, or nobody knows whose: it may bring weights and take them.
+
+    A function or method that somebody has written for the module may be called again as its class's own may.
+    """
+    forward = module.__dict__["forward"]
+    somebodys = isinstance(forward, (FunctionType, MethodType)) and not is_compiled(module)
+    return "_hf_hook" in module.__dict__ or not somebodys
+
+
 def may_be_called_again(module: nn.Module) -> bool:
     """What is around a call of it brings weights, inputs or outputs together, which another call does again."""
-    return not is_replaced(module) and all(
+    return not (is_replaced(module) and _brings_weights(module)) and all(
         _is_harmless(h) or _is_parallel(h) for h in gathering.others(hooks_of(module))
     )
 
@@ -128,6 +139,8 @@ def what_watches(module: nn.Module) -> str:
         return "is dealt out to processes (tensor parallelism), which a block does not know"
     if moves(module):
         return "is on a device of its own (device_map), which a block does not know"
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__ and all(map(_is_harmless, hooks_of(module))):
+        return "has a forward in the place of its class's, which a swapped layer would not run"
     return "has forward hooks, which a swapped layer would not run"
 
 

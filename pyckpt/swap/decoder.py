@@ -260,6 +260,8 @@ class SwappedDecoder(Replaced):
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedCallError(f"an attention_mask that is not (B, S): {shape}")
+        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedCallError("an attention_mask that has a gradient, which blocks do not give")
         seen = [n for n in _BETWEEN if given.get(n) is not None]
         if self.axes and positions is not None and tuple(positions.shape) in ((3, batch, seq), (3, 1, seq)):
             positions, seen = None, [*seen, "position_ids of three axes"]

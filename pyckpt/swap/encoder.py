@@ -46,6 +46,7 @@ def block_of(layer: nn.TransformerEncoderLayer, causal: bool, save: str | Save, 
 
 def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mapping:
     kind = _activation(layer.activation)
+    _check_kinds(layer, "self_attn", "self_attn.out_proj")
     for path in ("dropout", "dropout1", "dropout2"):
         if type(getattr(layer, path)) not in _DROPOUTS:
             raise UnsupportedError(f"it has a {type(getattr(layer, path)).__name__} where a Dropout was expected")
@@ -74,15 +75,21 @@ def _standard_mapping(layer: nn.TransformerEncoderLayer, causal: bool) -> Mappin
 
 
 def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) -> Mapping:
-    for path, kinds in _KINDS.items():
-        kind = type(layer.get_submodule(path))
-        if kind not in kinds:
-            raise UnsupportedError(f"{path} is a {kind.__module__}.{kind.__name__}, not PyTorch's own; {why}")
+    _check_kinds(layer, *_KINDS, why=why)
     generic.check_unwatched(layer)
     # Of the spec the generic path reads what attention is; any MLP and norm stand for the layer's own.
     spec = spec_of(_options(layer, causal) | {"mlp": "gelu"}, bias=False)
     classes = tuple((path, type(module)) for path, module in generic.inner(layer))
     return Mapping(spec, (), classes, why, rates=_ATTENTION_RATE)
+
+
+def _check_kinds(layer: nn.Module, *paths: str, why: str = "") -> None:
+    """PyTorch's attention reads its output projection's weight, and calls no module: adapters there do nothing."""
+    for path in paths:
+        kind = type(layer.get_submodule(path))
+        if kind not in _KINDS[path]:
+            reason = f"{path} is a {kind.__module__}.{kind.__name__}, not PyTorch's own"
+            raise UnsupportedError(f"{reason}; {why}" if why else reason)
 
 
 _ATTENTION_RATE = (("attention_dropout", "self_attn.dropout"),)
@@ -263,6 +270,8 @@ class SwappedEncoderLayer(Replaced):
             raise UnsupportedCallError(change)
         src, mask, padding = (given.get(n) for n in ("src", "src_mask", "src_key_padding_mask"))
         assert src is not None
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (mask, padding)):
+            raise UnsupportedCallError("a mask that has a gradient, which a block does not give")
         batch, seq = src.shape[:2] if self.batch_first else (src.shape[1], src.shape[0])
         causal = mask is not None
         if mask is not None and not _says_causal(mask, seq, self):

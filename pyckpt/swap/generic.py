@@ -189,6 +189,7 @@ class GenericMappedBlock(OwnModulesBlock):
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(layer, mapping, save, tile)
         self._put_together: tuple[list[Any], Parts] = self._read(), self._made_of(layer, mapping.spec)
+        self.draws = False  # that a function drops in training, and no module for it
 
     @property
     def parts(self) -> Parts:
@@ -211,7 +212,9 @@ class GenericMappedBlock(OwnModulesBlock):
 
     @property
     def drops(self) -> bool:
-        return self._attend().dropout > 0.0 or drops_inside(self._layer[0])
+        layer = self._layer[0]
+        by_function = self.draws and any(m.training for m in layer.modules())
+        return by_function or self._attend().dropout > 0.0 or drops_inside(layer)
 
     def _attend(self) -> DenseAttend:
         spec = self.mapping.spec_but_for_rope(self._layer[0])

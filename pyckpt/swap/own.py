@@ -33,6 +33,11 @@ _FUNCTIONS = frozenset(
 )
 
 
+def is_checkpointed(module: nn.Module) -> bool:
+    """It is PyTorch's `checkpoint_wrapper`, around a module that it runs again."""
+    return _CHECKPOINTED in module._modules
+
+
 def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers in the model's lists of modules, by path; of layers in layers the innermost."""
     return list(_layers(model, "", False, False))
@@ -40,7 +45,7 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _layers(module: nn.Module, path: str, listed: bool, deeper: bool) -> Iterator[tuple[str, nn.Module]]:
     """`listed`: it stands in a list; `deeper`: that, or something around it, does."""
-    if _CHECKPOINTED in module._modules or isinstance(module, (CheckpointedBlock, torch.jit.ScriptModule)):
+    if is_checkpointed(module) or isinstance(module, (CheckpointedBlock, torch.jit.ScriptModule)):
         return
     held = isinstance(module, _CONTAINERS)
     inside = held or (listed and is_wrapper(module))
@@ -49,16 +54,20 @@ def _layers(module: nn.Module, path: str, listed: bool, deeper: bool) -> Iterato
         for name, child in module.named_children()
     ]
     if any(found for _, _, found in inner):
+        alike = _alike(inner) if held and not listed else ()
+        beside = _lists_beside(inner)
         # What stands beside an attention with a norm or a residual around it has the same around something else.
         sublayers = held and listed and any(len(found) == 1 and found[0][1] is child for _, child, found in inner)
         for child_path, child, found in inner:
             if found:
                 yield from found
-            elif sublayers and _is_more(child):
+            elif (sublayers or isinstance(child, alike)) and _is_more(child):
                 yield child_path, child
+            elif isinstance(child, nn.ModuleList) and len(child) in beside and all(map(_is_more, child)):
+                yield from ((_joined(child_path, n), m) for n, m in child.named_children())
             elif isinstance(module, nn.ModuleList):
                 yield from _beside(child, child_path, inner)
-    elif listed and not inside and _is_layer(module):
+    elif (listed or isinstance(module, nn.TransformerDecoderLayer)) and not inside and _is_layer(module):
         yield path, module
     elif not deeper and isinstance(module, nn.ModuleList) and sum(map(_attends, module)) > 1:
         # Sublayers in turns, or attentions alone.
@@ -68,6 +77,17 @@ def _layers(module: nn.Module, path: str, listed: bool, deeper: bool) -> Iterato
             yield path, module
         else:  # a layer that is no module of its own: attention and MLP in a list
             yield from ((_joined(path, n), m) for n, m in module.named_children() if _has_children(m))
+
+
+def _alike(inner: list[tuple[str, nn.Module, Any]]) -> tuple[type, ...]:
+    """Of a flat list: the classes of its layers, whose others wrap something else than attention (a residual's)."""
+    return tuple({type(child) for _, child, found in inner if len(found) == 1 and found[0][1] is child})
+
+
+def _lists_beside(inner: list[tuple[str, nn.Module, Any]]) -> set[int]:
+    """The lengths of lists of attentions alone: a list beside one, of as many modules, has what follows each."""
+    lists = [child for _, child, found in inner if found and isinstance(child, nn.ModuleList)]
+    return {len(child) for child in lists if len(child) > 1 and all(map(_attends, child))}
 
 
 def _is_more(module: nn.Module) -> bool:
@@ -104,13 +124,24 @@ def _differ_at(a: list[nn.Module], b: list[nn.Module], place: int) -> bool:
 def _is_layer(module: nn.Module) -> bool:
     """It has a module of attention, or is a block that calls attention by itself."""
     name = type(module).__name__.lower()
-    alone = any(n in name for n in _BLOCKS) or not _is_named(name)
-    inner = (m for m in module.modules() if m is not module)
-    return any(_attends(m) for m in inner) or (alone and _attends(module))
+    if _is_named(name) and not any(n in name for n in _BLOCKS) and all(map(_is_of_attention, module.children())):
+        return False
+    return any(_attends(m) for m in module.modules())
+
+
+def _is_of_attention(module: nn.Module) -> bool:
+    """A part of attention by itself, whose heads may be modules too: one of those, a list of them, or an operation."""
+    listed = isinstance(module, nn.ModuleList) and all(map(_attends, module))
+    return listed or _attends(module) or not _has_children(module)
 
 
 def _attends(module: nn.Module) -> bool:
     return _is_named(type(module).__name__.lower()) or _calls(type(module))
+
+
+def are_layers(model: nn.Module, kinds: set[type]) -> list[tuple[str, nn.Module]]:
+    """What stands in no list, of a class of which layers were found, and has attention inside."""
+    return [(path, m) for path, m in model.named_modules() if type(m) in kinds and path and _is_layer(m)]
 
 
 def _is_named(name: str) -> bool:

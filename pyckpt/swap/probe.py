@@ -73,7 +73,13 @@ def check_steady(layer: nn.Module, block: GenericMappedBlock) -> None:
     if not passes(surveys.check_here, layer):
         return
     device = next(layer.parameters()).device
-    with mode(layer, training=True), untouched(layer) as changed, surveys.forked(device), torch.no_grad(), _Watch():
+    with (
+        mode(layer, training=True),
+        untouched(layer) as changed,
+        surveys.forked(device),
+        torch.no_grad(),
+        _Watch() as watch,
+    ):
         before, (pre, post) = generator_states(device), block.parts
         try:
             dtype = next(p.dtype for p in pre.parameters() if p.is_floating_point())
@@ -82,6 +88,7 @@ def check_steady(layer: nn.Module, block: GenericMappedBlock) -> None:
         except Exception:  # of any module anything may be met
             return
         drawn = have_drawn(before, device) and not block.drops  # what drops gets a seed, and all draw from that
+        block.draws = watch.drops and not block.drops
     if drawn:
         raise UnsupportedError("it draws random numbers for something else than dropout")
     if changed:

@@ -14,7 +14,13 @@ from torch import nn
 from pyckpt.block import CheckpointedBlock
 from pyckpt.stream import Parts
 from pyckpt.swap.modules import is_patched
-from pyckpt.swap.shadow import argument_names, takes_more, unsharded_class
+from pyckpt.swap.shadow import (
+    argument_names,
+    names_by_place,
+    names_by_place_alone,
+    takes_more,
+    unsharded_class,
+)
 
 _PLACE = "_pyckpt_forward"  # the attribute by which `unbound` finds a module's
 _REPLICATE = "_replicate_for_data_parallel"  # the method by which torch.nn.DataParallel copies a module
@@ -60,7 +66,8 @@ class Replaced:
         self._module = (module,)
         self._before = module.__dict__.get("forward")
         # Of the class: a forward that was put there before need not have names.
-        self.names = argument_names(module)
+        self.names, self.by_place = argument_names(module), names_by_place(module)
+        self._by_place_alone = names_by_place_alone(module)
         self._takes_more = self._before is not None or takes_more(module)
         self._was_patched = is_patched(module)
         self._warned: set[str] = set()
@@ -103,12 +110,12 @@ class Replaced:
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name. Raises TypeError, as the original would, where a place has none."""
-        named = dict(zip(self.names, args, strict=False))
-        twice = next((n for n in named if n in kwargs), None)
+        named = dict(zip(self.by_place, args, strict=False))
+        twice = next((n for n in named if n in kwargs and n not in self._by_place_alone), None)
         if twice is not None:
             raise TypeError(f"{self._called} got multiple values for argument {twice!r}")
-        if len(args) > len(self.names) and not self._takes_more:
-            most = len(self.names)
+        if len(args) > len(self.by_place) and not self._takes_more:
+            most = len(self.by_place)
             raise TypeError(f"{self._called} takes {most} positional arguments at most, but {len(args)} were given")
         return named | kwargs
 

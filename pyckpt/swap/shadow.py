@@ -131,14 +131,28 @@ def unsharded_class(module: nn.Module) -> type[Any]:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Of the module's own forward, in order; where that takes any others, those of classes it is derived from too."""
-    names: dict[str, None] = {}
+    return tuple(p.name for p in _arguments(module))
+
+
+def names_by_place(module: nn.Module) -> tuple[str, ...]:
+    """Those of `argument_names` that may be given by their place."""
+    return tuple(p.name for p in _arguments(module) if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+
+
+def names_by_place_alone(module: nn.Module) -> frozenset[str]:
+    """Those that have to be: a further keyword may have the same name."""
+    return frozenset(p.name for p in _arguments(module) if p.kind is inspect.Parameter.POSITIONAL_ONLY)
+
+
+def _arguments(module: nn.Module) -> list[inspect.Parameter]:
+    named: dict[str, inspect.Parameter] = {}
     for kind in unsharded_class(module).__mro__:
         if "forward" in vars(kind):
             found = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
-            names |= {p.name: None for p in found if p.kind not in _ANY}
+            named |= {p.name: p for p in found if p.kind not in _ANY and p.name not in named}
             if not any(p.kind in _ANY for p in found):
                 break
-    return tuple(names)
+    return list(named.values())
 
 
 def takes_more(module: nn.Module) -> bool:
