@@ -1268,3 +1268,27 @@ def test_what_pytorchs_wrapper_checkpoints_is_left_and_told():
     layers = nn.ModuleList(checkpoint_wrapper(nn.TransformerEncoderLayer(WIDTH, HEADS)) for _ in range(2))
     with pytest.raises(ValueError, match=r"0 \(TransformerEncoderLayer\): PyTorch's checkpoint_wrapper"):
         pyckpt.swap(layers)
+
+
+@pytest.mark.parametrize("kind", ["own", "encoder", "Llama"])
+def test_a_checkpoint_around_swapped_layers_is_told_of(kind):
+    if kind == "Llama":
+        swap_models = pytest.importorskip("swap_models")
+        pytest.importorskip("transformers")
+        model, batch = swap_models.make_model("Llama"), swap_models.make_batch("plain")
+        layers, run = model.model.layers, lambda: swap_models.step(model, batch)
+    elif kind == "own":
+        model, ids = MODELS["block"](), make_ids()
+        layers, run = model.layers, lambda: step(model, ids)
+    else:
+        layers, x = nn.ModuleList([nn.TransformerEncoderLayer(WIDTH, HEADS, dropout=0.0)]), torch.randn(3, 2, WIDTH)
+        model, run = layers, lambda: dict(enumerate(torch.autograd.grad(layers[0](x).sum(), layers.parameters())))
+    pyckpt.swap(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = run()
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+    with pytest.warns(UserWarning, match="recomputes already, and runs once more than it has to"):
+        after = run()
+    assert_same_bits(dict(enumerate(after.values())), dict(enumerate(before.values())))

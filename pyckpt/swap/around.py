@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyckpt.exec import gathering
@@ -124,6 +125,14 @@ def _is_parallel(hook: Any) -> bool:
 def _origin(function: Any) -> str:
     """The Python module that a function comes from."""
     return str(getattr(function, "__module__", ""))
+
+
+def in_a_checkpoint() -> bool:
+    """What runs now runs again in the backward, by torch.utils.checkpoint in its form that is not reentrant."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook.")
 
 
 def is_compiled(module: nn.Module) -> bool:

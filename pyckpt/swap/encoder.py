@@ -229,6 +229,7 @@ class SwappedEncoderLayer(Replaced):
         src = given["src"]
         if src.is_nested or not src.numel() or (given.get("is_causal") and given.get("src_mask") is None):
             return self.original(**given)  # the last is an error of PyTorch's
+        self.warn_of_a_checkpoint()
         if src.dim() != 3:  # a sequence without a batch
             return again.run_twice(self, (), given, self._save) if self._twice else self.original(**given)
         try:

@@ -136,6 +136,7 @@ class SwappedLayer(Replaced):
             return self.original(*args, **kwargs)
         if isinstance(call, InRun):
             return call.run.layer(call.block, args[0], self.block.weights)
+        self.warn_of_a_checkpoint()
         if call.whole:
             return again.run_twice(self, args, kwargs, save_set(self.block.save))
         given = self.given(args, kwargs)

@@ -13,6 +13,7 @@ from torch import nn
 
 from pyckpt.block import CheckpointedBlock
 from pyckpt.stream import Parts
+from pyckpt.swap.around import in_a_checkpoint
 from pyckpt.swap.modules import is_patched
 from pyckpt.swap.shadow import (
     argument_names,
@@ -138,6 +139,15 @@ class Replaced:
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"pyckpt.swap: {text}", stacklevel=4)
+
+    def warn_of_a_checkpoint(self) -> None:
+        """Where all that a layer does in a backward is done once more around it."""
+        if in_a_checkpoint():
+            self.warn(
+                f"a swapped {unsharded_class(self.module).__name__} is in a torch.utils.checkpoint (PyTorch's "
+                "checkpoint_wrapper, FSDP's activation_checkpointing): it recomputes already, and runs once more than "
+                "it has to. Take the checkpoint away"
+            )
 
     def install(self) -> None:
         self.module.__dict__.update({"forward": self, _PLACE: self, _REPLICATE: _no_replicas})

@@ -52,6 +52,7 @@ class CheckpointedLayer(Replaced):
         call = kwargs.pop(CALL, None)
         if call is None and not self._alone(self.given(args, kwargs)):
             return self.original(*args, **kwargs)
+        self.warn_of_a_checkpoint()
         return again.run_twice(self, args, kwargs, self._save)
 
     def _alone(self, given: dict[str, Any]) -> bool:
