@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -110,6 +111,9 @@ def ways_worker(rank: int, seed: int) -> None:
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, context=context)
+        agrees(summed(step(copy.deepcopy(twin), batch)), truth, "a copy")
+        with pytest.raises(TypeError, match=r"a ContextParallel can't be pickled.*unswap"):
+            pickle.dumps(twin)
         wrapped = torch.nn.parallel.DistributedDataParallel(twin)
         loss = wrapped(**batch).loss
         loss.backward()

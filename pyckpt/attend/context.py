@@ -104,6 +104,16 @@ class ContextParallel:
         self._check(tokens)
         return self.shard(torch.arange(tokens, device=device), 0)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
+        """Itself: a copy of a model is shared by the same processes."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a ContextParallel can't be pickled: it is a group of processes that run now. Save a model's state_dict(), "
+            "or call pyckpt.unswap(model) before it is pickled"
+        )
+
     def __repr__(self) -> str:
         return f"ContextParallel(rank={self.rank}, size={self.size}, method={self.method!r})"
 
