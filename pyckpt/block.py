@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +29,9 @@ from pyckpt.tokenwise.parameters import parameter_shapes
 from pyckpt.tokenwise.seeded import SeededTokenwise, drops_inside
 
 INIT_STD = 0.02
+_SCALE = errors.Range(
+    "None or a positive finite number", errors.POSITIVE.holds, "; have pre give -q for a negative one"
+)
 
 
 class CheckpointedBlock(nn.Module):
@@ -173,7 +175,8 @@ class CkptTransformerBlock(CheckpointedBlock):
             `amplitude`, which multiplies cos and sin (default 1), for any other. rope_dim: how many leading dims of
             each head it turns, default all (fewer in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i,
             2i + 1), as in GPT-J and Cohere, not (i, i + rope_dim / 2).
-        causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, default head_dim ** -0.5.
+        causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, but above 0, default
+            head_dim ** -0.5.
         dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
             stream; attention_dropout: that on attention probabilities, by default the same. In training mode only.
             One seed a forward comes from PyTorch's default generator; what is dropped depends on it and on positions
@@ -183,11 +186,15 @@ class CkptTransformerBlock(CheckpointedBlock):
         tile: tokens that norm, projections and MLP take at a time; None chooses by `tile_bytes`, and on a CPU what
             runs best.
         tile_bytes: what these parts may take for a tile, beside the tensors of the whole sequence.
+        device, dtype: of the parameters, by default PyTorch's; float32, float64, bfloat16 or float16.
 
     Parameter names are those of a Hugging Face Llama decoder layer, so `load_state_dict(layer.state_dict())` works.
     Norms after the sublayers have the names of Gemma 2 ("sandwich") and of OLMo 2 ("output", and "post" too).
     Weights start normal with standard deviation 0.02, biases at zero. Forward hooks on the inner modules
     (`self_attn.q_proj` and so on) do not run: the block reads their parameters and calls its own kernels.
+
+    Raises ValueError for options that do not fit, whatever their type, and TypeError for a dtype that is none, before
+    anything is built.
     """
 
     def __init__(
@@ -223,6 +230,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        errors.check_dtype("dtype", dtype)
         spec = BlockSpec.make(
             d_model,
             n_heads,
@@ -325,8 +333,21 @@ class CkptGenericBlock(CheckpointedBlock):
     Both must treat every token by itself (they get any contiguous range of tokens) and be deterministic, but for
     `nn.Dropout` modules in them, which drop the same again: they run again in the backward, under autograd, one tile at
     a time, in the train mode that they had. What has a gradient and is read by them has to be an input or a parameter
-    (`LostGradientError` else). What else draws random numbers raises RuntimeError. Save sets: "attention+qkv",
-    "attention", "input".
+    (`LostGradientError` else). What else draws random numbers raises RuntimeError.
+
+    x and the positions come as the block got them, o in the dtype of the products: x's, or autocast's where that is on,
+    as it is then for what `pre` and `post` compute too. q, k and v may have any floating dtype and are brought to that
+    of the products; y is brought to x's.
+
+    Args:
+        pre, post: the modules; their parameters are the block's.
+        d_model, n_heads, n_kv_heads, head_dim: as for `CkptTransformerBlock`. v_head_dim: see above.
+        causal, window, softcap: see `pyckpt.attention`; scale: its `scale`, but above 0, default head_dim ** -0.5.
+        save: "attention+qkv", "attention" or "input", or a `pyckpt.Save` of one of them.
+        tile: tokens that `pre` and `post` take at a time; None chooses by `tile_bytes`. tile_bytes: what they may take
+            for a tile.
+
+    Raises TypeError for what is no module and a scale that is no number, ValueError for options that do not fit.
     """
 
     def __init__(
@@ -350,13 +371,10 @@ class CkptGenericBlock(CheckpointedBlock):
         for name, part in (("pre", pre), ("post", post)):
             if not isinstance(part, nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module, got {type(part).__name__}")
-        if v_head_dim is not None and (not isinstance(v_head_dim, int) or v_head_dim < 1):
-            raise ValueError(f"v_head_dim must be a positive int, or None for head_dim, got {v_head_dim!r}")
-        errors.check_constant("scale", scale, "have pre multiply q by it")
-        if scale is not None and not 0.0 < scale < math.inf:
-            raise ValueError(
-                f"scale must be None or a positive finite number, got {scale!r}; have pre give -q for a negative one"
-            )
+        if v_head_dim is not None:
+            v_head_dim = errors.positive_int("v_head_dim", v_head_dim, "a positive int, or None for head_dim")
+        if scale is not None:
+            scale = errors.number("scale", scale, _SCALE, "have pre multiply q by it")
         spec = BlockSpec.make(
             d_model,
             n_heads,
@@ -367,7 +385,7 @@ class CkptGenericBlock(CheckpointedBlock):
             window=window,
             softcap=softcap,
         )
-        super().__init__(d_model, save, tile, tile_bytes)
+        super().__init__(spec.d_model, save, tile, tile_bytes)
         self.pre, self.post = pre, post
         self._attend = DenseAttend(
             spec.n_heads,
@@ -375,7 +393,7 @@ class CkptGenericBlock(CheckpointedBlock):
             spec.head_dim,
             spec.window,
             spec.softcap,
-            spec.scale if scale is None else float(scale),
+            spec.scale if scale is None else scale,
             v_head_dim=None if v_head_dim == spec.head_dim else v_head_dim,
         )
 

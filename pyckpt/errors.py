@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,116 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INT_DTYPES = (torch.int32, torch.int64)
 
 
+class Range(NamedTuple):
+    """The numbers that an argument may be, in words, whether one is among them, and what to do with another."""
+
+    words: str
+    holds: Callable[[float], bool]
+    advice: str = ""
+
+
+FINITE = Range("a finite number", lambda v: -math.inf < v < math.inf)
+POSITIVE = Range("a positive finite number", lambda v: 0 < v < math.inf)
+NOT_NEGATIVE = Range("a finite number >= 0", lambda v: 0 <= v < math.inf)
+RATE = Range("a number in [0, 1)", lambda v: 0 <= v < 1)
+SHARE = Range("in [0, 1]", lambda v: 0 <= v <= 1)
+SOFTCAP = Range("None or a positive number", NOT_NEGATIVE.holds)  # 0 is none, as in configs
+SCALE = Range("None or a finite number", FINITE.holds)
+
+
+def number(
+    name: str,
+    value: Any,
+    allowed: Range,
+    instead: str = "a number",
+    wrong_type: type[Exception] = TypeError,
+) -> float:
+    """A real number as a float: Python's, NumPy's, or a tensor of one. ValueError where it is not `allowed`.
+
+    instead: what to give where a tensor is to have a gradient. While torch.compile traces nothing is known of a number,
+    which may be one that varies, and nothing is checked.
+    """
+    tracing = torch.compiler.is_compiling()
+    if tracing or type(value) is not float:
+        check_constant(name, value, instead)
+    if tracing:
+        return float(value)
+    found = value if type(value) is float else _real(value)
+    if found is None:
+        words = allowed.words.replace("finite ", "")
+        raise wrong_type(f"{name} must be {words if wrong_type is TypeError else allowed.words}, got {_shown(value)}")
+    if not allowed.holds(found):
+        raise ValueError(f"{name} must be {allowed.words}, got {value!r}{allowed.advice}")
+    return found
+
+
+def _real(value: Any) -> float | None:
+    """None for what is no real number; a bool is none, whosever it is."""
+    if isinstance(value, (bool, str, bytes, complex)) or not hasattr(value, "__float__"):
+        return None
+    if str(getattr(value, "dtype", "")).removeprefix("torch.").startswith(("bool", "complex")):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):  # several numbers, or a tensor without any
+        return None
+
+
+def _shown(value: Any) -> str:
+    kind = type(value).__name__
+    return f"a {kind} of shape {tuple(value.shape)}" if getattr(value, "shape", ()) else f"{value!r}, a {kind}"
+
+
+def as_int(value: Any) -> int | None:
+    """Of an int, of NumPy's, and of a tensor of one; None for anything else, a bool too."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, float):  # torch.compile can't ask one that varies what it has
+        return None
+    if not hasattr(value, "__index__") or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of floats
+        return None
+
+
+def integer(name: str, value: Any) -> int:
+    """An int of 64 bits."""
+    found = as_int(value)
+    if found is None:
+        raise TypeError(f"{name} must be an int, got {_shown(value)}")
+    if not torch.compiler.is_compiling() and not -(2**63) <= found < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
+    return found
+
+
+def positive_int(name: str, value: Any, expected: str = "a positive int") -> int:
+    """ValueError, whatever it is, for what is none."""
+    found = as_int(value)
+    if found is None or found <= 0:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return found
+
+
+def check_bool(name: str, value: object, wrong_type: type[Exception] = TypeError) -> None:
+    if not isinstance(value, bool):
+        raise wrong_type(f"{name} must be True or False, got {_shown(value)}")
+
+
+def check_dtype(name: str, dtype: object, optional: bool = True) -> None:
+    """One of the dtypes that we compute with, or, where it is `optional`, None."""
+    if optional and dtype is None:
+        return
+    none = "None or " if optional else ""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be {none}a torch.dtype, as torch.bfloat16, got {_shown(dtype)}")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} is {dtype}, expected {none}one of {names(FLOAT_DTYPES)}")
+
+
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
@@ -27,6 +139,10 @@ def check_tensor(name: str, t: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.layout is not torch.strided:
         raise ValueError(f"{name} has layout {t.layout}, expected a dense tensor; a nested one's .values() are packed")
+    if t.is_nested:  # some are strided
+        raise ValueError(
+            f"{name} is a nested tensor, expected a dense one; of one with layout=torch.jagged the .values() are packed"
+        )
 
 
 def check_constant(name: str, value: object, instead: str) -> None:
@@ -91,14 +207,6 @@ def has_shape(t: Tensor, *allowed: Sequence[int]) -> bool:
     return any(t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)) for shape in allowed)
 
 
-def check_index(name: str, value: Any) -> None:
-    """An int of 64 bits."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {value!r}, a {type(value).__name__}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be an int of 64 bits, got {value}")
-
-
 def check_cu_seqlens(
     cu: Tensor, tokens: int, device: torch.device, name: str = "cu_seqlens", asker: object = None
 ) -> None:
@@ -133,7 +241,7 @@ def _check_starts(values: list[int], tokens: int, name: str) -> None:
 
 
 def check_positions(positions: Tensor, x: Tensor) -> Tensor:
-    """Positions as one int for each token, (T,): from (S,), (1, S), (B, S), or (T,) when packed."""
+    """Positions as one int for each token, (T,): from (S,), (1, S), (B, S), or, when packed, (T,), (1, T)."""
     check_tensor("positions", positions)
     if positions.dtype not in _INT_DTYPES:
         raise ValueError(f"positions have dtype {positions.dtype}, expected {names(_INT_DTYPES)}")
@@ -142,23 +250,20 @@ def check_positions(positions: Tensor, x: Tensor) -> Tensor:
     lead = tuple(x.shape[:-1])
     if not has_shape(positions, lead, (lead[-1],), (1, lead[-1])):
         raise ValueError(f"positions have shape {tuple(positions.shape)}, expected {lead} or ({lead[-1]},)")
-    return positions.expand(lead).reshape(-1)
+    return positions.reshape(-1) if len(lead) == 1 else positions.expand(lead).reshape(-1)
 
 
 def check_tile(tile: int | None) -> int | None:
-    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile <= 0):
-        raise ValueError(f"tile must be None or a positive int (tokens), got {tile!r}")
-    return tile
+    return None if tile is None else positive_int("tile", tile, "None or a positive int (tokens)")
 
 
 def check_tile_bytes(value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"tile_bytes must be a positive int (bytes that a tile may take), got {value!r}")
-    return value
+    return positive_int("tile_bytes", value, "a positive int (bytes that a tile may take)")
 
 
 def check_labels(target: Tensor, vocab: int, ignore_index: int, device: torch.device) -> None:
     """int64 labels in [0, vocab) or ignore_index. On CUDA the range is checked by a device-side assertion."""
+    check_tensor("labels", target)
     if target.dtype != torch.int64:
         raise ValueError(f"labels have dtype {target.dtype}, expected int64; convert them with .long()")
     if target.device != device:
@@ -198,9 +303,8 @@ def check_tokens(tokens: Tensor, vocab: int, device: torch.device, packed: bool)
 
 def check_segments(value: object) -> None:
     """Raise ValueError unless it is None, "sqrt" or a number of blocks."""
-    count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if not (count or value is None or value == "sqrt"):
-        raise ValueError(f"segments must be None, 'sqrt' or a positive int (blocks in a segment), got {value!r}")
+    if not (value is None or (isinstance(value, str) and value == "sqrt")):
+        positive_int("segments", value, "None, 'sqrt' or a positive int (blocks in a segment)")
 
 
 def check_unbatched(what: str, grads: Iterable[Any]) -> None:

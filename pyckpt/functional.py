@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, overload
 
 import torch
@@ -18,7 +17,6 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.ops.rope import rope_tables
 from pyckpt.spec import (
     GATED_MLPS,
-    MLPS,
     PLAIN_MLPS,
     Window,
     canonical_rope_scaling,
@@ -28,6 +26,7 @@ from pyckpt.spec import (
 
 ops = torch.ops.pyckpt
 _REDUCTIONS = ("mean", "sum", "none")
+_DROPOUT = errors.Range("in [0, 1)", errors.RATE.holds)
 
 
 def attention(
@@ -68,29 +67,32 @@ def attention(
         cu_seqlens_k: (N + 1,) int32, the same of the keys and values, and Tk, where they differ. A sequence may have no
             queries, or no keys.
         return_lse: also return lse, the log-sum-exp of each query's scores: (B, H, Sq), packed (H, T);
-            float32 (float64 for float64 inputs). Of bfloat16 inputs on a CPU, which go to PyTorch's kernel, it is
-            exact to 1e-4 and not to 1e-6.
+            float32 (float64 for float64 inputs). Of bfloat16 inputs on a CPU that go to PyTorch's kernel (where the
+            processor has AMX, and where the C++ library is not there) it is exact to 1e-4 and not to 1e-6.
         context: the processes that share the sequences: q, k, v are this one's part (`ContextParallel.shard`), all of
             one length, and so are o and lse; cu_seqlens are those of all tokens. Not with alibi_slopes or cu_seqlens_k.
             Gradients are those of the sum of the processes' losses.
 
-    A query that sees no key has o = 0 and lse = -inf. Differentiable in q, k, v and sinks through o and lse.
-    Raises ValueError on shapes, dtypes and options that do not fit.
+    Returns o, (B, Sq, H, Dv), packed (T, H, Dv), in q's dtype (autocast's where that is on), or (o, lse). A query that
+    sees no key has o = 0 and lse = -inf. Differentiable in q, k, v and sinks through o and lse.
+
+    Raises ValueError on shapes, dtypes, devices and numbers that do not fit; TypeError for tensors that are none, and
+    for options of another type than these.
     """
     errors.check_transforms("pyckpt.attention", q, k, v, sinks)
     q, k, v = autocast(q, k, v)
     _check_attention(q, k, v, packed=cu_seqlens is not None)
     _check_packed(q, k, cu_seqlens, cu_seqlens_k, 1 if context is None else check_context(context).size)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
-    _check_dropout(dropout, seed)
-    errors.check_constant("scale", scale, "multiply q by it and give scale=1.0")
+    dropout, seed = _checked_dropout(dropout, seed)
+    errors.check_bool("causal", causal)
     left, right = canonical_window(causal, window)
     cap = _softcap(softcap)
-    q, scale = _scaled(q, q.shape[-1] ** -0.5 if scale is None else scale)
+    q, scale = _scaled(q, scale)
     if context is not None:
         _check_shared(q, k, alibi_slopes, cu_seqlens_k)
         heads = (q.shape[-2], k.shape[-2], q.shape[-1])
-        attend = DenseAttend(*heads, (left, right), cap, scale, float(dropout), v_head_dim=v.shape[-1])
+        attend = DenseAttend(*heads, (left, right), cap, scale, dropout, v_head_dim=v.shape[-1])
         batch, seq = (q.shape[0], q.shape[1]) if cu_seqlens is None else (1, q.shape[0])
         layout = Layout(batch, seq, cu_seqlens)
         drawn = context.seed(seed) if dropout else None
@@ -98,7 +100,7 @@ def attention(
         return found if return_lse else found[0]
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sinks, slopes = (None if t is None else t.contiguous() for t in (sinks, alibi_slopes))
-    extras = (sinks, slopes, float(dropout), seed if dropout else None)
+    extras = (sinks, slopes, dropout, seed if dropout else None)
     starts = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     o, lse = ops.attention_fwd(q, k, v, *starts, left, right, cap, scale, *extras)
     return (o, lse) if return_lse else o
@@ -116,10 +118,9 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         errors.check_tensor(name, t)
         if t.dim() != rank:
             raise ValueError(f"{name} must be {shape}, got shape {tuple(t.shape)}")
-        if t.dtype not in errors.FLOAT_DTYPES or t.dtype != q.dtype:
-            raise ValueError(
-                f"{name} has dtype {t.dtype}, expected q's, {q.dtype}, and one of {errors.names(errors.FLOAT_DTYPES)}"
-            )
+        _check_floating(name, t)
+        if t.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {t.dtype}, expected q's, {q.dtype}; convert one with .to(...)")
         if t.device != q.device:
             raise ValueError(f"{name} is on {t.device}, q is on {q.device}; move one with .to(...)")
     if k.shape[:-1] != v.shape[:-1]:
@@ -184,15 +185,20 @@ def _check_heads(q: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, slo
         raise ValueError("alibi_slopes get no gradient here; give alibi_slopes.detach()")
 
 
-def _check_dropout(dropout: float, seed: int | None) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-    if dropout and seed is None:
-        raise ValueError(f"dropout={dropout} needs a seed: pass seed=..., an int, a new one for every step and layer")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt))):
+def _checked_dropout(dropout: float, seed: Any) -> tuple[float, Any]:
+    rate = errors.number("dropout", dropout, _DROPOUT)
+    if seed is None:
+        if rate:
+            raise ValueError(f"dropout={rate} needs a seed: pass seed=..., an int, a new one for every step and layer")
+        return rate, None
+    if isinstance(seed, torch.SymInt):  # nothing is known of it yet
+        return rate, seed
+    found = errors.as_int(seed)
+    if found is None:
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if isinstance(seed, int) and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    if not 0 <= found < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {found}")
+    return rate, found
 
 
 def linear_cross_entropy(
@@ -230,20 +236,23 @@ def linear_cross_entropy(
             With fewer tokens than words, and no label smoothing, it goes over blocks of the vocabulary and then needs
             no float32 gradient of the weight, but one of x.
 
-    Returns a float32 scalar (float64 for float64 inputs), or the shape of `target` for "none". Raises ValueError
-    on shapes, dtypes and labels that do not fit.
+    Returns a float32 scalar (float64 for float64 inputs), or the shape of `target` for "none". A "mean" over no targets
+    is NaN, as in PyTorch. Differentiable in x, weight and bias.
+
+    Raises ValueError on shapes, dtypes, devices, numbers and labels that do not fit; labels out of range are a
+    device-side assertion on CUDA. TypeError for tensors that are none, and for options of another type.
     """
     errors.check_transforms("pyckpt.linear_cross_entropy", x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
-    check_loss_numbers(label_smoothing, z_loss)
-    _check_loss(x, weight, target, bias, ignore_index, reduction)
-    cap = _softcap(softcap)
+    cap, z_loss, label_smoothing = check_loss_options(reduction, softcap, z_loss, label_smoothing)
+    ignore_index = errors.integer("ignore_index", ignore_index)
+    _check_loss(x, weight, target, bias, ignore_index)
     weights = loss_weights(
         target, token_weight, class_weight, weight.shape[0], ignore_index, label_smoothing, acc_dtype(x.dtype)
     )
     if any(map(vocab_parallel.is_dealt_out, (x, weight, bias))):
         vocab_parallel.check_layout(weight, bias, label_smoothing)
-        options = (ignore_index, cap, float(z_loss), weights, reduction)
+        options = (ignore_index, cap, z_loss, weights, reduction)
         return vocab_parallel.linear_cross_entropy(x, weight, bias, target, *options)
     x, weight = _with_a_dim(x, weight)
     flat = x.reshape(-1, x.shape[-1])
@@ -256,8 +265,8 @@ def linear_cross_entropy(
         target.reshape(-1),
         ignore_index,
         cap,
-        float(z_loss),
-        float(label_smoothing),
+        z_loss,
+        label_smoothing,
         None if weights is None else weights.reshape(-1),
         reduction,
         *need,
@@ -265,13 +274,22 @@ def linear_cross_entropy(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-def check_loss_numbers(label_smoothing: float, z_loss: float) -> None:
-    """Raise ValueError for what a loss cannot be made with."""
-    errors.check_constant("z_loss", z_loss, "add the loss of plain PyTorch")
-    if not -math.inf < z_loss < math.inf:
-        raise ValueError(f"z_loss must be a finite number, got {z_loss!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+def check_loss_options(
+    reduction: str, softcap: float | None, z_loss: float, label_smoothing: float
+) -> tuple[float, float, float]:
+    """softcap (0.0: none), z_loss and label_smoothing as floats. Raises for what a loss cannot be made with."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} does not exist; expected one of {', '.join(_REDUCTIONS)}")
+    return _softcap(softcap), *check_loss_numbers(label_smoothing, z_loss)
+
+
+def check_loss_numbers(label_smoothing: float, z_loss: float) -> tuple[float, float]:
+    """z_loss and label_smoothing as floats. Raises for what a loss cannot be made with."""
+    plain = "add the loss of plain PyTorch"
+    return (
+        errors.number("z_loss", z_loss, errors.FINITE, plain),
+        errors.number("label_smoothing", label_smoothing, errors.SHARE, "take the loss of plain PyTorch"),
+    )
 
 
 def loss_weights(
@@ -325,7 +343,6 @@ def _check_loss(
     target: Tensor,
     bias: Tensor | None,
     ignore_index: int,
-    reduction: str,
 ) -> None:
     for name, t in (("x", x), ("weight", weight), ("target", target)):
         errors.check_tensor(name, t)
@@ -337,9 +354,6 @@ def _check_loss(
         _check_vector("bias", bias, weight.shape[0], x)
     if weight.shape[0] == 0:
         raise ValueError(f"weight has no rows: expected (V, D) with at least one word, got shape {tuple(weight.shape)}")
-    errors.check_index("ignore_index", ignore_index)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} does not exist; expected one of {', '.join(_REDUCTIONS)}")
     if target.shape != x.shape[:-1]:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for each token")
     if not on_meta(target, x):
@@ -355,10 +369,17 @@ def rms_norm(
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-5, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x * (mean(x²) + eps)^-½ * weight over the last dim, in float32 or better. x (..., D), weight (D,).
+    """x * (mean(x²) + eps)^-½ * weight over the last dim, in float32 or better (Zhang and Sennrich 2019, eq. 4).
 
-    eps=None: the machine epsilon of the dtype that it is computed in, as PyTorch's rms_norm has it. With `residual`, of
-    x's shape and dtype: (norm(x + residual), x + residual), in one pass over memory.
+    Args:
+        x: (..., D), float32, float64, bfloat16 or float16. weight: (D,), of any of these; None for ones.
+        eps: a number >= 0; None: the machine epsilon of the dtype that it is computed in, as PyTorch's rms_norm has it.
+        residual: of x's shape and dtype; what is normed is then x + residual, in one pass over memory.
+
+    Returns y, in x's shape and dtype; with `residual` (y, x + residual). Differentiable in all tensors.
+
+    Raises ValueError on shapes, dtypes, devices and numbers that do not fit, TypeError for tensors and numbers that are
+    none.
     """
     _check_norm(x, weight, residual=residual)
     errors.check_transforms("pyckpt.rms_norm", x, weight, residual)
@@ -386,9 +407,17 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim. x (..., D); weight, bias (D,).
+    """(x - mean(x)) * (var(x) + eps)^-½ * weight + bias over the last dim, in float32 or better (Ba et al. 2016).
 
-    With `residual`, of x's shape and dtype: (norm(x + residual), x + residual), in one pass over memory.
+    Args:
+        x: (..., D), float32, float64, bfloat16 or float16. weight, bias: (D,), of any of these; None for 1 and 0.
+        eps: a number >= 0.
+        residual: of x's shape and dtype; what is normed is then x + residual, in one pass over memory.
+
+    Returns y, in x's shape and dtype; with `residual` (y, x + residual). Differentiable in all tensors.
+
+    Raises ValueError on shapes, dtypes, devices and numbers that do not fit, TypeError for tensors and numbers that are
+    none.
     """
     _check_norm(x, weight, bias, residual)
     errors.check_transforms("pyckpt.layer_norm", x, weight, bias, residual)
@@ -427,13 +456,7 @@ def _of_nothing(norm: Any, x: Tensor, residual: Tensor | None, *parameters: Any)
 def _eps(value: Any) -> float:
     if value is None:
         raise ValueError("eps=None has no meaning for a LayerNorm, as in PyTorch; give a number >= 0, as 1e-5")
-    if torch.compiler.is_compiling():  # it may be one that varies, of which nothing is known
-        return float(value)
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"eps must be a number >= 0, got {value!r}, a {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"eps must be a finite number >= 0, got {value!r}")
-    return float(value)
+    return errors.number("eps", value, errors.NOT_NEGATIVE, "norm by plain PyTorch")
 
 
 def rope(
@@ -445,18 +468,29 @@ def rope(
     rotary_dim: int | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """Rotary position embedding of the first `rotary_dim` dims (default: all) of each head.
+    """Rotary position embedding (Su et al. 2021, eq. 34) of the leading dims of each head.
 
-    x (B, S, H, D), or packed (T, H, D); positions (S,), (B, S) or (T,) int, default 0, 1, ... . Pairs are
-    (i, i + r/2), as in Hugging Face's Llama, or (2i, 2i + 1) if `interleaved`, as in GPT-J. Angles are
-    computed in float64.
+    Args:
+        x: (B, S, H, D), or packed (T, H, D), float32, float64, bfloat16 or float16.
+        positions: (S,), (1, S) or (B, S), packed (T,) or (1, T), of an integer dtype; default 0, 1, ... .
+        theta: the base: pair i of r dims turns by position * theta ** (-2i / r). Angles are computed in float64.
+        scaling: a dict as in Hugging Face configs, of rope_type "linear" or "llama3"; or "given", with `frequencies`,
+            real numbers, one for each pair, in place of the powers of theta, and `amplitude`, which multiplies cos
+            and sin (default 1).
+        rotary_dim: r, how many leading dims are turned; even, default D. The others stay as they are.
+        interleaved: pairs are (2i, 2i + 1), as in GPT-J; else (i, i + r/2), as in Hugging Face's Llama.
+
+    Returns y, in x's shape and dtype. Differentiable in x.
+
+    Raises ValueError on shapes, dtypes, devices, numbers and scalings that do not fit, TypeError for tensors that are
+    none and options of another type.
     """
     errors.check_tensor("x", x)
     errors.check_transforms("pyckpt.rope", x)
     _check_floating("x", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be (B, S, H, D) or (T, H, D), got shape {tuple(x.shape)}")
-    dim = x.shape[-1] if rotary_dim is None else rotary_dim
+    dim = x.shape[-1] if rotary_dim is None else errors.integer("rotary_dim", rotary_dim)
     if dim <= 0 or dim % 2 or dim > x.shape[-1]:
         raise ValueError(f"the rotary dim must be even and at most the head dim {x.shape[-1]}, got {dim}")
     if positions is None:
@@ -466,24 +500,31 @@ def rope(
         raise ValueError(f"positions are on {positions.device}, x is on {x.device}; move one with .to(...)")
     lead = tuple(x.shape[:-2])
     whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
-    if not (whole and errors.has_shape(positions, lead, (lead[-1],))):
+    if not (whole and errors.has_shape(positions, lead, (lead[-1],), (1, lead[-1]))):
         raise ValueError(
             f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} {positions.dtype}"
         )
-    errors.check_constant("theta", theta, "turn x by plain PyTorch")
-    if not 0 < theta < math.inf:
-        raise ValueError(f"theta must be a positive finite number, got {theta!r}")
+    if not errors.has_shape(positions, lead, (lead[-1],)):
+        positions = positions.reshape(-1)  # one row, for every sequence
+    theta = errors.number("theta", theta, errors.POSITIVE, "turn x by plain PyTorch")
+    errors.check_bool("interleaved", interleaved)
+    canonical = canonical_rope_scaling(scaling, theta, "scaling", "theta")
+    check_frequencies(canonical, dim, "scaling")
     if x.shape[-2] == 0:
         return x.clone()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    canonical = canonical_rope_scaling(scaling, theta)
-    check_frequencies(canonical, dim)
     cos, sin = rope_tables(positions, dim, theta, canonical, dtype)
     return ops.rope(x, cos, sin, False, interleaved)
 
 
 def glu(gate: Tensor, up: Tensor, kind: str = "swiglu") -> Tensor:
-    """φ(gate) * up; gate, up (..., F). φ: SiLU ("swiglu"), GELU ("geglu"), its tanh form ("geglu_tanh")."""
+    """φ(gate) * up, a gated linear unit (Shazeer 2020).
+
+    φ: SiLU ("swiglu"), GELU ("geglu"), its tanh form ("geglu_tanh").
+    gate, up: (..., F), of one shape and dtype: float32, float64, bfloat16 or float16. Returns y of both, differentiable
+    in both. Raises ValueError for an unknown kind, and for shapes, dtypes and devices that do not fit; TypeError for
+    tensors that are none.
+    """
     if kind not in GATED_MLPS:
         raise ValueError(f"kind={kind!r} is no gated activation; expected one of {', '.join(GATED_MLPS)}")
     _check_pre_activation("gate", gate)
@@ -500,9 +541,14 @@ def glu(gate: Tensor, up: Tensor, kind: str = "swiglu") -> Tensor:
 
 
 def activation(x: Tensor, kind: str = "gelu") -> Tensor:
-    """GELU ("gelu"), its tanh form ("gelu_tanh"), or squared ReLU ("relu2")."""
+    """GELU ("gelu", Hendrycks and Gimpel 2016), its tanh form ("gelu_tanh"), or squared ReLU ("relu2", So et al. 2021).
+
+    x: (..., F), float32, float64, bfloat16 or float16. Returns y of the same, differentiable in x. Raises ValueError
+    for an unknown kind, and for a shape or dtype that does not fit; TypeError for what is no tensor.
+    """
     if kind not in PLAIN_MLPS:
-        raise ValueError(f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)} (of {MLPS})")
+        advice = "; a gated one is pyckpt.glu" if kind in GATED_MLPS else ""
+        raise ValueError(f"kind={kind!r} is no plain activation; expected one of {', '.join(PLAIN_MLPS)}{advice}")
     _check_pre_activation("x", x)
     errors.check_transforms("pyckpt.activation", x)
     if x.shape[-1] == 0:
@@ -531,17 +577,15 @@ def _check_vector(name: str, t: Tensor, width: int, x: Tensor) -> None:
         raise ValueError(f"{name} is on {t.device}, x is on {x.device}; move one with .to(...)")
 
 
-def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
+def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """q and a scale above 0 with the same scores: -inf of what is hidden, times 0 or less, would hide nothing."""
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
+    if scale is None:
+        return q, float(q.shape[-1] ** -0.5)
+    scale = errors.number("scale", scale, errors.SCALE, "multiply q by it and give scale=1.0")
     if scale > 0:
-        return q, float(scale)
-    return (-q, -float(scale)) if scale < 0 else (q * 0.0, 1.0)
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
 
 
 def _softcap(value: float | None) -> float:
-    errors.check_constant("softcap", value, "cap by plain PyTorch")
-    if value is not None and not 0 <= value < math.inf:
-        raise ValueError(f"softcap must be None or a positive number, got {value!r}")
-    return float(value or 0.0)
+    return 0.0 if value is None else errors.number("softcap", value, errors.SOFTCAP, "cap by plain PyTorch")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 
 import torch
 from torch import nn
 
+from pyckpt import errors
 from pyckpt.block import CheckpointedBlock, compute_dtype
 from pyckpt.measure.units import format_bytes, parse_bytes
 from pyckpt.model import CkptTransformer
@@ -19,8 +21,9 @@ from pyckpt.swap.replaced import replaced_in
 class Kept:
     """What `keep_within` chose.
 
-    sets: the save set of each block, in the order of the model's modules. bytes: what they keep of a forward of
-    `tokens` tokens, of the `memory` that they might.
+    sets: the save set of each block, in the order of the model's modules; one entry for a block that is in several
+    places of a stack, which keeps as often. bytes: what they keep of a forward of `tokens` tokens, of the `memory` that
+    they might.
     """
 
     sets: tuple[str, ...]
@@ -56,13 +59,17 @@ def keep_within(model: nn.Module, memory: int | str, tokens: int, dtype: torch.d
         tokens: the most tokens of one forward, batch times sequence; a longer one keeps more.
         dtype: of products, as under autocast; None: autocast's where it is on, else the weights'.
 
-    Raises ValueError where the inputs of all blocks, the least that they may keep, take more than `memory`, and where
-    the model has no blocks, or has some that run in segments or streamed, or keep tensors in places of their own
-    (`Save`).
+    Raises TypeError for what is no module, and for what is no dtype. Raises ValueError for numbers and dtypes that do
+    not fit, where the inputs of all blocks, the least that they may keep, take more than `memory`, and where the model
+    has no blocks, or has some that run in segments or streamed, or keep tensors in places of their own (`Save`).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     room = parse_bytes(memory, "memory")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+    count = errors.as_int(tokens)
+    if count is None or count < 1:
         raise ValueError(f"tokens={tokens!r}: expected a positive number of tokens, batch times sequence")
+    errors.check_dtype("dtype", dtype)
     blocks = _blocks(model)
     _check(model, blocks)
     if not blocks:
@@ -75,12 +82,13 @@ def keep_within(model: nn.Module, memory: int | str, tokens: int, dtype: torch.d
                 else "call pyckpt.swap(model) first, or build it of pyckpt.CkptTransformerBlock"
             )
         )
-    options = [_options(ways[0], tokens, dtype) for ways in blocks]
+    uses = _uses(model)
+    options = [_options(ways[0], count * max(1, uses[id(ways[0])]), dtype) for ways in blocks]
     sets = _chosen(options, room)
     for ways, name in zip(blocks, sets, strict=True):
         for block in ways:
             block.save = name
-    return Kept(tuple(sets), sum(o[name] for o, name in zip(options, sets, strict=True)), room, tokens)
+    return Kept(tuple(sets), sum(o[name] for o, name in zip(options, sets, strict=True)), room, count)
 
 
 def _blocks(model: nn.Module) -> list[tuple[CheckpointedBlock, ...]]:
@@ -93,6 +101,12 @@ def _blocks(model: nn.Module) -> list[tuple[CheckpointedBlock, ...]]:
         elif name in replaced and replaced[name].ways:
             found.append(replaced[name].ways)
     return found
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """How many times a forward calls each block, by its id: one in two places of a stack keeps twice as much."""
+    stacks = (m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)))
+    return Counter(id(child) for stack in stacks for child in stack._modules.values())
 
 
 def _check(model: nn.Module, blocks: list[tuple[CheckpointedBlock, ...]]) -> None:

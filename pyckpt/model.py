@@ -19,11 +19,18 @@ from pyckpt.compiling import uncompiled
 from pyckpt.exec.gathering import gather, gathers, hooks_of, others, unshards
 from pyckpt.exec.lm_ends import following
 from pyckpt.exec.tiling import TILE_BYTES
-from pyckpt.functional import layer_norm, linear_cross_entropy, loss_weights, on_meta, rms_norm
+from pyckpt.functional import (
+    check_loss_options,
+    layer_norm,
+    linear_cross_entropy,
+    loss_weights,
+    on_meta,
+    rms_norm,
+)
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.save import Save, SaveSet
 from pyckpt.shared_loss import shared_loss
-from pyckpt.spec import Window
+from pyckpt.spec import RopeScaling, Window
 from pyckpt.stream import Stream, check_stream, run_loss, run_stack
 from pyckpt.tokenwise.norm import with_offset
 
@@ -48,6 +55,9 @@ class CkptTransformer(nn.ModuleList):
     Iterating, indexing and len() give the blocks; a slice is a stack of the same blocks, with the same `segments`.
     Forward hooks on a block (FSDP2's too) run in a call of the block alone: then segments are not used, with a warning.
     Streamed, a block with other hooks than FSDP2's is refused.
+
+    Raises TypeError for what is no block of pyckpt, ValueError for none at all, for blocks of several widths, and for
+    other `segments` than None, "sqrt" and a positive int.
     """
 
     _warned = False  # that segments are not used
@@ -97,6 +107,11 @@ class CkptTransformer(nn.ModuleList):
                 which = "the others have" if others else "the first one has"
                 raise ValueError(f"block {i} has d_model={block.d_model}, {which} {width}")
 
+    def check_filled(self) -> None:
+        """Raise ValueError where blocks were taken out until there are none."""
+        if not len(self):
+            raise ValueError("this CkptTransformer has no blocks left: append at least one before it runs")
+
     @property
     def segments(self) -> Segments:
         return self._segments
@@ -124,6 +139,7 @@ class CkptTransformer(nn.ModuleList):
 
         stream: run streamed; x and y are whole tensors, and nothing between them is. Not with `context`.
         """
+        self.check_filled()
         if stream is not None:
             check_stream(stream)
             _check_alone(context)
@@ -177,7 +193,11 @@ class CkptCausalLM(nn.Module):
         tie_embeddings: the head shares the embedding's weight.
         segments: as for `CkptTransformer`.
 
-    Parameter names are those of Hugging Face's LlamaForCausalLM. `config` holds the arguments, ready for JSON.
+    Parameter names are those of Hugging Face's LlamaForCausalLM. `config` holds the arguments as plain numbers, with
+    the defaults filled in, ready for JSON; save, segments, tile, device and dtype are not in it.
+
+    Raises ValueError for options that do not fit, whatever their type, and TypeError for a dtype that is none, before
+    any weights are made.
     """
 
     def __init__(
@@ -217,9 +237,10 @@ class CkptCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("vocab_size", vocab_size), ("n_layers", n_layers)):
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        vocab_size = errors.positive_int("vocab_size", vocab_size)
+        n_layers = errors.positive_int("n_layers", n_layers)
+        errors.check_bool("tie_embeddings", tie_embeddings, ValueError)
+        errors.check_segments(segments)
         options: dict[str, Any] = {
             "n_kv_heads": n_kv_heads,
             "head_dim": head_dim,
@@ -248,24 +269,25 @@ class CkptCausalLM(nn.Module):
             CkptTransformerBlock(d_model, n_heads, **options, save=save, tile=tile, tile_bytes=tile_bytes, **factory)
             for _ in range(n_layers)
         ]
+        s = self.spec = blocks[0].spec
         norm_class = nn.RMSNorm if norm == "rmsnorm" else nn.LayerNorm
         self.model = _Decoder(
-            nn.Embedding(vocab_size, d_model, **factory),
+            nn.Embedding(vocab_size, s.d_model, **factory),
             CkptTransformer(blocks, segments),
-            norm_class(d_model, eps=norm_eps, **factory),
+            norm_class(s.d_model, eps=s.norm_eps, **factory),
         )
-        self.lm_head = nn.Linear(d_model, vocab_size, bias=False, **factory)
-        self.vocab_size, self.tie_embeddings, self.spec = vocab_size, bool(tie_embeddings), blocks[0].spec
-        s = self.spec
-        options |= {"n_kv_heads": s.n_kv_heads, "head_dim": s.head_dim, "d_ff": s.d_ff}
-        options |= {"attention_dropout": s.attention_dropout}
+        self.lm_head = nn.Linear(s.d_model, vocab_size, bias=False, **factory)
+        self.vocab_size, self.tie_embeddings = vocab_size, tie_embeddings
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size,
             "n_layers": n_layers,
-            "d_model": d_model,
-            "n_heads": n_heads,
-            **options,
-            "tie_embeddings": self.tie_embeddings,
+            "d_model": s.d_model,
+            "n_heads": s.n_heads,
+            **{name: getattr(s, name) for name in options},
+            "rope_scaling": _plain(s.rope_scaling),
+            "window": s.window[0] if s.window[0] >= 0 else None,
+            "softcap": s.softcap or None,
+            "tie_embeddings": tie_embeddings,
         }
         self.reset_parameters()
 
@@ -309,17 +331,20 @@ class CkptCausalLM(nn.Module):
 
     @property
     def blocks(self) -> Iterator[CkptTransformerBlock]:
+        """The blocks, the first one first."""
         return (cast(CkptTransformerBlock, block) for block in self.model.layers)
 
     def set_save(self, save: str | SaveSet | Save) -> None:
-        """Set every block's save set."""
+        """Set every block's save set: a name, or a `Save` with places. Raises ValueError for one that is not there."""
         for block in self.blocks:
             block.save = save
 
     def set_segments(self, segments: Segments) -> None:
+        """Blocks in a segment, "sqrt", or None for no segments: see `CkptTransformer`. Raises ValueError for others."""
         self.model.layers.segments = segments
 
     def set_tile(self, tile: int | None) -> None:
+        """Tokens in a tile of every block, or None: each chooses. Raises ValueError for other values."""
         for block in self.blocks:
             block.tile = tile
 
@@ -385,7 +410,10 @@ class CkptCausalLM(nn.Module):
         reduction: str = "mean",
         recompute: bool = False,
     ) -> Tensor:
-        """Mean next-token cross-entropy in nats, a float32 scalar, without the logits of all tokens.
+        """Next-token cross-entropy in nats, without the logits of all tokens: by default the mean, a scalar.
+
+        In float32, or float64 where the model is; with reduction "none" of the tokens' shape. A mean over no labels
+        (all are -100) is NaN, as in PyTorch.
 
         labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
         i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
@@ -394,8 +422,11 @@ class CkptCausalLM(nn.Module):
         token_weight: floating, in the labels' shape and aligned with them. class_weight (vocab_size,), softcap, z_loss,
         label_smoothing, reduction and, not streamed, recompute: as in `linear_cross_entropy`.
 
-        Raises ValueError for tokens or labels out of range, and for sequences too short to predict anything.
+        Raises ValueError, before anything runs, for shapes, dtypes and numbers that do not fit, for sequences too short
+        to predict anything, and on a CPU for tokens or labels out of range: on CUDA such labels are a device-side
+        assertion, and tokens are the embedding's. TypeError for tensors that are none and options of another type.
         """
+        softcap, z_loss, label_smoothing = check_loss_options(reduction, softcap, z_loss, label_smoothing)
         labels = self._labels(tokens, labels, cu_seqlens)
         dtype = acc_dtype(self.lm_head.weight.dtype)
         weights = loss_weights(labels, token_weight, class_weight, self.vocab_size, -100, label_smoothing, dtype)
@@ -456,7 +487,8 @@ class CkptCausalLM(nn.Module):
         device = self.model.embed_tokens.weight.device
         if labels is None:
             labels = tokens.long()
-        elif labels.shape != tokens.shape:
+        errors.check_tensor("labels", labels)
+        if labels.shape != tokens.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, expected the tokens', {tuple(tokens.shape)}")
         if not on_meta(labels, tokens):
             errors.check_labels(labels, self.vocab_size, -100, device)
@@ -478,16 +510,22 @@ class CkptCausalLM(nn.Module):
     ) -> Tensor:
         """`tokens` (B, S) followed by sampled ones: (B, S + max_new_tokens). temperature 0 takes the likeliest.
 
-        Runs the whole context for every new token (there is no key/value cache): made for short samples.
+        top_k: sample from so many of the likeliest; None: from all. generator: of the tokens' device. Nothing is
+        dropped: the model is in eval mode meanwhile, and has its modes again afterwards. Runs the whole context for
+        every new token (there is no key/value cache): made for short samples.
+
+        Raises ValueError for tokens and numbers that do not fit, TypeError for those of another type.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1) or max_new_tokens < 0:
-            raise ValueError(
-                f"expected temperature >= 0, top_k >= 1 and max_new_tokens >= 0, got {temperature}, {top_k}, "
-                f"{max_new_tokens}"
-            )
-        for _ in range(max_new_tokens):
-            logits = self._logits(self.hidden(tokens)[:, -1]).float()
-            tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
+        temperature = errors.number("temperature", temperature, errors.NOT_NEGATIVE)
+        count = errors.integer("max_new_tokens", max_new_tokens)
+        top_k = None if top_k is None else errors.integer("top_k", top_k)
+        if count < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"expected max_new_tokens >= 0, and top_k None or >= 1, got {count} and {top_k}")
+        self._check_tokens(tokens, None)
+        with _evaluating(self):
+            for _ in range(count):
+                logits = self._logits(self.hidden(tokens)[:, -1]).float()
+                tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
         return tokens
 
     extra_config: dict[str, Any] | None = None
@@ -505,6 +543,23 @@ class CkptCausalLM(nn.Module):
         from pyckpt.hf import load_pretrained
 
         return load_pretrained(path, **options)
+
+
+def _plain(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """As the argument `rope_scaling`, of what JSON has."""
+    return None if scaling is None else {k: list(v) if isinstance(v, tuple) else v for k, v in scaling}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside nothing is dropped; each module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _check_alone(context: ContextParallel | None) -> None:
@@ -526,9 +581,10 @@ def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
+    if temperature <= torch.finfo(logits.dtype).tiny:  # 0, or what a division takes for it
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    # From the likeliest, whose place at 0 no temperature moves: all of them divided by a small one would be infinite.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         lowest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, float("-inf"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from pyckpt import errors
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.spec import BlockSpec
-from pyckpt.store import STORES
+from pyckpt.store import STORES, scratch_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,18 @@ SAVE_SETS: tuple[str, ...] = tuple(_TABLE)
 """Names of the save sets, from the one that keeps most to the one that keeps least."""
 
 
+class _Places(dict[str, str]):
+    """A dict that nothing is changed in: what was checked and hashed is there later. It can be copied and pickled."""
+
+    def _refuse(self, *_args: Any, **_named: Any) -> Any:
+        raise TypeError("the places of a pyckpt.Save can't be changed: make another Save, and set save= to that")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = setdefault = clear = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Places, (dict(self),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Save:
     """A save set, and where each tensor of it waits for the backward: `save=pyckpt.Save("attention", {"x": "host"})`.
@@ -63,7 +77,9 @@ class Save:
     The blocks of a stack may share one `Save` or have their own. A segment of several blocks keeps its input alone, and
     places that. Streamed execution has a store of its own and does not read this.
 
-    Raises ValueError for an unknown save set, for a tensor that it does not keep, and for an unknown place.
+    `place` can't be changed afterwards. Raises TypeError for a name, places or a path of the wrong type; ValueError for
+    an unknown save set, for a tensor that it does not keep, for an unknown place, and for a folder that is not there or
+    can't be written to.
     """
 
     name: str = "attention"
@@ -86,11 +102,20 @@ class Save:
                 raise ValueError(
                     f"place[{tensor!r}]={place!r} does not exist; expected one of {', '.join(map(repr, STORES))}"
                 )
-        if not isinstance(self.last, int) or isinstance(self.last, bool) or self.last < 0:
+        last = errors.as_int(self.last)
+        if last is None or last < 0:
             raise ValueError(f"last must be a number of blocks >= 0, got {self.last!r}")
-        if self.path is not None and "file" not in self.place.values():
+        self._check_path()
+        object.__setattr__(self, "place", _Places(self.place))
+        object.__setattr__(self, "last", last)
+
+    def _check_path(self) -> None:
+        if self.path is not None and not isinstance(self.path, (str, os.PathLike)):
+            raise TypeError(f"path must be None or the path of a folder, got a {type(self.path).__name__}")
+        if "file" in self.place.values():
+            scratch_folder(self.path)
+        elif self.path is not None:
             raise ValueError(f"path={os.fspath(self.path)!r} was given, and no tensor has the place 'file'")
-        object.__setattr__(self, "place", dict(self.place))
 
     def __hash__(self) -> int:
         return hash((self.name, frozenset(self.place.items()), self.last, self.path))  # a dict has none
@@ -113,14 +138,16 @@ def kept_names(save: SaveSet) -> tuple[str, ...]:
 
 
 def save_set(name: str | SaveSet | Save) -> SaveSet:
-    """The save set of this name, or of a `Save`. Raises ValueError for an unknown one."""
-    if isinstance(name, SaveSet):
-        return name
+    """The save set of this name, or of a `Save`. Raises ValueError for one that is not in the table.
+
+    torch.compile and pickles know a save set by its name: one with flags of its own would come back as another.
+    """
     if isinstance(name, Save):
         return _TABLE[name.name]
-    if not isinstance(name, str) or name not in _TABLE:
+    found = _TABLE.get(name.name if isinstance(name, SaveSet) else name) if isinstance(name, (str, SaveSet)) else None
+    if found is None or (isinstance(name, SaveSet) and name != found):
         raise ValueError(f"save={name!r} does not exist; expected one of {', '.join(map(repr, SAVE_SETS))}")
-    return _TABLE[name]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

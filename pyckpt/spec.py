@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import json
 import math
-import operator
 from typing import Any, NamedTuple
+
+from pyckpt import errors
 
 NORMS = ("rmsnorm", "layernorm")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
@@ -25,6 +26,7 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
 }
+_FREQUENCIES = errors.Range("finite numbers", errors.FINITE.holds)
 Window = tuple[int, int]
 RopeScaling = tuple[tuple[str, Any], ...]
 
@@ -189,11 +191,13 @@ class BlockSpec:
         dropout: float = 0.0,
         attention_dropout: float | None = None,
     ) -> BlockSpec:
-        """Check the options of `CkptTransformerBlock` and fill in the defaults. Raises ValueError."""
-        _positive_int("d_model", d_model)
-        _positive_int("n_heads", n_heads)
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        _positive_int("n_kv_heads", n_kv_heads)
+        """Check the options of `CkptTransformerBlock` and fill in the defaults.
+
+        Raises ValueError for whatever does not fit, of a wrong type too: the options are often a config file's.
+        """
+        d_model = errors.positive_int("d_model", d_model)
+        n_heads = errors.positive_int("n_heads", n_heads)
+        n_kv_heads = n_heads if n_kv_heads is None else errors.positive_int("n_kv_heads", n_kv_heads)
         if n_heads % n_kv_heads:
             raise ValueError(
                 f"n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}; grouped-query attention needs "
@@ -206,7 +210,7 @@ class BlockSpec:
                     "head_dim explicitly"
                 )
             head_dim = d_model // n_heads
-        _positive_int("head_dim", head_dim)
+        head_dim = errors.positive_int("head_dim", head_dim)
         _one_of("norm", norm, NORMS)
         _one_of("mlp", mlp, MLPS)
         _one_of("norm_placement", norm_placement, NORM_PLACEMENTS)
@@ -216,66 +220,67 @@ class BlockSpec:
                 f"residual={residual!r} with norm_placement={norm_placement!r}: the norms of a parallel block stand "
                 "before its sublayers; use norm_placement='pre' or residual='sequential'"
             )
-        _positive_float("residual_multiplier", residual_multiplier)
+        residual_multiplier = _number("residual_multiplier", residual_multiplier, errors.POSITIVE)
         if residual_multiplier != 1.0 and norm_placement != "pre":
             raise ValueError(
                 f"residual_multiplier={residual_multiplier} with norm_placement={norm_placement!r}: a norm after the "
                 "sublayer has a weight that scales it; use norm_placement='pre' or residual_multiplier=1.0"
             )
-        _positive_float("norm_eps", norm_eps)
-        if not isinstance(norm_offset, (int, float)) or isinstance(norm_offset, bool) or not math.isfinite(norm_offset):
-            raise ValueError(f"norm_offset must be a finite number, got {norm_offset!r}")
+        norm_eps = _number("norm_eps", norm_eps, errors.POSITIVE)
+        norm_offset = _number("norm_offset", norm_offset, errors.FINITE)
         if not (isinstance(bias, bool) or bias in BIASED_PARTS):
             raise ValueError(f"bias must be True, False, or one of {', '.join(BIASED_PARTS)}, got {bias!r}")
         if d_ff is None:
             d_ff = -(-8 * d_model // 3 // 128) * 128 if mlp in GATED_MLPS else 4 * d_model
-        _positive_int("d_ff", d_ff)
+        d_ff = errors.positive_int("d_ff", d_ff)
         if not (isinstance(qk_norm, bool) or qk_norm == "full"):
             raise ValueError(
                 f"qk_norm must be True (over each head), 'full' (over all of them) or False, got {qk_norm!r}"
             )
         if rope_theta is not None:
-            _positive_float("rope_theta", rope_theta)
+            rope_theta = _number("rope_theta", rope_theta, errors.POSITIVE)
             if head_dim % 2 and rope_dim is None:
                 raise ValueError(
                     f"head_dim={head_dim} is odd, and RoPE rotates pairs of dimensions; use an even head_dim or "
                     "rope_theta=None"
                 )
-        if softcap is not None and not (math.isfinite(softcap) and softcap >= 0):
-            raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
-        _check_rope_dim(rope_dim, head_dim, rope_theta)
+        softcap = 0.0 if softcap is None else _number("softcap", softcap, errors.SOFTCAP)
+        rope_dim = _checked_rope_dim(rope_dim, head_dim, rope_theta)
+        errors.check_bool("rope_interleaved", rope_interleaved, ValueError)
+        errors.check_bool("causal", causal, ValueError)
         scaling = canonical_rope_scaling(rope_scaling, rope_theta)
         check_frequencies(scaling, rope_dim or head_dim)
         if attention_scale is not None:
-            _positive_float("attention_scale", attention_scale)
-        attention_dropout = dropout if attention_dropout is None else attention_dropout
-        _rate("dropout", dropout)
-        _rate("attention_dropout", attention_dropout)
+            attention_scale = _number("attention_scale", attention_scale, errors.POSITIVE)
+        dropout = _number("dropout", dropout, errors.RATE)
+        if attention_dropout is None:
+            attention_dropout = dropout
+        attention_dropout = _number("attention_dropout", attention_dropout, errors.RATE)
         return BlockSpec(
-            d_model=int(d_model),
-            n_heads=int(n_heads),
-            n_kv_heads=int(n_kv_heads),
-            head_dim=int(head_dim),
-            d_ff=int(d_ff),
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            d_ff=d_ff,
             norm=norm,
-            norm_eps=float(norm_eps),
-            norm_offset=float(norm_offset),
+            norm_eps=norm_eps,
+            norm_offset=norm_offset,
             mlp=mlp,
             norm_placement=norm_placement,
             residual=residual,
-            residual_multiplier=float(residual_multiplier),
+            residual_multiplier=residual_multiplier,
             bias=bias,
             qk_norm=qk_norm,
-            rope_theta=None if rope_theta is None else float(rope_theta),
+            rope_theta=rope_theta,
             rope_scaling=scaling,
             rope_dim=None if rope_dim == head_dim else rope_dim,
-            rope_interleaved=bool(rope_interleaved),
-            causal=bool(causal),
+            rope_interleaved=rope_interleaved,
+            causal=causal,
             window=canonical_window(causal, window),
-            softcap=float(softcap or 0.0),
-            attention_scale=None if attention_scale is None else float(attention_scale),
-            dropout=float(dropout),
-            attention_dropout=float(attention_dropout),
+            softcap=softcap,
+            attention_scale=attention_scale,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
         )
 
 
@@ -287,7 +292,7 @@ def canonical_window(causal: bool, window: int | Window | None) -> Window:
     if window is None:
         return (-1, 0) if causal else (-1, -1)
     given = window if isinstance(window, (tuple, list)) else (window, 0)
-    sides = [_integer(w) for w in given]
+    sides = [errors.as_int(w) for w in given]
     if given is not window and sides[0] is not None and sides[0] < 0:
         raise ValueError(
             f"window={window} is negative; give the number of earlier keys a query may see, or None for no limit"
@@ -300,106 +305,96 @@ def canonical_window(causal: bool, window: int | Window | None) -> Window:
     return (left, 0) if causal else (left, right)  # type: ignore[return-value]
 
 
-def _integer(value: Any) -> int | None:
-    """Of an int, of NumPy's, and of a tensor of one; None for anything else."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:  # a tensor of floats
-        return None
+def canonical_rope_scaling(
+    scaling: dict[str, Any] | None, theta: float | None, name: str = "rope_scaling", theta_name: str = "rope_theta"
+) -> RopeScaling | None:
+    """A dict as in Hugging Face configs as plain numbers; None where nothing is scaled.
 
-
-def canonical_rope_scaling(scaling: dict[str, Any] | None, theta: float | None) -> RopeScaling | None:
+    The names are those of the caller's arguments. Raises ValueError for what does not fit.
+    """
     if scaling is None:
         return None
     if theta is None:
-        raise ValueError("rope_scaling was given with rope_theta=None: there is no rotary embedding to scale")
+        raise ValueError(f"{name} was given with {theta_name}=None: there is no rotary embedding to scale")
     if not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling must be None or a dict as in Hugging Face configs, got {scaling!r}")
+        raise ValueError(f"{name} must be None or a dict as in Hugging Face configs, got {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type"))
     # A config's rope_parameters hold what is an argument of its own here.
     if scaling.get("rope_theta") not in (None, theta):
-        raise ValueError(f"rope_scaling has rope_theta={scaling['rope_theta']!r}, and {theta!r} is given beside it")
+        raise ValueError(f"{name} has rope_theta={scaling['rope_theta']!r}, and {theta!r} is given beside it")
     if scaling.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(
-            f"rope_scaling has partial_rotary_factor={scaling['partial_rotary_factor']!r}, which is not read: give the "
+            f"{name} has partial_rotary_factor={scaling['partial_rotary_factor']!r}, which is not read: give the "
             "number of dims that RoPE turns, rope_dim (rotary_dim of pyckpt.rope)"
         )
     if kind is None and not scaling.keys() <= {"rope_theta", "partial_rotary_factor"}:
-        raise ValueError(f"rope_scaling has no rope_type, which says how to scale; got {scaling!r}")
+        raise ValueError(f"{name} has no rope_type, which says how to scale; got {scaling!r}")
     if kind in (None, "default"):
         return None
     if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_scaling type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"{name} type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}")
     if kind == "given":
-        return _given_frequencies({"amplitude": 1.0, **scaling})
+        return _given_frequencies({"amplitude": 1.0, **scaling}, name)
     missing = [key for key in _ROPE_KEYS[kind] if key not in scaling]
     if missing:
-        raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}; got {scaling!r}")
-    for key in _ROPE_KEYS[kind]:
-        _positive_float(f"rope_scaling's {key}", scaling[key])
-    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise ValueError(f"{name} of type {kind!r} lacks {', '.join(missing)}; got {scaling!r}")
+    values = {key: _plain_number(f"{name}'s {key}", scaling[key]) for key in _ROPE_KEYS[kind]}
+    if kind == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
         raise ValueError(
-            f"rope_scaling's low_freq_factor={scaling['low_freq_factor']} must be below its "
-            f"high_freq_factor={scaling['high_freq_factor']}"
+            f"{name}'s low_freq_factor={values['low_freq_factor']} must be below its "
+            f"high_freq_factor={values['high_freq_factor']}"
         )
-    return (("rope_type", kind), *((key, scaling[key]) for key in _ROPE_KEYS[kind]))
+    return (("rope_type", kind), *values.items())
 
 
-def _given_frequencies(scaling: dict[str, Any]) -> RopeScaling:
+def _given_frequencies(scaling: dict[str, Any], name: str) -> RopeScaling:
     """The frequencies themselves, one for each pair of dims, and what multiplies cos and sin."""
-    frequencies = scaling.get("frequencies")
+    given: Any = scaling.get("frequencies")
+    errors.check_constant(f"{name}'s frequencies", given, "turn x by plain PyTorch")
+    frequencies = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(frequencies, (tuple, list)) or not frequencies:
         raise ValueError(
-            "rope_scaling of type 'given' needs frequencies, a list of one number for each pair of dims that RoPE "
-            f"turns; got {frequencies!r}"
+            f"{name} of type 'given' needs frequencies, a list of one number for each pair of dims that RoPE "
+            f"turns; got {given!r}"
         )
-    for value in frequencies:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"rope_scaling's frequencies must be finite numbers, got {value!r}")
-    _positive_float("rope_scaling's amplitude", scaling["amplitude"])
+    if not all(type(f) is float and math.isfinite(f) for f in frequencies):  # they are, most often
+        frequencies = [_number(f"{name}'s frequencies", f, _FREQUENCIES) for f in frequencies]
     return (
         ("rope_type", "given"),
-        ("amplitude", float(scaling["amplitude"])),
-        ("frequencies", tuple(float(f) for f in frequencies)),
+        ("amplitude", _number(f"{name}'s amplitude", scaling["amplitude"], errors.POSITIVE)),
+        ("frequencies", tuple(frequencies)),
     )
 
 
-def check_frequencies(scaling: RopeScaling | None, dims: int) -> None:
+def check_frequencies(scaling: RopeScaling | None, dims: int, name: str = "rope_scaling") -> None:
     given = dict(scaling or ()).get("frequencies")
     if given is not None and 2 * len(given) != dims:
         raise ValueError(
-            f"rope_scaling gives {len(given)} frequencies, expected {dims // 2}: one for each pair of the {dims} dims "
+            f"{name} gives {len(given)} frequencies, expected {dims // 2}: one for each pair of the {dims} dims "
             "that RoPE turns"
         )
 
 
-def _check_rope_dim(rope_dim: Any, head_dim: int, theta: float | None) -> None:
+def _checked_rope_dim(rope_dim: Any, head_dim: int, theta: float | None) -> int | None:
     if rope_dim is None:
-        return
-    _positive_int("rope_dim", rope_dim)
-    if rope_dim % 2 or rope_dim > head_dim:
-        raise ValueError(f"rope_dim={rope_dim} must be even and at most head_dim={head_dim}: RoPE turns pairs of dims")
+        return None
+    dim = errors.positive_int("rope_dim", rope_dim)
+    if dim % 2 or dim > head_dim:
+        raise ValueError(f"rope_dim={dim} must be even and at most head_dim={head_dim}: RoPE turns pairs of dims")
     if theta is None:
         raise ValueError("rope_dim was given with rope_theta=None: there is no rotary embedding")
+    return dim
 
 
-def _positive_int(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
+def _number(name: str, value: Any, allowed: errors.Range) -> float:
+    return errors.number(name, value, allowed, wrong_type=ValueError)
 
 
-def _positive_float(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-
-
-def _rate(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+def _plain_number(name: str, value: Any) -> float:
+    """A positive number; an int as it is, which config files keep."""
+    found = _number(name, value, errors.POSITIVE)
+    whole = errors.as_int(value)
+    return found if whole is None else whole
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -74,15 +74,21 @@ class Stream:
     ) -> None:
         if gradients not in GRADIENTS:
             raise ValueError(f"gradients must be {' or '.join(map(repr, GRADIENTS))}, got {gradients!r}")
-        if errors.check_tile(tile) is None or tile > MOST_TILE:
-            raise ValueError(f"tile must be 1 to {MOST_TILE:,} tokens, got {tile!r}")
-        self.tile = tile
-        self.store = make_store(store, path, parse_bytes(limit, "limit") if isinstance(limit, str) else limit)
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be None or a function of (part, block, tile), got {progress!r}")
+        expected = f"an int of 1 to {MOST_TILE:,} (tokens)"
+        self.tile = errors.positive_int("tile", tile, expected)
+        if self.tile > MOST_TILE:
+            raise ValueError(f"tile must be {expected}, got {tile!r}")
+        self.store = make_store(store, path, None if limit is None else parse_bytes(limit, "limit"))
         self.progress = progress
         self.gradients = gradients
 
     def estimate(self, model: nn.Module, tokens: int, batch: int = 1) -> Estimate:
-        """What a step on (batch, tokens) will take, streamed: see `pyckpt.exec.estimate.Estimate`.
+        """What a training step on (batch, tokens) will take, streamed: see `pyckpt.exec.estimate.Estimate`.
+
+        Forward and backward, under torch.no_grad() too; frozen weights have no gradients, and blocks before the first
+        that is trained no backward.
 
         model: a `CkptCausalLM`, a `CkptTransformer` (whose whole x and y come beside), or a model with swapped layers,
         whatever `swap` was told of streaming; without its loss where that cannot be streamed.
@@ -91,17 +97,19 @@ class Stream:
         nothing that can be streamed as one run.
         """
         for name, value in (("tokens", tokens), ("batch", batch)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if (errors.as_int(value) or 0) < 1:
                 raise ValueError(f"{name}={value!r}: expected a positive whole number")
         parts = _parts_of(model)
-        layout = Layout(batch, tokens)
+        layout = Layout(int(batch), int(tokens))
         x, looked_up = parts.residual()
-        stack = _stack(parts.blocks, parts.segments, layout, None, x, looked_up, self, seeded=False)
+        with torch.enable_grad():  # a step has a backward, wherever it is asked about
+            stack = _stack(parts.blocks, parts.segments, layout, None, x, looked_up, self, seeded=False)
         works = [
             work_of(plan, block.matrices(), layout, block.experts_per_token)
             for plan, block in zip(stack.plans, parts.blocks, strict=True)
         ]
-        return estimate(stack, self.store, works, parts.trained_ends, parts.vocab)
+        products = parts.head_products(inward=bool(stack.schedule.backward))
+        return estimate(stack, self.store, works, parts.trained_ends, parts.vocab, products)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +131,12 @@ class Parts:
     def trained_ends(self) -> int:
         return sum({id(w): w.numel() for w in self.ends.values() if w.requires_grad}.values())
 
+    def head_products(self, inward: bool) -> int:
+        """Products of all tokens with the head: of the logits, of the gradient `inward`, to blocks, and of its own."""
+        trained = {name for name, w in self.ends.items() if w.requires_grad}
+        inward = inward or any(name.startswith("norm") for name in trained)
+        return 1 + inward + ("head" in trained)
+
     @property
     def vocab(self) -> int:
         return self.ends["head"].shape[0] if "head" in self.ends else 0
@@ -135,7 +149,9 @@ def _parts_of(model: nn.Module) -> Parts:
     if isinstance(model, CkptTransformer):
         return Parts(*_blocks(model))
     if isinstance(model, CkptCausalLM):
-        ends = {"embed": model.model.embed_tokens.weight, "head": model.lm_head.weight}
+        inner = model.model
+        ends: dict[str, Tensor] = {f"norm.{name}": p for name, p in inner.norm.named_parameters()}
+        ends |= {"embed": inner.embed_tokens.weight, "head": model.lm_head.weight}
         return Parts(*_blocks(model.model.layers), ends)
     # A model's loss comes before its layers.
     for _, replaced in replaced_in(model) if isinstance(model, nn.Module) else ():
@@ -157,7 +173,7 @@ def run_loss(
     stream: Stream,
     options: dict[str, Any],
 ) -> Tensor:
-    """`CkptCausalLM.loss` of checked tokens, labels and the labels' weights, streamed."""
+    """`CkptCausalLM.loss` of checked tokens, labels, their weights and numbers of `options`, streamed."""
     _check_called(model)
     gather(model.model.embed_tokens, model.model.norm, model.lm_head)
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
@@ -305,6 +321,7 @@ def _layer_run(
 
 
 def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:
+    transformer.check_filled()
     return list(transformer), transformer.segment_length  # type: ignore[arg-type]
 
 
@@ -423,20 +440,14 @@ def _fit(stack: Stack, first: int | None, limit: int | None, again: bool) -> Sta
 
 
 def _loss_options(
-    softcap: float | None, z_loss: float, label_smoothing: float, reduction: str, recompute: bool
+    softcap: float, z_loss: float, label_smoothing: float, reduction: str, recompute: bool
 ) -> LossOptions:
     if recompute:
         raise ValueError(
             "recompute=True is not for a streamed loss, which keeps no logits and sums the head's gradient up tile by "
             "tile; leave it out"
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if softcap is not None and not 0 <= softcap < float("inf"):
-        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    return LossOptions(reduction, float(softcap or 0.0), float(z_loss), float(label_smoothing))
+    return LossOptions(reduction, softcap, z_loss, label_smoothing)
 
 
 def check_stream(stream: object) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fractions
 import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -702,6 +704,19 @@ def truth_of(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor
     return reference.attention(q, k, v, window=window, softcap=options.get("softcap", 0.0))[0]
 
 
+@pytest.mark.parametrize("name", ["softcap", "scale", "dropout", "seed", "window"])
+def test_numbers_that_vary_stay_in_one_graph(name):
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+
+    def fn(value: float) -> Tensor:
+        number = int(value * 4) if name in ("seed", "window") else value
+        return pyckpt.attention(q, k, v, **{"dropout": 0.5, "seed": 3, name: number})
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for value in (0.5, 0.25, 0.75):
+        torch.testing.assert_close(compiled(value), fn(value))
+
+
 def test_compiled_packed():
     fn = torch.compile(pyckpt.attention, fullgraph=True, backend="aot_eager")
     check_exact(lambda q, k, v: fn(q, k, v, cu_seqlens=CU_SEQLENS), truth(cu_seqlens=CU_SEQLENS), packed())
@@ -725,7 +740,7 @@ class TestBadInput:
             ({"q": torch.randn(3, 5, 4, 8)}, "q has batch size 3 and k has 2"),
             ({"v": torch.randn(2, 6, 2, 8)}, "k and v differ in more than their last dim"),
             ({"k": torch.randn(2, 7, 2, 8).double()}, "k has dtype torch.float64, expected q's, torch.float32"),
-            ({"q": torch.ones(2, 5, 4, 8, dtype=torch.int64)}, "q has dtype torch.int64, expected"),
+            ({"q": torch.ones(2, 5, 4, 8, dtype=torch.int64)}, "q has dtype torch.int64, expected one of float32"),
             ({"v": torch.randn(2, 7, 2, 8, device="meta")}, "v is on meta, q is on cpu"),
             ({"window": -1}, "window=-1 is negative; .* or None for no limit"),
             ({"window": (1, 2, 3)}, "window must be None, an int >= 0, or a pair"),
@@ -751,6 +766,48 @@ class TestBadInput:
         for name in "qkv":
             with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got list"):
                 pyckpt.attention(**self.good() | {name: [1.0]})
+
+    @pytest.mark.parametrize("name", ["scale", "softcap", "dropout"])
+    def test_what_is_no_number(self, name):
+        for value in ("1", True, np.True_, 1j, [1.0], torch.ones(2), torch.tensor(True), np.ones(3)):
+            with pytest.raises(TypeError, match=f"{name} must be .*, got "):
+                pyckpt.attention(**self.good() | {name: value, "seed": 1})
+        with pytest.raises(TypeError, match=r"scale must be None or a number, got a Tensor of shape \(2,\)"):
+            pyckpt.attention(**self.good(), scale=torch.ones(2))
+
+    def test_numbers_of_every_kind(self):
+        good = self.good()
+        want = pyckpt.attention(**good, scale=0.5, softcap=2.0, window=3, dropout=0.25, seed=7)
+        for as_float, as_int in ((np.float32, np.int64), (torch.tensor, torch.tensor), (fractions.Fraction, int)):
+            numbers = {"scale": 0.5, "softcap": 2.0, "dropout": 0.25}
+            given = {n: as_float(v) for n, v in numbers.items()}
+            assert torch.equal(pyckpt.attention(**good, **given, window=as_int(3), seed=as_int(7)), want)
+
+    def test_no_gradient_is_lost(self):
+        for name in ("scale", "softcap", "dropout"):
+            with pytest.raises(ValueError, match=rf"{name} gets no gradient here: give {name}\.detach\(\), or"):
+                pyckpt.attention(**self.good() | {name: torch.tensor(0.5, requires_grad=True)}, seed=1)
+        with torch.no_grad():
+            pyckpt.attention(**self.good(), softcap=torch.tensor(0.5, requires_grad=True))
+
+    def test_what_is_no_bool(self):
+        for value in ("no", 1, None, torch.tensor(True)):
+            with pytest.raises(TypeError, match="causal must be True or False, got"):
+                pyckpt.attention(**self.good(), causal=value)
+
+    def test_seeds(self):
+        for seed in (1.0, "1", True, torch.tensor(1.0)):
+            with pytest.raises(TypeError, match="seed must be an int, got"):
+                pyckpt.attention(**self.good(), dropout=0.1, seed=seed)
+        for seed in (-1, np.int64(-1)):
+            with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*63\), got -1"):
+                pyckpt.attention(**self.good(), dropout=0.1, seed=seed)
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_nested_tensors(self, name):
+        nested = torch.nested.nested_tensor([torch.randn(5, 4, 8), torch.randn(3, 4, 8)])
+        with pytest.raises(ValueError, match=f"{name} is a nested tensor, expected a dense one"):
+            pyckpt.attention(**self.good() | {name: nested})
 
     @pytest.mark.parametrize(
         ("cu", "message"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from blocks import make_block, make_input
 from torch import nn
 
 import pyckpt
+from pyckpt.save import SaveSet, save_set
 
 BAD_OPTIONS = {
     "heads that do not divide": ((48, 5), {}, r"d_model=48 is not a multiple of n_heads=5.*head_dim"),
@@ -127,6 +129,33 @@ BAD_OPTIONS = {
     "tile_bytes zero": ((48, 4), {"tile_bytes": 0}, r"tile_bytes must be a positive int"),
     "tile_bytes no int": ((48, 4), {"tile_bytes": 1e9}, r"tile_bytes must be a positive int"),
     "tile no int": ((48, 4), {"tile": 2.5}, r"tile must be None or a positive int"),
+    "softcap text": ((48, 4), {"softcap": "2"}, r"softcap must be None or a positive number, got '2', a str"),
+    "softcap a bool": ((48, 4), {"softcap": True}, r"softcap must be None or a positive number, got True"),
+    "softcap of two": ((48, 4), {"softcap": torch.ones(2)}, r"softcap must be .*, got a Tensor of shape \(2,\)"),
+    "softcap with a gradient": (
+        (48, 4),
+        {"softcap": torch.tensor(2.0, requires_grad=True)},
+        r"softcap gets no gradient here: give softcap\.detach\(\), or a number",
+    ),
+    "scale a bool": ((48, 4), {"attention_scale": True}, r"attention_scale must be a positive finite number, got True"),
+    "dropout nothing": ((48, 4), {"dropout": None}, r"dropout must be a number in \[0, 1\), got None"),
+    "theta a bool": ((48, 4), {"rope_theta": True}, r"rope_theta must be a positive finite number, got True"),
+    "eps nothing": ((48, 4), {"norm_eps": None}, r"norm_eps must be a positive finite number, got None"),
+    "causal no bool": ((48, 4), {"causal": "no"}, r"causal must be True or False, got 'no', a str"),
+    "interleaved no bool": ((48, 4), {"rope_interleaved": 1}, r"rope_interleaved must be True or False, got 1"),
+    "a dtype for integers": (
+        (48, 4),
+        {"dtype": torch.int32},
+        r"dtype is torch\.int32, expected None or one of float32",
+    ),
+    "a complex dtype": ((48, 4), {"dtype": torch.complex64}, r"dtype is torch\.complex64, expected None or one of"),
+    "a float8": ((48, 4), {"dtype": torch.float8_e4m3fn}, r"dtype is torch\.float8_e4m3fn, expected None or one of"),
+    "a save set of flags": (
+        (48, 4),
+        {"save": SaveSet("mine", qkv=True)},
+        r"save=SaveSet\(name='mine'.* does not exist; expected one of 'all'",
+    ),
+    "a save set of other flags": ((48, 4), {"save": SaveSet("all")}, r"save=SaveSet\(name='all'.* does not exist"),
 }
 
 
@@ -135,6 +164,70 @@ def test_bad_options(case):
     args, options, message = case
     with pytest.raises(ValueError, match=message):
         pyckpt.CkptTransformerBlock(*args, **options)
+
+
+def test_a_dtype_by_its_name_is_refused():
+    for make in (pyckpt.CkptTransformerBlock, lambda *sizes, **options: pyckpt.CkptCausalLM(9, 1, *sizes, **options)):
+        with pytest.raises(TypeError, match=r"dtype must be None or a torch\.dtype, as torch\.bfloat16, got 'float32'"):
+            make(48, 4, dtype="float32")
+        with pytest.raises(ValueError, match=r"dtype is torch\.int32, expected None or one of float32"):
+            make(48, 4, dtype=torch.int32)
+
+
+def test_numbers_of_every_kind_are_options():
+    numbers = {"softcap": 2.0, "attention_scale": 0.5, "norm_eps": 0.25, "dropout": 0.5, "rope_theta": 500.0}
+    sizes = {"n_kv_heads": 2, "d_ff": 72, "window": 3, "rope_dim": 4}
+    want = pyckpt.CkptTransformerBlock(48, 4, **numbers, **sizes, tile=8)
+    for as_float, as_int in ((np.float32, np.int64), (torch.tensor, torch.tensor)):
+        given = {n: as_float(v) for n, v in numbers.items()} | {n: as_int(v) for n, v in sizes.items()}
+        block = pyckpt.CkptTransformerBlock(as_int(48), as_int(4), **given, tile=as_int(8))
+        assert (block.spec, block.spec_text, block.tile) == (want.spec, want.spec_text, 8)
+
+
+def test_the_save_set_that_a_block_says_may_be_given_to_it():
+    for given in (*pyckpt.SAVE_SETS, *map(save_set, pyckpt.SAVE_SETS)):
+        block = make_block(save=given)
+        name = block.save
+        block.save = block.save
+        assert block.save == name == (given if isinstance(given, str) else given.name)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"v_head_dim": True}, ValueError, "v_head_dim must be a positive int, or None for head_dim, got True"),
+        ({"v_head_dim": 2.0}, ValueError, "v_head_dim must be a positive int"),
+        ({"scale": "1"}, TypeError, "scale must be None or a positive number, got '1'"),
+        ({"scale": True}, TypeError, "scale must be None or a positive number, got True"),
+        ({"causal": "no"}, ValueError, "causal must be True or False, got 'no'"),
+        ({"softcap": torch.tensor(1.0, requires_grad=True)}, ValueError, "softcap gets no gradient here"),
+    ],
+)
+def test_bad_options_of_a_generic_block(options, error, message):
+    with pytest.raises(error, match=message):
+        pyckpt.CkptGenericBlock(nn.Linear(8, 8), nn.Linear(8, 8), 8, 2, **options)
+
+
+def test_positions_may_be_one_row():
+    x, positions = make_input(packed=False)[0], torch.arange(25).flip(0)
+    block = make_block()
+    assert torch.equal(block(x, positions[None]), block(x, positions))
+    x, cu = make_input(packed=True)
+    positions = torch.arange(x.shape[0]).flip(0)
+    assert torch.equal(block(x, positions[None], cu), block(x, positions, cu))
+    with pytest.raises(ValueError, match=r"positions have shape \(2, 25\), expected \(50,\)"):
+        block(x, positions.view(2, 25), cu)
+    stack, stream = pyckpt.CkptTransformer([block]), pyckpt.Stream(7)
+    assert torch.equal(stack(x, positions[None], cu, stream=stream), stack(x, positions, cu, stream=stream))
+    model, tokens = lm(), torch.randint(0, 20, (x.shape[0],))
+    for options in ({}, {"stream": stream}):
+        losses = [model.loss(tokens, None, p, cu, **options) for p in (positions, positions[None])]
+        assert torch.equal(*losses)
+
+
+def test_nested_activations_are_refused():
+    with pytest.raises(ValueError, match="x is a nested tensor, expected a dense one"):
+        make_block()(torch.nested.nested_tensor([torch.randn(3, 48), torch.randn(2, 48)]))
 
 
 def test_attributes_are_checked_and_left_as_they_were():

@@ -367,12 +367,37 @@ class TestRun:
             {"n_heads": 5},
             {"mlp": "none"},
             {"tile": -1},
+            {"dropout": 0.1},
+            {"attention_dropout": 0.1},
+            {"dtype": torch.int32},
+            {"causal": False, "vocab_size": 9},
         ],
         ids=str,
     )
     def test_misuse(self, bad):
         with pytest.raises(ValueError):
             compare.run(**{"lengths": [16], "d_model": 16, "n_heads": 2, **bad})
+
+    def test_what_cannot_be_compared_is_told(self):
+        given = {"lengths": [16], "d_model": 16, "n_heads": 2}
+        for name in ("dropout", "attention_dropout"):
+            with pytest.raises(ValueError, match=rf"{name}=0\.1: each variant would drop other values.*leave it out"):
+                compare.run(**given, **{name: 0.1})
+        with pytest.raises(ValueError, match="causal=False with vocab_size: a causal LM sees no later tokens"):
+            compare.run(**given, causal=False, vocab_size=9)
+        for dtype in ("float32", None):
+            with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, as torch\.bfloat16, got"):
+                compare.run(**given, dtype=dtype)
+
+    def test_of_causal_models_that_are_told_so(self):
+        found = compare.run([16], 16, 2, vocab_size=9, causal=True, dropout=0.0, repeats=1, variants=["attention"])
+        assert found.rows[0].error is None
+
+    @pytest.mark.parametrize("vocab_size", [None, 9])
+    def test_the_callers_random_numbers_go_on(self, vocab_size):
+        before = torch.get_rng_state()
+        compare.run([16], d_model=16, n_heads=2, vocab_size=vocab_size, repeats=1)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def synthetic(**changes) -> Results:

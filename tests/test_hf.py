@@ -349,11 +349,11 @@ def test_dtypes_devices_and_options_of_a_load(tmp_path: Path) -> None:
     model.model.norm.double()
     save_pretrained(model, tmp_path)
     state = torch.random.get_rng_state()
-    loaded = load_pretrained(tmp_path, device="cpu", save="input", segments="sqrt", tile=8)
+    loaded = load_pretrained(tmp_path, device="cpu", save="input", segments="sqrt", tile=8, tile_bytes=1 << 20)
     assert torch.equal(torch.random.get_rng_state(), state)  # random weights are not made first
     assert same_weights(loaded, model)  # each in its dtype
     assert {block.save for block in loaded.blocks} == {"input"}
-    assert {block.tile for block in loaded.blocks} == {8}
+    assert {(block.tile, block.tile_bytes) for block in loaded.blocks} == {(8, 1 << 20)}
     assert loaded.model.layers.segments == "sqrt"
     assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
     double = load_pretrained(tmp_path, dtype=torch.float64)

@@ -169,6 +169,19 @@ class TestSwapped:
         assert all(torch.allclose(g, want[n], atol=1e-6) for n, g in gradients(model).items())
 
 
+@pytest.mark.parametrize("container", [pyckpt.CkptTransformer, lambda blocks: nn.Sequential(*blocks)])
+def test_a_block_in_two_places_keeps_twice_as_much(container):
+    shared, other = (pyckpt.CkptTransformerBlock(64, 4, n_kv_heads=2, d_ff=96, tile=32) for _ in range(2))
+    stack = container([shared, other, shared])
+    x = torch.randn(2, 96, 64)
+    for memory in ("1GiB", 9 * TOKENS * 64 * 4):
+        kept = pyckpt.keep_within(stack, memory, TOKENS)
+        assert kept.sets == (shared.save, other.save)
+        with pyckpt.measure.memory(stack) as m:
+            stack(x).sum().backward()
+        assert sum(m.per_module.values()) == kept.bytes <= kept.memory
+
+
 def test_says_what_it_chose():
     model = lm()
     text = str(pyckpt.keep_within(model, 1 << 20, TOKENS))
@@ -182,6 +195,26 @@ class TestBadInput:
     def test_memory(self, memory):
         with pytest.raises(ValueError, match=r"memory=.*expected a number of bytes above 0, or text such as '20GiB'"):
             pyckpt.keep_within(lm(), memory, TOKENS)
+
+    def test_what_is_no_int(self):
+        with pytest.raises(ValueError, match=r"memory=1000000000\.0: expected .*; the number has to be an int, as int"):
+            pyckpt.keep_within(lm(), 1e9, TOKENS)
+
+    @pytest.mark.parametrize(
+        ("dtype", "error", "message"),
+        [
+            ("bf16", TypeError, r"dtype must be None or a torch\.dtype, as torch\.bfloat16, got 'bf16'"),
+            (torch.int32, ValueError, r"dtype is torch\.int32, expected None or one of float32"),
+        ],
+    )
+    def test_dtype(self, dtype, error, message):
+        with pytest.raises(error, match=message):
+            pyckpt.keep_within(lm(), "1GiB", TOKENS, dtype)
+
+    @pytest.mark.parametrize("model", [None, [pyckpt.CkptTransformerBlock(16, 2)]])
+    def test_model(self, model):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got a (NoneType|list)"):
+            pyckpt.keep_within(model, "1GiB", TOKENS)
 
     @pytest.mark.parametrize("tokens", [0, -1, 2.0, True, "8"])
     def test_tokens(self, tokens):

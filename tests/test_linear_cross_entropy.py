@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -489,6 +490,20 @@ class TestCost:
             assert m.get_total_flops() == (products + bool(live)) * 2 * 30 * 5 * 9
 
 
+@pytest.mark.parametrize("name", ["softcap", "z_loss", "label_smoothing", "ignore_index"])
+def test_numbers_that_vary_stay_in_one_graph(name):
+    x, weight, target = torch.randn(4, 5), torch.randn(9, 5), torch.tensor([0, 3, 2, 1])
+
+    def fn(value: float) -> Tensor:
+        return pyckpt.linear_cross_entropy(
+            x, weight, target, **{name: int(value * 4) if name == "ignore_index" else value}
+        )
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for value in (0.5, 0.25, 0.75):
+        torch.testing.assert_close(compiled(value), fn(value))
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -515,6 +530,7 @@ class TestBadInput:
             ({"softcap": -2.0}, "softcap must be None or a positive number, got -2.0"),
             ({"softcap": torch.tensor(2.0, requires_grad=True)}, "softcap gets no gradient here"),
             ({"z_loss": torch.tensor(0.1, requires_grad=True)}, "z_loss gets no gradient here"),
+            ({"label_smoothing": torch.tensor(0.1, requires_grad=True)}, "label_smoothing gets no gradient here"),
             ({"token_weight": torch.ones(3)}, r"token_weight has shape \(3,\), expected \(4,\)"),
             ({"token_weight": torch.ones(4, dtype=torch.int64)}, "token_weight has dtype torch.int64, expected one of"),
             ({"token_weight": torch.ones(4, device="meta")}, "token_weight is on meta, the labels are on cpu"),
@@ -534,7 +550,7 @@ class TestBadInput:
             ({"ignore_index": 2**64}, "ignore_index must be an int of 64 bits, got 18446744073709551616"),
             ({"x": torch.randn(4, 5).to_sparse()}, "x has layout torch.sparse_coo, expected a dense tensor"),
         ],
-        ids=range(31),
+        ids=range(32),
     )
     def test_values(self, change, message):
         good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}
@@ -549,6 +565,28 @@ class TestBadInput:
         for index in (True, -100.0, None):
             with pytest.raises(TypeError, match=f"ignore_index must be an int, got {index}"):
                 pyckpt.linear_cross_entropy(**good, ignore_index=index)
+        with pytest.raises(TypeError, match="ignore_index must be an int, got "):
+            pyckpt.linear_cross_entropy(**good, ignore_index=torch.tensor(-1.0))
+        for name in ("softcap", "z_loss", "label_smoothing"):
+            for value in ("1", True, torch.ones(2), [0.1]):
+                with pytest.raises(TypeError, match=f"{name} must be .*, got "):
+                    pyckpt.linear_cross_entropy(**good | {name: value})
+        for name in ("z_loss", "label_smoothing"):
+            with pytest.raises(TypeError, match=f"{name} must be .*, got None"):
+                pyckpt.linear_cross_entropy(**good | {name: None})
+
+    def test_numbers_of_every_kind(self):
+        good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.tensor([0, 3, 8, 2])}
+        options = {"softcap": 2.0, "z_loss": 0.5, "label_smoothing": 0.25}
+        want = pyckpt.linear_cross_entropy(**good, **options, ignore_index=3)
+        for as_float, as_int in ((np.float32, np.int64), (torch.tensor, torch.tensor)):
+            given = {n: as_float(v) for n, v in options.items()}
+            assert torch.equal(pyckpt.linear_cross_entropy(**good, **given, ignore_index=as_int(3)), want)
+
+    def test_nested_tensors(self):
+        good = {"x": torch.randn(4, 5), "weight": torch.randn(9, 5), "target": torch.zeros(4, dtype=torch.int64)}
+        with pytest.raises(ValueError, match="x is a nested tensor, expected a dense one"):
+            pyckpt.linear_cross_entropy(**good | {"x": torch.nested.nested_tensor([torch.randn(2, 5)] * 2)})
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -223,6 +223,20 @@ class TestLiveAndPeak:
             m.mark("late")
         with pytest.raises(ValueError, match="meta"):
             measure.memory(device="meta")
+        for device in ("gpu", 1.5):
+            with pytest.raises(ValueError, match=f"device={device!r} is no device; give device='cpu' or device='cuda'"):
+                measure.memory(device=device)
+        with pytest.raises(TypeError, match=r"modules has a int under 'a', expected a torch\.nn\.Module"):
+            measure.memory(modules={"a": 3})
+        with pytest.raises(TypeError, match=r"modules has a str under '1', expected a torch\.nn\.Module"):
+            measure.memory(modules=[nn.Linear(2, 2), "x"])
+        with pytest.raises(TypeError, match=r"model must be None or a torch\.nn\.Module, got a list"):
+            measure.memory([nn.Linear(2, 2)])
+
+    def test_a_gpu_that_is_not_there(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="device='cuda', and this PyTorch sees no CUDA device; give device='cpu'"):
+            measure.memory(device="cuda")
 
 
 class TestSaved:
@@ -488,6 +502,17 @@ class TestFlops:
         assert flops.block_flops(spec, S) == 3 * flops.block_flops(spec, S, backward=False)
         whole = flops.causal_lm_flops(spec, 2, 1000, S)
         assert whole == 2 * flops.block_flops(spec, S) + 6 * S * 64 * 1000
+
+    def test_misuse(self):
+        spec = BlockSpec.make(16, 2)
+        for length in (-5, 0, 1.5, True):
+            with pytest.raises(ValueError, match=f"length must be a positive int, got {length}"):
+                flops.block_flops(spec, length)
+        for name in ("n_layers", "vocab_size", "batch"):
+            with pytest.raises(ValueError, match=f"{name} must be a positive int, got 0"):
+                flops.causal_lm_flops(**{"spec": spec, "n_layers": 1, "vocab_size": 9, "length": 4, name: 0})
+        with pytest.raises(TypeError, match=r"spec must be .*, got a CkptTransformerBlock; give its \.spec"):
+            flops.block_flops(pyckpt.CkptTransformerBlock(16, 2), 5)
 
     def test_block_against_torchs_counter(self):
         from torch.utils.flop_counter import FlopCounterMode

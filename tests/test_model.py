@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +234,52 @@ def test_what_is_no_option_of_the_loss_is_refused(stream):
             model.loss(torch.randint(0, 50, (1, 7)), stream=stream, **{name: None})
 
 
+BAD_LOSSES = [
+    ({"reduction": "avg"}, ValueError, "reduction='avg' does not exist; expected one of mean, sum, none"),
+    ({"z_loss": math.inf}, ValueError, "z_loss must be a finite number, got inf"),
+    ({"z_loss": math.nan}, ValueError, "z_loss must be a finite number, got nan"),
+    ({"z_loss": torch.tensor(0.1, requires_grad=True)}, ValueError, "z_loss gets no gradient here"),
+    ({"z_loss": "1"}, TypeError, "z_loss must be a number, got '1'"),
+    ({"softcap": -1.0}, ValueError, "softcap must be None or a positive number, got -1.0"),
+    ({"softcap": torch.tensor(9.0, requires_grad=True)}, ValueError, "softcap gets no gradient here"),
+    ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    ({"label_smoothing": torch.tensor(0.1, requires_grad=True)}, ValueError, "label_smoothing gets no gradient here"),
+    ({"labels": [1, 2]}, TypeError, r"labels must be a torch\.Tensor, got list"),
+]
+
+
+@pytest.mark.parametrize("how", ["resident", "streamed", "shared"])
+@pytest.mark.parametrize(("options", "error", "message"), BAD_LOSSES, ids=range(len(BAD_LOSSES)))
+def test_bad_options_of_a_loss_are_refused_before_anything_runs(how, options, error, message):
+    model = make_lm(dropout=0.5)
+    model.hidden = None  # nothing is to be called
+    way = {"resident": {}, "streamed": {"stream": pyckpt.Stream(5)}, "shared": {"context": object()}}[how]
+    before = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        model.loss(torch.randint(0, 50, (1, 7), generator=torch.Generator().manual_seed(1)), **options, **way)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numbers_of_a_loss_may_be_of_any_kind():
+    model, tokens = make_lm(), torch.randint(0, 50, (2, 9))
+    numbers = {"softcap": 8.0, "z_loss": 0.5, "label_smoothing": 0.25}
+    for stream in (None, pyckpt.Stream(5)):
+        want = model.loss(tokens, **numbers, stream=stream)
+        for kind in (np.float32, torch.tensor):
+            assert torch.equal(model.loss(tokens, **{n: kind(v) for n, v in numbers.items()}, stream=stream), want)
+
+
+def test_a_stack_that_was_emptied_is_refused():
+    stack = pyckpt.CkptTransformer([make_block(torch.float32)])
+    block = stack.pop(0)
+    x = torch.randn(1, 5, 48)
+    runs = (lambda: stack(x), lambda: stack(x, stream=pyckpt.Stream(5)), lambda: pyckpt.Stream(5).estimate(stack, 5))
+    for run in runs:
+        with pytest.raises(ValueError, match="this CkptTransformer has no blocks left: append at least one"):
+            run()
+    assert torch.equal(stack.append(block)(x), block(x))
+
+
 def test_weights_belong_to_labels():
     model = make_lm()
     tokens, weights, classes = torch.randint(0, 50, (2, 19)), torch.rand(2, 19).double(), torch.rand(50).double()
@@ -266,6 +315,33 @@ def test_config_rebuilds_the_model():
     again.load_state_dict(model.state_dict())
     tokens = torch.randint(0, 50, (2, 19))
     assert torch.equal(model.loss(tokens), again.loss(tokens))
+
+
+def test_config_is_ready_for_json_whatever_was_given():
+    options = {
+        "softcap": torch.tensor(3.0),
+        "window": np.int64(3),
+        "norm_eps": np.float32(0.25),
+        "rope_dim": np.int64(4),
+    }
+    scaling = {"rope_type": "given", "frequencies": np.ones(2), "amplitude": np.float32(0.5)}
+    model = pyckpt.CkptCausalLM(np.int64(50), np.int64(2), np.int64(32), np.int64(4), **options, rope_scaling=scaling)
+    config = json.loads(json.dumps(model.config))
+    assert config == model.config and config.items() >= {"softcap": 3.0, "window": 3, "rope_dim": 4}.items()
+    assert pyckpt.CkptCausalLM(**config).spec == model.spec
+    plain = pyckpt.CkptCausalLM(50, 2, 32, 4).config
+    assert (plain["softcap"], plain["window"], plain["rope_scaling"], plain["d_ff"]) == (None, None, None, 128)
+    assert plain.keys() == inspect.signature(pyckpt.CkptCausalLM).parameters.keys() - {
+        *("save", "segments", "tile", "tile_bytes", "device", "dtype")
+    }
+
+
+def test_bad_options_draw_nothing():
+    before = torch.get_rng_state()
+    for options in ({"tie_embeddings": "no"}, {"segments": 0}, {"save": "most"}, {"tile": -1}, {"softcap": "1"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(options))}(=| must be)"):
+            pyckpt.CkptCausalLM(50, 2, 32, 4, **options)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_tied_embeddings_are_one_parameter():
@@ -307,8 +383,52 @@ def test_generate_is_greedy_at_temperature_zero_and_repeats_with_a_seed():
 
 
 def test_generate_refuses_nonsense():
-    with pytest.raises(ValueError, match="temperature >= 0"):
+    with pytest.raises(ValueError, match="temperature must be a finite number >= 0, got -1"):
         make_lm().generate(torch.zeros(1, 1, dtype=torch.long), 5, temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"temperature": math.nan}, ValueError, "temperature must be a finite number >= 0, got nan"),
+        ({"temperature": math.inf}, ValueError, "temperature must be a finite number >= 0, got inf"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number >= 0, got '1'"),
+        ({"top_k": True}, TypeError, "top_k must be an int, got True"),
+        ({"top_k": 2.0}, TypeError, "top_k must be an int, got 2.0"),
+        ({"top_k": 0}, ValueError, "expected max_new_tokens >= 0, and top_k None or >= 1, got 0 and 0"),
+        ({"max_new_tokens": 1.5}, TypeError, "max_new_tokens must be an int, got 1.5"),
+        ({"max_new_tokens": -1}, ValueError, "expected max_new_tokens >= 0"),
+        ({"tokens": torch.zeros(4, dtype=torch.long)}, ValueError, r"tokens must be \(B, S\), got shape \(4,\)"),
+        ({"tokens": torch.full((1, 2), 50)}, ValueError, "token 50 is out of range"),
+        ({"tokens": [[1, 2]]}, TypeError, r"tokens must be a torch\.Tensor, got list"),
+    ],
+)
+def test_generate_checks_before_it_samples(changes, error, message):
+    given = {"tokens": torch.zeros(1, 1, dtype=torch.long), "max_new_tokens": 0, **changes}
+    with pytest.raises(error, match=message):
+        make_lm().generate(**given)
+
+
+def test_generate_drops_nothing_and_leaves_the_modes_as_they_were():
+    model, prompt = make_lm(dropout=0.5), torch.randint(0, 50, (2, 4))
+    model.model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    found = model.generate(prompt, 5, temperature=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(found, copy.deepcopy(model).eval().generate(prompt, 5, temperature=0))
+    model.lm_head.forward = None
+    with pytest.raises(TypeError):
+        model.generate(prompt, 1)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-37, 1e-20])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    model, prompt = make_lm(torch.float32), torch.randint(0, 50, (2, 4))
+    greedy = model.generate(prompt, 5, temperature=0)
+    assert torch.equal(model.generate(prompt, 5, temperature=temperature), greedy)
 
 
 def test_trains():

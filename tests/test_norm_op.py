@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LOW_DTYPES, a_few, assert_exact, check_exact, check_truth, step
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyckpt
 from pyckpt.ops import chunks, reference
@@ -363,6 +363,14 @@ def test_bad_eps_is_refused():
         for eps in (-1e-5, float("nan"), float("inf")):
             with pytest.raises(ValueError, match="eps must be a finite number >= 0, got"):
                 fn(x, eps=eps)
+        for eps in (torch.tensor(1e-5, requires_grad=True), nn.Parameter(torch.tensor([1e-5]))):
+            with pytest.raises(ValueError, match=r"eps gets no gradient here: give eps\.detach\(\), or norm by plain"):
+                fn(x, eps=eps)
+        with pytest.raises(TypeError, match=r"eps must be a number >= 0, got a Tensor of shape \(2,\)"):
+            fn(x, eps=torch.ones(2))
+        assert torch.equal(fn(x, eps=torch.tensor(0.5)), fn(x, eps=0.5))
+        with pytest.raises(ValueError, match="x is a nested tensor, expected a dense one"):
+            fn(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)]))
     with pytest.raises(ValueError, match="eps=None has no meaning for a LayerNorm"):
         pyckpt.layer_norm(x, eps=None)
     assert torch.equal(pyckpt.rms_norm(x, eps=0), pyckpt.rms_norm(x, eps=0.0))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import errno
 import functools
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -428,9 +431,40 @@ def test_bad_places_are_refused_at_once(tmp_path):
         pyckpt.Save("attention", "host")
     with pytest.raises(ValueError, match="no tensor has the place 'file'"):
         pyckpt.Save("attention", {"x": "host"}, path=tmp_path)
-    model = stack(3, save=pyckpt.Save("attention", {"x": "file"}, path=tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="is no folder"):
-        model(torch.randn(1, 21, 48))
+        pyckpt.Save("attention", {"x": "file"}, path=tmp_path / "nowhere")
+
+
+def test_bad_paths_are_refused_at_once(tmp_path):
+    for path in (5, b"/tmp"):
+        with pytest.raises(TypeError, match=r"path must be None or the path of a folder, got a (int|bytes)"):
+            pyckpt.Save("attention", {"x": "file"}, path=path)
+    (tmp_path / "text").write_text("")
+    with pytest.raises(ValueError, match="is no folder"):
+        pyckpt.Save("attention", {"x": "file"}, path=tmp_path / "text")
+
+
+def test_places_are_fixed(tmp_path):
+    given = {"x": "file", "o": "host"}
+    save = pyckpt.Save("attention", given, last=2, path=tmp_path)
+    given["q"] = "moon"
+    assert save.place == {"x": "file", "o": "host"}
+    for change in (
+        lambda: save.place.__setitem__("q", "moon"),
+        lambda: save.place.__delitem__("x"),
+        lambda: save.place.update(q="moon"),
+        lambda: save.place.pop("x"),
+        lambda: save.place.setdefault("q", "moon"),
+        save.place.popitem,
+        save.place.clear,
+    ):
+        with pytest.raises(TypeError, match=r"the places of a pyckpt\.Save can't be changed: make another Save"):
+            change()
+    with pytest.raises(TypeError, match="can't be changed"):
+        save.place |= {"q": "moon"}
+    for again in (copy.copy(save), copy.deepcopy(save), pickle.loads(pickle.dumps(save)), dataclasses.replace(save)):
+        assert again == save and hash(again) == hash(save) and type(again.place) is type(save.place)
+    assert dataclasses.asdict(save)["place"] == save.place and "'x': 'file'" in repr(save)
 
 
 def test_a_full_disk_is_an_error_of_the_forward(monkeypatch, tmp_path):

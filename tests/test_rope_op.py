@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import LOW_DTYPES, a_few, assert_close_to_truth, assert_exact, check_exact, step
@@ -274,10 +275,17 @@ class TestBadInput:
             ({"theta": torch.tensor(9.0, requires_grad=True)}, r"theta gets no gradient here: give theta\.detach\(\)"),
             ({"scaling": {"rope_type": "given", "frequencies": [1.0]}}, "gives 1 frequencies, expected 2"),
             ({"scaling": {"rope_type": "given", "frequencies": [1.0] * 2}, "rotary_dim": 2}, "gives 2 .* expected 1"),
-            ({"scaling": {"rope_type": "yarn"}}, "rope_scaling type 'yarn' is not supported; expected one of linear"),
+            ({"scaling": {"rope_type": "yarn"}}, "^scaling type 'yarn' is not supported; expected one of linear"),
             ({"scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks high_freq_factor, low_freq_factor"),
+            ({"scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}}, "^scaling has rope_theta=5.0"),
+            ({"scaling": {"rope_type": "given", "frequencies": [1.0, "2"]}}, "^scaling's frequencies must be finite"),
+            (
+                {"scaling": {"rope_type": "given", "frequencies": torch.ones(2, requires_grad=True)}},
+                "get.* no gradient",
+            ),
+            ({"scaling": 2.0}, "^scaling must be None or a dict"),
         ],
-        ids=range(17),
+        ids=range(21),
     )
     def test_values(self, options, message):
         with pytest.raises(ValueError, match=message):
@@ -288,6 +296,34 @@ class TestBadInput:
             pyckpt.rope([1.0])
         with pytest.raises(TypeError, match=r"positions must be a torch\.Tensor, got list"):
             pyckpt.rope(torch.randn(2, 3, 4), [0, 1])
+        x = torch.randn(2, 3, 4)
+        for theta in (True, "1e4", None, torch.ones(2)):
+            with pytest.raises(TypeError, match="theta must be a positive number, got"):
+                pyckpt.rope(x, theta=theta)
+        for interleaved in ("no", 1, None):
+            with pytest.raises(TypeError, match="interleaved must be True or False, got"):
+                pyckpt.rope(x, interleaved=interleaved)
+        for dim in (2.0, "2", True):
+            with pytest.raises(TypeError, match="rotary_dim must be an int, got"):
+                pyckpt.rope(x, rotary_dim=dim)
+
+
+def test_one_row_of_positions_is_for_every_sequence():
+    x, positions = torch.randn(3, 5, 2, 8), torch.tensor([4, 0, 7, 1, 9])
+    want = pyckpt.rope(x, positions)
+    assert torch.equal(pyckpt.rope(x, positions[None]), want)
+    assert torch.equal(pyckpt.rope(x[0], positions[None]), want[0])  # packed
+
+
+def test_frequencies_of_every_kind():
+    x, values = torch.randn(2, 3, 2, 8), [1.0, 0.5, 0.25, 0.125]
+    want = pyckpt.rope(x, scaling={"rope_type": "given", "frequencies": values})
+    kinds = (np.array(values), torch.tensor(values), [np.float32(v) for v in values], tuple(map(torch.tensor, values)))
+    for given in (*kinds, [1, 0.5, np.float64(0.25), 0.125]):
+        assert torch.equal(pyckpt.rope(x, scaling={"rope_type": "given", "frequencies": given}), want)
+    want = pyckpt.rope(x, theta=500.0, rotary_dim=4)
+    for theta, dim in ((500, np.int64(4)), (np.float32(500), torch.tensor(4)), (torch.tensor(500.0), 4)):
+        assert torch.equal(pyckpt.rope(x, theta=theta, rotary_dim=dim), want)
 
 
 def test_frequencies_that_are_given_are_no_copy_from_the_host_in_a_graph(monkeypatch):

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from blocks import OPTIONS, assert_as_good, assert_same_bits, make_block, make_input, plain_twin, relative_errors, step
@@ -569,6 +570,27 @@ def test_estimated_flops_are_those_counted():
         assert stream(128).estimate(model, 512).flops == pytest.approx(products, rel=0.02)
 
 
+@pytest.mark.parametrize("trained", ["all", "head", "norm", "layers.2", "none"])
+def test_estimates_do_not_depend_on_the_gradient_mode(trained):
+    """And count forward and backward of what is trained, the head's products too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = pyckpt.CkptCausalLM(VOCAB, 3, 64, 4, d_ff=128, window=1)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained == "all" or (trained in name and (trained != "norm" or name == "model.norm.weight")))
+    found = stream(128).estimate(model, 512)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert stream(128).estimate(model, 512) == found
+    with FlopCounterMode(display=False) as counter:
+        loss = model.loss(torch.randint(0, VOCAB, (1, 512)), stream=stream(128))
+        if loss.requires_grad:
+            loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    assert found.flops == pytest.approx(products, rel=0.02)
+
+
 def test_estimates_of_a_stack():
     stack = pyckpt.CkptTransformer([pyckpt.CkptTransformerBlock(64, 4, d_ff=128) for _ in range(3)])
     opened, store = [], pyckpt.store.FileStore()
@@ -788,6 +810,19 @@ def test_a_bad_tile(tile):
         pyckpt.Stream(tile)
 
 
+def test_bad_settings_are_refused_at_once():
+    for tile in ("4", None, 1 << 21):
+        with pytest.raises(ValueError, match=r"tile must be an int of 1 to 1,048,576 \(tokens\), got"):
+            pyckpt.Stream(tile)
+    for progress in ("x", 3):
+        with pytest.raises(TypeError, match=r"progress must be None or a function of \(part, block, tile\), got"):
+            pyckpt.Stream(progress=progress)
+    for limit in (0, "0", -1, 1.5, True):
+        with pytest.raises(ValueError, match=r"limit=.*: expected a number of bytes above 0"):
+            pyckpt.Stream(limit=limit)
+    assert pyckpt.Stream(np.int64(4), limit=np.int64(1000)).store.limit == 1000
+
+
 @pytest.mark.parametrize("where", ["embed_tokens", "layers", "layers.1"])
 @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward"])
 def test_hooks_that_would_not_run_are_told(where, kind):
@@ -806,7 +841,7 @@ def test_bad_arguments_are_refused_before_anything_runs():
     model, tokens = make_lm(torch.float32), torch.randint(0, VOCAB, (1, 20))
     with pytest.raises(TypeError, match=r"stream must be a pyckpt\.Stream, got str"):
         model.loss(tokens, stream="host")
-    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'all'"):
+    with pytest.raises(ValueError, match="reduction='all' does not exist; expected one of mean, sum, none"):
         model.loss(tokens, stream=stream(), reduction="all")
     with pytest.raises(ValueError, match="recompute=True is not for a streamed loss"):
         model.loss(tokens, stream=stream(), recompute=True)

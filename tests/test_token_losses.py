@@ -125,6 +125,35 @@ def test_of_a_model_of_ours(stream):
     torch.testing.assert_close(pyckpt.token_losses(model, tokens, stream=stream)[:, :-1], want)
 
 
+def test_of_a_model_of_ours_in_a_wrapper():
+    """torch.compile has no part in a loss; what reduces gradients in its forward has to be called."""
+    model, tokens = make_lm(torch.float32), torch.randint(0, 50, (2, 19))
+    want = pyckpt.token_losses(model, tokens)
+    assert torch.equal(pyckpt.token_losses(torch.compile(model, backend="eager"), tokens), want)
+
+    class DistributedDataParallel(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    for inner in (model, torch.compile(model, backend="eager")):
+        for wrapped in (DistributedDataParallel(inner), torch.compile(DistributedDataParallel(inner), backend="eager")):
+            with pytest.raises(
+                ValueError, match="is in a DistributedDataParallel, whose forward gives logits and no loss"
+            ):
+                pyckpt.token_losses(wrapped, tokens)
+
+
+def test_bad_arguments():
+    model, tokens = make_lm(torch.float32), torch.randint(0, 50, (2, 19))
+    with pytest.raises(TypeError, match=r"input_ids must be a torch\.Tensor, got list"):
+        pyckpt.token_losses(model, tokens.tolist())
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got list"):
+        pyckpt.token_losses(model, tokens, tokens.tolist())
+    with pytest.raises(ValueError, match="reduction='mean': token_losses gives the loss of every token"):
+        pyckpt.token_losses(model, tokens, reduction="mean")
+
+
 def test_no_logits_are_made():
     """At 4,000 words, where they would be the largest tensor by far."""
     model, ids = make_model("Llama", vocab_size=4000), torch.randint(1, 4000, (1, 60))

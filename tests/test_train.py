@@ -324,6 +324,18 @@ def _refuse(path: Path) -> bytes:
         ({"device": "cuda:99"}, "device='cuda:99'"),
         ({"resume": True, "overwrite": True}, "one of them"),
         ({"place": "x=file", "place_path": "/no/such/folder"}, "'/no/such/folder' is no folder"),
+        ({"data": 5}, "data=5: expected a path"),
+        ({"out": None}, "out=None: expected a path"),
+        ({"place": {"x": "file"}}, r"place=\{'x': 'file'\}: expected text"),
+        ({"stream": 5}, "stream=5: expected text"),
+        ({"prompt": 5}, "prompt=5: expected text"),
+        ({"resume": "x"}, "resume='x': expected True or False"),
+        ({"tie_embeddings": 1}, "tie_embeddings=1: expected True or False"),
+        ({"lr": True}, "lr=True: expected a number"),
+        ({"lr": "1"}, "lr='1': expected a number"),
+        ({"save": None}, "save=None: expected text"),
+        ({"segments": 2.0}, "segments=2.0: expected a whole number or text"),
+        ({"keep_within": 1.5}, "keep_within=1.5: expected a whole number or text"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(text: Path, changes: dict[str, Any], message: str) -> None:
@@ -345,6 +357,8 @@ def test_defaults_that_depend_on_others_are_filled_in() -> None:
 
 def test_folders_mean_the_same_in_another_one(tmp_path: Path) -> None:
     """A run is resumed from wherever its user is then."""
+    paths = train.TrainConfig(data=tmp_path / "a", out=tmp_path / "b", lr=1, temperature=0).resolved()
+    assert (paths.data, paths.out) == (str(tmp_path / "a"), str(tmp_path / "b"))
     placed = train.TrainConfig(place="x=file", place_path=os.path.relpath(tmp_path)).resolved()
     streamed = train.TrainConfig(stream="file", stream_path=os.path.relpath(tmp_path)).resolved()
     assert placed.place_path == streamed.stream_path == os.path.abspath(tmp_path)

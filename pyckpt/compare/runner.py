@@ -17,12 +17,14 @@ from torch import Tensor
 from pyckpt import measure
 from pyckpt.compare.results import OUT_OF_MEMORY, PLAIN, Results, Row, label
 from pyckpt.compare.variants import VARIANTS, Batch, Config, Workload
+from pyckpt.errors import NOT_NEGATIVE, Range, as_int, check_dtype, number, positive_int
 from pyckpt.measure.flops import block_flops, causal_lm_flops
 from pyckpt.spec import BlockSpec
 
 DEFAULT_LENGTHS = (512, 1024, 2048, 4096)
 # The gradient error of a correct variant against plain, both rounding in this dtype, is well below these.
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_BUDGET = Range("None or a number of seconds, at least 0", NOT_NEGATIVE.holds)
 _SHORTAGES = (RuntimeError, MemoryError, OSError)  # the kinds of error that `out_of_memory` may be true of
 
 
@@ -66,26 +68,34 @@ def run(
         budget_seconds: fewer repeats, and in the end fewer lengths, so that the whole ends in about this
             time; the shortest length is measured in any case. None: no limit.
         progress: called with a short line before each piece of work.
-        options: further options of the block (``norm``, ``mlp``, ``window``, ``softcap``, ...).
+        options: further options of the block (``norm``, ``mlp``, ``window``, ``softcap``, ...), but no dropout: each
+            variant would drop other values.
 
     Returns:
         Results, lengths ascending. A variant that runs out of memory, or of disk for its scratch file, has a row
         that says so. ``notes`` says what the budget left out.
 
     Raises:
-        ValueError: for a bad length, variant or option. RuntimeError: when gradients differ from those of
-            "plain".
+        ValueError: for a bad length, variant or option; TypeError: for a dtype that is none. RuntimeError: when
+            gradients differ from those of "plain".
     """
     lengths, chosen = _checked(lengths, variants)
-    _check_counts(n_layers=n_layers, batch=batch, repeats=repeats)
-    if vocab_size is not None and (not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 2):
+    n_layers, batch = positive_int("n_layers", n_layers), positive_int("batch", batch)
+    repeats = positive_int("repeats", repeats)
+    words = as_int(vocab_size)
+    if vocab_size is not None and (words is None or words < 2):
         raise ValueError(f"vocab_size must be None or an int of at least 2, got {vocab_size!r}: one word says nothing")
-    if budget_seconds is not None and not 0 <= budget_seconds < math.inf:
-        raise ValueError(f"budget_seconds must be None or a number of seconds, at least 0, got {budget_seconds!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+    if budget_seconds is not None:
+        budget_seconds = number("budget_seconds", budget_seconds, _BUDGET)
+    drawn = as_int(seed)
+    if drawn is None or not 0 <= drawn < 1 << 63:
         raise ValueError(f"seed must be an int of at least 0 and below 2**63, got {seed!r}")
+    check_dtype("dtype", dtype, optional=False)
     options = {"n_kv_heads": n_kv_heads, "d_ff": d_ff, **options}
     spec = BlockSpec.make(d_model, n_heads, **options)
+    _check_comparable(spec, vocab_size)
+    if vocab_size is not None:
+        options.pop("causal", None)  # which a causal LM is
     config = Config(
         spec,
         options,
@@ -93,9 +103,9 @@ def run(
         batch,
         dtype,
         torch.device(device),
-        vocab_size=vocab_size,
+        vocab_size=words,
         tile=tile,
-        seed=seed,
+        seed=drawn,
     )
     return _Run(config, chosen, repeats, budget_seconds, progress or (lambda _: None)).all(lengths)
 
@@ -312,7 +322,7 @@ def _cpu_name() -> str:
 
 
 def _checked(lengths: Sequence[int], variants: Sequence[str] | None) -> tuple[list[int], tuple[str, ...]]:
-    if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 2 for n in lengths):
+    if not lengths or any((as_int(n) or 0) < 2 for n in lengths):
         raise ValueError(f"lengths must be one or more ints of at least 2, got {lengths!r}")
     chosen = VARIANTS if variants is None else tuple(dict.fromkeys(variants))
     unknown = [v for v in chosen if v not in VARIANTS]
@@ -321,13 +331,19 @@ def _checked(lengths: Sequence[int], variants: Sequence[str] | None) -> tuple[li
             f"variants {unknown or list(chosen)!r} don't exist; "
             f"expected one or more of {', '.join(map(repr, VARIANTS))}"
         )
-    return sorted(set(lengths)), chosen
+    return sorted({int(n) for n in lengths}), chosen
 
 
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive int, got {value!r}")
+def _check_comparable(spec: BlockSpec, vocab_size: int | None) -> None:
+    """Raise ValueError for what the variants would not compute the same of."""
+    for name in ("dropout", "attention_dropout"):
+        if getattr(spec, name):
+            raise ValueError(
+                f"{name}={getattr(spec, name)}: each variant would drop other values, and their gradients could not be "
+                "compared; leave it out"
+            )
+    if vocab_size is not None and not spec.causal:
+        raise ValueError("causal=False with vocab_size: a causal LM sees no later tokens; leave one of them out")
 
 
 def _relative_error(got: list[Tensor], want: list[Tensor]) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyckpt.compare.baseline import PlainBlock, PlainCausalLM, PlainStack
 from pyckpt.compare.results import BASELINES, CHECKPOINT, STREAMED
+from pyckpt.ops.seeding import seed_generators
 from pyckpt.save import SAVE_SETS, bytes_per_token
 from pyckpt.spec import BlockSpec
 from pyckpt.stream import Stream
@@ -56,12 +57,14 @@ class Workload:
 
     def __init__(self, config: Config, variants: tuple[str, ...]) -> None:
         self.config = config
-        torch.manual_seed(config.seed)
-        self._plain = _plain_model(config)
-        self._ckpt: Any = None
-        if any(variant not in BASELINES for variant in variants):
-            self._ckpt = _ckpt_model(config)
-            self._ckpt.load_state_dict(self._plain.state_dict())
+        devices = [config.device] if config.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # the caller's random numbers go on as if nothing had been drawn
+            seed_generators(config.seed, config.device)
+            self._plain = _plain_model(config)
+            self._ckpt: Any = None
+            if any(variant not in BASELINES for variant in variants):
+                self._ckpt = _ckpt_model(config)
+                self._ckpt.load_state_dict(self._plain.state_dict())
         # On a CPU the host's memory is the device's: there the sequence goes to a file.
         kind = config.device.type
         self._stream = Stream(config.tile or _STREAM_TILE[kind], "file" if kind == "cpu" else "host")

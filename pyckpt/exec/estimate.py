@@ -92,8 +92,13 @@ def _products(weight: Tensor, experts_per_token: int) -> float:
     return 2.0 * weight.numel() / weight.shape[0] * experts_per_token if weight.dim() == 3 else 0.0
 
 
-def estimate(stack: Stack, store: Store, works: Sequence[Work], end_weights: int, vocab: int) -> Estimate:
-    """works: of each block. end_weights: trained numbers of embedding and head; 0, as `vocab`, for blocks alone."""
+def estimate(
+    stack: Stack, store: Store, works: Sequence[Work], end_weights: int, vocab: int, head_products: int = 3
+) -> Estimate:
+    """works: of each block. end_weights: trained numbers of embedding and head; 0, as `vocab`, for blocks alone.
+
+    head_products: how many products of all tokens with the head there are, its forward's and its gradients'.
+    """
     plan = store_plan(stack)
     device = store.device_bytes(plan, stack.device)
     device += _scratch(stack) + (max(w.gradients for w in works) + end_weights) * acc_dtype(stack.dtype).itemsize
@@ -101,7 +106,7 @@ def estimate(stack: Stack, store: Store, works: Sequence[Work], end_weights: int
     steps = list(stack.schedule)
     ahead = [s.block for s in steps if isinstance(s, Advance)]
     walked_back = [s.block for s in steps if not isinstance(s, Advance)]
-    flops = 6.0 * stack.layout.tokens * stack.d_model * vocab
+    flops = 2.0 * head_products * stack.layout.tokens * stack.d_model * vocab
     flops += sum(works[b].forward for b in ahead) + sum(works[b].backward for b in walked_back)
     flops += sum(works[b].attention for b in walked_back if not stack.plans[b].save.attention)
     bytes_in, bytes_out = _copies(stack, len(ahead), len(walked_back)) if store.copies(stack.device) else (0, 0)

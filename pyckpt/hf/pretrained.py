@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.block import CkptTransformerBlock
+from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.hf import folder, weights
 from pyckpt.hf.config import Arguments, arguments_of, carried_of, from_config, to_config
 from pyckpt.hf.weights import listed
@@ -52,8 +53,7 @@ def save_pretrained(
         raise TypeError(
             f"model is a {type(model).__name__}, expected a CkptCausalLM (for a wrapped one, the inner model)"
         )
-    if not isinstance(max_shard_bytes, int) or isinstance(max_shard_bytes, bool) or max_shard_bytes <= 0:
-        raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}")
+    max_shard_bytes = errors.positive_int("max_shard_bytes", max_shard_bytes)
     _check_tokenizer(tokenizer)
     tensors = _tensors(model)
     config = to_config(arguments_of(model), _widest([t.dtype for t in tensors.values()]), model.extra_config)
@@ -148,24 +148,24 @@ def load_pretrained(
     save: str | SaveSet | Save = "attention",
     segments: Segments = None,
     tile: int | None = None,
+    tile_bytes: int = TILE_BYTES,
 ) -> CkptCausalLM:
     """The model in a folder that `save_pretrained` wrote, or transformers from a Llama, Mistral, Qwen2 or Qwen3.
 
     device: default PyTorch's. dtype: float32, float64, bfloat16 or float16; default: as in the files.
-    save, segments, tile: as for `CkptCausalLM`. Tensors are copied one by one, so memory is the model's own.
+    save, segments, tile, tile_bytes: as for `CkptCausalLM`. Tensors are copied one by one: memory is the model's own.
     As in transformers, the embedding of config.json's pad_token_id is not trained (`padding_idx` of nn.Embedding).
 
     Raises ValueError for a config.json that a CkptCausalLM does not compute exactly and for a folder with adapters,
     RuntimeError for files that are missing, damaged or do not fit the config.
     """
     weights.require_safetensors()
-    if dtype is not None and dtype not in errors.FLOAT_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected None or one of {errors.names(errors.FLOAT_DTYPES)}")
+    errors.check_dtype("dtype", dtype)
     root = Path(path)
     config_path, weights_path = _find(root)
     config = folder.read_json(config_path)
     arguments = from_config(config, str(config_path))
-    model = _skeleton(arguments, save=save, segments=segments, tile=tile)
+    model = _skeleton(arguments, save=save, segments=segments, tile=tile, tile_bytes=tile_bytes)
     device = torch.get_default_device() if device is None else torch.device(device)
     with weights.open_weights(root, weights_path) as files:
         names = _check_tensors(model, files, weights_path)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from pyckpt.errors import positive_int
+
 GATED_MLPS = frozenset({"swiglu", "geglu", "geglu_tanh"})
 
 
@@ -54,8 +56,10 @@ def attention_pairs(length: int, *, causal: bool = True, window: tuple[int, int]
 def block_flops(spec: BlockShape, length: int, batch: int = 1, *, backward: bool = True) -> float:
     """Model FLOPs of one block on ``batch`` sequences of ``length`` tokens.
 
-    ``backward=True`` counts forward and backward (three times the forward), ``False`` the forward only.
+    ``backward=True`` counts forward and backward (three times the forward), ``False`` the forward only. Raises
+    TypeError for what has no shape of a block, ValueError for counts that are no positive ints.
     """
+    _check(spec, length=length, batch=batch)
     d_q, d_kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     projections = spec.d_model * (2 * d_q + 2 * d_kv)
     mlp = spec.d_model * spec.d_ff * (3 if spec.mlp in GATED_MLPS else 2)
@@ -70,10 +74,19 @@ def causal_lm_flops(
     """Model FLOPs of a causal language model: its blocks and the projection to the vocabulary at every
     position.
 
-    The embedding is a look-up and costs none.
+    The embedding is a look-up and costs none. Raises as `block_flops` does.
     """
+    _check(spec, n_layers=n_layers, vocab_size=vocab_size, length=length, batch=batch)
     head = 2 * batch * length * spec.d_model * vocab_size * (3 if backward else 1)
     return n_layers * block_flops(spec, length, batch, backward=backward) + head
+
+
+def _check(spec: BlockShape, **counts: int) -> None:
+    if not hasattr(spec, "head_dim"):
+        advice = "; give its .spec" if hasattr(spec, "spec") else ""
+        raise TypeError(f"spec must be a pyckpt.spec.BlockSpec, got a {type(spec).__name__}{advice}")
+    for name, count in counts.items():
+        positive_int(name, count)
 
 
 def _one_side(length: int, reach: int) -> int:

@@ -74,8 +74,11 @@ def memory(
             ``model``).
 
     Raises:
-        ValueError: for a device of another type. RuntimeError: when a measurement is already active.
+        ValueError: for a device of another type, and for one that is not there. TypeError: for what is no module.
+        RuntimeError: when a measurement is already active.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be None or a torch.nn.Module, got a {type(model).__name__}")
     return MemoryMeasurement(model, _device(model, device), _measured_modules(model, modules))
 
 
@@ -203,22 +206,32 @@ def _device(model: nn.Module | None, device: torch.device | str | None) -> torch
     if device is None:
         first = None if model is None else next(model.parameters(), None)
         device = first.device if first is not None else "cuda" if torch.cuda.is_initialized() else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"memory is measured on cpu and cuda, not on {device}; give device='cpu' or device='cuda'")
-    return device
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is no device; give device='cpu' or device='cuda'") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"memory is measured on cpu and cuda, not on {found}; give device='cpu' or device='cuda'")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, and this PyTorch sees no CUDA device; give device='cpu'")
+    return found
 
 
 def _measured_modules(
     model: nn.Module | None, modules: Mapping[str, nn.Module] | Iterable[nn.Module] | None
 ) -> dict[str, nn.Module]:
-    if isinstance(modules, Mapping):
-        return dict(modules)
     if modules is None:
-        found = {} if model is None else {n: m for n, m in model.named_modules() if _is_block(m)}
-        return {name or "block": module for name, module in found.items()}
-    names = {} if model is None else {id(m): n for n, m in model.named_modules()}
-    return {names.get(id(m)) or str(i): m for i, m in enumerate(modules)}
+        blocks = {} if model is None else {n: m for n, m in model.named_modules() if _is_block(m)}
+        return {name or "block": module for name, module in blocks.items()}
+    if isinstance(modules, Mapping):
+        found = dict(modules)
+    else:
+        names = {} if model is None else {id(m): n for n, m in model.named_modules()}
+        found = {names.get(id(m)) or str(i): m for i, m in enumerate(modules)}
+    for name, module in found.items():
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules has a {type(module).__name__} under {name!r}, expected a torch.nn.Module")
+    return found
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from pyckpt.errors import as_int
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -22,13 +24,17 @@ def format_bytes(n: float) -> str:
 
 def parse_bytes(size: int | str, name: str = "size") -> int:
     """Bytes, given as their number or as text: ``"1.5 GiB"``, ``"800MB"``. ValueError names what was called `name`."""
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
+    whole = as_int(size)
+    if whole is not None and whole > 0:
+        return whole
     if isinstance(size, str):
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]i?)?b?)?", size.strip().lower())
         if found and (given := int(float(found[1]) * _UNITS[found[2] or ""])) > 0:
             return given
-    raise ValueError(f"{name}={size!r}: expected a number of bytes above 0, or text such as '20GiB' or '800 MB'")
+    raise ValueError(
+        f"{name}={size!r}: expected a number of bytes above 0, or text such as '20GiB' or '800 MB'"
+        + ("; the number has to be an int, as int(1e9) is" if isinstance(size, float) else "")
+    )
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
+import typing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +47,12 @@ class TrainConfig:
     tie_embeddings: bool = _option(False, "Model", "Share the embedding with the output head.")
 
     save: str = _option("attention", "Memory", "What each block keeps for the backward (save set).", free=True)
-    keep_within: str | None = _option(
+    keep_within: int | str | None = _option(
         None,
         "Memory",
         "Memory for what all blocks keep, as 20GiB: save sets are chosen to fill it (see pyckpt.keep_within).",
         free=True,
+        cli=str,
     )
     segments: int | str | None = _option(
         None,
@@ -107,6 +110,7 @@ class TrainConfig:
 
         Raises ValueError naming the field, what was given and what is expected.
         """
+        _check_types(self)
         _check_names(self)
         _check_numbers(self)
         _check_heads(self)
@@ -117,6 +121,7 @@ class TrainConfig:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)} or auto.")
         return dataclasses.replace(
             self,
+            out=os.fspath(self.out),
             data=self.data and os.path.abspath(self.data),
             tokenizer=self.tokenizer and os.path.abspath(self.tokenizer),
             place_path=self.place_path and os.path.abspath(self.place_path),
@@ -155,6 +160,35 @@ _AT_LEAST: dict[str, float] = {
 }
 
 
+_PATHS = ("data", "tokenizer", "place_path", "stream_path", "out")
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+def _check_types(config: TrainConfig) -> None:
+    """Raise ValueError where a field has none of the types that it is annotated with."""
+    for name, kinds in _kinds().items():
+        value, path = getattr(config, name), name in _PATHS
+        if not (_fits(value, kinds) or (path and isinstance(value, os.PathLike))):
+            words = ["a path"] if path else [text for kind, text in _WORDS.items() if kind in kinds]
+            raise ValueError(f"{name}={value!r}: expected {' or '.join(words)}.")
+
+
+def _fits(value: object, kinds: frozenset[type]) -> bool:
+    """As isinstance, but that a bool is no int, and an int is a number."""
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int):
+        return int in kinds or float in kinds
+    return isinstance(value, tuple(kinds))
+
+
+@functools.cache
+def _kinds() -> dict[str, frozenset[type]]:
+    """By field the types of its annotation."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {name: frozenset(typing.get_args(hint) or (hint,)) for name, hint in hints.items()}
+
+
 def _check_names(config: TrainConfig) -> None:
     for name in ("data", "tokenizer", "out"):  # an empty one is most often a shell's variable that was not set
         if getattr(config, name) == "":
@@ -163,15 +197,10 @@ def _check_names(config: TrainConfig) -> None:
 
 def _check_numbers(config: TrainConfig) -> None:
     for name, least in _AT_LEAST.items():
-        value, default = getattr(config, name), TrainConfig.__dataclass_fields__[name].default
-        if value is None and default is None:
-            continue
-        whole = not isinstance(default, float)
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise ValueError(f"{name}={value!r}: expected {'a whole number' if whole else 'a number'}.")
-        if not math.isfinite(value) or value < least:
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"{name}={value}: expected a number that is at least {least}.")
-    if not isinstance(config.lr, (int, float)) or not math.isfinite(config.lr) or config.lr <= 0:
+    if not 0 < config.lr < math.inf:
         raise ValueError(f"lr={config.lr!r}: expected a number above 0.")
     if config.seed >= 1 << 64:
         raise ValueError(
@@ -218,8 +247,6 @@ def _check_memory(config: TrainConfig) -> None:
     from pyckpt.store import make_store
 
     config.kept()
-    if "file" in _places(config.place).values():
-        make_store("file", config.place_path)  # refuses a folder that is none, before a run begins
     if config.keep_within is not None:
         parse_bytes(config.keep_within, "keep_within")
         others = {"segments": config.segments, "place": config.place, "stream": config.stream}
@@ -235,7 +262,7 @@ def _check_memory(config: TrainConfig) -> None:
     segments = config.segments
     if segments is None or segments == "sqrt":
         return
-    if isinstance(segments, bool) or not isinstance(segments, int) or segments < 1:
+    if not isinstance(segments, int) or segments < 1:
         raise ValueError(f"segments={segments!r}: expected sqrt, or a whole number of blocks in a segment.")
 
 
