@@ -31,7 +31,7 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.save import Save, SaveSet
 from pyckpt.shared_loss import shared_loss
 from pyckpt.spec import RopeScaling, Window
-from pyckpt.stream import Stream, check_stream, run_loss, run_stack
+from pyckpt.stream import Parts, Stream, blocks_of, check_stream, run_loss, run_stack
 from pyckpt.tokenwise.norm import with_offset
 
 Segments = int | str | None
@@ -111,6 +111,10 @@ class CkptTransformer(nn.ModuleList):
         """Raise ValueError where blocks were taken out until there are none."""
         if not len(self):
             raise ValueError("this CkptTransformer has no blocks left: append at least one before it runs")
+
+    def streamed_parts(self) -> Parts:
+        """What a streamed run of it has in it."""
+        return Parts(*blocks_of(self))
 
     @property
     def segments(self) -> Segments:
@@ -333,6 +337,12 @@ class CkptCausalLM(nn.Module):
     def blocks(self) -> Iterator[CkptTransformerBlock]:
         """The blocks, the first one first."""
         return (cast(CkptTransformerBlock, block) for block in self.model.layers)
+
+    def streamed_parts(self) -> Parts:
+        """What a streamed run of its loss has in it."""
+        ends: dict[str, Tensor] = {f"norm.{name}": p for name, p in self.model.norm.named_parameters()}
+        ends |= {"embed": self.model.embed_tokens.weight, "head": self.lm_head.weight}
+        return Parts(*blocks_of(self.model.layers), ends)
 
     def set_save(self, save: str | SaveSet | Save) -> None:
         """Set every block's save set: a name, or a `Save` with places. Raises ValueError for one that is not there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -142,21 +143,17 @@ class Parts:
         return self.ends["head"].shape[0] if "head" in self.ends else 0
 
 
-def _parts_of(model: nn.Module) -> Parts:
-    from pyckpt.model import CkptCausalLM, CkptTransformer
-    from pyckpt.swap.replaced import replaced_in
+FINDERS: list[Callable[[nn.Module], Parts | None]] = []
+"""Ways to what is streamed of models that do not say so (`streamed_parts`): `pyckpt.swap` adds its own."""
 
-    if isinstance(model, CkptTransformer):
-        return Parts(*_blocks(model))
-    if isinstance(model, CkptCausalLM):
-        inner = model.model
-        ends: dict[str, Tensor] = {f"norm.{name}": p for name, p in inner.norm.named_parameters()}
-        ends |= {"embed": inner.embed_tokens.weight, "head": model.lm_head.weight}
-        return Parts(*_blocks(model.model.layers), ends)
-    # A model's loss comes before its layers.
-    for _, replaced in replaced_in(model) if isinstance(model, nn.Module) else ():
-        if (parts := replaced.streamed_parts()) is not None:
-            return parts
+
+def _parts_of(model: nn.Module) -> Parts:
+    if isinstance(model, nn.Module):
+        own = getattr(model, "streamed_parts", None)
+        ways = ([own] if callable(own) else []) + [functools.partial(find, model) for find in FINDERS]
+        for way in ways:
+            if (parts := way()) is not None:
+                return parts
     raise ValueError(
         f"this {type(model).__name__} has nothing that can be streamed as one run: expected a CkptCausalLM, a "
         "CkptTransformer, or a model whose decoder layers pyckpt.swap(model) has all swapped"
@@ -189,7 +186,7 @@ def run_loss(
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
     layout = _layout(tokens.shape, cu_seqlens)
     targets = Targets(labels, last_tokens(layout), IGNORE, label_weights)
-    blocks, segments = _blocks(model.model.layers)
+    blocks, segments = blocks_of(model.model.layers)
     _check_unwatched(blocks, embed_tokens=model.model.embed_tokens, layers=model.model.layers)
     given = (tokens, targets, ends, layout, positions, stream)
     losses = stream_loss(blocks, segments, *given, _gathered(blocks))
@@ -235,7 +232,7 @@ def run_stack(
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if positions is not None:
         positions = errors.check_positions(positions, x)
-    blocks, segments = _blocks(transformer)
+    blocks, segments = blocks_of(transformer)
     _check_unwatched(blocks)
     return stream_blocks(blocks, segments, x, positions, cu_seqlens, stream, _gathered(blocks))
 
@@ -320,7 +317,8 @@ def _layer_run(
     return LayerRun(stack, stream.store, x, start, weights, make_ends, check, stream.progress)
 
 
-def _blocks(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:
+def blocks_of(transformer: CkptTransformer) -> tuple[list[CheckpointedBlock], int]:
+    """The blocks of a stack, and how many make a segment."""
     transformer.check_filled()
     return list(transformer), transformer.segment_length  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt.block import CheckpointedBlock
-from pyckpt.stream import Parts
+from pyckpt.stream import FINDERS, Parts
 from pyckpt.swap.around import in_a_checkpoint
 from pyckpt.swap.modules import is_patched
 from pyckpt.swap.shadow import (
@@ -177,3 +177,12 @@ def replaced_in(model: nn.Module) -> Iterator[tuple[str, Replaced]]:
             forward = getattr(module, _PLACE) if _is_unbound(forward) else getattr(forward, "__wrapped__", None)
         if forward is not None:
             yield name, forward
+
+
+def _parts_in(model: nn.Module) -> Parts | None:
+    """What is streamed of a swapped model: of its loss, which comes before its layers, or of those alone."""
+    found = (replaced.streamed_parts() for _, replaced in replaced_in(model))
+    return next((parts for parts in found if parts is not None), None)
+
+
+FINDERS.append(_parts_in)
