@@ -129,8 +129,8 @@ def compare(lengths: str, out: str, dtype: str, device: str, variants: str | Non
     from rich.console import Console
 
     from pyckpt import compare as comparing
+    from pyckpt.extras import require
     from pyckpt.train.config import resolve_device
-    from pyckpt.train.extras import require
 
     require("the picture of compare", "matplotlib")
     console = Console()

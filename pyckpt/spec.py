@@ -120,11 +120,6 @@ class BlockSpec:
         return self.residual != "sequential"
 
     @property
-    def norms_input(self) -> bool:
-        """A norm stands before each sublayer."""
-        return self.norm_placement in ("pre", "sandwich")
-
-    @property
     def norms_after(self) -> bool:
         """A norm stands after each sublayer: of its output, or of the sum with the residual stream."""
         return self.norm_placement != "pre"

@@ -1074,7 +1074,7 @@ def _only_trains(loss: Any) -> Any:
 
 
 def test_a_missing_extra_is_named_before_any_work(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyckpt.train.extras.find_spec", lambda name: None if name == "matplotlib" else object())
+    monkeypatch.setattr("pyckpt.extras.find_spec", lambda name: None if name == "matplotlib" else object())
     given = config(text)
     with pytest.raises(RuntimeError, match=r"training needs matplotlib: pip install 'pyckpt\[train\]'"):
         train.run(given)

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyckpt.compare.extras import require
 from pyckpt.compare.results import CHECKPOINT, PLAIN, STREAMED, Results, Row, label
 from pyckpt.compare.words import title
+from pyckpt.extras import require
+from pyckpt.files import replacing
 from pyckpt.measure.units import format_seconds
 
 # Okabe and Ito's colours, and a dark violet, which people with any colour vision can tell apart; styles differ too.
@@ -150,10 +151,6 @@ def _footnote(results: Results) -> str:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyckpt.files import write_json
+
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
 STREAMED = "streamed"
@@ -84,12 +86,7 @@ class Results:
     def save_json(self, path: str | os.PathLike[str]) -> Path:
         """Write everything to ``path``, whole or not at all."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(path, self.to_dict())
         return path
 
     @staticmethod

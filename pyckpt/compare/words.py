@@ -6,8 +6,8 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from pyckpt.compare.extras import require
 from pyckpt.compare.results import BASELINES, CHECKPOINT, OUT_OF_MEMORY, PLAIN, STREAMED, Results, Row, label
+from pyckpt.extras import require
 from pyckpt.measure.units import format_bytes
 from pyckpt.spec import BlockSpec, canonical_window
 

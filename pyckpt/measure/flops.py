@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from pyckpt.errors import positive_int
-
-GATED_MLPS = frozenset({"swiglu", "geglu", "geglu_tanh"})
+from pyckpt.spec import GATED_MLPS
 
 
 class BlockShape(Protocol):

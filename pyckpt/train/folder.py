@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pyckpt import files
+from pyckpt.files import write_json
 from pyckpt.train.config import TrainConfig
-from pyckpt.train.files import write_json
 
 FORMAT = "pyckpt-train-run-1"
 

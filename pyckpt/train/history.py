@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from pyckpt.train.files import replacing
+from pyckpt.files import replacing
 
 
 @dataclass

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from pyckpt.extras import require
+from pyckpt.files import replacing
 from pyckpt.measure import format_bytes, format_seconds
 from pyckpt.train import checkpoint as checkpoints
 from pyckpt.train.config import TrainConfig
 from pyckpt.train.data import load_corpus
-from pyckpt.train.extras import require
-from pyckpt.train.files import replacing
 from pyckpt.train.folder import RunFolder
 from pyckpt.train.history import History, MetricsLog
 from pyckpt.train.memory import StepMemory, peak_so_far, probe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyckpt.train.files import replacing
+from pyckpt.files import replacing
 
 
 def loss_curve(
