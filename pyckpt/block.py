@@ -145,7 +145,7 @@ class CheckpointedBlock(nn.Module):
         if pyckpt_call is not None:
             return pyckpt_call.run.layer(pyckpt_call.block, x, self.weights)
         if context is not None and positions is not None:
-            positions = check_context(context).shard(positions, -1)
+            positions = check_context(context).shard_positions(positions, x)
         return run_blocks([self], x, positions, cu_seqlens, context=context)
 
 

@@ -94,7 +94,12 @@ def attention(
         heads = (q.shape[-2], k.shape[-2], q.shape[-1])
         attend = DenseAttend(*heads, (left, right), cap, scale, dropout, v_head_dim=v.shape[-1])
         batch, seq = (q.shape[0], q.shape[1]) if cu_seqlens is None else (1, q.shape[0])
-        layout = Layout(batch, seq, cu_seqlens)
+        context.check_part(seq)
+        read = None
+        if cu_seqlens is not None:
+            values = cu_seqlens.tolist()
+            read = (values, values)
+        layout = Layout(batch, seq, cu_seqlens, read)
         drawn = context.seed(seed) if dropout else None
         found = shared.attention(q, k, v, sinks, context.attend(attend), layout, drawn)
         return found if return_lse else found[0]

@@ -156,7 +156,7 @@ class CkptTransformer(nn.ModuleList):
             return x
         blocks = cast("list[CheckpointedBlock]", list(self))
         if context is not None and positions is not None:
-            positions = check_context(context).shard(positions, -1)
+            positions = check_context(context).shard_positions(positions, x)
         for start in range(0, len(blocks), length):
             x = run_blocks(blocks[start : start + length], x, positions, cu_seqlens, context=context)
         return x
@@ -477,6 +477,7 @@ class CkptCausalLM(nn.Module):
             positions = None if positions is None else nn.functional.pad(positions, (0, padding))
             if cu_seqlens is not None:
                 cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=tokens.shape[-1])
+        context.check_alike(tokens, targets)
         hidden = self.hidden(tokens, positions, cu_seqlens, context=context)
         gather(self.lm_head)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -32,4 +33,10 @@ def shared_loss(
     if reduction == "none":
         return context.gather(part, -1)[..., :given]
     loss = context.total(part)
-    return loss / counted(targets, weights, ignored) if reduction == "mean" else loss
+    if reduction == "sum":
+        return loss
+    if weights is not None:  # of ignored tokens too, and in any dtype
+        weights = weights.to(loss.dtype).masked_fill(targets == ignored, 0.0)
+    count = counted(targets, weights, ignored)
+    nothing = count == 0  # NaN, as of one process, whose gradients are 0
+    return (loss / count.masked_fill(nothing, 1)).masked_fill(nothing, math.nan)

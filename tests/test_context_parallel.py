@@ -205,6 +205,11 @@ LOSSES: dict[str, dict[str, Any]] = {
     "weights": {"token_weight": True, "class_weight": True},
     "smoothed": {"label_smoothing": 0.1, "recompute": True},
     "packed": {"cu_seqlens": torch.tensor([0, 9, 9, 20, 33], dtype=torch.int32)},
+    "packed weights": {
+        "cu_seqlens": torch.tensor([0, 9, 10, 20, 33], dtype=torch.int32),
+        "token_weight": True,
+        "class_weight": True,
+    },
     "positions": {"positions": torch.arange(33) * 3},
     "one token": {"seq": 2},
 }
@@ -249,6 +254,11 @@ def model_worker(rank: int, world: int, seed: int) -> None:
                 assert max(errors.values()) < 10 * EXACT, (method, name, made, errors)
         model = make_model(seed)
         tokens = torch.randint(0, 40, (2, 24), generator=seeded(seed))
+        nothing = torch.full_like(tokens, -100)  # as one process has it: no number, and gradients that harm nobody
+        model.zero_grad()
+        loss = model.loss(tokens, nothing, context=context)
+        loss.backward()
+        assert loss.isnan() and all(not p.grad.any() for p in model.parameters())
         whole = context.gather(model(tokens, context=context))
         torch.testing.assert_close(whole, model(tokens))
         compiled = torch.compile(model.loss, backend="eager")
@@ -344,6 +354,19 @@ def given_worker(rank: int, seed: int) -> None:
             context.gather(whole, 3)
         with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got list"):
             context.shard([1, 2])
+        with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got float"):
+            context.total(3.0)
+        with pytest.raises(ValueError, match=r"positions have shape \(24,\), expected those of whole sequences, of 48"):
+            block(given["x"], positions=torch.arange(24), context=context)
+        if method == "ring":  # two chunks for each process
+            odd = torch.zeros(1, 3, 2, 4)
+            with pytest.raises(ValueError, match="6 tokens can't be dealt out evenly"):
+                pyckpt.attention(odd, odd, odd, context=context)
+            with pytest.raises(ValueError, match="6 tokens can't be dealt out evenly"):
+                context.gather(odd)
+        for other in (torch.full((1, 8), rank), torch.zeros(1, 8 + rank, dtype=torch.long)):
+            with pytest.raises(ValueError, match="not given the same: 1 of this group have other tokens or labels"):
+                make_model(0).loss(other, context=pyckpt.ContextParallel(method=method))
         with pytest.raises(ValueError, match="end at the number of tokens, 96"):
             block(torch.zeros(48, D_MODEL, dtype=torch.float64), cu_seqlens=PACKED, context=context)
         with pytest.raises(ValueError, match="stream and context are both given"):

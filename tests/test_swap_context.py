@@ -32,7 +32,8 @@ def batches() -> dict[str, dict[str, Any]]:
     positions = torch.stack([torch.cat([torch.arange(n) for n in cut]) for cut in ((5, 1, 14), (12, 8))])
     packed = {"input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False}
     divided = {"num_items_in_batch": torch.tensor(17), "token_weight": torch.rand(2, 20)}
-    return found | {"packed": packed, "divided": packed | divided}
+    weighed = found["padded"] | {"token_weight": torch.rand(2, 20)}
+    return found | {"packed": packed, "divided": packed | divided, "weighed": weighed}
 
 
 def summed(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,6 +155,30 @@ def ways_worker(rank: int, seed: int) -> None:
         again = twin.generate(batch["input_ids"], **options)
         assert torch.equal(again, model.eval().generate(batch["input_ids"], **options))
 
+    model.train(), twin.train()
+    for name, change in (
+        ("hidden states", {"output_hidden_states": True}),
+        ("a hook", {}),
+    ):
+        if name == "a hook":  # it may mix tokens, as NEFTune's noise is scaled by their number
+            twin.model.embed_tokens.register_forward_hook(lambda _, __, y: y - y.mean(1, keepdim=True))
+            model.model.embed_tokens.register_forward_hook(lambda _, __, y: y - y.mean(1, keepdim=True))
+        with pytest.warns(UserWarning, match="such a call runs whole in every process"), InFloat64():
+            found, want = twin(**batch, **change), model(**batch, **change)
+        torch.testing.assert_close(found.loss, want.loss)
+        if change:
+            assert [h.shape for h in found.hidden_states] == [h.shape for h in want.hidden_states]
+    twin.model.embed_tokens._forward_hooks.clear(), model.model.embed_tokens._forward_hooks.clear()
+    # What stands in one process's part alone is an error in all, which would wait for it.
+    odd = batch["input_ids"].clone()
+    odd[0, 7] = VOCAB
+    for given in ({"input_ids": odd, "labels": batch["labels"]}, {"input_ids": batch["input_ids"], "labels": odd}):
+        with pytest.raises(ValueError, match=f"{VOCAB} is out of range"):
+            twin(**given)
+    other = copy.deepcopy(model)
+    pyckpt.swap(other, context=pyckpt.ContextParallel())
+    with pytest.raises(ValueError, match="not given the same: 1 of this group have other tokens or labels"):
+        other(**{n: (t + rank) % VOCAB for n, t in batch.items()})
     with pytest.raises(
         ValueError, match=r"labels have shape \(2, 7\), expected those of the whole sequences, \(2, 19\)"
     ):
@@ -161,7 +186,7 @@ def ways_worker(rank: int, seed: int) -> None:
     packed = make_batch("packed")
     with pytest.raises(ValueError, match=r"30 tokens can't be dealt out evenly to 2 processes.*multiple of 4, 32"):
         twin.train()(**packed)
-    for family, why in (("Bloom", "some of its layers"), ("Qwen3Next", "some of its layers")):
+    for family, why in (("Bloom", r"some of its layers.*transformer\.h\.0: "), ("Qwen3Next", "some of its layers")):
         other = make_model(family)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +52,7 @@ class ContextParallel:
         if dist.get_rank(group) < 0:
             raise ValueError("this process is not in the group; give each process the group that it is in")
         self.method = method
+        self._compared = False
         self._processes = Processes(group, dist.get_rank(group), dist.get_world_size(group))
 
     @property
@@ -85,17 +85,31 @@ class ContextParallel:
         chunks = t.chunk(self.multiple, dim)
         return torch.cat([chunks[i] for i in self._spans(1, 0).chunks_of(self.rank)], dim)
 
+    def shard_positions(self, positions: Tensor, x: Tensor) -> Tensor:
+        """This process's part of the positions that are given beside its part x of hidden states."""
+        positions, dim = _checked(positions, -1)
+        whole = x.shape[-2] * self.size
+        if positions.shape[dim] != whole:
+            raise ValueError(
+                f"positions have shape {tuple(positions.shape)}, expected those of whole sequences, of {whole} tokens: "
+                f"x is this process's part, {x.shape[-2]} of them, and positions are not"
+            )
+        return self.shard(positions, dim)
+
     def gather(self, t: Tensor, dim: int = 1) -> Tensor:
         """The whole of which every process has given its part, in every process.
 
         Differentiable: a part's gradient is the sum of those that the processes have for it.
         """
         t, dim = _checked(t, dim)
+        self.check_part(t.shape[dim])
         gathered: Tensor = _Gather.apply(t, dim, self)
         return gathered
 
     def total(self, t: Tensor) -> Tensor:
         """The sum of what the processes give, in every process; the gradient of each is the sum of all processes'."""
+        if not isinstance(t, Tensor):
+            raise TypeError(f"expected a torch.Tensor, got {type(t).__name__}")
         summed: Tensor = _Total.apply(t, self)
         return summed
 
@@ -133,16 +147,39 @@ class ContextParallel:
         """Of this process's dropout: two that are seeded alike are not to drop alike, at places counted from 0."""
         return None if seed is None else philox.derive(seed, _FIRST_SITE + self.rank)
 
-    def places(self, starts: Sequence[int] | None, batch: int, here: int, device: torch.device) -> Tensor:
+    def places(self, starts: Tensor | None, batch: int, here: int, device: torch.device) -> Tensor:
         """Each token's place in its sequence, (batch * here,), of `here` tokens in each row of this process's.
 
-        starts: of the packed sequences, and the number of all tokens.
+        starts: (N + 1,), of the packed sequences.
         """
-        if starts is None:
-            return self.positions(here * self.size, device).repeat(batch)
-        begins = torch.tensor(starts[:-1], device=device)
         tokens = self.positions(here * self.size, device)
-        return tokens - begins[torch.searchsorted(begins, tokens, right=True) - 1]
+        if starts is None:
+            return tokens.repeat(batch)
+        return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
+
+    def check_part(self, tokens: int) -> None:
+        """Raise ValueError where a process's part of a sequence can't have so many tokens."""
+        self._check(tokens * self.size)
+
+    def check_alike(self, *tensors: Tensor) -> None:
+        """Raise ValueError, in every process, where they were not given the same ints. Looks in the first call alone.
+
+        The likeliest mistake is a sampler that deals out batches to all processes, and no process could notice it by
+        itself: the loss would be one of sequences that nobody has.
+        """
+        if self._compared or self.size == 1 or tensors[0].is_meta:
+            return
+        mine = torch.stack([mark for t in tensors for mark in _marks(t)])
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self.group)
+        odd = [rank for rank, theirs in enumerate(found) if not torch.equal(theirs, found[0])]
+        if odd:
+            raise ValueError(
+                f"the processes that share a sequence were not given the same: {', '.join(map(str, odd))} of this "
+                "group have other tokens or labels than 0. Give each of them the whole batch (a DistributedSampler "
+                "takes the number of groups for num_replicas)"
+            )
+        self._compared = True
 
     def _spans(self, rows: int, seq: int) -> Spans:
         return Spans(self.size, rows, seq, balanced=self.method == "ring")
@@ -183,6 +220,14 @@ def _checked(t: Any, dim: int) -> tuple[Tensor, int]:
     if not -t.dim() <= dim < t.dim():
         raise ValueError(f"dim={dim} is not a dim of a tensor of shape {tuple(t.shape)}")
     return t, dim % t.dim()
+
+
+def _marks(t: Tensor) -> list[Tensor]:
+    """Ints that tell a tensor of ints from another, in all likelihood."""
+    flat = t.reshape(-1).long()
+    places = torch.arange(1, flat.numel() + 1, device=t.device)
+    sizes = torch.tensor([*t.shape, *(0,) * 4][:4], device=t.device)
+    return [*sizes, (flat * places).sum(), flat.sum()]
 
 
 class _Gather(torch.autograd.Function):

@@ -82,7 +82,9 @@ class RingAttend(DenseAttend):
                 ring.attend.backward(queries, keys, *here, grads, seed)
             if passing is not None:
                 share += passing.wait()
+                passing = None  # what it held makes room for what comes next
             passing = self.processes.pass_on(share)
+            del share, dk, dv
         assert passing is not None
         dk, dv = _apart(passing.wait(), k, v)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

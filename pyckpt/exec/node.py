@@ -80,9 +80,10 @@ def execute(
 def inputs(run: Run, x: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
     batch, seq = (run.rows, x.shape[0] // run.rows) if x.dim() == 2 else (x.shape[0], x.shape[1])
     flat = x.reshape(-1, x.shape[-1])
+    layout = Layout(batch, seq, cu_seqlens, run.read)
     if positions is None and run.context is not None:
-        positions = run.context.places(run.read and run.read[0], batch, seq, x.device)
-    return Inputs(flat, positions, Layout(batch, seq, cu_seqlens, run.read), run.dtype)
+        positions = run.context.places(layout.starts[0], batch, seq, x.device)
+    return Inputs(flat, positions, layout, run.dtype)
 
 
 def _seeds(run: Run, x: Tensor, seeds: Tensor | None) -> list[int | None]:

@@ -132,7 +132,8 @@ def _swap(
         decoders = [r for r in made if isinstance(r, SwappedDecoder)]
         made += _heads(model, loss, stream, decoders, context, entries)
     if context is not None and not any(isinstance(r, losses.SwappedHead) for r in made):
-        raise ValueError("context= takes causal language models of transformers, and this model is none")
+        why = next((f"{e.kind}: {e.why}" for e in entries if e.why.startswith("loss: ")), "this model is none")
+        raise ValueError(f"context= takes causal language models of transformers whose loss is swapped; {why}")
     for replaced in made:
         replaced.install()
     return Report(tuple(entries))
@@ -370,7 +371,9 @@ def _heads(
             try:
                 swapped.check_shared(decoder)
             except UnsupportedError as reason:
-                raise ValueError(f"processes can't share the sequences of a {kind}: {reason}") from None
+                odd = [e for path in (ORIGINAL, CHECKPOINTED, GENERIC) for e in entries if e.path == path]
+                which = f" ({odd[0].name}: {odd[0].why})" if odd else ""
+                raise ValueError(f"processes can't share the sequences of a {kind}: {reason}{which}") from None
             why += f"; shared by {context.size} processes, {context.method}"
         if stream is not None:
             try:

@@ -19,7 +19,7 @@ from pyckpt.shared_loss import shared_loss
 from pyckpt.stream import Parts
 from pyckpt.swap import ends, heads
 from pyckpt.swap import projection as projections
-from pyckpt.swap.around import called, gather
+from pyckpt.swap.around import called, foreign, gather
 from pyckpt.swap.decoder import SwappedDecoder
 from pyckpt.swap.ends import Places
 from pyckpt.swap.heads import Scaling
@@ -223,10 +223,38 @@ class SwappedHead(SwappedLoss):
                 f"labels have shape {tuple(wanted.given.shape)}, expected those of the whole sequences, "
                 f"{decoder.tokens(given)}"
             )
+        why = self._why_whole(decoder, given)
+        if why is not None:
+            self.warn(f"{why}: such a call runs whole in every process")
+            return given, None
         call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, wanted.read, self.context)
         if call is None or call.context is None:
             return given, None
+        self._check_whole(given, wanted, call.context)
         return given | {CALL: call}, call.context
+
+    def _why_whole(self, decoder: SwappedDecoder, given: dict[str, Any]) -> str | None:
+        """Why processes can't share this call, where they can't."""
+        if decoder.asks(given, "output_hidden_states"):
+            return "output_hidden_states asks for those of all tokens"
+        base = heads.base_of(self.module)
+        around = ends.modules_of(base, self._places, projections.of(self.module))
+        odd = next((m for m in around if foreign(m)), base if foreign(base, replaced=True) else None)
+        return None if odd is None else f"its {type(odd).__name__} has forward hooks, which may mix tokens"
+
+    @property
+    def _places(self) -> Places:
+        assert self.head.places is not None  # as `check_shared` has seen
+        return self.head.places
+
+    def _check_whole(self, given: dict[str, Any], wanted: Wanted, context: ContextParallel) -> None:
+        """What one process would find in its part, while others wait for it, all find in the whole."""
+        device, ids = projections.of(self.module).weight.device, given.get("input_ids")
+        errors.check_labels(wanted.given.to(device), _words(projections.of(self.module)), wanted.ignored, device)
+        if ids is not None:
+            embed: Any = ends.modules_of(heads.base_of(self.module), self._places, None)[0]
+            errors.check_tokens(ids, _words(embed), ids.device, packed=False)
+        context.check_alike(*(t for t in (wanted.given, ids) if t is not None))
 
     def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted) -> Tensor | None:
         """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
@@ -242,8 +270,8 @@ class SwappedHead(SwappedLoss):
             return None
         model: Any = self.module
         base, projection = heads.base_of(model), projections.of(model)
-        device, vocab = projection.weight.device, getattr(projection.weight, "ds_shape", projection.weight.shape)[0]
-        errors.check_labels(wanted.given.to(device), vocab, wanted.ignored, device)
+        device = projection.weight.device
+        errors.check_labels(wanted.given.to(device), _words(projection), wanted.ignored, device)
 
         def run(start: Tensor) -> Tensor:
             around = dataclasses.replace(self.ends(wanted), start=start)
@@ -331,6 +359,12 @@ class SwappedHead(SwappedLoss):
             z_loss=wanted.z_loss,
             recompute=self.recompute,
         )
+
+
+def _words(module: Any) -> int:
+    """Of an embedding or a head, whose weight ZeRO-3 may have taken away."""
+    weight = module.weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 _streamed_uncompiled = uncompiled(SwappedHead._streamed)
