@@ -473,6 +473,22 @@ def precision() -> str:
     return "\n".join([*lines, "", source("bench/precision.py", "precision_cpu", figures)])
 
 
+def context() -> str:
+    """A step that processes share beside one process, for ARCHITECTURE.md."""
+    figures = common.read("context_cpu")
+    o = figures["options"]
+    lines = [
+        f"| fp32, {o['layers']} layers, d_model {o['d_model']}, S = {o['tokens']:,}, {o['processes']} processes "
+        "| a step | of alone | kept by each | peak of each | sent by each | by arithmetic |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in figures["rows"]:
+        sent = " | ".join(format_bytes(row[n]) if row[n] else "–" for n in ("sent_bytes", "sent_by_arithmetic"))
+        memory = " | ".join(format_bytes(row[n]) for n in ("saved_bytes", "peak_bytes"))
+        lines.append(f"| {row['variant']} | {row['seconds']:.2f} s | {row['over_alone']:.2f} | {memory} | {sent} |")
+    return "\n".join([*lines, "", source("bench/context.py", "context_cpu", figures)])
+
+
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
@@ -496,6 +512,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream-flat": stream_flat,
     "stream-time": stream_time,
     "stream-schedule": stream_schedule,
+    "context": context,
     "swap": swap,
     "own-model": own_model,
     "attention-bounds": attention_bounds,
