@@ -499,7 +499,8 @@ def source(script: str, name: str, figures: dict[str, Any]) -> str:
 
 def _machine(figures: dict[str, Any]) -> str:
     """The device, which names the threads where it is a CPU."""
-    device, threads = figures["device"], f"{figures['threads']} threads"
+    device, count = figures["device"], figures["threads"]
+    threads = f"{count} thread{'' if count == 1 else 's'}"
     return device if threads in device else f"{device}, {threads}"
 
 
