@@ -454,3 +454,36 @@ def function_worker(rank: int, seed: int) -> None:
 @needs_gloo
 def test_the_function_is_that_of_one_process(seed):
     run_processes(2, function_worker, seed)
+
+
+# --- on GPUs --------------------------------------------------------------------------------------------------
+
+
+def gpu_worker(rank: int, seed: int) -> None:
+    """By NCCL: a block's output and gradients in bfloat16, by the 2x rule, twice the same bits."""
+    torch.cuda.set_device(rank)
+    group = torch.distributed.new_group(backend="nccl")
+    torch.manual_seed(seed)
+    block = make_block()
+    given = whole_inputs(False, seed)
+    truth, plain = step(block, **given), plain_twin(block, torch.bfloat16).cuda()
+    ours = copy.deepcopy(block).to("cuda", torch.bfloat16)
+    low = {n: t.to("cuda", torch.bfloat16) for n, t in given.items()}
+    reference = {n: t.cpu() for n, t in step(plain, **low).items()}
+    for method in METHODS:
+        context = pyckpt.ContextParallel(group, method)
+        results = []
+        for _ in range(2):
+            call = functools.partial(ours, context=context)
+            call.named_parameters = ours.named_parameters  # type: ignore[attr-defined]
+            got = step(call, context.shard(low["x"]), context.shard(low["dy"]))  # type: ignore[arg-type]
+            whole = {n: context.gather(got.pop(n)) for n in ("y", "dx")}
+            results.append({n: t.cpu() for n, t in (whole | {n: context.total(t) for n, t in got.items()}).items()})
+        assert_same_bits(*results)
+        assert_as_good(results[0], reference, truth, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(seed):
+    run_processes(2, gpu_worker, seed)
