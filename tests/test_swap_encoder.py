@@ -270,3 +270,20 @@ def test_adapters_that_pytorch_does_not_call_do_nothing(path):
     report = pyckpt.swap(adapted)
     assert {e.path for e in report.entries} == {"checkpointed"}
     assert torch.equal(adapted.base_model.model["encoder"](x), before)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.Softmax(1), nn.Softmax(-1), nn.RReLU(), nn.functional.silu],
+    ids=["tokens", "features", "random", "silu"],
+)
+def test_an_activation_that_mixes_tokens_is_run_as_a_whole(activation):
+    model, x = make(activation), inputs()
+    torch.manual_seed(1)
+    before = step(model, x)
+    path = "checkpointed" if getattr(activation, "dim", None) == 1 else "generic"
+    state = torch.get_rng_state()
+    assert {e.path for e in pyckpt.swap(model).entries} == {path}
+    assert torch.equal(torch.get_rng_state(), state)
+    if not isinstance(activation, nn.RReLU):  # which on the generic path draws by a seed of the call
+        assert_close(step(model, x), before)

@@ -11,16 +11,19 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyckpt.block import CheckpointedBlock, run_blocks
+from pyckpt.ops.seeding import seed_generators
 from pyckpt.reading import read_once
 from pyckpt.save import Save, SaveSet, save_set
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import again, generic, masks
+from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import ATTENTION, MLP, Options, check_forwards, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock, Parts
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, passes
 from pyckpt.swap.probe import check_steady
 from pyckpt.swap.replaced import Replaced
+from pyckpt.swap.shadow import untouched
 from pyckpt.swap.weights import Mapping, Source, rate_at, read_rates
 from pyckpt.tokenwise.generic import LostGradientError
 
@@ -40,6 +43,7 @@ def block_of(layer: nn.TransformerEncoderLayer, causal: bool, save: str | Save, 
         return MappedBlock(layer, _standard_mapping(layer, causal), save, tile)
     except UnsupportedError as reason:
         block = _GenericEncoderBlock(layer, _generic_mapping(layer, causal, str(reason)), save, tile)
+        _check_activation(layer)
         check_steady(layer, block)
         return block
 
@@ -128,6 +132,26 @@ def _activation(activation: Any) -> str:
         name = getattr(activation, "__name__", type(activation).__name__)
         raise UnsupportedError(f"the activation {name} is not one of a block's")
     return _ACTIVATIONS[activation]
+
+
+def _check_activation(layer: nn.TransformerEncoderLayer) -> None:
+    """Raise `UnsupportedError` where the activation mixes tokens (a softmax over them), of which ours has fewer dims.
+
+    Nothing is found out of one that does not run on random numbers where the layer is.
+    """
+    if layer.activation in _STEADY or not passes(surveys.check_here, layer):
+        return
+    weight = layer.linear1.weight
+    with untouched(layer), surveys.forked(weight.device), torch.no_grad():
+        try:
+            x, made = torch.randn(3, layer.linear2.in_features, dtype=weight.dtype, device=weight.device), []
+            for given in (x[None], x):
+                seed_generators(0, weight.device)
+                made.append(layer.activation(given.clone()).reshape(given.shape))
+        except Exception:  # of any function anything may be met
+            return
+    if not torch.allclose(made[0][0].double(), made[1].double(), equal_nan=True):
+        raise UnsupportedError("its activation mixes tokens")
 
 
 def _is_steady(activation: Any) -> bool:
