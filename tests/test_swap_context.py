@@ -203,3 +203,42 @@ def ways_worker(rank: int, seed: int) -> None:
 @needs_gloo
 def test_ways(seed):
     run_processes(2, ways_worker, seed)
+
+
+def trainer_worker(rank: int, shared: bool, folder: str) -> None:
+    """Three steps, of two micro-batches each, by a Trainer that hands all processes the same rows."""
+    from torch.utils.data import DataLoader, DistributedSampler
+    from transformers import Trainer, TrainingArguments
+
+    class SharedTrainer(Trainer):
+        def get_train_dataloader(self) -> Any:
+            sampler = DistributedSampler(self.train_dataset, num_replicas=1, rank=0, shuffle=False)
+            return DataLoader(self.train_dataset, 2, sampler=sampler, collate_fn=self.data_collator)
+
+    torch.manual_seed(0)
+    model, ids = make_model("Llama"), torch.randint(1, VOCAB, (8, 18))
+    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+    options = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    options |= {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    arguments = TrainingArguments(f"{folder}/{rank}", learning_rate=1e-2, ddp_backend="gloo", **options)
+    pyckpt.swap(model, context=pyckpt.ContextParallel() if shared else None)
+    trainer = SharedTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    if rank == 0:
+        losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+        torch.save((torch.tensor(losses), model.state_dict()), f"{folder}/{shared}.pt")
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_under_trainer(tmp_path):
+    """Gradients and losses are divided as for one process, though it counts the tokens of both."""
+    pytest.importorskip("accelerate")
+    run_processes(2, trainer_worker, True, str(tmp_path))
+    run_processes(1, trainer_worker, False, str(tmp_path))
+    (ours, ours_state), (one, one_state) = (torch.load(tmp_path / f"{shared}.pt") for shared in (True, False))
+    assert len(one) == 3
+    torch.testing.assert_close(ours, one, rtol=1e-5, atol=0.0)  # float32, summed in another order
+    # Steps of AdamW move each weight by some 1e-2; where a gradient is nearly all rounding, so is a share of the step.
+    for name, p in one_state.items():
+        assert float((ours_state[name] - p).abs().median()) <= 1e-5, name
