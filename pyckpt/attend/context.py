@@ -30,10 +30,14 @@ class ContextParallel:
             tokens (Jacobs et al. 2023, DeepSpeed-Ulysses); heads have to be dealt out evenly. What each sends falls
             with the number of processes, where a ring's does not, but nothing is computed meanwhile.
 
-    Given to `CkptCausalLM.loss`, a block, a stack or `pyckpt.attention` as `context=`. Token ids (and labels,
-    positions, cu_seqlens) are those of whole sequences, the same in every process of the group; what is between, x and
-    y of a block or q, k, v, is this process's part (`shard`), and `gather` brings parts together. A loss is that of all
-    tokens, the same in every process.
+    Given to `pyckpt.swap`, `CkptCausalLM.loss`, a block, a stack or `pyckpt.attention` as `context=`. Token ids (and
+    labels, positions, cu_seqlens) are those of whole sequences, the same in every process of the group; what is
+    between, x and y of a block or q, k, v, is this process's part (`shard`), and `gather` brings parts together. A loss
+    is that of all tokens, the same in every process. Processes talk in forwards and backwards: each has to make the
+    same calls in the same order.
+
+    Raises ValueError for an unknown method, a mesh of several dims and a process that is not in the group; TypeError
+    for what is no group; RuntimeError where torch.distributed is not initialised.
 
     Gradients of weights are to be averaged over the group's processes, as DDP and FSDP average them over the processes
     that they are given: each process has its own tokens' share, times the number of processes. What dropout drops
