@@ -220,7 +220,7 @@ def trainer_worker(rank: int, shared: bool, folder: str) -> None:
     rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
     options = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
     options |= {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    # With Adam's own epsilon a weight whose gradient is nearly all rounding would take a whole step one way or the other.
+    # With Adam's own epsilon a weight whose gradient is nearly all rounding would take a whole step, either way.
     options |= {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "ddp_backend": "gloo"}
     arguments = TrainingArguments(f"{folder}/{rank}", **options)
     pyckpt.swap(model, context=pyckpt.ContextParallel() if shared else None)

@@ -246,7 +246,7 @@ def test_sfttrainer_trains_as_before(kind, tmp_path):
     data = datasets.Dataset.from_list(rows)
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
     options |= {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 1, "disable_tqdm": True}
-    # With Adam's own epsilon a weight whose gradient is nearly all rounding would take a whole step one way or the other.
+    # With Adam's own epsilon a weight whose gradient is nearly all rounding would take a whole step, either way.
     options |= {"max_length": 24, "learning_rate": 1e-2, "adam_epsilon": 1e-2}
     options |= {"activation_checkpointing": False, **SFT[kind]}
     model, results = make_model("Qwen3", attn_implementation="sdpa"), []
