@@ -471,7 +471,7 @@ class CkptCausalLM(nn.Module):
         options: dict[str, Any],
     ) -> Tensor:
         """The loss of all tokens, of which this process computes its part."""
-        padding = -tokens.shape[-1] % context.multiple  # at the end, where no other token sees it
+        padding = context.padding(tokens.shape[-1])  # at the end, where no other token sees it
         if padding:
             tokens = nn.functional.pad(tokens, (0, padding))
             positions = None if positions is None else nn.functional.pad(positions, (0, padding))

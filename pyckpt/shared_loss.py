@@ -24,7 +24,7 @@ def shared_loss(
     share, the parts are those of longer sequences, whose last tokens are ignored.
     """
     given = targets.shape[-1]
-    padding = -given % context.multiple
+    padding = context.padding(given)
     if padding:
         targets = F.pad(targets, (0, padding), value=ignored)
         weights = None if weights is None else F.pad(weights, (0, padding))

@@ -45,8 +45,8 @@ class AllToAllAttend(DenseAttend):
         seed: int | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        whole = self._whole(layout)
         q, k, v = self._to_heads(layout, (q, self.n_heads), (k, self.n_kv_heads), (v, self.n_kv_heads))
+        whole = layout.of_all(self.processes.size)
         o, lse = self._of_heads.forward(whole, q, k, v, seed, self._own(sinks))
         return self._to_tokens(layout, (o, self.n_heads))[0], lse
 
@@ -66,9 +66,8 @@ class AllToAllAttend(DenseAttend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads = self.n_heads, self.n_kv_heads
         do, q, k, v, o = self._to_heads(layout, (do, heads), (q, heads), (k, kv_heads), (v, kv_heads), (o, heads))
-        dq, dk, dv = self._of_heads.backward(
-            self._whole(layout), do, q, k, v, o, lse, seed, None, self._own(sinks), dlse
-        )
+        whole = layout.of_all(self.processes.size)
+        dq, dk, dv = self._of_heads.backward(whole, do, q, k, v, o, lse, seed, None, self._own(sinks), dlse)
         del do, q, k, v, o
         dq, dk, dv = self._to_tokens(layout, (dq, heads), (dk, kv_heads), (dv, kv_heads))
         return dq, dk, dv
@@ -88,15 +87,12 @@ class AllToAllAttend(DenseAttend):
         """lse of this process's tokens and all heads, as `DenseAttend` lays it out."""
         tokens = lse.transpose(-1, -2).reshape(-1, lse.shape[-2])
         (tokens,) = self._to_tokens(layout, (tokens, self.n_heads))
-        lead = (layout.tokens,) if layout.cu_seqlens is not None else (layout.batch, layout.seq)
-        return tokens.view(*lead, self.n_heads).transpose(-1, -2)
+        return tokens.view(*layout.lead, self.n_heads).transpose(-1, -2)
 
     def by_lse(self, layout: Layout, lse: Tensor) -> Tensor:
         """The inverse of `by_token`."""
         (heads,) = self._to_heads(layout, (lse.transpose(-1, -2).reshape(layout.tokens, self.n_heads), self.n_heads))
-        whole = self._whole(layout)
-        lead = (whole.tokens,) if layout.cu_seqlens is not None else (whole.batch, whole.seq)
-        return heads.view(*lead, -1).transpose(-1, -2).contiguous()
+        return heads.view(*layout.of_all(self.processes.size).lead, -1).transpose(-1, -2).contiguous()
 
     @property
     def _own_heads(self) -> slice:
@@ -109,12 +105,8 @@ class AllToAllAttend(DenseAttend):
     @property
     def _of_heads(self) -> DenseAttend:
         """Attention of the heads that a process has."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(DenseAttend)}
         size = self.processes.size
-        return DenseAttend(**fields | {"n_heads": self.n_heads // size, "n_kv_heads": max(1, self.n_kv_heads // size)})
-
-    def _whole(self, layout: Layout) -> Layout:
-        return dataclasses.replace(layout, seq=layout.seq * self.processes.size)
+        return self.as_kind(DenseAttend, n_heads=self.n_heads // size, n_kv_heads=max(1, self.n_kv_heads // size))
 
     def _to_heads(self, layout: Layout, *given: tuple[Tensor, int]) -> list[Tensor]:
         """Of tensors (t, heads * dims), with their heads, this process's heads of all tokens; in one message."""

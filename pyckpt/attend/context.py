@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ class ContextParallel:
         Raises ValueError where the tokens are no multiple of `multiple`.
         """
         t, dim = _checked(t, dim)
-        self._check(t.shape[dim])
+        self.check_whole(t.shape[dim])
         chunks = t.chunk(self.multiple, dim)
         return torch.cat([chunks[i] for i in self._spans(1, 0).chunks_of(self.rank)], dim)
 
@@ -112,14 +111,12 @@ class ContextParallel:
 
     def total(self, t: Tensor) -> Tensor:
         """The sum of what the processes give, in every process; the gradient of each is the sum of all processes'."""
-        if not isinstance(t, Tensor):
-            raise TypeError(f"expected a torch.Tensor, got {type(t).__name__}")
-        summed: Tensor = _Total.apply(t, self)
+        summed: Tensor = _Total.apply(_tensor(t), self)
         return summed
 
     def positions(self, tokens: int, device: torch.device | str | None = None) -> Tensor:
         """The places in a sequence, (S / size,) int64, of this process's tokens, of `tokens` = S in the whole."""
-        self._check(tokens)
+        self.check_whole(tokens)
         return self.shard(torch.arange(tokens, device=device), 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
@@ -143,9 +140,8 @@ class ContextParallel:
             why = why_not(attend.n_heads, attend.n_kv_heads, self.size)
             if why is not None:
                 raise ValueError(f'{why}: method="ring" takes any number of heads')
-        fields = {f.name: getattr(attend, f.name) for f in dataclasses.fields(DenseAttend)}
         kind: type[RingAttend] | type[AllToAllAttend] = _KINDS[self.method]
-        return kind(**fields, processes=self._processes)
+        return attend.as_kind(kind, processes=self._processes)
 
     def seed(self, seed: int | None) -> int | None:
         """Of this process's dropout: two that are seeded alike are not to drop alike, at places counted from 0."""
@@ -163,7 +159,7 @@ class ContextParallel:
 
     def check_part(self, tokens: int) -> None:
         """Raise ValueError where a process's part of a sequence can't have so many tokens."""
-        self._check(tokens * self.size)
+        self.check_whole(tokens * self.size)
 
     def check_alike(self, *tensors: Tensor) -> None:
         """Raise ValueError, in every process, where they were not given the same ints. Looks in the first call alone.
@@ -188,7 +184,12 @@ class ContextParallel:
     def _spans(self, rows: int, seq: int) -> Spans:
         return Spans(self.size, rows, seq, balanced=self.method == "ring")
 
-    def _check(self, tokens: int) -> None:
+    def padding(self, tokens: int) -> int:
+        """How many more a sequence of so many tokens has to have."""
+        return -tokens % self.multiple
+
+    def check_whole(self, tokens: int) -> None:
+        """Raise ValueError where a sequence of so many tokens can't be dealt out."""
         if tokens < 1 or tokens % self.multiple:
             enough = max(1, -(-tokens // self.multiple)) * self.multiple
             raise ValueError(
@@ -218,9 +219,14 @@ def _group(given: Any) -> Any:
     raise TypeError(f"group must be a process group or a DeviceMesh, got {type(given).__name__}")
 
 
-def _checked(t: Any, dim: int) -> tuple[Tensor, int]:
+def _tensor(t: Any) -> Tensor:
     if not isinstance(t, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(t).__name__}")
+    return t
+
+
+def _checked(t: Any, dim: int) -> tuple[Tensor, int]:
+    t = _tensor(t)
     if not -t.dim() <= dim < t.dim():
         raise ValueError(f"dim={dim} is not a dim of a tensor of shape {tuple(t.shape)}")
     return t, dim % t.dim()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,14 +13,15 @@ from pyckpt.ops.attention import sinks_backward
 from pyckpt.ops.direct import ops
 from pyckpt.spec import BlockSpec, Window
 
+_Kind = TypeVar("_Kind", bound="DenseAttend")
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a flat list of T tokens falls into sequences: `batch` of `seq` tokens each, or packed by `cu_seqlens`.
 
     cu_seqlens: (N + 1,) int32; or (2, N + 1), where keys have starts of their own, in the second row. A sequence's
-    first query then stands at its first key. `read`: their values of queries and of keys, where
-    they have been read already.
+    first query then stands at its first key. `read`: their values, of queries and of keys, where they have been read.
     """
 
     batch: int
@@ -31,6 +32,15 @@ class Layout:
     @property
     def tokens(self) -> int:
         return self.batch * self.seq
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The dims before the heads: (B, S), or (T,) when packed."""
+        return (self.batch, self.seq) if self.cu_seqlens is None else (self.tokens,)
+
+    def of_all(self, processes: int) -> Layout:
+        """That of the tokens of so many processes, of which each has as many of every row."""
+        return dataclasses.replace(self, seq=self.seq * processes)
 
     @property
     def apart(self) -> bool:
@@ -54,10 +64,7 @@ class Layout:
 
     def by_head(self, t: Tensor, head_dim: int) -> Tensor:
         """(T, H * D) -> (B, S, H, D), or (T, H, D) when packed."""
-        heads = t.shape[-1] // head_dim
-        if self.cu_seqlens is not None:
-            return t.view(self.tokens, heads, head_dim)
-        return t.view(self.batch, self.seq, heads, head_dim)
+        return t.view(*self.lead, t.shape[-1] // head_dim, head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,10 @@ class DenseAttend:
             spec.scale,
             spec.attention_dropout,
         )
+
+    def as_kind(self, kind: type[_Kind], **changes: Any) -> _Kind:
+        """The same attention, with these changes, as a class derived from this one, or this one again."""
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DenseAttend)} | changes)
 
     def forward(
         self,

@@ -109,7 +109,7 @@ class _Ring:
 
     def __init__(self, attend: RingAttend, layout: Layout) -> None:
         processes = attend.processes
-        whole = dataclasses.replace(layout, seq=layout.seq * processes.size)
+        whole = layout.of_all(processes.size)
         self.attend = PairAttend(attend, whole)
         self._spans = Spans(processes.size, layout.batch, whole.seq, balanced=True)
         self._rank = processes.rank

@@ -160,9 +160,9 @@ class SwappedDecoder(Replaced):
     def _dealt_out(self, given: dict[str, Any], call: Call, context: ContextParallel) -> tuple[dict[str, Any], Call]:
         """This process's part of a call of whole sequences, which are padded at the end to what can be dealt out."""
         like = self._like(given)
-        padding = -like.shape[1] % context.multiple
-        if padding and call.cu_seqlens is not None:
-            context.positions(like.shape[1])  # its error says to what to pad
+        padding = context.padding(like.shape[1])
+        if call.cu_seqlens is not None:
+            context.check_whole(like.shape[1])
         positions = call.positions
         if positions is None:
             positions = torch.arange(like.shape[1], device=like.device)[None]
