@@ -101,8 +101,8 @@ def attention(
             read = (values, values)
         layout = Layout(batch, seq, cu_seqlens, read)
         drawn = context.seed(seed) if dropout else None
-        found = shared.attention(q, k, v, sinks, context.attend(attend), layout, drawn)
-        return found if return_lse else found[0]
+        o, lse = shared.attention(q, k, v, sinks, context.attend(attend), layout, drawn, return_lse)
+        return o if lse is None else (o, lse)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sinks, slopes = (None if t is None else t.contiguous() for t in (sinks, alibi_slopes))
     extras = (sinks, slopes, dropout, seed if dropout else None)
