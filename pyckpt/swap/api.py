@@ -97,10 +97,12 @@ def _swap(
 ) -> Report:
     entries: list[Entry] = []
     made: list[Replaced] = []
+    wrapped: list[str] = []  # what PyTorch's wrapper is around
     for name, module in model.named_modules():
-        if _inside(name, entries, ORIGINAL):
+        if name.startswith(tuple(wrapped)):
             continue
         if own.is_checkpointed(module):
+            wrapped.append(f"{name}." if name else "")
             why = (
                 "PyTorch's checkpoint_wrapper runs it again already: swap the model before it is put around its layers"
             )
@@ -187,9 +189,9 @@ def _other_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _inside(name: str, entries: list[Entry], path: str = CHECKPOINTED) -> bool:
+def _inside(name: str, entries: list[Entry]) -> bool:
     """The module of this name is, or is part of, a layer that runs again: with it all that is inside does."""
-    again = (e.name for e in entries if e.path == path)
+    again = (e.name for e in entries if e.path == CHECKPOINTED)
     return any(name == n or name.startswith(f"{n}.") for n in again)
 
 

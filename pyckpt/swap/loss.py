@@ -244,7 +244,7 @@ class SwappedHead(SwappedLoss):
 
     @property
     def _places(self) -> Places:
-        assert self.head.places is not None  # as `check_shared` has seen
+        assert self.head.places is not None  # as `check_shared`, or `ends` in a streamed call, has seen
         return self.head.places
 
     def _check_whole(self, given: dict[str, Any], wanted: Wanted, context: ContextParallel) -> None:
@@ -278,8 +278,7 @@ class SwappedHead(SwappedLoss):
             return decoder.stream_loss(call, ids, wanted.targets(ids), around)
 
         gather(base)
-        assert self.head.places is not None
-        for module in ends.modules_of(base, self.head.places, projection):
+        for module in ends.modules_of(base, self._places, projection):
             run = functools.partial(called, module, run)
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
         return run(torch.zeros((), device=device, requires_grad=trained))

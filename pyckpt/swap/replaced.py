@@ -15,13 +15,7 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.stream import FINDERS, Parts
 from pyckpt.swap.around import in_a_checkpoint
 from pyckpt.swap.modules import is_patched
-from pyckpt.swap.shadow import (
-    argument_names,
-    names_by_place,
-    names_by_place_alone,
-    takes_more,
-    unsharded_class,
-)
+from pyckpt.swap.shadow import arguments_of, takes_more, unsharded_class
 
 _PLACE = "_pyckpt_forward"  # the attribute by which `unbound` finds a module's
 _REPLICATE = "_replicate_for_data_parallel"  # the method by which torch.nn.DataParallel copies a module
@@ -67,8 +61,11 @@ class Replaced:
         self._module = (module,)
         self._before = module.__dict__.get("forward")
         # Of the class: a forward that was put there before need not have names.
-        self.names, self.by_place = argument_names(module), names_by_place(module)
-        self._by_place_alone = names_by_place_alone(module)
+        arguments = arguments_of(module)
+        self.names = tuple(p.name for p in arguments)
+        self.by_place = tuple(p.name for p in arguments if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+        # A further keyword may have the name of one of these.
+        self._by_place_alone = {p.name for p in arguments if p.kind is inspect.Parameter.POSITIONAL_ONLY}
         self._takes_more = self._before is not None or takes_more(module)
         self._was_patched = is_patched(module)
         self._warned: set[str] = set()

@@ -131,20 +131,11 @@ def unsharded_class(module: nn.Module) -> type[Any]:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Of the module's own forward, in order; where that takes any others, those of classes it is derived from too."""
-    return tuple(p.name for p in _arguments(module))
+    return tuple(p.name for p in arguments_of(module))
 
 
-def names_by_place(module: nn.Module) -> tuple[str, ...]:
-    """Those of `argument_names` that may be given by their place."""
-    return tuple(p.name for p in _arguments(module) if p.kind is not inspect.Parameter.KEYWORD_ONLY)
-
-
-def names_by_place_alone(module: nn.Module) -> frozenset[str]:
-    """Those that have to be: a further keyword may have the same name."""
-    return frozenset(p.name for p in _arguments(module) if p.kind is inspect.Parameter.POSITIONAL_ONLY)
-
-
-def _arguments(module: nn.Module) -> list[inspect.Parameter]:
+def arguments_of(module: nn.Module) -> list[inspect.Parameter]:
+    """What `argument_names` names, but for those that take any others."""
     named: dict[str, inspect.Parameter] = {}
     for kind in unsharded_class(module).__mro__:
         if "forward" in vars(kind):
