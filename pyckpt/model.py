@@ -33,6 +33,7 @@ from pyckpt.shared_loss import shared_loss
 from pyckpt.spec import RopeScaling, Window
 from pyckpt.stream import Parts, Stream, blocks_of, check_stream, run_loss, run_stack
 from pyckpt.tokenwise.norm import with_offset
+from pyckpt.tokenwise.settings import mode
 
 Segments = int | str | None
 
@@ -533,7 +534,7 @@ class CkptCausalLM(nn.Module):
         if count < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"expected max_new_tokens >= 0, and top_k None or >= 1, got {count} and {top_k}")
         self._check_tokens(tokens, None)
-        with _evaluating(self):
+        with mode(self, training=False):
             for _ in range(count):
                 logits = self._logits(self.hidden(tokens)[:, -1]).float()
                 tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
@@ -559,18 +560,6 @@ class CkptCausalLM(nn.Module):
 def _plain(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """As the argument `rope_scaling`, of what JSON has."""
     return None if scaling is None else {k: list(v) if isinstance(v, tuple) else v for k, v in scaling}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside nothing is dropped; each module has its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_alone(context: ContextParallel | None) -> None:

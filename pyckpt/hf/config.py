@@ -74,20 +74,8 @@ _OPTIONS = tuple(name for name in inspect.signature(BlockSpec.make).parameters i
 
 
 def arguments_of(model: CkptCausalLM) -> Arguments:
-    """The constructor's arguments in their plainest form, from what the model is now."""
-    s = model.spec
-    return {
-        **model.config,
-        "norm_eps": s.norm_eps,
-        "norm_offset": s.norm_offset,
-        "rope_theta": s.rope_theta,
-        "rope_scaling": dict(s.rope_scaling) if s.rope_scaling else None,
-        "window": s.window[0] if s.window[0] >= 0 else None,
-        "softcap": s.softcap or None,
-        "rope_dim": s.rope_dim,
-        "attention_scale": s.attention_scale,
-        "tie_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
-    }
+    """The constructor's arguments in their plainest form; of the embeddings, whether they are tied now."""
+    return {**model.config, "tie_embeddings": model.lm_head.weight is model.model.embed_tokens.weight}
 
 
 def spec_of(arguments: Arguments) -> BlockSpec:

@@ -26,9 +26,10 @@ from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.heads import close, output_class, returns_dicts
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.replaced import Replaced
-from pyckpt.swap.shadow import argument_names, mode, twin_of, untouched
+from pyckpt.swap.shadow import argument_names, twin_of, untouched
 from pyckpt.swap.survey import check_here, forked, shown
 from pyckpt.swap.wanted import IGNORED, SwappedLoss, Wanted
+from pyckpt.tokenwise.settings import mode
 
 _SEQ = 7
 _LOGITS = 40.0  # their size: beyond any softcap

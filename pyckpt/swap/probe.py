@@ -29,13 +29,14 @@ from pyckpt.swap import survey as surveys
 from pyckpt.swap.generic import GenericMappedBlock, inner
 from pyckpt.swap.handing import MASK, Arguments
 from pyckpt.swap.modules import UnsupportedError, passes
-from pyckpt.swap.shadow import attention_config, mode, twin_of, untouched
+from pyckpt.swap.shadow import attention_config, twin_of, untouched
 from pyckpt.swap.survey import SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, is_around, unit_of
 from pyckpt.swap.unread import Unread, stands_for
 from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.seeded import generator_states, have_drawn
+from pyckpt.tokenwise.settings import mode
 
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
 _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above

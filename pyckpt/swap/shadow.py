@@ -59,22 +59,6 @@ def twin_of(
 
 
 @contextlib.contextmanager
-def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """All modules inside in one mode, and afterwards each in its own.
-
-    Not by their `train`, which may do more: some adapters merge their weights there.
-    """
-    before = {m: m.training for m in module.modules()}
-    for m in before:
-        m.training = training
-    try:
-        yield
-    finally:
-        for m, was in before.items():
-            m.training = was
-
-
-@contextlib.contextmanager
 def untouched(module: nn.Module) -> Iterator[list[str]]:
     """Afterwards all modules inside have the classes, parameters, attributes, buffers and children that they had.
 

@@ -21,7 +21,8 @@ from pyckpt.swap.handing import HIDDEN, MASK, Arguments, Handing
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MOVING
-from pyckpt.swap.shadow import argument_names, attention_config, mode, twin_of, unsharded_class, untouched
+from pyckpt.swap.shadow import argument_names, attention_config, twin_of, unsharded_class, untouched
+from pyckpt.tokenwise.settings import mode
 from pyckpt.vocab_parallel import is_dealt_out
 
 SEQ = 11

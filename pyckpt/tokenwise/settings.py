@@ -1,4 +1,5 @@
-"""How a layer's modules are set in a call, for its backward, which may come when they are set otherwise."""
+"""How modules are set: in one mode for a while; in a layer's call, for its backward, which may come when they are set
+otherwise."""
 
 from __future__ import annotations
 
@@ -29,6 +30,22 @@ class Settings:
         finally:
             for m, _, now in others:
                 m.__dict__.update(now)
+
+
+@contextlib.contextmanager
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """All modules inside in one mode, and afterwards each in its own.
+
+    Not by their `train`, which may do more: some adapters merge their weights there.
+    """
+    before = {m: m.training for m in module.modules()}
+    for m in before:
+        m.training = training
+    try:
+        yield
+    finally:
+        for m, was in before.items():
+            m.training = was
 
 
 def _now(module: nn.Module) -> dict[str, Any]:
