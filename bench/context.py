@@ -2,12 +2,14 @@
 
     python bench/context.py                       # two processes of one thread each, about 4 minutes on 2 cores
     python bench/context.py --tokens 1024 --layers 1 --repeats 1
+    python bench/context.py --stream 1024         # all of them streamed, by tiles of 1024 tokens
     torchrun --nproc-per-node 8 bench/context.py --tokens 131072 --d-model 4096 --layers 2    # GPUs, by NCCL
 
 A `CkptCausalLM` with random weights, batch 1, forward and backward of its loss, in fp32 on a CPU and bf16 on a GPU. All
 variants have the same weights and take turns in the same processes; medians, of the slowest process. "alone" is the
 first process by itself, with as many threads as each of the others has, while they wait. Peaks are a step's live bytes
-of tensors above weights and gradients, of the first process. Writes bench/results/context_<device>.json.
+of tensors above weights and gradients, of the first process. Writes bench/results/context_<device>.json, streamed
+context_stream_<device>.json.
 """
 
 from __future__ import annotations
@@ -56,11 +58,14 @@ def counted() -> Iterator[dict[str, int]]:
         dist.batch_isend_irecv, dist.all_to_all_single = batch, exchange
 
 
-def sent_by_arithmetic(model: pyckpt.CkptCausalLM, method: str, tokens: int, world: int, dtype: torch.dtype) -> int:
-    """Of a step, by the table of ARCHITECTURE.md ("Sequences that processes share")."""
+def sent_by_arithmetic(
+    model: pyckpt.CkptCausalLM, method: str, tokens: int, world: int, dtype: torch.dtype, tile: int | None
+) -> int:
+    """Of a step, by the table of ARCHITECTURE.md ("Sequences that processes share"). Tiles divide a process's part."""
     s, size, share = model.spec, dtype.itemsize, (world - 1) / world
     if method == "ring":
         a_layer = 4 * size * s.d_kv * tokens * share + 8 * s.d_kv * tokens
+        a_layer *= 1 if tile is None else (tokens // world / tile + 1) / 2
     else:
         a_layer = (2 + 4) * size * (s.d_q + s.d_kv) * tokens * share / world
     return round(a_layer * len(model.model.layers))
@@ -77,16 +82,19 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
 
+    stream = None if args.stream is None else pyckpt.Stream(args.stream)
+
     def step(variant: str) -> None:
         if variant != ALONE or rank == 0:
-            model.loss(tokens, context=contexts[variant]).backward()
+            model.loss(tokens, context=contexts[variant], stream=stream).backward()
         dist.barrier()
 
     rows = []
     for variant in contexts:
         with counted() as sent, pyckpt.measure.memory(model) as m:
             step(variant)
-        arithmetic = 0 if variant == ALONE else sent_by_arithmetic(model, variant, args.tokens, world, dtype)
+        given = (model, variant, args.tokens, world, dtype, args.stream)
+        arithmetic = 0 if variant == ALONE else sent_by_arithmetic(*given)
         row = {"variant": variant, "peak_bytes": m.peak_bytes, "saved_bytes": m.saved_bytes}
         rows.append(row | {"sent_bytes": sent["bytes"], "sent_by_arithmetic": arithmetic})
     steps: dict[str, Callable[[], None]] = {v: lambda v=v: step(v) for v in contexts}  # type: ignore[misc]
@@ -95,7 +103,8 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         stats: Stats = times[row["variant"]]
         over = stats.median / times[ALONE].median
         row |= {"seconds": stats.median, "iqr": stats.iqr, "all": stats.all, "over_alone": over}
-    options = {n: getattr(args, n) for n in ("tokens", "d_model", "layers", "repeats")} | {"processes": world, **sizes}
+    options = {n: getattr(args, n) for n in ("tokens", "d_model", "layers", "repeats", "stream")}
+    options |= {"processes": world, **sizes}
     return {**common.stamp(device), "options": options, "rows": rows}
 
 
@@ -119,7 +128,8 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
     figures = measured(args, device)
     if rank == 0:
         show(figures)
-        out = args.out or common.RESULTS / f"context_{common.short_name(device)}.json"
+        name = "context" if args.stream is None else "context_stream"
+        out = args.out or common.RESULTS / f"{name}_{common.short_name(device)}.json"
         print(f"wrote {common.write_to(Path(out), figures)}")
     dist.destroy_process_group()
 
@@ -131,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2, help="started here, unless torchrun has started them")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stream", type=int, metavar="TILE", help="run streamed, by tiles of so many tokens")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     if "RANK" in os.environ:

@@ -142,12 +142,16 @@ class CkptTransformer(nn.ModuleList):
     ) -> Tensor:
         """y, with the shape and dtype of x; arguments as for a block's call.
 
-        stream: run streamed; x and y are whole tensors, and nothing between them is. Not with `context`.
+        stream: run streamed; x and y are whole tensors, and nothing between them is. Not with `context`, as the loss.
         """
         self.check_filled()
         if stream is not None:
             check_stream(stream)
-            _check_alone(context)
+            if context is not None:
+                raise ValueError(
+                    "stream and context are both given, and a streamed run deals out tokens by tiles, not as the parts "
+                    "that x and y are. Leave one out: the loss of a CkptCausalLM takes both, from the token ids on"
+                )
             return run_stack(self, x, positions, cu_seqlens, stream)
         shared: dict[str, Any] = {} if context is None else {"context": context}
         length = self.segment_length
@@ -429,7 +433,8 @@ class CkptCausalLM(nn.Module):
         labels: aligned with tokens, as transformers has it: the prediction at position i is compared with labels at
         i + 1; -100 is ignored; default: the tokens. The last token of each sequence predicts nothing, packed ones
         included. stream: run streamed, with memory on the device that does not depend on the sequence length. context:
-        the processes that share the sequences; all give the same whole ones, of any length, and have the same loss.
+        the processes that share the sequences; all give the same whole ones, of any length, and have the same loss;
+        with `stream` each streams its own tiles.
         token_weight: floating, in the labels' shape and aligned with them. class_weight (vocab_size,), softcap, z_loss,
         label_smoothing, reduction and, not streamed, recompute: as in `linear_cross_entropy`.
 
@@ -450,8 +455,8 @@ class CkptCausalLM(nn.Module):
         }
         if stream is not None:
             check_stream(stream)
-            _check_alone(context)
-            return run_loss(self, tokens, labels, weights, positions, cu_seqlens, stream, options)
+            context = None if context is None else check_context(context)
+            return run_loss(self, tokens, labels, weights, positions, cu_seqlens, stream, context, options)
         targets = _targets(labels, cu_seqlens)
         weights = None if weights is None else following(weights, 0.0)
         if context is not None:
@@ -560,13 +565,6 @@ class CkptCausalLM(nn.Module):
 def _plain(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """As the argument `rope_scaling`, of what JSON has."""
     return None if scaling is None else {k: list(v) if isinstance(v, tuple) else v for k, v in scaling}
-
-
-def _check_alone(context: ContextParallel | None) -> None:
-    if context is not None:
-        raise ValueError(
-            "stream and context are both given: a streamed run has the whole sequence in one process. Leave one out"
-        )
 
 
 def _targets(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

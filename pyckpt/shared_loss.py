@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyckpt.attend.context import ContextParallel
+from pyckpt.attend.dense import Layout
+from pyckpt.compiling import uncompiled
+from pyckpt.exec.lm_ends import Ends, Targets
 from pyckpt.ops.linear_cross_entropy import counted
 
 OfPart = Callable[[Tensor, "Tensor | None", str], Tensor]
+OfTiles = Callable[[Tensor, Targets, Ends, Layout, "Tensor | None"], Tensor]
 
 
 def shared_loss(
@@ -37,6 +43,49 @@ def shared_loss(
         return loss
     if weights is not None:  # of ignored tokens too, and in any dtype
         weights = weights.to(loss.dtype).masked_fill(targets == ignored, 0.0)
+    return averaged(loss, targets, weights, ignored)
+
+
+def averaged(loss: Tensor, targets: Tensor, weights: Tensor | None, ignored: int) -> Tensor:
+    """The mean of a sum of losses; weights: 0 of what is ignored, or None."""
     count = counted(targets, weights, ignored)
     nothing = count == 0  # NaN, as of one process, whose gradients are 0
     return (loss / count.masked_fill(nothing, 1)).masked_fill(nothing, math.nan)
+
+
+@uncompiled
+def of_all_tiles(
+    context: ContextParallel,
+    tokens: Tensor,
+    targets: Targets,
+    ends: Ends,
+    layout: Layout,
+    positions: Tensor | None,
+    of_tiles: OfTiles,
+) -> Tensor:
+    """The loss of all tokens, in every process; (T,) with reduction "none". Streamed: each computes that of its tiles.
+
+    of_tiles: makes it, of what it is given: the arguments, in the layout of so many tokens that each process has as
+    many. With reduction "none" it is 0 of others' tokens.
+    """
+    given, how = layout.tokens, ends.loss
+    padding = -given % context.size
+    if padding:
+        tokens, targets = F.pad(tokens.reshape(-1), (0, padding)), targets.padded(padding)
+        positions = None if positions is None else F.pad(positions, (0, padding))
+        layout = _with_another(layout, padding, tokens.device)
+    if how.reduction == "mean":
+        ends = dataclasses.replace(ends, loss=dataclasses.replace(how, reduction="sum"))
+    loss = context.total(of_tiles(tokens, targets, ends, layout, positions))
+    if how.reduction != "mean":
+        return loss if how.reduction == "sum" else loss[:given]
+    everything = slice(0, layout.tokens)
+    labels = targets.of(everything)
+    return averaged(loss, labels, targets.weights_of(everything, labels, loss.dtype), how.ignore_index)
+
+
+def _with_another(layout: Layout, tokens: int, device: torch.device) -> Layout:
+    """With one more sequence at the end."""
+    queries, keys = ([*starts, layout.tokens + tokens] for starts in layout.numbers)
+    cu_seqlens = torch.tensor([queries, keys] if layout.apart else queries, dtype=torch.int32, device=device)
+    return Layout(1, layout.tokens + tokens, cu_seqlens, (queries, keys))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
+from pyckpt.attend.context import ContextParallel, check_context
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Given, Sink, Source, Whole
@@ -27,6 +28,7 @@ from pyckpt.exec.stack import Stack
 from pyckpt.exec.streamed_layers import InRun, LayerRun
 from pyckpt.exec.streamed_node import execute
 from pyckpt.measure.units import parse_bytes
+from pyckpt.shared_loss import of_all_tiles
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
 
@@ -85,14 +87,17 @@ class Stream:
         self.progress = progress
         self.gradients = gradients
 
-    def estimate(self, model: nn.Module, tokens: int, batch: int = 1) -> Estimate:
+    def estimate(
+        self, model: nn.Module, tokens: int, batch: int = 1, context: ContextParallel | None = None
+    ) -> Estimate:
         """What a training step on (batch, tokens) will take, streamed: see `pyckpt.exec.estimate.Estimate`.
 
         Forward and backward, under torch.no_grad() too; frozen weights have no gradients, and blocks before the first
         that is trained no backward.
 
         model: a `CkptCausalLM`, a `CkptTransformer` (whose whole x and y come beside), or a model with swapped layers,
-        whatever `swap` was told of streaming; without its loss where that cannot be streamed.
+        whatever `swap` was told of streaming; without its loss where that cannot be streamed. context: the processes
+        that will share the sequences, of which one is estimated; not those that `swap` was told of.
 
         Raises ValueError, as the run would, where the store's limit is too small for it; and where the model has
         nothing that can be streamed as one run.
@@ -101,12 +106,14 @@ class Stream:
             if (errors.as_int(value) or 0) < 1:
                 raise ValueError(f"{name}={value!r}: expected a positive whole number")
         parts = _parts_of(model)
-        layout = Layout(int(batch), int(tokens))
+        processes = 1 if context is None else check_context(context).size
+        layout = Layout(int(batch), -(-int(tokens) // processes) * processes)
         x, looked_up = parts.residual()
         with torch.enable_grad():  # a step has a backward, wherever it is asked about
-            stack = _stack(parts.blocks, parts.segments, layout, None, x, looked_up, self, seeded=False)
+            given = (parts.blocks, parts.segments, layout, None, x, looked_up, self)
+            stack = _stack(*given, seeded=False, context=context)
         works = [
-            work_of(plan, block.matrices(), layout, block.experts_per_token)
+            work_of(plan, block.matrices(), layout, block.experts_per_token, context)
             for plan, block in zip(stack.plans, parts.blocks, strict=True)
         ]
         products = parts.head_products(inward=bool(stack.schedule.backward))
@@ -168,6 +175,7 @@ def run_loss(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     stream: Stream,
+    context: ContextParallel | None,
     options: dict[str, Any],
 ) -> Tensor:
     """`CkptCausalLM.loss` of checked tokens, labels, their weights and numbers of `options`, streamed."""
@@ -184,12 +192,14 @@ def run_loss(
     ends = Ends(weights, norm_of(model.spec, "norm"), model.spec.norm_offset, embedding, _loss_options(**options))
     if positions is not None:
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
+    if context is not None:
+        context.check_alike(tokens, labels)
     layout = _layout(tokens.shape, cu_seqlens)
     targets = Targets(labels, last_tokens(layout), IGNORE, label_weights)
     blocks, segments = blocks_of(model.model.layers)
     _check_unwatched(blocks, embed_tokens=model.model.embed_tokens, layers=model.model.layers)
     given = (tokens, targets, ends, layout, positions, stream)
-    losses = stream_loss(blocks, segments, *given, _gathered(blocks))
+    losses = stream_loss(blocks, segments, *given, _gathered(blocks), context)
     return losses if losses.dim() == 0 else losses.view(tokens.shape)
 
 
@@ -203,16 +213,40 @@ def stream_loss(
     positions: Tensor | None,
     stream: Stream,
     layers: Sequence[nn.Module] | None = None,
+    context: ContextParallel | None = None,
 ) -> Tensor:
     """The loss of tokens, (T,) or (B, S), between these ends: a scalar, or (T,) with reduction "none".
 
     positions: (T,) or None; all checked by the caller. layers: the modules that the blocks' weights are gathered for,
-    where they are gathered for one at a time.
+    where they are gathered for one at a time. context: the processes that share the sequences, each of which is given
+    all of this.
     """
+
+    def loss(tokens: Tensor, targets: Targets, ends: Ends, layout: Layout, positions: Tensor | None) -> Tensor:
+        return _stream_loss(blocks, segments, tokens, targets, ends, layout, positions, stream, layers, context)
+
+    if context is None:
+        return loss(tokens, targets, ends, layout, positions)
+    return of_all_tiles(context, tokens, targets, ends, layout, positions, loss)
+
+
+def _stream_loss(
+    blocks: list[CheckpointedBlock],
+    segments: int,
+    tokens: Tensor,
+    targets: Targets,
+    ends: Ends,
+    layout: Layout,
+    positions: Tensor | None,
+    stream: Stream,
+    layers: Sequence[nn.Module] | None,
+    context: ContextParallel | None,
+) -> Tensor:
+    """`stream_loss`, of the tiles of this process."""
     x = ends.weights["embed"].new_empty(0)
     trained = [n for n, w in ends.weights.items() if torch.is_grad_enabled() and w.requires_grad]
     looked_up = not {"embed", "table"}.isdisjoint(trained)
-    stack = _stack(blocks, segments, layout, positions, x, looked_up, stream, layers)
+    stack = _stack(blocks, segments, layout, positions, x, looked_up, stream, layers, context=context)
     inward = bool(stack.schedule.backward)
 
     def make_ends() -> tuple[Source, Sink]:
@@ -378,6 +412,7 @@ def _stack(
     stream: Stream,
     layers: Sequence[nn.Module] | None = None,
     seeded: bool = True,
+    context: ContextParallel | None = None,
 ) -> Stack:
     """x has the dtype and the device of the residual stream. `layers`: see `stream_loss`; then no block is run again
     for its output. `seeded`: draw the seeds of what drops.
@@ -388,7 +423,8 @@ def _stack(
             check_weights(block, block.weights(), x, compute)
     read = [b.weights().values() for b in blocks] if layers is None else [m.parameters() for m in layers]
     first = _first_trained((any(w.requires_grad for w in weights) for weights in read), source_trained)
-    tile, length = min(stream.tile, layout.tokens), segments if layers is None else 1
+    tokens = layout.tokens // (1 if context is None else context.size)
+    tile, length = min(stream.tile, tokens), segments if layers is None else 1
     stack = Stack(
         plans=[block.plan(tile, x.dtype, compute, x.device) for block in blocks],
         layout=layout,
@@ -400,6 +436,7 @@ def _stack(
         d_model=blocks[0].d_model,
         tile=tile,
         schedule=without_gradient(len(blocks)) if first is None else by_segments(len(blocks), length, first),
+        context=context,
     )
     fitting = _fit(stack, first, stream.store.limit, again=layers is None)
     seeds = draw_seeds(blocks) if seeded else None  # last: a run that is refused draws nothing

@@ -283,9 +283,10 @@ class Loss(torch.nn.Module):
     def __init__(self, model: pyckpt.CkptCausalLM, context: pyckpt.ContextParallel) -> None:
         super().__init__()
         self.model, self.context = model, context
+        self.options: dict[str, Any] = {}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.loss(tokens, context=self.context)
+        return self.model.loss(tokens, context=self.context, **self.options)
 
 
 def wrappers_worker(rank: int, world: int) -> None:
@@ -373,8 +374,6 @@ def given_worker(rank: int, seed: int) -> None:
                 make_model(0).loss(other, context=pyckpt.ContextParallel(method=method))
         with pytest.raises(ValueError, match="end at the number of tokens, 96"):
             block(torch.zeros(48, D_MODEL, dtype=torch.float64), cu_seqlens=PACKED, context=context)
-        with pytest.raises(ValueError, match="stream and context are both given"):
-            make_model(0).loss(torch.zeros(1, 8, dtype=torch.long), context=context, stream=pyckpt.Stream(4))
     with pytest.raises(ValueError, match=r"3 heads can't be dealt out evenly to 2 processes.*ring"):
         pyckpt.CkptTransformerBlock(24, 3, dtype=torch.float64)(torch.zeros(1, 4, 24).double(), context=context)
     with pytest.raises(TypeError, match=r"context must be a pyckpt\.ContextParallel or None, got str"):

@@ -47,8 +47,9 @@ def summed(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def families_worker(rank: int, seed: int, families: tuple[str, ...]) -> None:
+def families_worker(rank: int, seed: int, families: tuple[str, ...], streamed: bool = False) -> None:
     draw = random.Random(seed)
+    stream = {"stream": pyckpt.Stream(4)} if streamed else {}
     for family in families:
         torch.manual_seed(seed)
         model, given = make_model(family, torch.float64), batches()
@@ -61,8 +62,10 @@ def families_worker(rank: int, seed: int, families: tuple[str, ...]) -> None:
             truth = {kind: step(model, batch) for kind, batch in given.items()}
         pyckpt.unswap(model)
         for method in METHODS:
-            report = pyckpt.swap(model, tile=7, context=pyckpt.ContextParallel(method=method))
-            assert f"shared by 2 processes, {method}" in report.entries[-1].why
+            context = pyckpt.ContextParallel(method=method)
+            report = pyckpt.swap(model, tile=7, context=context, **stream)
+            how = f"shared by 2 processes, {method}" + ("; streamed from the token ids on" if streamed else "")
+            assert how in report.entries[-1].why
             few = draw.sample(sorted(given), 2) if len(families) > 3 else given  # others in another run
             for kind in few:
                 batch = given[kind]
@@ -80,8 +83,9 @@ def test_families(seed):
 
 @needs_gloo
 @pytest.mark.slow
-def test_all_families(seed):
-    run_processes(2, families_worker, seed, tuple(dict.fromkeys((*FAMILIES, *MIXTURES, *CUT))))
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+def test_all_families(streamed, seed):
+    run_processes(2, families_worker, seed, tuple(dict.fromkeys((*FAMILIES, *MIXTURES, *CUT))), streamed)
 
 
 def ways_worker(rank: int, seed: int) -> None:
@@ -197,9 +201,8 @@ def ways_worker(rank: int, seed: int) -> None:
             with pytest.raises(ValueError, match=f"processes can't share the sequences of a {family}.*{why}"):
                 pyckpt.swap(other, context=context)
         assert "forward" not in other.__dict__
-    for options in ({"stream": pyckpt.Stream(4)}, {"loss": False}):
-        with pytest.raises(ValueError, match="context goes neither with stream nor with loss=False"):
-            pyckpt.swap(copy.deepcopy(model), context=context, **options)
+    with pytest.raises(ValueError, match="context and loss=False don't go together"):
+        pyckpt.swap(copy.deepcopy(model), context=context, loss=False)
     with pytest.raises(ValueError, match="context= takes causal language models"):
         pyckpt.swap(copy.deepcopy(model).model, context=context)
 
@@ -207,6 +210,79 @@ def ways_worker(rank: int, seed: int) -> None:
 @needs_gloo
 def test_ways(seed):
     run_processes(2, ways_worker, seed)
+
+
+def streamed_ways_worker(rank: int, seed: int) -> None:
+    """The same of streamed runs."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(seed)
+    model, batch = make_model("Phi3", torch.float64), make_batch("plain")
+    shared = {"context": pyckpt.ContextParallel(), "stream": pyckpt.Stream(4)}
+    with InFloat64():
+        truth = step(model, batch)
+        want = {n: t for n, t in truth.items() if n != "loss"}
+
+        def agrees(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], what: str) -> None:
+            errors = relative_errors(got, want)
+            assert max(errors.values()) < ALLOWED, (what, errors)
+
+        for options in ({"segments": 2}, {"save": "input"}):
+            twin = copy.deepcopy(model)
+            pyckpt.swap(twin, **shared, **options)
+            agrees(summed(step(twin, batch)), truth, str(options))
+        losses = pyckpt.token_losses(twin, batch["input_ids"])
+        pyckpt.unswap(twin)
+        pyckpt.swap(twin)
+        torch.testing.assert_close(losses, pyckpt.token_losses(twin, batch["input_ids"]))
+
+        adapted = make_adapted(copy.deepcopy(model), target_modules=["qkv_proj", "down_proj"])
+        of_adapters = step(adapted, batch)
+        pyckpt.swap(adapted, **shared)
+        agrees(summed(step(adapted, batch)), of_adapters, "LoRA")
+        adapted = make_adapted(copy.deepcopy(model), target_modules=["qkv_proj", "lm_head"])
+        with pytest.raises(ValueError, match=r"can't share the streamed sequences.*LoRA adapters.*Leave stream or"):
+            pyckpt.swap(adapted, **shared)
+
+        twin = copy.deepcopy(model)
+        pyckpt.swap(twin, **shared)
+        wrapped = torch.nn.parallel.DistributedDataParallel(twin)
+        loss = wrapped(**batch).loss
+        loss.backward()
+        agrees({"loss": loss.detach(), **gradients(wrapped)}, truth, "ddp")
+
+        twin = copy.deepcopy(model)
+        pyckpt.swap(twin, **shared)
+        for layer in twin.model.layers:
+            fully_shard(layer)
+        fully_shard(twin)
+        loss = twin(**batch).loss
+        loss.backward()
+        agrees({"loss": loss.detach(), **gradients(twin)}, truth, "fsdp2")
+
+        twin = copy.deepcopy(model)
+        pyckpt.swap(twin, **shared)
+        embedded = {"inputs_embeds": twin.model.embed_tokens(batch["input_ids"]), "labels": batch["labels"]}
+        with pytest.warns(UserWarning, match="not what surrounds them, in every process all tokens"):
+            loss = twin(**embedded).loss
+        loss.backward()
+        agrees(summed({n: p.grad for n, p in twin.named_parameters()}), want, "embeddings")
+        with pytest.warns(UserWarning, match="a call that is not streamed runs whole in every process"):
+            loss = twin(**batch, output_attentions=True).loss
+        torch.testing.assert_close(loss.detach(), truth["loss"])
+        with pytest.raises(ValueError, match="the processes that share a sequence were not given the same"):
+            other = copy.deepcopy(model)
+            pyckpt.swap(other, context=pyckpt.ContextParallel(), stream=pyckpt.Stream(4))
+            other(**{n: (t + rank) % VOCAB for n, t in batch.items()})
+        with pytest.raises(ValueError, match="expected those of the whole sequences"):
+            twin(input_ids=batch["input_ids"], labels=batch["labels"][:, :7])
+        packed, whole = make_batch("packed"), copy.deepcopy(model)  # 30 tokens, which a stream pads
+        agrees(summed(step(twin, packed)), step(whole, packed), "packed")
+
+
+@needs_gloo
+def test_streamed_ways(seed):
+    run_processes(2, streamed_ways_worker, seed)
 
 
 def trainer_worker(rank: int, shared: bool, folder: str) -> None:

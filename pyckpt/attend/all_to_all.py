@@ -45,10 +45,10 @@ class AllToAllAttend(DenseAttend):
         seed: int | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = self._to_heads(layout, (q, self.n_heads), (k, self.n_kv_heads), (v, self.n_kv_heads))
+        q, k, v = self.to_heads(layout, (q, self.n_heads), (k, self.n_kv_heads), (v, self.n_kv_heads))
         whole = layout.of_all(self.processes.size)
-        o, lse = self._of_heads.forward(whole, q, k, v, seed, self._own(sinks))
-        return self._to_tokens(layout, (o, self.n_heads))[0], lse
+        o, lse = self.of_heads.forward(whole, q, k, v, seed, self._own(sinks))
+        return self.to_tokens(layout, (o, self.n_heads))[0], lse
 
     def backward(
         self,
@@ -65,11 +65,11 @@ class AllToAllAttend(DenseAttend):
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads = self.n_heads, self.n_kv_heads
-        do, q, k, v, o = self._to_heads(layout, (do, heads), (q, heads), (k, kv_heads), (v, kv_heads), (o, heads))
+        do, q, k, v, o = self.to_heads(layout, (do, heads), (q, heads), (k, kv_heads), (v, kv_heads), (o, heads))
         whole = layout.of_all(self.processes.size)
-        dq, dk, dv = self._of_heads.backward(whole, do, q, k, v, o, lse, seed, None, self._own(sinks), dlse)
+        dq, dk, dv = self.of_heads.backward(whole, do, q, k, v, o, lse, seed, None, self._own(sinks), dlse)
         del do, q, k, v, o
-        dq, dk, dv = self._to_tokens(layout, (dq, heads), (dk, kv_heads), (dv, kv_heads))
+        dq, dk, dv = self.to_tokens(layout, (dq, heads), (dk, kv_heads), (dv, kv_heads))
         return dq, dk, dv
 
     def sinks_backward(
@@ -79,36 +79,36 @@ class AllToAllAttend(DenseAttend):
         delta = self.by_lse(layout, ops.attention_delta(*self._valued(layout, do, o), None))
         if dlse is not None:
             delta = delta - dlse
-        share, own = torch.zeros_like(sinks), self._own_heads
+        share, own = torch.zeros_like(sinks), self.own_heads
         share[own] = sinks_backward(sinks[own], lse, delta)
         return share
 
     def by_token(self, layout: Layout, lse: Tensor) -> Tensor:
         """lse of this process's tokens and all heads, as `DenseAttend` lays it out."""
         tokens = lse.transpose(-1, -2).reshape(-1, lse.shape[-2])
-        (tokens,) = self._to_tokens(layout, (tokens, self.n_heads))
+        (tokens,) = self.to_tokens(layout, (tokens, self.n_heads))
         return tokens.view(*layout.lead, self.n_heads).transpose(-1, -2)
 
     def by_lse(self, layout: Layout, lse: Tensor) -> Tensor:
         """The inverse of `by_token`."""
-        (heads,) = self._to_heads(layout, (lse.transpose(-1, -2).reshape(layout.tokens, self.n_heads), self.n_heads))
+        (heads,) = self.to_heads(layout, (lse.transpose(-1, -2).reshape(layout.tokens, self.n_heads), self.n_heads))
         return heads.view(*layout.of_all(self.processes.size).lead, -1).transpose(-1, -2).contiguous()
 
     @property
-    def _own_heads(self) -> slice:
+    def own_heads(self) -> slice:
         heads = self.n_heads // self.processes.size
         return slice(self.processes.rank * heads, (self.processes.rank + 1) * heads)
 
     def _own(self, sinks: Tensor | None) -> Tensor | None:
-        return None if sinks is None else sinks[self._own_heads]
+        return None if sinks is None else sinks[self.own_heads]
 
     @property
-    def _of_heads(self) -> DenseAttend:
+    def of_heads(self) -> DenseAttend:
         """Attention of the heads that a process has."""
         size = self.processes.size
         return self.as_kind(DenseAttend, n_heads=self.n_heads // size, n_kv_heads=max(1, self.n_kv_heads // size))
 
-    def _to_heads(self, layout: Layout, *given: tuple[Tensor, int]) -> list[Tensor]:
+    def to_heads(self, layout: Layout, *given: tuple[Tensor, int]) -> list[Tensor]:
         """Of tensors (t, heads * dims), with their heads, this process's heads of all tokens; in one message."""
         size, t = self.processes.size, layout.tokens
         parts = []
@@ -123,7 +123,7 @@ class AllToAllAttend(DenseAttend):
         got = self.processes.exchange(sent).view(size, layout.batch, layout.seq, -1).transpose(0, 1)
         return [part.reshape(size * t, -1) for part in got.split(widths, dim=-1)]
 
-    def _to_tokens(self, layout: Layout, *given: tuple[Tensor, int]) -> list[Tensor]:
+    def to_tokens(self, layout: Layout, *given: tuple[Tensor, int]) -> list[Tensor]:
         """Of tensors (all tokens, this process's heads * dims), all heads of this process's tokens; where several
         processes have the same head, the sum of theirs."""
         size, t = self.processes.size, layout.tokens

@@ -9,12 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyckpt.attend.all_to_all import AllToAllAttend, why_not
-from pyckpt.attend.dense import DenseAttend
+from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.attend.processes import Processes, Spans
 from pyckpt.attend.ring import RingAttend
+from pyckpt.attend.shared_tiles import AllToAllTiles, RingTiles
+from pyckpt.attend.tiled import TiledAttend
 from pyckpt.ops import philox
 
 _KINDS: dict[str, Any] = {"ring": RingAttend, "all-to-all": AllToAllAttend}
+_TILES: dict[str, Any] = {"ring": RingTiles, "all-to-all": AllToAllTiles}
 _FIRST_SITE = 1 << 20  # of the seeds that are derived from a block's: beyond those inside a block
 
 
@@ -142,6 +145,20 @@ class ContextParallel:
                 raise ValueError(f'{why}: method="ring" takes any number of heads')
         kind: type[RingAttend] | type[AllToAllAttend] = _KINDS[self.method]
         return attend.as_kind(kind, processes=self._processes)
+
+    def tiled(self, attend: DenseAttend, layout: Layout, tile: int) -> TiledAttend:
+        """The same attention by tiles of so many of this process's tokens, of a layout of all processes' tokens."""
+        shared: Any = self.attend(attend)
+        return _TILES[self.method](shared, layout, tile)
+
+    def repeats(self, attend: DenseAttend) -> int:
+        """How often `tiled` attention holds keys and values for each token of this process."""
+        return max(1, self.size // attend.n_kv_heads) if self.method == "all-to-all" else 1
+
+    def tile(self, rows: slice) -> slice:
+        """Where this process's tokens of a tile of `tiled` attention are among all; `rows`: among its own."""
+        first, length = rows.start * self.size, rows.stop - rows.start
+        return slice(first + self.rank * length, first + (self.rank + 1) * length)
 
     def seed(self, seed: int | None) -> int | None:
         """Of this process's dropout: two that are seeded alike are not to drop alike, at places counted from 0."""

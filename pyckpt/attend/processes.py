@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,9 +73,22 @@ class Processes:
             if coming is not None:
                 t = coming.wait()
 
-    def pass_on(self, t: Tensor) -> Passing:
-        """Give a tensor to the next process; what comes from the one before is there after `wait`."""
-        return self._pass_on(t, _GRADIENTS)
+    def around_and_home(self, t: Tensor, dtype: torch.dtype, add: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+        """As `around`; and a sum of t's shape, of what all processes `add` for it.
+
+        add: called with a process's rank, its tensor, and where to add this process's share for it.
+        """
+        passing: Passing | None = None
+        for owner, theirs in self.around(t):
+            share = torch.zeros_like(theirs, dtype=dtype)
+            add(owner, theirs, share)
+            if passing is not None:
+                share += passing.wait()
+                passing = None  # what it held makes room for what comes next
+            passing = self._pass_on(share, _GRADIENTS)
+            del share
+        assert passing is not None
+        return passing.wait()
 
     def _pass_on(self, t: Tensor, tag: int) -> Passing:
         if self.size == 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.attend.pairs import PairAttend
-from pyckpt.attend.processes import Passing, Processes, Spans
+from pyckpt.attend.processes import Processes, Spans
 from pyckpt.ops.attention import sinks_backward
 from pyckpt.ops.chunks import acc_dtype
 
@@ -47,8 +47,8 @@ class RingAttend(DenseAttend):
         lse = o.new_full((1, self.n_heads, layout.tokens), -math.inf)
         if sinks is not None:
             lse.copy_(sinks.view(1, -1, 1).expand_as(lse))
-        for owner, packed in self.processes.around(_together(k, v)):
-            k, v = _apart(packed, k, v)
+        for owner, packed in self.processes.around(together(k, v)):
+            k, v = apart(packed, k, v)
             for rows, cols, queries, keys in ring.pairs(owner):
                 ring.attend.forward(queries, keys, q[rows], k[cols], v[cols], o[rows], lse[:, :, rows], seed)
         return o.to(q.dtype), lse
@@ -70,23 +70,16 @@ class RingAttend(DenseAttend):
         ring = _Ring(self, layout)
         delta = ring.attend.delta(do, o, dlse) if delta is None else delta[None]
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        passing: Passing | None = None
-        for owner, packed in self.processes.around(_together(k, v)):
-            k, v = _apart(packed, k, v)
-            share = torch.zeros_like(packed, dtype=lse.dtype)
-            dk, dv = _apart(share, k, v)
+
+        def add(owner: int, packed: Tensor, share: Tensor) -> None:
+            theirs, sums = apart(packed, k, v), apart(share, k, v)
             for rows, cols, queries, keys in ring.pairs(owner):
-                grads = dq[rows], dk[cols], dv[cols]
+                (kc, vc), (dk, dv) = ((t[cols] for t in both) for both in (theirs, sums))
                 outputs = o[rows] if dlse is None else None
-                here = (do[rows], q[rows], k[cols], v[cols], outputs, lse[:, :, rows], delta[:, :, rows])
-                ring.attend.backward(queries, keys, *here, grads, seed)
-            if passing is not None:
-                share += passing.wait()
-                passing = None  # what it held makes room for what comes next
-            passing = self.processes.pass_on(share)
-            del share, dk, dv
-        assert passing is not None
-        dk, dv = _apart(passing.wait(), k, v)
+                here = (do[rows], q[rows], kc, vc, outputs, lse[:, :, rows], delta[:, :, rows])
+                ring.attend.backward(queries, keys, *here, (dq[rows], dk, dv), seed)
+
+        dk, dv = apart(self.processes.around_and_home(together(k, v), lse.dtype, add), k, v)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def sinks_backward(
@@ -122,12 +115,12 @@ class _Ring:
                     yield rows, cols, queries, keys
 
 
-def _together(k: Tensor, v: Tensor) -> Tensor:
+def together(k: Tensor, v: Tensor) -> Tensor:
     """One message of the two: (values,)."""
     return torch.cat([k.reshape(-1), v.reshape(-1)])
 
 
-def _apart(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_together` has put together of two tensors of these shapes."""
+def apart(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What `together` has put together of two tensors of these shapes."""
     first, second = packed.split([k.numel(), v.numel()])
     return first.view(k.shape), second.view(v.shape)

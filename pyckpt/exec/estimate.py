@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from pyckpt.attend.context import ContextParallel
 from pyckpt.attend.dense import Layout
-from pyckpt.attend.tiled import TiledAttend
 from pyckpt.exec.places import store_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.exec.schedule import Advance
@@ -21,7 +21,7 @@ from pyckpt.store import Store
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One step, forward and backward, of a model on a sequence.
+    """One step, forward and backward, of a model on a sequence; of one process where several share it.
 
     store_bytes: what the store takes, of its `kind`. device_bytes: on the device, above weights and their gradients:
     the ring of tiles where the store copies them, one tile's scratch, one block's float32 gradient sums and those of
@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one block on the whole sequence: numbers that its gradients take in a backward, and FLOPs.
+    """Of one block on a process's tokens: numbers that its gradients take in a backward, and FLOPs.
 
     products: of its weights, forward; weight_gradients: of those trained; repeated: what of `products` a backward makes
     again; attention: its two products, forward.
@@ -69,8 +69,18 @@ class Work:
         return self.products + self.weight_gradients + 2.5 * self.attention + self.repeated
 
 
-def work_of(plan: BlockPlan, weights: Mapping[str, Tensor], layout: Layout, experts_per_token: int = 1) -> Work:
-    """By arithmetic. Of weights of three dims (experts, rows, columns) each token meets `experts_per_token`."""
+def work_of(
+    plan: BlockPlan,
+    weights: Mapping[str, Tensor],
+    layout: Layout,
+    experts_per_token: int = 1,
+    context: ContextParallel | None = None,
+) -> Work:
+    """By arithmetic. Of weights of three dims (experts, rows, columns) each token meets `experts_per_token`.
+
+    layout: of all tokens, which the processes of `context` share evenly.
+    """
+    share = 1.0 if context is None else 1.0 / context.size
     attend, per_token = plan.attend, {n: _products(w, experts_per_token) for n, w in weights.items()}
     again = {n: f for n, f in per_token.items() if n not in plan.tokenwise.made_once}
     trained = {n: w for n, w in weights.items() if w.requires_grad}
@@ -78,10 +88,10 @@ def work_of(plan: BlockPlan, weights: Mapping[str, Tensor], layout: Layout, expe
     pairs = attention_pairs(layout.seq, causal=right == 0, window=(left, right))
     return Work(
         gradients=sum(w.numel() for w in trained.values()) * (2 if plan.tokenwise.by_autograd else 1),
-        products=layout.tokens * sum(per_token.values()),
-        weight_gradients=layout.tokens * sum(per_token[n] for n in trained),
-        repeated=layout.tokens * sum(again.values()),
-        attention=2.0 * layout.batch * pairs * (attend.d_q + attend.d_o),
+        products=share * layout.tokens * sum(per_token.values()),
+        weight_gradients=share * layout.tokens * sum(per_token[n] for n in trained),
+        repeated=share * layout.tokens * sum(again.values()),
+        attention=share * 2.0 * layout.batch * pairs * (attend.d_q + attend.d_o),
     )
 
 
@@ -106,7 +116,7 @@ def estimate(
     steps = list(stack.schedule)
     ahead = [s.block for s in steps if isinstance(s, Advance)]
     walked_back = [s.block for s in steps if not isinstance(s, Advance)]
-    flops = 2.0 * head_products * stack.layout.tokens * stack.d_model * vocab
+    flops = 2.0 * head_products * stack.tokens * stack.d_model * vocab
     flops += sum(works[b].forward for b in ahead) + sum(works[b].backward for b in walked_back)
     flops += sum(works[b].attention for b in walked_back if not stack.plans[b].save.attention)
     bytes_in, bytes_out = _copies(stack, len(ahead), len(walked_back)) if store.copies(stack.device) else (0, 0)
@@ -122,7 +132,10 @@ def _scratch(stack: Stack) -> int:
     for p in stack.plans:
         own = (p.d_q + 2 * p.d_o) * stack.dtype.itemsize + (p.d_q + p.d_o) * acc
         own += stack.d_model * stack.x_dtype.itemsize
-        shares = (2 * p.d_q + 2 * p.d_o + 2 * p.d_kv + 2 * p.d_v) * acc  # a pair's own, before they are added
+        keys = sum(stack.key_widths(p))
+        shares = (2 * p.d_q + 2 * p.d_o + 2 * keys) * acc  # a pair's own, before they are added
+        if stack.context is not None:  # on the way from process to process: what leaves and what comes
+            shares += 2 * (p.d_q + 2 * p.d_o + keys) * stack.dtype.itemsize + 2 * keys * acc
         most = max(most, stack.tile * (own + shares) + min(p.tile, stack.tile) * p.token_bytes)
     return most
 
@@ -130,11 +143,11 @@ def _scratch(stack: Stack) -> int:
 def _copies(stack: Stack, forwards: int, backwards: int) -> tuple[int, int]:
     """Bytes in and out. A key tile is fetched for each query tile that sees it, its sums both ways."""
     plan, acc = stack.plans[0], acc_dtype(stack.dtype).itemsize
-    tiled = TiledAttend(plan.attend, stack.layout, stack.tile)
-    tokens, tile = stack.layout.tokens, stack.tile
+    tiled, keys = stack.tiled(plan), sum(stack.key_widths(plan))
+    tokens, tile = stack.tokens, stack.tile
     pairs = sum(len(tiled.keys_of(i)) for i in range(stack.n_tiles)) * tile
-    x, kv = stack.d_model * stack.x_dtype.itemsize, (plan.d_kv + plan.d_v) * stack.dtype.itemsize
-    sums, o = (plan.d_kv + plan.d_v) * acc, plan.d_o * stack.dtype.itemsize + plan.attend.n_heads * acc
+    x, kv = stack.d_model * stack.x_dtype.itemsize, keys * stack.dtype.itemsize
+    sums, o = keys * acc, plan.d_o * stack.dtype.itemsize + plan.attend.n_heads * acc
     into = forwards * (tokens * x + pairs * kv) + backwards * (tokens * (3 * x + o) + pairs * (kv + sums))
     out = forwards * tokens * (x + kv + o) + backwards * (tokens * (kv + x) + pairs * sums)
     return into, out

@@ -129,6 +129,12 @@ class Targets:
         self.given: Tensors = (self._labels, self._weights)
         self._unit: Tensor | None = None
 
+    def padded(self, tokens: int) -> Targets:
+        """With so many more tokens at the end, which predict nothing."""
+        pad = torch.nn.functional.pad
+        weights = None if self._weights is None else pad(self._weights, (0, tokens))
+        return Targets(pad(self._labels, (0, tokens), value=self._ignore), self._ends, self._ignore, weights)
+
     @property
     def unit(self) -> Tensor | None:
         """`unit_of` all weights; None where there are none."""
@@ -334,7 +340,7 @@ class TokenLosses:
         if weights is not None:
             losses *= weights
         if self._losses is None:
-            self._losses = losses.new_empty(self._tokens)
+            self._losses = losses.new_zeros(self._tokens)  # other processes' are 0 here
         self._losses[rows] = losses
 
     def result(self) -> Tensor:

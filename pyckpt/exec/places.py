@@ -81,7 +81,7 @@ def store_plan(stack: Stack) -> Plan:
             places.numbers.give(n, number)
         if isinstance(step, Back) or step.drop:
             places.forget(step.block)
-    return Plan(stack.layout.tokens, stack.tile, tuple(_slabs(stack, places.numbers.most, needs_back)))
+    return Plan(stack.tokens, stack.tile, tuple(_slabs(stack, places.numbers.most, needs_back)))
 
 
 # Tiles on the device at a time: what compute holds, the next one on its way in, the last one on its way out.
@@ -95,9 +95,10 @@ def _slabs(stack: Stack, most: dict[str, int], needs_back: bool) -> list[Slab]:
         "h": (stack.d_model, stack.x_dtype),
     }
     for block, plan in enumerate(stack.plans):
-        widths = {"k": (plan.d_kv, stack.dtype), "v": (plan.d_v, stack.dtype)}
+        d_k, d_v = stack.key_widths(plan)
+        widths = {"k": (d_k, stack.dtype), "v": (d_v, stack.dtype)}
         if needs_back:
-            widths |= {"dk": (plan.d_kv, acc), "dv": (plan.d_v, acc)}
+            widths |= {"dk": (d_k, acc), "dv": (d_v, acc)}
             if plan.attend.window[1] != 0:
                 widths["dq"] = (plan.d_q, stack.dtype)
         for name, shape in {**widths, **stack.kept(block)}.items():

@@ -37,7 +37,7 @@ class Streamed:
         self._weights, self._progress = weights, progress or (lambda what, block, tile: None)
         self._places = Places(stack)
         self._ws = Workspace(stack.device)
-        self._tiles = [store.plan.rows(i) for i in range(stack.n_tiles)]
+        self._tiles = [stack.rows(i) for i in range(stack.n_tiles)]
 
     def forward(self, ends: Named) -> Tensor:
         """The sink's result. `ends` are the weights of source and sink."""

@@ -15,14 +15,12 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from pyckpt.attend.tiled import TiledAttend
 from pyckpt.exec.ends import Gradients, Named
 from pyckpt.exec.places import HIDDEN
 from pyckpt.exec.resident import POST_NAMES
 from pyckpt.exec.stack import Stack
 from pyckpt.exec.tiling import count, tiles
 from pyckpt.ops import philox
-from pyckpt.ops.attention import sinks_backward
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.store import Key, OpenStore
 from pyckpt.tokenwise.gradients import WeightGradients
@@ -47,11 +45,12 @@ class BlockPass:
         self._plan, self._seed = stack.plans[block], stack.seeds[block]
         self._given = weights
         self._w = self._plan.tokenwise.cast(weights, stack.dtype)
-        self._attend = TiledAttend(self._plan.attend, stack.layout, stack.tile)
-        self._attention_seed = None if self._seed is None else philox.derive(self._seed, 0)
+        self._attend = stack.tiled(self._plan)
+        self._attention_seed = None if self._seed is None else self._attend.seed(philox.derive(self._seed, 0))
         self._acc = acc_dtype(stack.dtype)
         self._causal = self._attend.backward_looking
-        self._sinks = self._plan.sinks(self._w)
+        sinks = self._plan.sinks(self._w)
+        self._sinks = None if sinks is None else self._attend.sinks(sinks)
 
     def forward(
         self,
@@ -68,9 +67,8 @@ class BlockPass:
             self._ahead((*x_at, i + 1))
             self._ahead_keys(i, self._attend.keys_of(i)[0])
             views: Named = {n: self._store.new((n, at[n], i)) for n in POST_NAMES if n in kept}
-            q = self._scratch("q", rows, self._plan.d_q)
             own = self._own_keys(i) if self._causal else None
-            self._pre(rows, x, q, *(own or (None, None)))
+            q = self._queries(i, x, own)
             o = self._attention(i, x, q, own, kept)[0]
             y = self._store.new((*y_at, i))
             self._post(rows, x, views, o, y)
@@ -83,7 +81,8 @@ class BlockPass:
             self._store.release((*x_at, i))
 
     def _own_keys(self, i: int) -> tuple[Tensor, Tensor]:
-        return self._store.new(("k", self._at["k"], i)), self._store.new(("v", self._at["v"], i))
+        k, v = (self._attend.attended(self._store.new((n, self._at[n], i))) for n in ("k", "v"))
+        return k, v
 
     def _lend_keys(self, i: int, x: Tensor, j: int) -> tuple[Tensor, Tensor, Callable[[Key], None]]:
         """k and v of tile j for query tile i, whose x is at hand; and how to give them back.
@@ -91,13 +90,13 @@ class BlockPass:
         They are made where no query has needed them yet, behind whose attention the copy of tile j's x hides.
         """
         if self._store.holds(("k", self._at["k"], j)):
-            k, v = (self._store.get((n, self._at[n], j)) for n in ("k", "v"))
+            k, v = (self._attend.attended(self._store.get((n, self._at[n], j))) for n in ("k", "v"))
             return k, v, self._store.release
         k, v = self._own_keys(j)
         if i == j:
-            self._pre(self._tiles[j], x, None, k, v)
+            self._made(j, x, None, (k, v))
         else:
-            self._pre(self._tiles[j], self._store.get((*self._x_at, j)), None, k, v)
+            self._made(j, self._store.get((*self._x_at, j)), None, (k, v))
             self._store.release((*self._x_at, j))
         return k, v, self._store.put
 
@@ -111,7 +110,8 @@ class BlockPass:
         """o and lse of query tile i, in the store's buffers where they are kept. Tile i's own keys come last."""
         rows = self._tiles[i]
         made = self._store.new(("o", self._at["o"], i)) if "o" in kept else self._scratch("o", rows, self._plan.d_o)
-        o = made if made.dtype == self._acc else self._scratch("o_sum", rows, self._plan.d_o, self._acc)
+        in_place = self._attend.stays and made.dtype == self._acc
+        o = made if in_place else self._sums("o", rows, self._plan.d_o)
         lse = self._lse("lse" in kept, i)
         o.zero_()
         if self._sinks is None:
@@ -125,6 +125,8 @@ class BlockPass:
                 self._ahead_keys(i, j + 1)
             self._attend.forward(i, j, q, k, v, o, lse, self._attention_seed)
             self._give_back_keys(j, give_back)
+        if not self._attend.stays:
+            o = self._attend.to_tokens({"o": self._as_products("o", o)})["o"]
         if made is not o:
             made.copy_(o)
         return made, lse
@@ -135,7 +137,11 @@ class BlockPass:
             flat = self._store.new(("lse", self._at["lse"], i))
         else:
             flat = self._ws.get("lse", (t, heads), self._acc)
-        return flat.view(1, heads, t)
+        return self._by_head(flat)
+
+    def _by_head(self, lse: Tensor) -> Tensor:
+        """(1, H, t), of what is attended, from the memory for it."""
+        return lse.view(1, -1, self._attend.attended(lse).shape[0])
 
     # --- backward ---
 
@@ -174,10 +180,7 @@ class BlockPass:
             self._ahead((*place, i - 1))
         if self._need_pre or "o" not in self._kept:
             self._ahead_keys(i, self._attend.keys_of(i)[0], also_sums=self._need_pre)
-        q = None
-        if self._need_pre or "o" not in self._kept:
-            q = self._scratch("q", rows, self._plan.d_q)
-            self._pre(rows, x, q, None, None)
+        q = self._queries(i, x) if self._need_pre or "o" not in self._kept else None
         o, lse = self._kept_attention(i, x, q)
         dy = self._scratch("dy", rows, self._stack.d_model, self._stack.x_dtype)
         self._upstream(rows, h, dy)
@@ -199,21 +202,23 @@ class BlockPass:
             assert q is not None
             return self._attention(i, x, q, None, frozenset())
         o, lse = (self._store.get((n, self._at[n], i)) for n in ("o", "lse"))
-        return o, lse.view(1, self._plan.attend.n_heads, o.shape[0])
+        return o, self._by_head(lse)
 
     def _attention_bwd(
         self, i: int, rows: slice, x: Tensor, q: Tensor, o: Tensor, lse: Tensor, do: Tensor, h: Tensor
     ) -> None:
+        given = self._attend.to_attend({"do": do, "o": o})
+        do, o = given["do"], given["o"]
         delta = self._attend.delta(do, o)
         if self._sinks is not None:
             name = str(self._plan.attend.sinks)
-            self._grads.add(name, sinks_backward(self._sinks.to(self._acc), lse, delta))
-        dq = self._scratch("dq_sum", rows, self._plan.d_q, self._acc).zero_()
+            self._grads.add(name, self._attend.sinks_backward(self._sinks.to(self._acc), lse, delta))
+        dq = self._sums("dq", rows, self._plan.d_q).zero_()
         keys = self._attend.keys_of(i)
         sums: tuple[Tensor, ...] = ()
         for j in keys:
             k, v, give_back = self._lend_keys(i, x, j)
-            dk, dv = sums = tuple(self._store.accumulate((n, 0, j)) for n in ("dk", "dv"))
+            dk, dv = sums = tuple(self._attend.attended(self._store.accumulate((n, 0, j))) for n in ("dk", "dv"))
             if j + 1 in keys:
                 self._ahead_keys(i, j + 1, also_sums=True)
             self._attend.backward(i, j, do, q, k, v, o, lse, delta, (dq, dk, dv), self._attention_seed)
@@ -226,14 +231,14 @@ class BlockPass:
             for n in ("dk", "dv"):
                 self._store.release((n, 0, i))
         else:
-            self._store.new(("dq", 0, i)).copy_(dq)
+            self._attend.attended(self._store.new(("dq", 0, i))).copy_(dq)
             self._store.put(("dq", 0, i))
 
     def _key_tile(self, i: int) -> None:
         """Without a causal mask: the backward of `pre`, once all queries have been through."""
         x, h = self._store.get((*self._x_at, i)), self._store.change((*HIDDEN, i))
         names = ("dq", "dk", "dv")
-        sums = tuple(self._store.change((n, 0, i)) for n in names)
+        sums = tuple(self._attend.attended(self._store.change((n, 0, i))) for n in names)
         for place in (self._x_at, HIDDEN, *((n, 0) for n in names)):
             self._ahead((*place, i - 1))
         self._pre_bwd(self._tiles[i], x, sums, h if self._need_dx else None)
@@ -241,6 +246,30 @@ class BlockPass:
             self._store.release((n, 0, i))
         self._store.put((*HIDDEN, i))
         self._store.release((*self._x_at, i))
+
+    # --- between tokenwise parts and attention ---
+
+    def _queries(self, i: int, x: Tensor, keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """q of tile i, as it is attended; where `keys` are given its k and v go there."""
+        rows = self._tiles[i]
+        return self._made(i, x, self._scratch("q", rows, self._plan.d_q), keys)["q"]
+
+    def _made(self, i: int, x: Tensor, q: Tensor | None, keys: tuple[Tensor, Tensor] | None) -> Named:
+        """What `pre` makes of tile i, as it is attended. q: memory for queries, as `pre` makes them; keys: for k and v
+        as they are attended."""
+        rows, (k, v) = self._tiles[i], keys or (None, None)
+        if keys is not None and not self._attend.stays:
+            k, v = self._scratch("k", rows, self._plan.d_kv), self._scratch("v", rows, self._plan.d_v)
+        self._pre(rows, x, q, k, v)
+        made = self._attend.to_attend({n: t for n, t in (("q", q), ("k", k), ("v", v)) if t is not None})
+        if keys is not None and not self._attend.stays:
+            for n, into in zip(("k", "v"), keys, strict=True):
+                into.copy_(made[n])
+        return made
+
+    def _sums(self, name: str, rows: slice, width: int) -> Tensor:
+        """Memory for a sum over keys, as it is attended."""
+        return self._attend.attended(self._scratch(f"{name}_sum", rows, width, self._acc))
 
     # --- tokenwise parts, on the tile's own tiles ---
 
@@ -277,6 +306,9 @@ class BlockPass:
             self._plan.tokenwise.post_bwd(self._w, part, o[sl], dy[sl], dxs, dos, self._grads, self._ws)
 
     def _pre_bwd(self, rows: slice, x: Tensor, sums: tuple[Tensor, ...], dx: Tensor | None) -> None:
+        if not self._attend.stays:
+            rounded = {n: self._as_products(n, t) for n, t in zip(("dq", "dk", "dv"), sums, strict=True)}
+            sums = tuple(self._attend.to_tokens(rounded).values())
         for sl, part in self._parts(rows, x, {}):
             dq, dk, dv = (self._as_products(n, t[sl]) for n, t in zip(("dq", "dk", "dv"), sums, strict=True))
             into = None if dx is None else dx[sl]

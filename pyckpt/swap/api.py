@@ -59,7 +59,8 @@ def swap(
         context: the processes that share every sequence (context parallelism), of a causal language model whose layers
             can be streamed. Each is called with the same whole input_ids and labels, computes its own tokens' part, and
             returns the loss of all; gradients are to be averaged over them, see `ContextParallel`. A call without
-            labels, or that asks for logits, runs whole in every process. Neither with `stream` nor with loss=False.
+            labels, or that asks for logits, runs whole in every process. With `stream` each streams its own tiles, from
+            the token ids on. Not with loss=False.
 
     Returns a `Report`: each layer, the path it takes and why. Layers that cannot be cut at their attention run again as
     a whole in the backward; those with hooks inside are left as they are.
@@ -76,8 +77,8 @@ def swap(
         check_stream(stream)
     if context is not None:
         check_context(context)
-        if stream is not None or loss is False:
-            raise ValueError("context goes neither with stream nor with loss=False; leave one of them out")
+        if loss is False:
+            raise ValueError("context and loss=False don't go together: it is the loss that processes share; leave one")
     if loss not in (True, False, *losses.KINDS):
         raise ValueError(f"loss must be True, False, 'always' or 'recompute', got {loss!r}")
     if any(True for _ in replaced_in(model)):
@@ -382,6 +383,11 @@ def _heads(
                 swapped.check_streamed(decoder)
                 why += "; streamed from the token ids on"
             except UnsupportedError as reason:
+                if context is not None:
+                    raise ValueError(
+                        f"processes can't share the streamed sequences of a {kind}: not streamed from the token ids "
+                        f"on: {reason}. Leave stream or context out"
+                    ) from None
                 why += f"; not streamed from the token ids on: {reason}"
         entries.append(Entry(name or "(model)", kind, STANDARD, why))
     return made

@@ -39,7 +39,7 @@ class Call:
     `runs`: by a layer's place, the blocks that it runs, its own first; none where an earlier layer has run it.
     `stream`: how those are streamed, where they are; `gathered`: inside their layers' own calls. `whole`: the layers
     run their own forwards, and again as a whole in the backward where they may. `context`: the processes that share the
-    sequences; positions are then this one's part.
+    sequences; positions are then this one's part, or, where the loss is streamed, all.
     """
 
     positions: Tensor | None
@@ -61,7 +61,7 @@ class Call:
         layout = Layout(*ids.shape) if self.cu_seqlens is None else Layout(1, ids.numel(), self.cu_seqlens)
         blocks: list[CheckpointedBlock] = [s.block for s in layers]
         modules = None if self.gathered is None else [s.module for s in layers]
-        given = (ids, targets, ends, layout, positions, self.stream.stream, modules)
+        given = (ids, targets, ends, layout, positions, self.stream.stream, modules, self.context)
         return stream_loss(blocks, self.stream.segments, *given)
 
 

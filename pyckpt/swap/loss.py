@@ -198,9 +198,10 @@ class SwappedHead(SwappedLoss):
         decoder, loss, outputs, context = self._decoder, None, None, None
         if decoder is not None:
             given[CALL] = wanted.read
-            if self.context is not None:
+            if decoder.stream is not None:
+                loss = _streamed_uncompiled(self, decoder, given, wanted)
+            elif self.context is not None:
                 given, context = self._told(decoder, given, wanted)
-            loss = None if decoder.stream is None else _streamed_uncompiled(self, decoder, given, wanted)
         if loss is None:
             tuples = not getattr(getattr(self.body, "config", None), "return_dict", True)
             outputs = self.body(**given, **({"return_dict": True} if tuples else {}))
@@ -218,11 +219,7 @@ class SwappedHead(SwappedLoss):
         self, decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted
     ) -> tuple[dict[str, Any], ContextParallel | None]:
         """The arguments, with what the layers are told, and the processes that share the call, where they do."""
-        if wanted.given.shape != decoder.tokens(given):
-            raise ValueError(
-                f"labels have shape {tuple(wanted.given.shape)}, expected those of the whole sequences, "
-                f"{decoder.tokens(given)}"
-            )
+        self._check_labels(decoder, given, wanted)
         why = self._why_whole(decoder, given)
         if why is not None:
             self.warn(f"{why}: such a call runs whole in every process")
@@ -232,6 +229,14 @@ class SwappedHead(SwappedLoss):
             return given, None
         self._check_whole(given, wanted, call.context)
         return given | {CALL: call}, call.context
+
+    @staticmethod
+    def _check_labels(decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted) -> None:
+        if wanted.given.shape != decoder.tokens(given):
+            raise ValueError(
+                f"labels have shape {tuple(wanted.given.shape)}, expected those of the whole sequences, "
+                f"{decoder.tokens(given)}"
+            )
 
     def _why_whole(self, decoder: SwappedDecoder, given: dict[str, Any]) -> str | None:
         """Why processes can't share this call, where they can't."""
@@ -258,16 +263,24 @@ class SwappedHead(SwappedLoss):
 
     def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted) -> Tensor | None:
         """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
+        if self.context is not None:
+            self._check_labels(decoder, given, wanted)
         call = decoder.prepare({n: v for n, v in given.items() if n != CALL}, wanted.read)
+        whole = "" if self.context is None else ", in every process all tokens"
         if call is None or call.stream is None:
+            if whole:
+                self.warn("a call that is not streamed runs whole in every process")
             return None
         try:
             _check_layers(decoder)
             ids = self._ids(given)
             self.ends()
         except UnsupportedError as reason:
-            self.warn(f"{reason}: the layers are streamed, and not what surrounds them")
+            self.warn(f"{reason}: the layers are streamed, and not what surrounds them{whole}")
             return None
+        if self.context is not None:
+            self._check_whole(given, wanted, self.context)
+            call = dataclasses.replace(call, context=self.context)
         model: Any = self.module
         base, projection = heads.base_of(model), projections.of(model)
         device = projection.weight.device

@@ -1,0 +1,238 @@
+"""Streamed runs of sequences that processes share, over gloo: loss and gradients of one process that has all tokens."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from blocks import D_MODEL, assert_as_good, assert_same_bits, make_block, relative_errors
+from helpers import EXACT
+from processes import gradients, needs_gloo, run_processes
+from test_context_parallel import LOSSES, MADE, METHODS, Loss, loss_of, make_model, same, seeded, summed
+from torch import Tensor
+
+import pyckpt
+from pyckpt.attend.dense import Layout
+from pyckpt.exec.lm_ends import Ends, LossOptions, Targets
+from pyckpt.stream import stream_loss
+from pyckpt.tokenwise.norm import LayerNorm
+
+STREAMS: dict[str, dict[str, Any]] = {"host": {}, "file": {"store": "file"}, "by block": {"gradients": "by block"}}
+OPTIONS = {name: {n: v for n, v in how.items() if n != "recompute"} for name, how in LOSSES.items()}
+
+
+def mean_of_processes(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A step's, with the mean of the processes' gradients."""
+    return {n: t if n == "loss" else summed(t) / torch.distributed.get_world_size() for n, t in results.items()}
+
+
+def assert_exact(got: dict[str, Tensor], want: dict[str, Tensor], *what: Any) -> None:
+    errors = relative_errors(got, want)
+    assert max(errors.values()) < 10 * EXACT, (*what, errors)
+
+
+def losses_worker(rank: int, world: int, seed: int) -> None:
+    """Of a model with 4 heads and 2 key/value heads, so that four processes have the same one twice."""
+    draw = random.Random(seed)
+    for method in METHODS if world != 3 else ("ring",):
+        context = pyckpt.ContextParallel(method=method)
+        for name in OPTIONS if world == 2 else draw.sample(sorted(OPTIONS), 4):
+            made, how = draw.choice(MADE), draw.choice(sorted(STREAMS))
+            model, options = make_model(seed, **made), OPTIONS[name] | {"stream": pyckpt.Stream(7, **STREAMS[how])}
+            got = mean_of_processes(loss_of(model, options, seed, context))
+            assert_exact(got, loss_of(model, OPTIONS[name], seed), method, name, made, how)
+
+
+@needs_gloo
+@pytest.mark.parametrize("world", (2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))))
+def test_losses_are_those_of_one_process(world, seed):
+    run_processes(world, losses_worker, world, seed)
+
+
+def details_worker(rank: int, seed: int) -> None:
+    for method in METHODS:
+        context = pyckpt.ContextParallel(method=method)
+        model, stream = make_model(seed, window=9), pyckpt.Stream(5)
+        tokens = torch.randint(0, 40, (2, 24), generator=seeded(seed))
+        results = []
+        for save in ("attention", "attention+qkv", "all", "input"):
+            model.set_save(save)
+            results.append(loss_of(model, {"stream": stream}, seed, context))
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+
+        loss = model.loss(tokens, stream=stream, context=context)
+        once = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        again = torch.autograd.grad(loss, list(model.parameters()))  # from the run's input, as the store is empty
+        assert all(map(torch.equal, once, again))
+        model.zero_grad()
+        nothing = model.loss(tokens, torch.full_like(tokens, -100), stream=stream, context=context)
+        nothing.backward()
+        assert nothing.isnan() and all(not p.grad.any() for p in model.parameters())
+        with torch.no_grad():
+            assert torch.equal(model.loss(tokens, stream=stream, context=context), loss)
+        losses = pyckpt.token_losses(model, tokens, stream=stream, context=context)
+        torch.testing.assert_close(losses, pyckpt.token_losses(model, tokens))
+        compiled = torch.compile(model.loss, backend="eager")
+        assert torch.equal(compiled(tokens, stream=stream, context=context), loss)
+
+        truth, bfloat16 = loss_of(model, {}, seed), {"dtype": torch.bfloat16}
+        low = make_model(seed, window=9).to(**bfloat16)
+        plain = loss_of(low, {"stream": stream}, seed)
+        assert_as_good(mean_of_processes(loss_of(low, {"stream": stream}, seed, context)), plain, truth, torch.bfloat16)
+
+        with pytest.raises(ValueError, match="not given the same: 1 of this group have other tokens or labels"):
+            model.loss((tokens + rank) % 40, stream=stream, context=pyckpt.ContextParallel(method=method))
+        with pytest.raises(ValueError, match="a streamed run deals out tokens by tiles"):
+            model.model.layers(same(0, 1, 8, 32), stream=stream, context=context)
+    with pytest.raises(ValueError, match=r"3 heads can't be dealt out evenly to 2 processes.*ring"):
+        odd = pyckpt.CkptCausalLM(40, 1, 24, 3, d_ff=32)
+        odd.loss(tokens, stream=stream, context=pyckpt.ContextParallel(method="all-to-all"))
+
+
+@needs_gloo
+def test_details(seed):
+    run_processes(2, details_worker, seed)
+
+
+def dropout_worker(rank: int, seed: int) -> None:
+    """Seeded alike, tokens drop what they drop in one process; with heads dealt out, attention's are others."""
+    for method, attention in (("ring", 0.3), ("all-to-all", 0.0)):
+        model = make_model(seed, dropout=0.2, attention_dropout=attention)
+        stream, context = pyckpt.Stream(4), pyckpt.ContextParallel(method=method)
+        torch.manual_seed(seed)
+        want = loss_of(model, {"stream": stream}, seed)
+        torch.manual_seed(seed)
+        assert_exact(mean_of_processes(loss_of(model, {"stream": stream}, seed, context)), want, method)
+    model = make_model(seed, attention_dropout=0.5)
+    results = []
+    for given in (seed, seed, seed + 1):
+        torch.manual_seed(given)
+        results.append(loss_of(model, {"stream": stream}, seed, context))
+    assert_same_bits(*results[:2])
+    assert results[0]["loss"] != results[2]["loss"]
+
+
+@needs_gloo
+def test_dropout(seed):
+    run_processes(2, dropout_worker, seed)
+
+
+def both_ways_worker(rank: int, seed: int) -> None:
+    """Blocks that see what comes after: keys are made when they are first seen, and dq waits for all of them."""
+    torch.manual_seed(seed)
+    embed = torch.randn(40, D_MODEL, dtype=torch.float64, requires_grad=True)
+    weights = {n: torch.ones(D_MODEL, dtype=torch.float64) for n in ("norm.weight", "norm.bias")}
+    ends = Ends({"embed": embed, "head": embed, **weights}, LayerNorm("norm", 1e-5), loss=LossOptions("sum"))
+    tokens = torch.randint(0, 40, (27,), generator=seeded(seed))
+    packed = torch.tensor([0, 4, 4, 20, 27], dtype=torch.int32)
+    for options in ({"causal": False}, {"causal": False, "window": (3, 5)}):
+        blocks = [make_block(**options) for _ in range(2)]
+        given = {"embed": embed, **{f"{i}.{n}": p for i, b in enumerate(blocks) for n, p in b.named_parameters()}}
+        for layout in (Layout(1, 27), Layout(1, 27, packed)):
+            for saves in ("attention", "attention+qkv", "input"):
+                for block in blocks:
+                    block.save = saves
+
+                results = []
+                for context in (None, *(pyckpt.ContextParallel(method=method) for method in METHODS)):
+                    run = (blocks, 1, tokens, Targets(tokens, None, -100), ends, layout, None, pyckpt.Stream(4))
+                    loss = stream_loss(*run, context=context)
+                    grads = torch.autograd.grad(loss, list(given.values()))
+                    results.append({"loss": loss.detach(), **dict(zip(given, grads, strict=True))})
+                for got in results[1:]:
+                    assert_exact(mean_of_processes(got), results[0], options, layout, saves)
+
+
+@needs_gloo
+def test_both_ways(seed):
+    run_processes(2, both_ways_worker, seed)
+
+
+def estimates_worker(rank: int, world: int) -> None:
+    """The store's bytes are exact; of the device's memory and FLOPs each process has its share."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for options in ({}, {"save": "input", "n_kv_heads": 1}, {"mlp": "gelu", "segments": 2}):
+        model = pyckpt.CkptCausalLM(30, 3, 64, 4, d_ff=128, window=1, **options)
+        tokens = torch.randint(0, 30, (1, 512), generator=seeded(1))
+        for method in METHODS:
+            context, opened, store = pyckpt.ContextParallel(method=method), [], pyckpt.store.FileStore()
+            store.check = lambda plan, opened=opened: opened.append(plan.store_bytes)
+            stream = pyckpt.Stream(64, store)
+            found = stream.estimate(model, 511, context=context)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            model.loss(tokens, stream=stream, context=context).backward()  # what is made once is there afterwards
+            opened.clear()
+            with pyckpt.measure.memory(model) as m:
+                model.loss(tokens, stream=stream, context=context).backward()
+            assert opened == [found.store_bytes]
+            handed_over = sum(p.nbytes for p in model.parameters())
+            assert 0.3 * found.device_bytes < m.peak_bytes <= found.device_bytes + handed_over, (m, found)
+            alone = stream.estimate(model, 512)
+            assert found.flops == pytest.approx(alone.flops / world)
+            shared_heads = method == "all-to-all" and model.config["n_kv_heads"] < world
+            assert found.store_bytes == alone.store_bytes / world or shared_heads
+            with FlopCounterMode(display=False) as counter:
+                model.loss(tokens, stream=stream, context=context).backward()
+            counts = counter.get_flop_counts()["Global"]
+            products = sum(n for op, n in counts.items() if "attention" not in str(op))
+            assert found.flops == pytest.approx(products, rel=0.02), (options, method, found.flops, products)
+
+
+@needs_gloo
+def test_estimates():
+    run_processes(2, estimates_worker, 2)
+
+
+def wrappers_worker(rank: int, world: int) -> None:
+    """Two batches, each shared by half of the processes; weights by DDP or FSDP2 over all of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "cp"))
+    tokens = torch.randint(0, 40, (2, 2, 21), generator=seeded(1))
+    one = make_model(0)
+    for half in tokens:
+        (one.loss(half) / 2).backward()
+    truth = {n: p.grad for n, p in one.named_parameters()}
+    for method in METHODS:
+        context = pyckpt.ContextParallel(mesh["cp"], method)
+        for kind in ("ddp", "fsdp2"):
+            model = Loss(make_model(0), context)
+            model.options = {"stream": pyckpt.Stream(4)}
+            if kind == "ddp":
+                wrapped: Any = torch.nn.parallel.DistributedDataParallel(model)
+            else:
+                for block in model.model.model.layers:
+                    fully_shard(block)
+                wrapped = fully_shard(model)
+            for _ in range(2):  # a second step finds what the first left behind
+                wrapped.zero_grad()
+                wrapped(tokens[mesh["dp"].get_local_rank()]).backward()
+            got = {n.removeprefix("model."): t for n, t in gradients(wrapped).items()}
+            assert_exact(got, truth, method, kind)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_weights_of_ddp_and_fsdp2():
+    run_processes(4, wrappers_worker, 4)
+
+
+def copies_worker(rank: int, seed: int) -> None:
+    """A copied model shares with the same processes; a stream kept over steps of other lengths gives the same."""
+    context, stream = pyckpt.ContextParallel(), pyckpt.Stream(4)
+    model = make_model(seed)
+    for tokens in (20, 33, 7):
+        got = mean_of_processes(loss_of(copy.deepcopy(model), {"stream": stream, "seq": tokens}, seed, context))
+        assert_exact(got, loss_of(model, {"seq": tokens}, seed), tokens)
+
+
+@needs_gloo
+def test_steps_of_other_lengths(seed):
+    run_processes(2, copies_worker, seed)
