@@ -189,6 +189,26 @@ def test_estimates():
     run_processes(2, estimates_worker, 2)
 
 
+def peaks_worker(rank: int) -> None:
+    model = pyckpt.CkptCausalLM(50, 2, 64, 4, n_kv_heads=2, d_ff=96)
+    stream = pyckpt.Stream(64, "file")
+    for method in METHODS:
+        peaks, context = [], pyckpt.ContextParallel(method=method)
+        for tokens in (256, 512, 1024):
+            model.zero_grad()
+            ids = torch.randint(0, 50, (1, tokens), generator=seeded(tokens))
+            with pyckpt.measure.memory(model) as m:
+                model.loss(ids, stream=stream, context=context).backward()
+            assert m.saved_bytes < 64, m.saved_bytes  # a count
+            peaks.append(m.peak_bytes)
+        assert len(set(peaks)) == 1, (method, peaks)
+
+
+@needs_gloo
+def test_the_peak_does_not_grow_with_the_length_at_all():
+    run_processes(2, peaks_worker)
+
+
 def wrappers_worker(rank: int, world: int) -> None:
     """Two batches, each shared by half of the processes; weights by DDP or FSDP2 over all of them."""
     from torch.distributed.device_mesh import init_device_mesh
