@@ -158,21 +158,31 @@ class SwappedDecoder(Replaced):
             return call.stream_loss(self.layers, ids, targets, ends)
 
     def _dealt_out(self, given: dict[str, Any], call: Call, context: ContextParallel) -> tuple[dict[str, Any], Call]:
-        """This process's part of a call of whole sequences, which are padded at the end to what can be dealt out."""
-        like = self._like(given)
-        padding = context.padding(like.shape[1])
-        if call.cu_seqlens is not None:
-            context.check_whole(like.shape[1])
-        positions = call.positions
+        """This process's part of a call of whole sequences, which are padded at the end to what can be dealt out.
+
+        Packed rows that would have to be padded are one row: what is padded is one more sequence at its end.
+        """
+        like, pad = self._like(given), torch.nn.functional.pad
+        rows, tokens = like.shape[:2]
+        as_one = call.cu_seqlens is not None and context.padding(tokens) > 0
+        padding = context.padding(rows * tokens if as_one else tokens)
+
+        def part(t: Tensor) -> Tensor:
+            t = t.expand(rows, *t.shape[1:]).reshape(1, -1, *t.shape[2:]) if as_one else t
+            return context.shard(pad(t, (*(0, 0) * (t.dim() - 2), 0, padding)))
+
+        positions, cu_seqlens = call.positions, call.cu_seqlens
         if positions is None:
-            positions = torch.arange(like.shape[1], device=like.device)[None]
-        part = context.shard(torch.nn.functional.pad(positions, (0, padding)))
+            positions = torch.arange(tokens, device=like.device)[None]
+        if as_one and padding and cu_seqlens is not None:
+            cu_seqlens = pad(cu_seqlens, (0, 1), value=rows * tokens + padding)
         given = {n: value for n, value in given.items() if n not in (*_LENGTHS, "seq_idx", "cache_position")}
         for name in ("input_ids", "inputs_embeds", "token_type_ids"):
             if (t := given.get(name)) is not None:
-                given[name] = context.shard(torch.nn.functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, padding)))
-        given |= {"position_ids": part, "attention_mask": None}
-        return given, dataclasses.replace(call, positions=part)
+                given[name] = part(t)
+        positions = part(positions)
+        given |= {"position_ids": positions, "attention_mask": None}
+        return given, dataclasses.replace(call, positions=positions, cu_seqlens=cu_seqlens)
 
     def prepare(
         self, given: dict[str, Any], read: Tensor | None, context: ContextParallel | None = None

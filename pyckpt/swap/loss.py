@@ -351,8 +351,11 @@ class SwappedHead(SwappedLoss):
         if context is None:
             lead = hidden.shape[:-1]
             return of_part(targets.reshape(lead), wanted.weights(hidden.device, lead), wanted.reduction)
+        given = targets.shape
+        targets = targets.reshape(hidden.shape[0], -1)  # packed rows may be one
         weights = wanted.weights(hidden.device, targets.shape)
-        return shared_loss(context, targets, weights, wanted.ignored, wanted.reduction, of_part)
+        loss = shared_loss(context, targets, weights, wanted.ignored, wanted.reduction, of_part)
+        return loss.view(given) if loss.dim() else loss
 
     def _of_head(
         self, projection: Any, wanted: Wanted, targets: Tensor, weights: Tensor | None, reduction: str, hidden: Tensor
