@@ -5,10 +5,12 @@
     torchrun --nproc-per-node 4 examples/fsdp2.py --text book.txt --seq-len 8192 --steps 200 --resume run/100
     torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 1000000 --rows 8 --stream 4096
     torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 262144 --rows 2 --share 4
+    torchrun --nproc-per-node 8 examples/fsdp2.py --text book.txt --seq-len 4000000 --rows 2 --share 4 --stream 4096
 
 On GPUs by NCCL, each process one GPU; else by gloo on the CPU. Model and text are those of finetune_llama.py. With
 --stream neither the weights nor the sequence are on a GPU as a whole: a tile of so many tokens, and a layer's weights.
-With --share so many processes share each row, of which every one computes a part of the tokens.
+With --share so many processes share each row, of which every one computes a part of the tokens; with both each streams
+its part.
 """
 
 from __future__ import annotations
@@ -68,8 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world % args.share:
         parser.error(f"--share {args.share} does not divide the {world} processes")
-    if args.share > 1 and args.stream is not None:
-        parser.error("--stream has the whole sequence in one process, --share in several; leave one of them out")
     groups = world // args.share
     if args.rows % groups:
         parser.error(f"--rows {args.rows} can't be dealt out to {groups} groups of processes; give a multiple")
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     model = small_llama().to(device)
     mesh = dist.init_device_mesh(device.type, (groups, args.share), mesh_dim_names=("dp", "cp"))
-    context = pyckpt.ContextParallel(mesh["cp"]) if args.share > 1 else None
+    method = "ring" if args.stream is None or model.config.num_key_value_heads % args.share else "all-to-all"
+    context = pyckpt.ContextParallel(mesh["cp"], method) if args.share > 1 else None
     pyckpt.swap(model, stream=None if args.stream is None else pyckpt.Stream(args.stream), context=context)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     for layer in model.model.layers:
