@@ -47,11 +47,11 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         flat = [_flat(layout, t) for t in (q, k, v)]
         o, lse = attend.forward(layout, *flat, seed, sinks)
+        lse_of_tokens = attend.by_token(layout, lse).clone() if with_lse else None
         ctx.save_for_backward(*flat, sinks, o, lse)
         ctx.attend, ctx.layout, ctx.seed, ctx.shapes = attend, layout, seed, (q.shape, k.shape, v.shape)
         ctx.set_materialize_grads(False)
-        shape = (*q.shape[:-1], attend.value_dim)
-        return o.clone().view(shape), attend.by_token(layout, lse).clone() if with_lse else None
+        return o.view(*q.shape[:-1], attend.value_dim), lse_of_tokens
 
     @staticmethod
     @once_differentiable
