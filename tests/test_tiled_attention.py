@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import a_few, assert_exact
 
+from pyckpt.attend import pairs
 from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.attend.tiled import TiledAttend
 
@@ -32,18 +33,18 @@ def by_tiles(attend, layout, tile, q, k, v, do, seed):
     """o, dq, dk, dv and the pairs that were attended."""
     tiled, n = TiledAttend(attend, layout, tile), -(-layout.tokens // tile)
     cut = [slice(i * tile, min(i * tile + tile, layout.tokens)) for i in range(n)]
-    o, grads, pairs = torch.zeros_like(do), [torch.zeros_like(t) for t in (q, k, v)], []
+    o, grads, attended = torch.zeros_like(do), [torch.zeros_like(t) for t in (q, k, v)], []
     for i in range(n):
         rows = cut[i]
         lse = torch.full((1, HEADS, rows.stop - rows.start), float("-inf"), dtype=q.dtype)
         for j in tiled.keys_of(i):
             tiled.forward(i, j, q[rows], k[cut[j]], v[cut[j]], o[rows], lse, seed)
-            pairs.append((i, j))
+            attended.append((i, j))
         delta = tiled.delta(do[rows], o[rows])
         for j in tiled.keys_of(i):
             into = grads[0][rows], grads[1][cut[j]], grads[2][cut[j]]
             tiled.backward(i, j, do[rows], q[rows], k[cut[j]], v[cut[j]], o[rows], lse, delta, into, seed)
-    return {"o": o, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}, pairs
+    return {"o": o, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}, attended
 
 
 @pytest.mark.parametrize("window", a_few(WINDOWS, always=(0, 2, 4)))
@@ -59,10 +60,39 @@ def test_pairs_of_tiles_are_the_whole(window, layout, extras, v_dim):
     o, lse = attend.forward(layout, q, k, v, seed)
     want = {"o": o, **dict(zip(("dq", "dk", "dv"), attend.backward(layout, do, q, k, v, o, lse, seed), strict=True))}
     for tile in (4, 7, 100):
-        got, pairs = by_tiles(attend, layout, tile, q, k, v, do, seed)
+        got, attended = by_tiles(attend, layout, tile, q, k, v, do, seed)
         for name in want:
             assert_exact(got[name], want[name], f"{name} by tiles of {tile}", terms=10.0)
-        assert all(j <= i for i, j in pairs) or window[1] != 0
+        assert all(j <= i for i, j in attended) or window[1] != 0
+
+
+def test_sequences_that_lie_in_a_tile_are_one_call(monkeypatch):
+    """The rest, across its ends, is attended one by one."""
+    calls: list[tuple[str, int]] = []
+    for name in ("attention_fwd", "attention_tile_fwd_", "attention_bwd", "attention_tile_bwd_"):
+        op = getattr(pairs.ops, name)
+        tokens = 1 if name.endswith(("bwd", "bwd_")) else 0
+
+        def counted(*args, op=op, name=name, tokens=tokens):
+            calls.append((name, args[tokens].shape[-3]))
+            return op(*args)
+
+        monkeypatch.setattr(pairs.ops, name, counted)
+    starts = torch.tensor([0, 3, 3, 7, 12, 16, 19, 20], dtype=torch.int32)
+    for layout, tile, whole, parts in (
+        (Layout(1, 20, starts), 10, [7, 8], [3, 2, 2]),
+        (Layout(5, 4), 10, [8, 8], [2, 2, 2]),
+        (Layout(1, 20, torch.tensor([0, 9, 20], dtype=torch.int32)), 20, [20], []),
+        (Layout(1, 20), 20, [], [20]),
+    ):
+        attend = DenseAttend(HEADS, KV_HEADS, DIM, (-1, 0), 0.0, 0.4)
+        widths = attend.d_q, attend.d_k, attend.d_v, attend.d_o
+        q, k, v, do = (torch.randn(20, w, dtype=torch.float64) for w in widths)
+        calls.clear()
+        by_tiles(attend, layout, tile, q, k, v, do, None)
+        for kind in ("fwd", "bwd"):
+            assert [n for name, n in calls if name == f"attention_{kind}"] == whole, layout
+            assert [n for name, n in calls if name == f"attention_tile_{kind}_"] == parts, layout
 
 
 def test_tiles_that_nobody_sees_are_skipped():
@@ -78,3 +108,19 @@ def test_tiles_that_nobody_sees_are_skipped():
         [2, 3],
         [2, 3, 4],
     ]
+
+
+@pytest.mark.parametrize("layout", ["packed", "batch of short ones", "padded"])
+def test_by_the_triton_kernels(layout, monkeypatch):
+    """Whose queries, keys and sums are views of a tile's here."""
+    layout = LAYOUTS[layout]
+    attend = DenseAttend(HEADS, KV_HEADS, 16, (-1, 0), 0.0, 0.4)
+    widths = attend.d_q, attend.d_k, attend.d_v, attend.d_o
+    q, k, v, do = (torch.randn(layout.tokens, w) for w in widths)
+    o, lse = attend.forward(layout, *(t.double() for t in (q, k, v)))
+    made = attend.backward(layout, *(t.double() for t in (do, q, k, v)), o, lse)
+    monkeypatch.setenv("PYCKPT_BACKEND", "triton")
+    got, _ = by_tiles(attend, layout, 20, q, k, v, do, None)
+    for name, want in {"o": o, **dict(zip(("dq", "dk", "dv"), made, strict=True))}.items():
+        # Float32's rounding in sums of up to 50 products of 16.
+        torch.testing.assert_close(got[name].double(), want, rtol=1e-4, atol=1e-5, msg=name)
