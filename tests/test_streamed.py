@@ -557,11 +557,17 @@ def test_an_estimate_bounds_the_peak_before_anything_runs(usable, monkeypatch):
         stream(128, limit=100).estimate(model, 512)
 
 
-def test_estimated_flops_are_those_counted():
+@pytest.mark.parametrize("save", a_few(["attention", "attention+qkv", "attention+mid", "all", "input"], always=(0, 3)))
+def test_estimated_flops_are_those_counted(save):
     """But for attention, which the counter counts without its mask, and the norms, which it doesn't count."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for options in ({}, {"segments": 3, "mlp": "gelu"}, {"norm_placement": "sandwich"}, {"residual": "parallel"}):
+    for options in (
+        {"save": save},
+        {"save": save, "segments": 3, "mlp": "gelu"},
+        {"save": save, "norm_placement": "sandwich", "qk_norm": True},
+        {"save": save, "residual": "parallel"},
+    ):
         model = pyckpt.CkptCausalLM(VOCAB, 3, 64, 4, n_kv_heads=2, d_ff=128, window=1, **options)
         with FlopCounterMode(display=False) as counter:
             model.loss(torch.randint(0, VOCAB, (1, 512)), stream=stream(128)).backward()

@@ -17,6 +17,7 @@ from pyckpt.measure.flops import attention_pairs
 from pyckpt.measure.units import format_bytes
 from pyckpt.ops.chunks import acc_dtype
 from pyckpt.store import Store
+from pyckpt.tokenwise.parameters import ATTENTION, MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +51,27 @@ class Work:
     """Of one block on a process's tokens: numbers that its gradients take in a backward, and FLOPs.
 
     products: of its weights, forward; weight_gradients: of those trained; repeated: what of `products` a backward makes
-    again; attention: its two products, forward.
+    again, and how much less where the save set is kept, `spared`; attention: its two products, forward, which are made
+    again too where it `repeats_attention` for all that is kept.
     """
 
     gradients: int
     products: float
     weight_gradients: float
     repeated: float
+    spared: float
     attention: float
+    repeats_attention: bool
 
     @property
     def forward(self) -> float:
         return self.products + self.attention
 
-    @property
-    def backward(self) -> float:
+    def backward(self, kept: bool) -> float:
+        """Where the save set was kept, or nothing."""
         # Attention's backward has 5 products where its forward has 2.
-        return self.products + self.weight_gradients + 2.5 * self.attention + self.repeated
+        flops = self.products + self.weight_gradients + 2.5 * self.attention + self.repeated
+        return flops - self.spared * kept + self.attention * (self.repeats_attention or not kept)
 
 
 def work_of(
@@ -83,6 +88,10 @@ def work_of(
     share = 1.0 if context is None else 1.0 / context.size
     attend, per_token = plan.attend, {n: _products(w, experts_per_token) for n, w in weights.items()}
     again = {n: f for n, f in per_token.items() if n not in plan.tokenwise.made_once}
+    kept = {t.name for t in plan.post_tensors} | ({"k", "v"} if plan.save.qkv else set())
+    repeated, spared = sum(again.values()), sum(again.get(f"{_MADE_BY[n]}.weight", 0.0) for n in kept)
+    if plan.keeps_raw_qk:  # a norm's backward reads them as they were before it
+        repeated += sum(again.get(f"{ATTENTION}.{n}_proj.weight", 0.0) for n in ("q", "k"))
     trained = {n: w for n, w in weights.items() if w.requires_grad}
     left, right = attend.window
     pairs = attention_pairs(layout.seq, causal=right == 0, window=(left, right))
@@ -90,9 +99,16 @@ def work_of(
         gradients=sum(w.numel() for w in trained.values()) * (2 if plan.tokenwise.by_autograd else 1),
         products=share * layout.tokens * sum(per_token.values()),
         weight_gradients=share * layout.tokens * sum(per_token[n] for n in trained),
-        repeated=share * layout.tokens * sum(again.values()),
+        repeated=share * layout.tokens * repeated,
+        spared=share * layout.tokens * spared,
         attention=share * 2.0 * layout.batch * pairs * (attend.d_q + attend.d_o),
+        repeats_attention=not plan.save.attention,
     )
+
+
+# The products whose results are kept under these names.
+_MADE_BY = {name: f"{ATTENTION}.{linear}" for name, linear in (("k", "k_proj"), ("v", "v_proj"), ("mid", "o_proj"))}
+_MADE_BY |= {name: f"{MLP}.{name}_proj" for name in ("gate", "up", "down")}
 
 
 def _products(weight: Tensor, experts_per_token: int) -> float:
@@ -113,12 +129,11 @@ def estimate(
     device = store.device_bytes(plan, stack.device)
     device += _scratch(stack) + (max(w.gradients for w in works) + end_weights) * acc_dtype(stack.dtype).itemsize
     device += min(plan.tile * vocab, _LOGITS.get(stack.device.type, _LOGITS["cuda"])) * 3 * 4
-    steps = list(stack.schedule)
-    ahead = [s.block for s in steps if isinstance(s, Advance)]
-    walked_back = [s.block for s in steps if not isinstance(s, Advance)]
+    ahead = [s for s in stack.schedule if isinstance(s, Advance)]
+    walked_back = [s.block for s in stack.schedule if not isinstance(s, Advance)]
+    kept = {s.block for s in ahead if s.keep}
     flops = 2.0 * head_products * stack.tokens * stack.d_model * vocab
-    flops += sum(works[b].forward for b in ahead) + sum(works[b].backward for b in walked_back)
-    flops += sum(works[b].attention for b in walked_back if not stack.plans[b].save.attention)
+    flops += sum(works[s.block].forward for s in ahead) + sum(works[b].backward(b in kept) for b in walked_back)
     bytes_in, bytes_out = _copies(stack, len(ahead), len(walked_back)) if store.copies(stack.device) else (0, 0)
     return Estimate(store.kind, plan.store_bytes, device, flops, bytes_in, bytes_out)
 
