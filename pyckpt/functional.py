@@ -82,7 +82,10 @@ def attention(
     errors.check_transforms("pyckpt.attention", q, k, v, sinks)
     q, k, v = autocast(q, k, v)
     _check_attention(q, k, v, packed=cu_seqlens is not None)
-    _check_packed(q, k, cu_seqlens, cu_seqlens_k, 1 if context is None else check_context(context).size)
+    if context is not None:
+        check_context(context)
+        _check_shared(q, k, alibi_slopes, cu_seqlens_k)
+    _check_packed(q, k, cu_seqlens, cu_seqlens_k, 1 if context is None else context.size)
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
     dropout, seed = _checked_dropout(dropout, seed)
     errors.check_bool("causal", causal)
@@ -90,7 +93,6 @@ def attention(
     cap = _softcap(softcap)
     q, scale = _scaled(q, scale)
     if context is not None:
-        _check_shared(q, k, alibi_slopes, cu_seqlens_k)
         heads = (q.shape[-2], k.shape[-2], q.shape[-1])
         attend = DenseAttend(*heads, (left, right), cap, scale, dropout, v_head_dim=v.shape[-1])
         batch, seq = (q.shape[0], q.shape[1]) if cu_seqlens is None else (1, q.shape[0])

@@ -443,6 +443,20 @@ class CkptCausalLM(nn.Module):
         assertion, and tokens are the embedding's. TypeError for tensors that are none and options of another type.
         """
         softcap, z_loss, label_smoothing = check_loss_options(reduction, softcap, z_loss, label_smoothing)
+        if stream is not None:
+            check_stream(stream)
+        if context is not None:
+            check_context(context).check_alike(
+                self.model.embed_tokens.weight.device,
+                tokens=tokens,
+                labels=labels,
+                positions=positions,
+                cu_seqlens=cu_seqlens,
+                token_weight=token_weight,
+                class_weight=class_weight,
+                reduction=reduction,
+                stream=None if stream is None else stream.said,
+            )
         labels = self._labels(tokens, labels, cu_seqlens)
         dtype = acc_dtype(self.lm_head.weight.dtype)
         weights = loss_weights(labels, token_weight, class_weight, self.vocab_size, -100, label_smoothing, dtype)
@@ -454,13 +468,11 @@ class CkptCausalLM(nn.Module):
             "recompute": recompute,
         }
         if stream is not None:
-            check_stream(stream)
-            context = None if context is None else check_context(context)
             return run_loss(self, tokens, labels, weights, positions, cu_seqlens, stream, context, options)
         targets = _targets(labels, cu_seqlens)
         weights = None if weights is None else following(weights, 0.0)
         if context is not None:
-            return self._shared_loss(tokens, targets, weights, positions, cu_seqlens, check_context(context), options)
+            return self._shared_loss(tokens, targets, weights, positions, cu_seqlens, context, options)
         hidden = self.hidden(tokens, positions, cu_seqlens)
         gather(self.lm_head)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, token_weight=weights, **options)
@@ -479,11 +491,10 @@ class CkptCausalLM(nn.Module):
         """The loss of all tokens, of which this process computes its part."""
         padding = context.padding(tokens.shape[-1])  # at the end, where no other token sees it
         if padding:
-            tokens = nn.functional.pad(tokens, (0, padding))
+            tokens = context.padded(tokens, padding)
             positions = None if positions is None else nn.functional.pad(positions, (0, padding))
             if cu_seqlens is not None:
                 cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=tokens.shape[-1])
-        context.check_alike(tokens, targets)
         hidden = self.hidden(tokens, positions, cu_seqlens, context=context)
         gather(self.lm_head)
 

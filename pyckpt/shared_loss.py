@@ -71,9 +71,9 @@ def of_all_tiles(
     given, how = layout.tokens, ends.loss
     padding = -given % context.size
     if padding:
-        tokens, targets = F.pad(tokens.reshape(-1), (0, padding)), targets.padded(padding)
+        tokens, targets = context.padded(tokens.reshape(-1), padding), targets.padded(padding)
         positions = None if positions is None else F.pad(positions, (0, padding))
-        layout = _with_another(layout, padding, tokens.device)
+        layout = padded(layout, context.size, tokens.device)
     if how.reduction == "mean":
         ends = dataclasses.replace(ends, loss=dataclasses.replace(how, reduction="sum"))
     loss = context.total(of_tiles(tokens, targets, ends, layout, positions))
@@ -84,8 +84,11 @@ def of_all_tiles(
     return averaged(loss, labels, targets.weights_of(everything, labels, loss.dtype), how.ignore_index)
 
 
-def _with_another(layout: Layout, tokens: int, device: torch.device) -> Layout:
-    """With one more sequence at the end."""
-    queries, keys = ([*starts, layout.tokens + tokens] for starts in layout.numbers)
+def padded(layout: Layout, processes: int, device: torch.device) -> Layout:
+    """With one more sequence at the end, where the tokens can't be dealt out evenly to so many processes."""
+    tokens = -(-layout.tokens // processes) * processes
+    if tokens == layout.tokens:
+        return layout
+    queries, keys = ([*starts, tokens] for starts in layout.numbers)
     cu_seqlens = torch.tensor([queries, keys] if layout.apart else queries, dtype=torch.int32, device=device)
-    return Layout(1, layout.tokens + tokens, cu_seqlens, (queries, keys))
+    return Layout(1, tokens, cu_seqlens, (queries, keys))

@@ -28,7 +28,7 @@ from pyckpt.exec.stack import Stack
 from pyckpt.exec.streamed_layers import InRun, LayerRun
 from pyckpt.exec.streamed_node import execute
 from pyckpt.measure.units import parse_bytes
-from pyckpt.shared_loss import of_all_tiles
+from pyckpt.shared_loss import of_all_tiles, padded
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
 
@@ -63,7 +63,9 @@ class Stream:
             those that were given before.) On a GPU autograd runs the backward in a thread of its own, and Python raises
             KeyboardInterrupt in the main one, when the backward is over: raise something here to stop between tiles.
 
-    Keep a `Stream` for the whole training: it keeps the store's memory from step to step.
+    Keep a `Stream` for the whole training: it keeps the store's memory from step to step. Processes that share
+    sequences (`context=`) have to have the same tile, limit and gradients, and to be ended by `progress` all in the
+    same place: one that ends alone leaves others waiting.
     """
 
     def __init__(
@@ -87,6 +89,11 @@ class Stream:
         self.progress = progress
         self.gradients = gradients
 
+    @property
+    def said(self) -> str:
+        """What processes that share sequences are to be told alike."""
+        return f"tile={self.tile}, limit={self.store.limit}, gradients={self.gradients!r}"
+
     def estimate(
         self, model: nn.Module, tokens: int, batch: int = 1, context: ContextParallel | None = None
     ) -> Estimate:
@@ -107,10 +114,10 @@ class Stream:
                 raise ValueError(f"{name}={value!r}: expected a positive whole number")
         parts = _parts_of(model)
         processes = 1 if context is None else check_context(context).size
-        layout = Layout(int(batch), -(-int(tokens) // processes) * processes)
+        layout = Layout(int(batch), int(tokens))
         x, looked_up = parts.residual()
         with torch.enable_grad():  # a step has a backward, wherever it is asked about
-            given = (parts.blocks, parts.segments, layout, None, x, looked_up, self)
+            given = (parts.blocks, parts.segments, padded(layout, processes, x.device), None, x, looked_up, self)
             stack = _stack(*given, seeded=False, context=context)
         works = [
             work_of(plan, block.matrices(), layout, block.experts_per_token, context)
@@ -192,8 +199,6 @@ def run_loss(
     ends = Ends(weights, norm_of(model.spec, "norm"), model.spec.norm_offset, embedding, _loss_options(**options))
     if positions is not None:
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
-    if context is not None:
-        context.check_alike(tokens, labels)
     layout = _layout(tokens.shape, cu_seqlens)
     targets = Targets(labels, last_tokens(layout), IGNORE, label_weights)
     blocks, segments = blocks_of(model.model.layers)
@@ -438,6 +443,9 @@ def _stack(
         schedule=without_gradient(len(blocks)) if first is None else by_segments(len(blocks), length, first),
         context=context,
     )
+    if context is not None:
+        for plan in stack.plans:
+            context.attend(plan.attend)  # raises where heads can't be dealt out
     fitting = _fit(stack, first, stream.store.limit, again=layers is None)
     seeds = draw_seeds(blocks) if seeded else None  # last: a run that is refused draws nothing
     if seeds is None:

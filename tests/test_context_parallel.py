@@ -247,7 +247,7 @@ def model_worker(rank: int, world: int, seed: int) -> None:
     draw = random.Random(seed)
     for method in METHODS if SIZES["n_heads"] % world == 0 else ("ring",):
         context = pyckpt.ContextParallel(method=method)
-        few = LOSSES if world == 2 else draw.sample(sorted(LOSSES), 4)  # others in another run
+        few = draw.sample(sorted(LOSSES), 6 if world == 2 else 4)  # others in another run
         for name in few:
             options = LOSSES[name]
             for made in MADE[: 2 if world == 2 else 1]:
@@ -370,7 +370,7 @@ def given_worker(rank: int, seed: int) -> None:
             with pytest.raises(ValueError, match="6 tokens can't be dealt out evenly"):
                 context.gather(odd)
         for other in (torch.full((1, 8), rank), torch.zeros(1, 8 + rank, dtype=torch.long)):
-            with pytest.raises(ValueError, match="not given the same: 1 of this group have other tokens or labels"):
+            with pytest.raises(ValueError, match="not given the same: 1 of this group have other tokens than 0"):
                 make_model(0).loss(other, context=pyckpt.ContextParallel(method=method))
         with pytest.raises(ValueError, match="end at the number of tokens, 96"):
             block(torch.zeros(48, D_MODEL, dtype=torch.float64), cu_seqlens=PACKED, context=context)
@@ -384,6 +384,32 @@ def given_worker(rank: int, seed: int) -> None:
         pyckpt.ContextParallel(2)
     with pytest.raises(ValueError, match="this process is not in the group"):
         pyckpt.ContextParallel(torch.distributed.GroupMember.NON_GROUP_MEMBER)
+
+
+def alike_worker(rank: int) -> None:
+    """What differs between processes is an error in each of them, before it has them wait for one another."""
+    model, tokens = make_model(0), torch.randint(0, 40, (2, 8), generator=seeded(0))
+    cu_seqlens = torch.tensor([0, 4 + rank, 16], dtype=torch.int32)
+    for name, given in {
+        "method": {"context": pyckpt.ContextParallel(method=METHODS[rank])},
+        "stream": {"stream": pyckpt.Stream(4 + rank)},
+        "labels": {"labels": tokens.roll(rank)},
+        "positions": {"positions": torch.arange(8) + rank},
+        "cu_seqlens": {"tokens": tokens.flatten(), "cu_seqlens": cu_seqlens},
+        "token_weight": {"token_weight": torch.full((2, 8), 0.5 + rank)},
+        "reduction": {"reduction": ("mean", "sum")[rank]},
+        "tokens, labels": {"tokens": tokens + 40 * rank, "labels": None if rank else tokens},
+    }.items():
+        with pytest.raises(ValueError, match=f"1 of this group have other {name} than 0"):
+            model.loss(**{"tokens": tokens, "context": pyckpt.ContextParallel(), **given})
+    model.model.embed_tokens.weight.data[0] = float("inf")  # which no token is
+    model.loss(torch.randint(1, 40, (1, 7), generator=seeded(0)), context=pyckpt.ContextParallel()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@needs_gloo
+def test_what_has_to_be_alike():
+    run_processes(2, alike_worker)
 
 
 @needs_gloo
@@ -450,6 +476,9 @@ def function_worker(rank: int, seed: int) -> None:
             pyckpt.attention(q, k, k, alibi_slopes=torch.ones(2), context=context)
         with pytest.raises(ValueError, match="with context q and k are the same tokens"):
             pyckpt.attention(q[:, :4], k, k, context=context)
+        starts = torch.tensor([0, 16], dtype=torch.int32)
+        with pytest.raises(ValueError, match="context goes with no cu_seqlens_k"):
+            pyckpt.attention(q[0], k[0], k[0], cu_seqlens=starts, cu_seqlens_k=starts, context=context)
         with pytest.raises(TypeError, match=r"context must be a pyckpt\.ContextParallel or None, got int"):
             pyckpt.attention(q, k, k, context=2)
 

@@ -195,8 +195,20 @@ def ways_worker(rank: int, seed: int) -> None:
             twin(**given)
     other = copy.deepcopy(model)
     pyckpt.swap(other, context=pyckpt.ContextParallel())
-    with pytest.raises(ValueError, match="not given the same: 1 of this group have other tokens or labels"):
+    with pytest.raises(ValueError, match="not given the same: 1 of this group have other input_ids, labels than 0"):
         other(**{n: (t + rank) % VOCAB for n, t in batch.items()})
+    learned = make_model("GPT2")  # with a table of 64 positions, of which one process alone would go beyond
+    for stream in (None, pyckpt.Stream(8)):
+        pyckpt.swap(learned, context=context, stream=stream)
+        ids = torch.randint(1, VOCAB, (1, 70), generator=torch.Generator().manual_seed(0))
+        for given in ({"input_ids": ids}, {"input_ids": ids[:, :20], "position_ids": torch.arange(50, 70)[None]}):
+            with pytest.raises(ValueError, match="position 69 is out of range: the model has a table of 64 positions"):
+                learned(**given, labels=given["input_ids"])
+        pyckpt.unswap(learned)
+    odd = make_model("Llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
+    with pytest.raises(ValueError, match="3 heads can't be dealt out evenly to 2 processes"):
+        pyckpt.swap(odd, context=pyckpt.ContextParallel(method="all-to-all"))
+    assert "forward" not in odd.__dict__
     with pytest.raises(
         ValueError, match=r"labels have shape \(2, 7\), expected those of the whole sequences, \(2, 19\)"
     ):

@@ -25,6 +25,7 @@ LAYOUTS = {
             [[0, 3, 3, 20, 20, 26, 26, 44, 44, 50, 50], [0, 0, 3, 11, 20, 20, 26, 44, 44, 44, 50]], dtype=torch.int32
         ),
     ),
+    "no keys": Layout(1, 14, torch.tensor([[0, 7, 14, 14], [0, 0, 0, 14]], dtype=torch.int32)),
     "packed short ones": Layout(1, 30, torch.tensor([0, *range(1, 31)], dtype=torch.int32)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pyckpt.attend.processes import Processes, Spans
 from pyckpt.attend.ring import RingAttend
 from pyckpt.attend.shared_tiles import AllToAllTiles, RingTiles
 from pyckpt.attend.tiled import TiledAttend
+from pyckpt.compiling import uncompiled
 from pyckpt.ops import philox
 
 _KINDS: dict[str, Any] = {"ring": RingAttend, "all-to-all": AllToAllAttend}
@@ -178,23 +180,30 @@ class ContextParallel:
         """Raise ValueError where a process's part of a sequence can't have so many tokens."""
         self.check_whole(tokens * self.size)
 
-    def check_alike(self, *tensors: Tensor) -> None:
-        """Raise ValueError, in every process, where they were not given the same ints. Looks in the first call alone.
+    @uncompiled
+    def check_alike(self, device: torch.device, **given: Any) -> None:
+        """Raise ValueError, in every process, where they were not given the same. Looks in the first call alone.
 
         The likeliest mistake is a sampler that deals out batches to all processes, and no process could notice it by
-        itself: the loss would be one of sequences that nobody has.
+        itself: the loss would be one of sequences that nobody has. Others would have them wait for one another.
+
+        given: by name, the same names in every process, tensors, numbers, texts and None. device: where the group's
+        messages are.
         """
-        if self._compared or self.size == 1 or tensors[0].is_meta:
+        if self._compared or self.size == 1 or device.type == "meta":
             return
-        mine = torch.stack([mark for t in tensors for mark in _marks(t)])
+        named = {"method": self.method, **given}
+        mine = torch.stack([torch.stack(_marks(value, device)) for value in named.values()])
         found = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(found, mine, group=self.group)
-        odd = [rank for rank, theirs in enumerate(found) if not torch.equal(theirs, found[0])]
-        if odd:
+        differs = [(theirs != found[0]).any(1).tolist() for theirs in found]
+        if any(map(any, differs)):
+            ranks = ", ".join(str(rank) for rank, odd in enumerate(differs) if any(odd))
+            what = ", ".join(name for name, odd in zip(named, zip(*differs, strict=True), strict=True) if any(odd))
             raise ValueError(
-                f"the processes that share a sequence were not given the same: {', '.join(map(str, odd))} of this "
-                "group have other tokens or labels than 0. Give each of them the whole batch (a DistributedSampler "
-                "takes the number of groups for num_replicas)"
+                f"the processes that share a sequence were not given the same: {ranks} of this group have other {what} "
+                "than 0. Give each of them the whole batch (a DistributedSampler takes the number of groups for "
+                "num_replicas) and the same options"
             )
         self._compared = True
 
@@ -204,6 +213,11 @@ class ContextParallel:
     def padding(self, tokens: int) -> int:
         """How many more a sequence of so many tokens has to have."""
         return -tokens % self.multiple
+
+    @staticmethod
+    def padded(ids: Tensor, tokens: int) -> Tensor:
+        """(..., S + tokens), with the last id again: one that is read anyway, whatever others look up."""
+        return torch.cat([ids, ids[..., -1:].expand(*ids.shape[:-1], tokens)], -1)
 
     def check_whole(self, tokens: int) -> None:
         """Raise ValueError where a sequence of so many tokens can't be dealt out."""
@@ -249,12 +263,19 @@ def _checked(t: Any, dim: int) -> tuple[Tensor, int]:
     return t, dim % t.dim()
 
 
-def _marks(t: Tensor) -> list[Tensor]:
-    """Ints that tell a tensor of ints from another, in all likelihood."""
-    flat = t.reshape(-1).long()
-    places = torch.arange(1, flat.numel() + 1, device=t.device)
-    sizes = torch.tensor([*t.shape, *(0,) * 4][:4], device=t.device)
-    return [*sizes, (flat * places).sum(), flat.sum()]
+def _marks(value: Any, device: torch.device) -> list[Tensor]:
+    """Ints that tell it from another, in all likelihood."""
+    if not isinstance(value, Tensor):
+        return [*torch.tensor([-1, 0, 0, 0, zlib.crc32(repr(value).encode()), 0], device=device)]
+    bits = value.detach().contiguous()
+    bits = bits.view(_INTS[bits.itemsize]) if bits.is_floating_point() else bits
+    flat = bits.reshape(-1).long()
+    places = torch.arange(1, flat.numel() + 1, device=flat.device)
+    sizes = torch.tensor([*value.shape, *(0,) * 4][:4], device=device)
+    return [*sizes, (flat * places).sum().to(device), flat.sum().to(device)]
+
+
+_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Gather(torch.autograd.Function):

@@ -155,10 +155,10 @@ class PairAttend:
             total[where] += part.flatten(1)
 
     def _heads(self, t: Tensor, rows: slice) -> Tensor:
-        return t[rows].view(1, rows.stop - rows.start, -1, self._attend.head_dim)
+        return t[rows].view(1, rows.stop - rows.start, t.shape[1] // self._attend.head_dim, self._attend.head_dim)
 
     def _value_heads(self, t: Tensor, rows: slice) -> Tensor:
-        return t[rows].view(1, rows.stop - rows.start, -1, self._attend.value_dim)
+        return t[rows].view(1, rows.stop - rows.start, t.shape[1] // self._attend.value_dim, self._attend.value_dim)
 
     def _options(self, piece: _Piece, seed: int | None) -> tuple[object, ...]:
         a = self._attend

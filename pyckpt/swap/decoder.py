@@ -169,6 +169,8 @@ class SwappedDecoder(Replaced):
 
         def part(t: Tensor) -> Tensor:
             t = t.expand(rows, *t.shape[1:]).reshape(1, -1, *t.shape[2:]) if as_one else t
+            if t.dim() == 2:
+                return context.shard(context.padded(t, padding))
             return context.shard(pad(t, (*(0, 0) * (t.dim() - 2), 0, padding)))
 
         positions, cu_seqlens = call.positions, call.cu_seqlens
@@ -389,10 +391,10 @@ class SwappedDecoder(Replaced):
             runs[segment[0].place] = [s.block for s in segment]
         return runs, streamed, None
 
-    def tokens(self, given: dict[str, Any]) -> tuple[int, int] | None:
+    def tokens(self, given: dict[str, Any]) -> tuple[int, ...] | None:
         """(B, S) of a call with these arguments."""
         like = self._like(given)
-        return None if like is None else (like.shape[0], like.shape[1])
+        return None if like is None else tuple(like.shape[:2])
 
     @staticmethod
     def _like(given: dict[str, Any]) -> Any:

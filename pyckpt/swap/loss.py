@@ -255,11 +255,18 @@ class SwappedHead(SwappedLoss):
     def _check_whole(self, given: dict[str, Any], wanted: Wanted, context: ContextParallel) -> None:
         """What one process would find in its part, while others wait for it, all find in the whole."""
         device, ids = projections.of(self.module).weight.device, given.get("input_ids")
+        stream = self._decoder.stream if self._decoder is not None else None
+        said = None if stream is None else f"{stream.stream.said}, segments={stream.segments}"
+        told = {n: given.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
+        told |= {"labels": wanted.given, "token_weight": wanted.token_weight, "reduction": wanted.reduction}
+        context.check_alike(device, **told, stream=said)
         errors.check_labels(wanted.given.to(device), _words(projections.of(self.module)), wanted.ignored, device)
         if ids is not None:
             embed: Any = ends.modules_of(heads.base_of(self.module), self._places, None)[0]
             errors.check_tokens(ids, _words(embed), ids.device, packed=False)
-        context.check_alike(*(t for t in (wanted.given, ids) if t is not None))
+        if self._places.table is not None:
+            table: Any = ends.modules_of(heads.base_of(self.module), self._places, None)[1]
+            _check_places(given.get("position_ids"), wanted.given.shape[-1], _words(table))
 
     def _streamed(self, decoder: SwappedDecoder, given: dict[str, Any], wanted: Wanted) -> Tensor | None:
         """The loss, streamed from the token ids on; None where the layers alone are streamed, or nothing is."""
@@ -310,6 +317,10 @@ class SwappedHead(SwappedLoss):
             raise UnsupportedError("some of its layers need the model's own forward")
         if self.head.places is None:
             raise UnsupportedError("what surrounds the layers of this class is not known")
+        assert self.context is not None
+        for layer in decoder.layers:
+            like = layer.block.like_weights()
+            self.context.attend(layer.block.plan(1, like.dtype, like.dtype, like.device).attend)
 
     def check_streamed(self, decoder: SwappedDecoder | None) -> None:
         """Raise `UnsupportedError` where the loss cannot be streamed from the token ids on, over these layers."""
@@ -380,6 +391,18 @@ def _words(module: Any) -> int:
     """Of an embedding or a head, whose weight ZeRO-3 may have taken away."""
     weight = module.weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def _check_places(positions: Tensor | None, tokens: int, rows: int) -> None:
+    """Raise ValueError where a table of positions has too few rows; on a GPU what is given is not looked at."""
+    last = tokens - 1
+    if positions is not None:
+        if positions.is_cuda or not positions.numel():
+            return
+        first, last = int(positions.min()), int(positions.max())
+        last = first if first < -rows else last
+    if not -rows <= last < rows:
+        raise ValueError(f"position {last} is out of range: the model has a table of {rows} positions")
 
 
 _streamed_uncompiled = uncompiled(SwappedHead._streamed)
