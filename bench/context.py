@@ -82,11 +82,12 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
 
-    stream = None if args.stream is None else pyckpt.Stream(args.stream)
+    # One keeps the memory of its store from step to step: another's peak would be without it.
+    streams = dict.fromkeys(contexts) if args.stream is None else {v: pyckpt.Stream(args.stream) for v in contexts}
 
     def step(variant: str) -> None:
         if variant != ALONE or rank == 0:
-            model.loss(tokens, context=contexts[variant], stream=stream).backward()
+            model.loss(tokens, context=contexts[variant], stream=streams[variant]).backward()
         dist.barrier()
 
     rows = []
