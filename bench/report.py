@@ -473,12 +473,13 @@ def precision() -> str:
     return "\n".join([*lines, "", source("bench/precision.py", "precision_cpu", figures)])
 
 
-def context() -> str:
+def context(name: str = "context_cpu") -> str:
     """A step that processes share beside one process, for ARCHITECTURE.md."""
-    figures = common.read("context_cpu")
+    figures = common.read(name)
     o = figures["options"]
+    tiles = "" if o["stream"] is None else f", tile {o['stream']:,}"
     lines = [
-        f"| fp32, {o['layers']} layers, d_model {o['d_model']}, S = {o['tokens']:,}, {o['processes']} processes "
+        f"| fp32, {o['layers']} layers, d_model {o['d_model']}, S = {o['tokens']:,}{tiles}, {o['processes']} processes "
         "| a step | of alone | kept by each | peak of each | sent by each | by arithmetic |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -486,7 +487,7 @@ def context() -> str:
         sent = " | ".join(format_bytes(row[n]) if row[n] else "–" for n in ("sent_bytes", "sent_by_arithmetic"))
         memory = " | ".join(format_bytes(row[n]) for n in ("saved_bytes", "peak_bytes"))
         lines.append(f"| {row['variant']} | {row['seconds']:.2f} s | {row['over_alone']:.2f} | {memory} | {sent} |")
-    return "\n".join([*lines, "", source("bench/context.py", "context_cpu", figures)])
+    return "\n".join([*lines, "", source("bench/context.py", name, figures)])
 
 
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
@@ -514,6 +515,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream-time": stream_time,
     "stream-schedule": stream_schedule,
     "context": context,
+    "context-stream": lambda: context("context_stream_cpu"),
     "swap": swap,
     "own-model": own_model,
     "attention-bounds": attention_bounds,
