@@ -31,7 +31,7 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.save import Save, SaveSet
 from pyckpt.shared_loss import shared_loss
 from pyckpt.spec import RopeScaling, Window
-from pyckpt.stream import Parts, Stream, blocks_of, check_stream, run_loss, run_stack
+from pyckpt.stream import Parts, Stream, blocks_of, check_stream, options_of, run_loss, run_stack
 from pyckpt.tokenwise.norm import with_offset
 from pyckpt.tokenwise.settings import mode
 
@@ -455,7 +455,7 @@ class CkptCausalLM(nn.Module):
                 token_weight=token_weight,
                 class_weight=class_weight,
                 reduction=reduction,
-                stream=None if stream is None else stream.said,
+                stream=options_of(stream),
             )
         labels = self._labels(tokens, labels, cu_seqlens)
         dtype = acc_dtype(self.lm_head.weight.dtype)

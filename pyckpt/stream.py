@@ -89,11 +89,6 @@ class Stream:
         self.progress = progress
         self.gradients = gradients
 
-    @property
-    def said(self) -> str:
-        """What processes that share sequences are to be told alike."""
-        return f"tile={self.tile}, limit={self.store.limit}, gradients={self.gradients!r}"
-
     def estimate(
         self, model: nn.Module, tokens: int, batch: int = 1, context: ContextParallel | None = None
     ) -> Estimate:
@@ -125,6 +120,11 @@ class Stream:
         ]
         products = parts.head_products(inward=bool(stack.schedule.backward))
         return estimate(stack, self.store, works, parts.trained_ends, parts.vocab, products)
+
+
+def options_of(stream: Stream | None) -> str | None:
+    """What processes that share sequences are to be told alike."""
+    return None if stream is None else f"tile={stream.tile}, limit={stream.store.limit}, gradients={stream.gradients!r}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pyckpt.compiling import uncompiled
 from pyckpt.exec.lm_ends import Ends, LossOptions
 from pyckpt.functional import linear_cross_entropy
 from pyckpt.shared_loss import shared_loss
-from pyckpt.stream import Parts
+from pyckpt.stream import Parts, options_of
 from pyckpt.swap import ends, heads
 from pyckpt.swap import projection as projections
 from pyckpt.swap.around import called, foreign, gather
@@ -256,7 +256,7 @@ class SwappedHead(SwappedLoss):
         """What one process would find in its part, while others wait for it, all find in the whole."""
         device, ids = projections.of(self.module).weight.device, given.get("input_ids")
         stream = self._decoder.stream if self._decoder is not None else None
-        said = None if stream is None else f"{stream.stream.said}, segments={stream.segments}"
+        said = None if stream is None else f"{options_of(stream.stream)}, segments={stream.segments}"
         told = {n: given.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
         told |= {"labels": wanted.given, "token_weight": wanted.token_weight, "reduction": wanted.reduction}
         context.check_alike(device, **told, stream=said)
