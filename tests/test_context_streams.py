@@ -258,3 +258,34 @@ def copies_worker(rank: int, seed: int) -> None:
 @needs_gloo
 def test_steps_of_other_lengths(seed):
     run_processes(2, copies_worker, seed)
+
+
+def gpu_worker(rank: int, seed: int) -> None:
+    """By NCCL, in bfloat16: as exact as one process, twice the same bits."""
+    torch.cuda.set_device(rank)
+    group = torch.distributed.new_group(backend="nccl")
+    model, tokens = make_model(seed), torch.randint(0, 40, (2, 33), generator=seeded(seed))
+    model.loss(tokens).backward()
+    truth = {n: p.grad for n, p in model.named_parameters()}
+    ours, tokens = make_model(seed).to("cuda", torch.bfloat16), tokens.cuda()
+    stream = pyckpt.Stream(8)
+
+    def results(context: Any) -> dict[str, Tensor]:
+        ours.zero_grad()
+        ours.loss(tokens, stream=stream, context=context).backward()
+        grads = {n: p.grad.float() for n, p in ours.named_parameters()}
+        grads = grads if context is None else {n: context.total(g) / context.size for n, g in grads.items()}
+        return {n: g.cpu() for n, g in grads.items()}
+
+    alone = results(None)
+    for method in METHODS:
+        context = pyckpt.ContextParallel(group, method)
+        got, again = results(context), results(context)
+        assert_same_bits(got, again)
+        assert_as_good(got, alone, truth, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(seed):
+    run_processes(2, gpu_worker, seed)
