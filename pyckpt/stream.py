@@ -99,7 +99,7 @@ class Stream:
 
         model: a `CkptCausalLM`, a `CkptTransformer` (whose whole x and y come beside), or a model with swapped layers,
         whatever `swap` was told of streaming; without its loss where that cannot be streamed. context: the processes
-        that will share the sequences, of which one is estimated; not those that `swap` was told of.
+        that will share the sequences, of which one is estimated; default: those that `swap` was told of.
 
         Raises ValueError, as the run would, where the store's limit is too small for it; and where the model has
         nothing that can be streamed as one run.
@@ -108,7 +108,8 @@ class Stream:
             if (errors.as_int(value) or 0) < 1:
                 raise ValueError(f"{name}={value!r}: expected a positive whole number")
         parts = _parts_of(model)
-        processes = 1 if context is None else check_context(context).size
+        context = parts.context if context is None else check_context(context)
+        processes = 1 if context is None else context.size
         layout = Layout(int(batch), int(tokens))
         x, looked_up = parts.residual()
         with torch.enable_grad():  # a step has a backward, wherever it is asked about
@@ -129,11 +130,15 @@ def options_of(stream: Stream | None) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What of a model is streamed: blocks, how many make a segment, and the weights of `Ends` where those are too."""
+    """What of a model is streamed: blocks, how many make a segment, and the weights of `Ends` where those are too.
+
+    context: the processes that share its sequences, where the model says so itself.
+    """
 
     blocks: list[CheckpointedBlock]
     segments: int
     ends: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    context: ContextParallel | None = None
 
     def residual(self) -> tuple[Tensor, bool]:
         """An empty tensor like the residual stream, and whether it wants a gradient where the first block begins."""

@@ -307,7 +307,7 @@ class SwappedHead(SwappedLoss):
         """What is streamed with the loss; None where that is the layers alone, or nothing."""
         parts = None if self._decoder is None else self._decoder.streamed_parts()
         try:
-            return None if parts is None else dataclasses.replace(parts, ends=self.ends().weights)
+            return None if parts is None else dataclasses.replace(parts, ends=self.ends().weights, context=self.context)
         except UnsupportedError:
             return None
 
