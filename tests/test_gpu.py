@@ -244,12 +244,15 @@ def test_the_peak_of_a_streamed_step_does_not_depend_on_the_length(store):
 
 def test_a_streamed_step_of_a_packed_batch():
     model = make_lm(torch.bfloat16)
-    cu = torch.tensor([0, 700, 701, 2000, 3001], dtype=torch.int32, device=DEVICE)
+    # Across tiles of 500, and several within one.
+    starts = [0, 90, 91, 400, 1300, 1301, 1380, 1380, 1490, 2600, 3001]
+    cu = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
     tokens = random_tokens(3001)
     truth = make_lm(torch.float64)
     truth.load_state_dict({n: t.double() for n, t in model.state_dict().items()})
     resident, exact = (results(m, tokens, cu_seqlens=cu) for m in (model, truth))
     streamed = results(model, tokens, cu_seqlens=cu, stream=pyckpt.Stream(500))
+    assert_same_bits(results(model, tokens, cu_seqlens=cu, stream=pyckpt.Stream(500)), streamed)
     for found in (resident, exact, streamed):
         assert torch.isfinite(found.pop("loss"))  # of one number the rounding is chance
     assert_as_good(streamed, resident, exact, torch.bfloat16)
