@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
-from pyckpt.attend.context import ContextParallel, check_context
+from pyckpt.attend.context import ContextParallel, check_context, processes_of
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.casting import autocasts
 from pyckpt.compiling import uncompiled
@@ -461,7 +461,7 @@ def run_blocks(
         check_weights(block, part, x, compute)
     opaque = torch.compiler.is_compiling() or x.is_meta  # no values to look at
     if cu_seqlens is not None and not checked and not opaque:
-        all_tokens = x.shape[0] * (1 if context is None else context.size)
+        all_tokens = x.shape[0] * processes_of(context)
         errors.check_cu_seqlens(cu_seqlens, all_tokens, x.device, asker=first)
     if positions is not None:
         positions = errors.check_positions(positions, x)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pyckpt import errors, vocab_parallel
 from pyckpt.attend import shared
-from pyckpt.attend.context import ContextParallel, check_context
+from pyckpt.attend.context import ContextParallel, check_context, processes_of
 from pyckpt.attend.dense import DenseAttend, Layout
 from pyckpt.casting import autocast
 from pyckpt.ops.chunks import acc_dtype
@@ -85,7 +85,7 @@ def attention(
     if context is not None:
         check_context(context)
         _check_shared(q, k, alibi_slopes, cu_seqlens_k)
-    _check_packed(q, k, cu_seqlens, cu_seqlens_k, 1 if context is None else context.size)
+    _check_packed(q, k, cu_seqlens, cu_seqlens_k, processes_of(context))
     _check_heads(q, cu_seqlens, sinks, alibi_slopes)
     dropout, seed = _checked_dropout(dropout, seed)
     errors.check_bool("causal", causal)

@@ -69,11 +69,11 @@ def of_all_tiles(
     many. With reduction "none" it is 0 of others' tokens.
     """
     given, how = layout.tokens, ends.loss
-    padding = -given % context.size
+    layout = padded(layout, context.size, tokens.device)
+    padding = layout.tokens - given
     if padding:
         tokens, targets = context.padded(tokens.reshape(-1), padding), targets.padded(padding)
         positions = None if positions is None else F.pad(positions, (0, padding))
-        layout = padded(layout, context.size, tokens.device)
     if how.reduction == "mean":
         ends = dataclasses.replace(ends, loss=dataclasses.replace(how, reduction="sum"))
     loss = context.total(of_tiles(tokens, targets, ends, layout, positions))

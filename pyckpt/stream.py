@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt import errors
-from pyckpt.attend.context import ContextParallel, check_context
+from pyckpt.attend.context import ContextParallel, check_context, processes_of
 from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Given, Sink, Source, Whole
@@ -109,11 +109,11 @@ class Stream:
                 raise ValueError(f"{name}={value!r}: expected a positive whole number")
         parts = _parts_of(model)
         context = parts.context if context is None else check_context(context)
-        processes = 1 if context is None else context.size
         layout = Layout(int(batch), int(tokens))
         x, looked_up = parts.residual()
+        dealt = padded(layout, processes_of(context), x.device)
         with torch.enable_grad():  # a step has a backward, wherever it is asked about
-            given = (parts.blocks, parts.segments, padded(layout, processes, x.device), None, x, looked_up, self)
+            given = (parts.blocks, parts.segments, dealt, None, x, looked_up, self)
             stack = _stack(*given, seeded=False, context=context)
         works = [
             work_of(plan, block.matrices(), layout, block.experts_per_token, context)
@@ -232,38 +232,23 @@ def stream_loss(
     all of this.
     """
 
-    def loss(tokens: Tensor, targets: Targets, ends: Ends, layout: Layout, positions: Tensor | None) -> Tensor:
-        return _stream_loss(blocks, segments, tokens, targets, ends, layout, positions, stream, layers, context)
-
-    if context is None:
-        return loss(tokens, targets, ends, layout, positions)
-    return of_all_tiles(context, tokens, targets, ends, layout, positions, loss)
-
-
-def _stream_loss(
-    blocks: list[CheckpointedBlock],
-    segments: int,
-    tokens: Tensor,
-    targets: Targets,
-    ends: Ends,
-    layout: Layout,
-    positions: Tensor | None,
-    stream: Stream,
-    layers: Sequence[nn.Module] | None,
-    context: ContextParallel | None,
-) -> Tensor:
-    """`stream_loss`, of the tiles of this process."""
     x = ends.weights["embed"].new_empty(0)
     trained = [n for n, w in ends.weights.items() if torch.is_grad_enabled() and w.requires_grad]
     looked_up = not {"embed", "table"}.isdisjoint(trained)
-    stack = _stack(blocks, segments, layout, positions, x, looked_up, stream, layers, context=context)
-    inward = bool(stack.schedule.backward)
 
-    def make_ends() -> tuple[Source, Sink]:
-        source = ends.source(tokens, trained, lambda rows: stack.of_positions(rows).tensor)
-        return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
+    def of_tiles(tokens: Tensor, targets: Targets, ends: Ends, layout: Layout, positions: Tensor | None) -> Tensor:
+        stack = _stack(blocks, segments, layout, positions, x, looked_up, stream, layers, context=context)
+        inward = bool(stack.schedule.backward)
 
-    return _run(stack, stream, blocks, layers, make_ends, None, ends)
+        def make_ends() -> tuple[Source, Sink]:
+            source = ends.source(tokens, trained, lambda rows: stack.of_positions(rows).tensor)
+            return source, ends.sink(targets, layout.tokens, stack.dtype, stack.n_tiles, trained, inward)
+
+        return _run(stack, stream, blocks, layers, make_ends, None, ends)
+
+    if context is None:
+        return of_tiles(tokens, targets, ends, layout, positions)
+    return of_all_tiles(context, tokens, targets, ends, layout, positions, of_tiles)
 
 
 def run_stack(
@@ -433,8 +418,7 @@ def _stack(
             check_weights(block, block.weights(), x, compute)
     read = [b.weights().values() for b in blocks] if layers is None else [m.parameters() for m in layers]
     first = _first_trained((any(w.requires_grad for w in weights) for weights in read), source_trained)
-    tokens = layout.tokens // (1 if context is None else context.size)
-    tile, length = min(stream.tile, tokens), segments if layers is None else 1
+    tile, length = min(stream.tile, layout.tokens // processes_of(context)), segments if layers is None else 1
     stack = Stack(
         plans=[block.plan(tile, x.dtype, compute, x.device) for block in blocks],
         layout=layout,

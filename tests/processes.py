@@ -72,6 +72,16 @@ def in_a_fork(body: Callable[[], bool]) -> bool:
     return os.waitpid(process, 0)[1] == 0
 
 
+def mean_of_processes(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A step's, with the mean of the processes' gradients; "loss" is the same in all."""
+    found = {n: t.clone() for n, t in results.items()}
+    for name, t in found.items():
+        if name != "loss":
+            dist.all_reduce(t)
+            t /= dist.get_world_size()
+    return found
+
+
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Of all parameters that have one, whole where they are sharded, by their names without DDP's prefix."""
     grads = {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from blocks import D_MODEL, OPTIONS, assert_as_good, assert_same_bits, make_block, plain_twin, relative_errors, step
 from helpers import EXACT
-from processes import gradients, needs_gloo, run_processes
+from processes import gradients, mean_of_processes, needs_gloo, run_processes
 from torch import Tensor
 
 import pyckpt
@@ -253,7 +253,7 @@ def model_worker(rank: int, world: int, seed: int) -> None:
             for made in MADE[: 2 if world == 2 else 1]:
                 model = make_model(seed, **made)
                 got = loss_of(model, options, seed, context)
-                got = {n: t if n == "loss" else summed(t) / world for n, t in got.items()}
+                got = mean_of_processes(got)
                 errors = relative_errors(got, loss_of(model, options, seed))
                 assert max(errors.values()) < 10 * EXACT, (method, name, made, errors)
         model = make_model(seed)
@@ -280,16 +280,15 @@ def test_losses_are_those_of_one_process(world, seed):
 class Loss(torch.nn.Module):
     """The loss as a forward, which is what the wrappers hook."""
 
-    def __init__(self, model: pyckpt.CkptCausalLM, context: pyckpt.ContextParallel) -> None:
+    def __init__(self, model: pyckpt.CkptCausalLM, **options: Any) -> None:
         super().__init__()
-        self.model, self.context = model, context
-        self.options: dict[str, Any] = {}
+        self.model, self.options = model, options
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.loss(tokens, context=self.context, **self.options)
+        return self.model.loss(tokens, **self.options)
 
 
-def wrappers_worker(rank: int, world: int) -> None:
+def wrappers_worker(rank: int, world: int, streamed: bool) -> None:
     """Two batches, each shared by half of the processes; weights by DDP or FSDP2 over all of them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -304,7 +303,9 @@ def wrappers_worker(rank: int, world: int) -> None:
         context = pyckpt.ContextParallel(mesh["cp"], method)
         assert (context.size, context.rank) == (world // 2, mesh["cp"].get_local_rank())
         for kind in ("ddp", "fsdp2"):
-            model: Any = Loss(make_model(0, segments=None if kind == "fsdp2" else 2), context)
+            stream = pyckpt.Stream(4) if streamed else None
+            made = make_model(0, segments=None if kind == "fsdp2" else 2)
+            model: Any = Loss(made, context=context, stream=stream)
             if kind == "ddp":
                 wrapped = torch.nn.parallel.DistributedDataParallel(model)
             else:
@@ -321,8 +322,9 @@ def wrappers_worker(rank: int, world: int) -> None:
 
 @needs_gloo
 @pytest.mark.slow
-def test_weights_of_ddp_and_fsdp2():
-    run_processes(4, wrappers_worker, 4)
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+def test_weights_of_ddp_and_fsdp2(streamed):
+    run_processes(4, wrappers_worker, 4, streamed)
 
 
 # --- what is given --------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 import torch
 from blocks import D_MODEL, assert_as_good, assert_same_bits, make_block, relative_errors
 from helpers import EXACT
-from processes import gradients, needs_gloo, run_processes
-from test_context_parallel import LOSSES, MADE, METHODS, Loss, loss_of, make_model, same, seeded, summed
+from processes import mean_of_processes, needs_gloo, run_processes
+from test_context_parallel import LOSSES, MADE, METHODS, loss_of, make_model, same, seeded
 from torch import Tensor
 
 import pyckpt
@@ -22,11 +22,6 @@ from pyckpt.tokenwise.norm import LayerNorm
 
 STREAMS: dict[str, dict[str, Any]] = {"host": {}, "file": {"store": "file"}, "by block": {"gradients": "by block"}}
 OPTIONS = {name: {n: v for n, v in how.items() if n != "recompute"} for name, how in LOSSES.items()}
-
-
-def mean_of_processes(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A step's, with the mean of the processes' gradients."""
-    return {n: t if n == "loss" else summed(t) / torch.distributed.get_world_size() for n, t in results.items()}
 
 
 def assert_exact(got: dict[str, Tensor], want: dict[str, Tensor], *what: Any) -> None:
@@ -209,41 +204,6 @@ def peaks_worker(rank: int) -> None:
 @needs_gloo
 def test_the_peak_does_not_grow_with_the_length():
     run_processes(2, peaks_worker)
-
-
-def wrappers_worker(rank: int, world: int) -> None:
-    """Two batches, each shared by half of the processes; weights by DDP or FSDP2 over all of them."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "cp"))
-    tokens = torch.randint(0, 40, (2, 2, 21), generator=seeded(1))
-    one = make_model(0)
-    for half in tokens:
-        (one.loss(half) / 2).backward()
-    truth = {n: p.grad for n, p in one.named_parameters()}
-    for method in METHODS:
-        context = pyckpt.ContextParallel(mesh["cp"], method)
-        for kind in ("ddp", "fsdp2"):
-            model = Loss(make_model(0), context)
-            model.options = {"stream": pyckpt.Stream(4)}
-            if kind == "ddp":
-                wrapped: Any = torch.nn.parallel.DistributedDataParallel(model)
-            else:
-                for block in model.model.model.layers:
-                    fully_shard(block)
-                wrapped = fully_shard(model)
-            for _ in range(2):  # a second step finds what the first left behind
-                wrapped.zero_grad()
-                wrapped(tokens[mesh["dp"].get_local_rank()]).backward()
-            got = {n.removeprefix("model."): t for n, t in gradients(wrapped).items()}
-            assert_exact(got, truth, method, kind)
-
-
-@needs_gloo
-@pytest.mark.slow
-def test_weights_of_ddp_and_fsdp2():
-    run_processes(4, wrappers_worker, 4)
 
 
 def copies_worker(rank: int, seed: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import relative_errors
-from processes import gradients, needs_gloo, run_processes
+from processes import gradients, mean_of_processes, needs_gloo, run_processes
 from swap_models import FAMILIES, MIXTURES, VOCAB, InFloat64, known, make_adapted, make_batch, make_model, step
 
 import pyckpt
@@ -37,16 +37,6 @@ def batches() -> dict[str, dict[str, Any]]:
     return found | {"even": even, "packed": packed, "divided": divided, "weighed": weighed}
 
 
-def summed(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A step's, with the mean of the processes' gradients."""
-    found = {n: t.clone() for n, t in results.items()}
-    for name, t in found.items():
-        if name != "loss":
-            torch.distributed.all_reduce(t)
-            t /= torch.distributed.get_world_size()
-    return found
-
-
 def families_worker(rank: int, seed: int, families: tuple[str, ...], streamed: bool = False) -> None:
     draw = random.Random(seed)
     stream = {"stream": pyckpt.Stream(4)} if streamed else {}
@@ -70,7 +60,7 @@ def families_worker(rank: int, seed: int, families: tuple[str, ...], streamed: b
             for kind in few:
                 batch = given[kind]
                 with InFloat64():
-                    errors = relative_errors(summed(step(model, batch)), truth[kind])
+                    errors = relative_errors(mean_of_processes(step(model, batch)), truth[kind])
                 allowed = 1e-6 if family in CUT else ALLOWED  # in the backward transformers' norms are in float32
                 assert max(errors.values()) < allowed, (family, method, kind, errors)
             pyckpt.unswap(model)
@@ -91,10 +81,23 @@ def test_other_families(streamed, seed):
     run_processes(2, families_worker, seed, tuple(few), streamed)
 
 
-def ways_worker(rank: int, seed: int) -> None:
-    """LoRA, segments, DDP and FSDP2, single losses, what runs whole in every process, and what is refused."""
+def by_wrapper(kind: str, model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A step of a swapped model under DDP or FSDP2, whose gradients are means over the processes."""
     from torch.distributed.fsdp import fully_shard
 
+    if kind == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    loss = model(**batch).loss
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+def ways_worker(rank: int, seed: int) -> None:
+    """LoRA, segments, DDP and FSDP2, single losses, what runs whole in every process, and what is refused."""
     torch.manual_seed(seed)
     model, batch = make_model("Phi3", torch.float64), make_batch("plain")
     context = pyckpt.ContextParallel()
@@ -110,7 +113,7 @@ def ways_worker(rank: int, seed: int) -> None:
         for options in ({"segments": 2}, {"loss": "recompute", "save": "input"}):
             twin = copy.deepcopy(model)
             pyckpt.swap(twin, context=context, **options)
-            agrees(summed(step(twin, batch)), truth, str(options))
+            agrees(mean_of_processes(step(twin, batch)), truth, str(options))
             losses = pyckpt.token_losses(twin, batch["input_ids"])
             pyckpt.unswap(twin)
             pyckpt.swap(twin)
@@ -119,36 +122,28 @@ def ways_worker(rank: int, seed: int) -> None:
         adapted = make_adapted(copy.deepcopy(model), target_modules=["qkv_proj", "down_proj", "lm_head"])
         want = step(adapted, batch)
         pyckpt.swap(adapted, context=context)
-        agrees(summed(step(adapted, batch)), want, "LoRA")
+        agrees(mean_of_processes(step(adapted, batch)), want, "LoRA")
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, context=context)
-        agrees(summed(step(copy.deepcopy(twin), batch)), truth, "a copy")
+        agrees(mean_of_processes(step(copy.deepcopy(twin), batch)), truth, "a copy")
         with pytest.raises(TypeError, match=r"a ContextParallel can't be pickled.*unswap"):
             pickle.dumps(twin)
-        wrapped = torch.nn.parallel.DistributedDataParallel(twin)
-        loss = wrapped(**batch).loss
-        loss.backward()
-        agrees({"loss": loss.detach(), **gradients(wrapped)}, truth, "ddp")
+        agrees(by_wrapper("ddp", twin, batch), truth, "ddp")
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, context=context)
-        agrees(summed(step(torch.compile(twin, backend="eager"), batch)), truth_of_compiled, "compiled")
+        agrees(mean_of_processes(step(torch.compile(twin, backend="eager"), batch)), truth_of_compiled, "compiled")
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, context=context)
-        for layer in twin.model.layers:
-            fully_shard(layer)
-        fully_shard(twin)
-        loss = twin(**batch).loss
-        loss.backward()
-        agrees({"loss": loss.detach(), **gradients(twin)}, truth, "fsdp2")
+        agrees(by_wrapper("fsdp2", twin, batch), truth, "fsdp2")
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, context=context)
         for kind in ("packed", "padded"):  # single losses of rows that are one while they are shared
             given = make_batch(kind)
-            agrees(summed(step(twin, given)), step(copy.deepcopy(model), given), kind)
+            agrees(mean_of_processes(step(twin, given)), step(copy.deepcopy(model), given), kind)
             alone = copy.deepcopy(model)
             pyckpt.swap(alone)
             given = {n: t for n, t in given.items() if n != "use_cache"}
@@ -164,7 +159,7 @@ def ways_worker(rank: int, seed: int) -> None:
         torch.testing.assert_close(both.loss, truth["loss"])
         both.loss.backward()  # of all tokens in every process: the mean is right as well
         agrees(
-            summed({n: p.grad for n, p in twin.named_parameters()}),
+            mean_of_processes({n: p.grad for n, p in twin.named_parameters()}),
             {n: truth[n] for n in truth if n != "loss"},
             "whole",
         )
@@ -236,8 +231,6 @@ def test_ways(seed):
 
 def streamed_ways_worker(rank: int, seed: int) -> None:
     """The same of streamed runs."""
-    from torch.distributed.fsdp import fully_shard
-
     torch.manual_seed(seed)
     model, batch = make_model("Phi3", torch.float64), make_batch("plain")
     shared = {"context": pyckpt.ContextParallel(), "stream": pyckpt.Stream(4)}
@@ -252,7 +245,7 @@ def streamed_ways_worker(rank: int, seed: int) -> None:
         for options in ({"segments": 2}, {"save": "input"}):
             twin = copy.deepcopy(model)
             pyckpt.swap(twin, **shared, **options)
-            agrees(summed(step(twin, batch)), truth, str(options))
+            agrees(mean_of_processes(step(twin, batch)), truth, str(options))
         found = shared["stream"].estimate(twin, 64)  # of one of the processes
         assert found == shared["stream"].estimate(twin, 64, context=shared["context"])
         pyckpt.unswap(twin)
@@ -268,26 +261,18 @@ def streamed_ways_worker(rank: int, seed: int) -> None:
         adapted = make_adapted(copy.deepcopy(model), target_modules=["qkv_proj", "down_proj"])
         of_adapters = step(adapted, batch)
         pyckpt.swap(adapted, **shared)
-        agrees(summed(step(adapted, batch)), of_adapters, "LoRA")
+        agrees(mean_of_processes(step(adapted, batch)), of_adapters, "LoRA")
         adapted = make_adapted(copy.deepcopy(model), target_modules=["qkv_proj", "lm_head"])
         with pytest.raises(ValueError, match=r"can't share the streamed sequences.*LoRA adapters.*Leave stream or"):
             pyckpt.swap(adapted, **shared)
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, **shared)
-        wrapped = torch.nn.parallel.DistributedDataParallel(twin)
-        loss = wrapped(**batch).loss
-        loss.backward()
-        agrees({"loss": loss.detach(), **gradients(wrapped)}, truth, "ddp")
+        agrees(by_wrapper("ddp", twin, batch), truth, "ddp")
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, **shared)
-        for layer in twin.model.layers:
-            fully_shard(layer)
-        fully_shard(twin)
-        loss = twin(**batch).loss
-        loss.backward()
-        agrees({"loss": loss.detach(), **gradients(twin)}, truth, "fsdp2")
+        agrees(by_wrapper("fsdp2", twin, batch), truth, "fsdp2")
 
         twin = copy.deepcopy(model)
         pyckpt.swap(twin, **shared)
@@ -295,7 +280,7 @@ def streamed_ways_worker(rank: int, seed: int) -> None:
         with pytest.warns(UserWarning, match="not what surrounds them, in every process all tokens"):
             loss = twin(**embedded).loss
         loss.backward()
-        agrees(summed({n: p.grad for n, p in twin.named_parameters()}), want, "embeddings")
+        agrees(mean_of_processes({n: p.grad for n, p in twin.named_parameters()}), want, "embeddings")
         with pytest.warns(UserWarning, match="a call that is not streamed runs whole in every process"):
             loss = twin(**batch, output_attentions=True).loss
         torch.testing.assert_close(loss.detach(), truth["loss"])
@@ -306,7 +291,7 @@ def streamed_ways_worker(rank: int, seed: int) -> None:
         with pytest.raises(ValueError, match="expected those of the whole sequences"):
             twin(input_ids=batch["input_ids"], labels=batch["labels"][:, :7])
         packed, whole = make_batch("packed"), copy.deepcopy(model)  # 30 tokens, which a stream pads
-        agrees(summed(step(twin, packed)), step(whole, packed), "packed")
+        agrees(mean_of_processes(step(twin, packed)), step(whole, packed), "packed")
 
 
 @needs_gloo

@@ -229,6 +229,11 @@ class ContextParallel:
             )
 
 
+def processes_of(context: ContextParallel | None) -> int:
+    """How many share a sequence: one, where nobody said."""
+    return 1 if context is None else context.size
+
+
 def check_context(given: Any) -> ContextParallel:
     if not isinstance(given, ContextParallel):
         raise TypeError(f"context must be a pyckpt.ContextParallel or None, got {type(given).__name__}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pyckpt.attend.context import ContextParallel
+from pyckpt.attend.context import ContextParallel, processes_of
 from pyckpt.attend.dense import Layout
 from pyckpt.exec.places import store_plan
 from pyckpt.exec.resident import BlockPlan
@@ -85,7 +85,7 @@ def work_of(
 
     layout: of all tokens, which the processes of `context` share evenly.
     """
-    share = 1.0 if context is None else 1.0 / context.size
+    share = 1.0 / processes_of(context)
     attend, per_token = plan.attend, {n: _products(w, experts_per_token) for n, w in weights.items()}
     again = {n: f for n, f in per_token.items() if n not in plan.tokenwise.made_once}
     kept = {t.name for t in plan.post_tensors} | ({"k", "v"} if plan.save.qkv else set())

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from pyckpt.attend.context import ContextParallel
+from pyckpt.attend.context import ContextParallel, processes_of
 from pyckpt.attend.dense import Layout
 from pyckpt.attend.tiled import TiledAttend
 from pyckpt.exec.positions import positions_of
@@ -40,7 +40,7 @@ class Stack:
     @property
     def tokens(self) -> int:
         """Of this process."""
-        return self.layout.tokens // (1 if self.context is None else self.context.size)
+        return self.layout.tokens // processes_of(self.context)
 
     @property
     def n_tiles(self) -> int:

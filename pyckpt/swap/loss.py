@@ -285,13 +285,14 @@ class SwappedHead(SwappedLoss):
         except UnsupportedError as reason:
             self.warn(f"{reason}: the layers are streamed, and not what surrounds them{whole}")
             return None
-        if self.context is not None:
-            self._check_whole(given, wanted, self.context)
-            call = dataclasses.replace(call, context=self.context)
         model: Any = self.module
         base, projection = heads.base_of(model), projections.of(model)
         device = projection.weight.device
-        errors.check_labels(wanted.given.to(device), _words(projection), wanted.ignored, device)
+        if self.context is None:
+            errors.check_labels(wanted.given.to(device), _words(projection), wanted.ignored, device)
+        else:
+            self._check_whole(given, wanted, self.context)
+            call = dataclasses.replace(call, context=self.context)
 
         def run(start: Tensor) -> Tensor:
             around = dataclasses.replace(self.ends(wanted), start=start)
