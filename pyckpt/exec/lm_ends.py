@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from pyckpt.ops.direct import ops
 from pyckpt.ops.linear_cross_entropy import counted, unit_of
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.norm import Norm, with_offset
+from pyckpt.vocab_parallel import Words, check_whole
 
 IGNORE = -100
 
@@ -30,6 +31,8 @@ class _TableGradient:
     def add(self, like: Tensor, ids: Tensor, dx: Tensor) -> None:
         if self.total is None:
             self.total = torch.zeros(like.shape, dtype=acc_dtype(dx.dtype), device=dx.device)
+        if not like.shape[0]:  # of a process that has no words
+            return
         dx = dx.to(self.total.dtype)
         # Each is the one that adds in a fixed order on its device.
         if dx.is_cuda:
@@ -53,7 +56,10 @@ class EmbeddingOptions:
 
 
 class Embedding:
-    """`Source`: rows of the weight "embed" by token id. Gradients are summed in float32."""
+    """`Source`: rows of the weight "embed" by token id. Gradients are summed in float32.
+
+    words: which of them this process has, where they are dealt out.
+    """
 
     def __init__(
         self,
@@ -61,14 +67,19 @@ class Embedding:
         wanted: Collection[str],
         positions: Callable[[slice], Tensor],
         options: EmbeddingOptions = EmbeddingOptions(),
+        words: Words | None = None,
     ) -> None:
         self._tokens, self._positions, self._options = tokens.reshape(-1), positions, options
+        self._words = words
         self.read_forward: Tensors = ()
         self.read_backward: Tensors = (self._tokens,)
         self._sums = {name: _TableGradient() for name in ("embed", "table") if name in wanted}
 
     def fill(self, w: Named, rows: slice, out: Tensor) -> None:
-        torch.index_select(w["embed"], 0, self._tokens[rows], out=out)
+        if self._words is None:
+            torch.index_select(w["embed"], 0, self._tokens[rows], out=out)
+        else:
+            self._words.look_up(w["embed"], self._tokens[rows], out)
         if self._options.scale != 1.0:
             out.mul_(self._options.scale)
         if "table" in w:
@@ -83,7 +94,12 @@ class Embedding:
         if "table" in self._sums:
             self._sums["table"].add(w["table"], self._positions(rows), dx)
         if "embed" in self._sums:
-            self._sums["embed"].add(w["embed"], self._tokens[rows], dx.mul_(self._options.scale))
+            dx.mul_(self._options.scale)
+            ids = self._tokens[rows]
+            if self._words is not None:
+                ids, own = self._words.rows(ids, w["embed"])
+                dx.masked_fill_(~own.unsqueeze(1), 0.0)
+            self._sums["embed"].add(w["embed"], ids, dx)
 
     def _drop_(self, x: Tensor, rows: slice) -> None:
         o = self._options
@@ -97,7 +113,8 @@ class Embedding:
         unlearned = self._options.unlearned
         embed = found.get("embed")
         if embed is not None and unlearned is not None:
-            embed[unlearned] = 0.0
+            first = 0 if self._words is None else self._words.first
+            embed[max(unlearned - first, 0) : max(unlearned - first + 1, 0)] = 0.0
         return found
 
 
@@ -195,8 +212,10 @@ class _Head:
         n_tiles: int,
         wanted: Collection[str],
         need_dx: bool,
+        words: Words | None = None,
     ) -> None:
         self._norm, self._norm_offset, self._dtype, self._options = norm, norm_offset, dtype, options
+        self._words = words
         self._of_head = [n for n in wanted if n.startswith("head")]
         self._of_norm = [n for n in wanted if not n.startswith("head")]
         self._grads = WeightGradients(self._of_norm, n_tiles)
@@ -246,7 +265,8 @@ class _Head:
         sums: dict[str, Tensor],
     ) -> Tensor:
         o, bias = self._options, w.get("head.bias")
-        return ops.linear_cross_entropy_tile_(
+        of_tile = ops.linear_cross_entropy_tile_ if self._words is None else self._words.tile_
+        return of_tile(
             hidden,
             w["head"].to(self._dtype),
             None if bias is None else bias.to(self._dtype),
@@ -373,7 +393,8 @@ class Ends:
 
     weights: "embed" (V, d_model), "head" (V, d_model) and "norm.weight"; where the model has them "norm.bias",
     "head.bias" and "table" (positions, d_model). norm: the final one, of the name "norm". start: an empty tensor whose
-    gradient tells who gathers the weights that the backward is done with them.
+    gradient tells who gathers the weights that the backward is done with them. words: which rows of "embed" and of
+    "head" this process has, of one whose words are dealt out.
     """
 
     weights: Named
@@ -382,17 +403,23 @@ class Ends:
     embedding: EmbeddingOptions = EmbeddingOptions()
     loss: LossOptions = LossOptions()
     start: Tensor | None = None
+    words: Mapping[str, Words] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "head" in self.words:
+            check_whole(self.loss.label_smoothing)
 
     def source(self, tokens: Tensor, wanted: Collection[str], positions: Callable[[slice], Tensor]) -> Embedding:
         """wanted: the weights that want a gradient."""
-        return Embedding(tokens, wanted, positions, self.embedding)
+        return Embedding(tokens, wanted, positions, self.embedding, self.words.get("embed"))
 
     def sink(
         self, targets: Targets, tokens: int, dtype: torch.dtype, n_tiles: int, wanted: Collection[str], need_dx: bool
     ) -> ReducedLoss | TokenLosses:
         """dtype: of the products. need_dx: the last block wants its output's gradient."""
         wanted = [n for n in wanted if n not in ("embed", "table")]
-        head = _Head(self.norm, self.norm_offset, dtype, self.loss, n_tiles, wanted, need_dx)
+        words = self.words.get("head")
+        head = _Head(self.norm, self.norm_offset, dtype, self.loss, n_tiles, wanted, need_dx, words)
         if self.loss.reduction == "none":
             return TokenLosses(head, targets, tokens)
         return ReducedLoss(head, targets, self.loss, need_dx, bool(wanted))
