@@ -27,6 +27,8 @@ from pyckpt.spec import BlockSpec, Window
 from pyckpt.tokenwise.generic import in_place, precision
 from pyckpt.tokenwise.parameters import parameter_shapes
 from pyckpt.tokenwise.seeded import SeededTokenwise, drops_inside
+from pyckpt.tokenwise.tensor_parallel import TensorParallel, check_gathered, holders_of, own_parts
+from pyckpt.vocab_parallel import is_dealt_out
 
 INIT_STD = 0.02
 _SCALE = errors.Range(
@@ -276,18 +278,32 @@ class CkptTransformerBlock(CheckpointedBlock):
                 nn.init.constant_(p, 1.0 - self.spec.norm_offset)
 
     @property
-    def spec_text(self) -> str:
-        return self._spec_text
+    def spec_text(self) -> str | None:
+        return None if self._is_dealt_out else self._spec_text
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return self._part()[2] if self._is_dealt_out else self._shapes
 
     @property
     def drops(self) -> bool:
         return self.training and self.spec.drops
 
+    @property
+    def _is_dealt_out(self) -> bool:
+        attention: Any = self.self_attn
+        return is_dealt_out(attention.o_proj.weight)
+
+    def _part(self) -> tuple[BlockSpec, TensorParallel | None, Mapping[str, tuple[int, ...]]]:
+        """What this process computes, of weights that are dealt out, with whom, and the shapes of its parts."""
+        processes = holders_of(self._whole_weights())
+        return (self.spec, None, self._shapes) if processes is None else _part_of(self.spec, processes)
+
     def weights(self) -> dict[str, Tensor]:
+        found = self._whole_weights()
+        return found if holders_of(found) is None else own_parts(found)
+
+    def _whole_weights(self) -> dict[str, Tensor]:
         others: list[str] = []
         found = dict(_parameters(self, others))
         if found.keys() != self._known:
@@ -309,7 +325,9 @@ class CkptTransformerBlock(CheckpointedBlock):
         return {name: found[name] for name in self._names}
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
-        return standard_plan(self.spec, self._save, self._tile, tokens, x_dtype, dtype, device, self._tile_bytes)
+        spec, processes, _ = self._part() if self._is_dealt_out else (self.spec, None, None)
+        options = (tokens, x_dtype, dtype, device, self._tile_bytes, processes)
+        return standard_plan(spec, self._save, self._tile, *options)
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -499,11 +517,12 @@ def _shared(
 
 
 def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
-    """Raise ValueError where weights have other shapes than the block's, or are on another device than x; and where
-    matrices are of another dtype."""
+    """Raise ValueError where weights are dealt out to processes, have other shapes than the block's, or are on another
+    device than x; and where matrices are of another dtype."""
     one_dtype = compute == x.dtype and not autocasts(x.device.type, x.dtype)
     shapes, device, dtype = block.shapes, x.device, x.dtype
     for name, w in weights.items():
+        check_gathered(name, w)
         if shapes and w.shape != shapes[name]:
             raise ValueError(
                 f"{name} has shape {tuple(w.shape)}, expected {shapes[name]}: it was replaced, or it is sharded and "
@@ -551,6 +570,17 @@ def _parameters(module: nn.Module, others: list[str], prefix: str = "") -> Itera
             if kind not in _CARRIERS and kind.forward not in _CARRIED:
                 others.append(prefix + name)
             yield from _parameters(child, others, f"{prefix}{name}.")
+
+
+@functools.lru_cache(64)
+def _part_of(
+    spec: BlockSpec, processes: TensorParallel
+) -> tuple[BlockSpec, TensorParallel, Mapping[str, tuple[int, ...]]]:
+    why = processes.why_not(spec)
+    if why is not None:
+        raise ValueError(f"this CkptTransformerBlock is dealt out to processes (tensor parallelism), and {why}")
+    part = processes.part_of(spec)
+    return part, processes, parameter_shapes(part)
 
 
 # What `_build` makes, and what their calls run: FSDP2 gives a module a class of its own that inherits it.

@@ -17,7 +17,7 @@ from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
-from pyckpt.exec.gathering import gather, gathers, hooks_of, others
+from pyckpt.exec.gathering import deals_out, gather, gathers, hooks_of, others
 from pyckpt.exec.lm_ends import IGNORE, EmbeddingOptions, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.places import store_plan
@@ -31,6 +31,7 @@ from pyckpt.measure.units import parse_bytes
 from pyckpt.shared_loss import of_all_tiles, padded
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
+from pyckpt.vocab_parallel import Words, check_layout, is_dealt_out
 
 if TYPE_CHECKING:
     from pyckpt.model import CkptCausalLM, CkptTransformer
@@ -194,23 +195,38 @@ def run_loss(
     _check_called(model)
     gather(model.model.embed_tokens, model.model.norm, model.lm_head)
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
-    if hasattr(embed, "full_tensor"):  # torch.distributed's DTensor, which is not there in every build
+    words = _words(model)
+    if is_dealt_out(embed) and "embed" not in words:
         raise ValueError(
             "the embedding is sharded: FSDP2 gathers it for the model's forward, and this is another method. Call "
             "torch.distributed.fsdp.register_fsdp_forward_method(model, 'loss') first, or wrap the loss in a forward"
         )
     weights: dict[str, Tensor] = {"embed": embed, **{f"norm.{n}": p for n, p in norm.named_parameters()}, "head": head}
     embedding = EmbeddingOptions(unlearned=model.model.embed_tokens.padding_idx)
-    ends = Ends(weights, norm_of(model.spec, "norm"), model.spec.norm_offset, embedding, _loss_options(**options))
+    weights |= {name: weights[name].to_local() for name in words}  # type: ignore[attr-defined]
+    how = (norm_of(model.spec, "norm"), model.spec.norm_offset, embedding, _loss_options(**options))
+    ends = Ends(weights, *how, words=words)
     if positions is not None:
         positions = errors.check_positions(positions, tokens.unsqueeze(-1))
     layout = _layout(tokens.shape, cu_seqlens)
     targets = Targets(labels, last_tokens(layout), IGNORE, label_weights)
     blocks, segments = blocks_of(model.model.layers)
-    _check_unwatched(blocks, embed_tokens=model.model.embed_tokens, layers=model.model.layers)
+    _check_unwatched(blocks, "embed" in words, embed_tokens=model.model.embed_tokens, layers=model.model.layers)
     given = (tokens, targets, ends, layout, positions, stream)
     losses = stream_loss(blocks, segments, *given, _gathered(blocks), context)
     return losses if losses.dim() == 0 else losses.view(tokens.shape)
+
+
+def _words(model: CkptCausalLM) -> dict[str, Words]:
+    """Which words this process has of embedding and head, where tensor parallelism has dealt them out."""
+    parts: dict[str, Any] = {"embed": model.model.embed_tokens, "head": model.lm_head}
+    found: dict[str, Words] = {}
+    for name, module in parts.items():
+        weight = module.weight
+        if is_dealt_out(weight) and any(map(deals_out, hooks_of(module))) and weight.device_mesh.ndim == 1:
+            check_layout(weight, None, 0.0)
+            found[name] = Words.of(weight.device_mesh, weight.shape[0])
+    return found
 
 
 def stream_loss(
@@ -361,10 +377,14 @@ def _check_called(module: nn.Module) -> None:
         )
 
 
-def _check_unwatched(blocks: list[CheckpointedBlock], **more: nn.Module) -> None:
-    """Raise ValueError where hooks wait for what goes through these modules: it may be what they change."""
+def _check_unwatched(blocks: list[CheckpointedBlock], words: bool = False, **more: nn.Module) -> None:
+    """Raise ValueError where hooks wait for what goes through these modules: it may be what they change.
+
+    words: those that look up words of other processes are known.
+    """
     for name, module in (*more.items(), *((f"block {i}", block) for i, block in enumerate(blocks))):
-        if others(hooks_of(module)):
+        known = words and name == "embed_tokens"
+        if any(not (known and deals_out(hook)) for hook in others(hooks_of(module))):
             raise ValueError(
                 f"{name} has hooks, and in a streamed run they would see no hidden states; remove them, or run without "
                 "stream="

@@ -20,6 +20,9 @@ transformers = pytest.importorskip("transformers")
 SEQ = 24
 
 
+PROJECTIONS = tuple(f"self_attn.{n}_proj" for n in "qkv")
+
+
 def make(family: str = "Llama", **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = make_model(family, torch.float64, **options)
@@ -28,15 +31,14 @@ def make(family: str = "Llama", **options: Any) -> tuple[Any, dict[str, torch.Te
     return model, {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(SEQ)[None]}
 
 
-def deal_out(model: Any, mesh: Any) -> Any:
+def deal_out(model: Any, mesh: Any, mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> Any:
     """PyTorch's way: layers by their columns and rows, embedding and head by their words."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     for layer in model.model.layers:
-        columns = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ColwiseParallel())
-        columns |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), ColwiseParallel())
-        rows = dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel())
+        columns = dict.fromkeys((*PROJECTIONS, *(f"mlp.{n}" for n in mlp[:-1])), ColwiseParallel())
+        rows = dict.fromkeys(("self_attn.o_proj", f"mlp.{mlp[-1]}"), RowwiseParallel())
         parallelize_module(layer, mesh, columns | rows)
     embedding, head = RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())
     return parallelize_module(model, mesh, {"model.embed_tokens": embedding, "lm_head": head})
@@ -60,7 +62,7 @@ def deal_out_tokens(model: Any, mesh: Any) -> Any:
             input_kwarg_layouts={"hidden_states": tokens}, desired_input_kwarg_layouts={"hidden_states": whole}
         )
         plan["mlp"] = PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(whole,))
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        for name in (*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj"):
             plan[name] = ColwiseParallel()
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             plan[name] = RowwiseParallel(output_layouts=tokens)
@@ -81,25 +83,34 @@ def step(model: Any, batch: dict[str, Any], whole: bool = True) -> tuple[dict[st
     loss = out.loss.full_tensor() if hasattr(out.loss, "full_tensor") else out.loss
     loss.backward()
     # PyTorch 2.11 can't bring together what lies in strides, as transformers deals out packed experts.
-    found = gradients(model) if whole else {n: p.grad.to_local().clone() for n, p in dealt_out(model)}
+    found = gradients(model) if whole else {n: own(p.grad) for n, p in model.named_parameters()}
     return {"loss": loss.detach(), **found}, m.saved_bytes, out.logits
 
 
-def dealt_out(model: Any) -> list[tuple[str, Any]]:
-    return [(n, p) for n, p in model.named_parameters() if hasattr(p.grad, "to_local")]
+def own(t: Any) -> torch.Tensor:
+    """This process's part."""
+    return (t.to_local() if hasattr(t, "to_local") else t).clone()
 
 
-def check(dealt: Any, batch: dict[str, Any], truth: dict[str, torch.Tensor], message: str | None = None) -> None:
-    """Swapped, it keeps less than half, makes no logits, and has the gradients it had; without our loss the same bits.
+def check(
+    dealt: Any,
+    batch: dict[str, Any],
+    truth: dict[str, torch.Tensor],
+    path: str = "checkpointed",
+    message: str | None = None,
+) -> None:
+    """Swapped, it keeps less than half, makes no logits, and has the gradients it had.
 
-    message: it is swapped already, and says so; then they are the truth's.
+    Where layers run again as a whole, the same bits without our loss. message: it is swapped already, and says so; then
+    they are the truth's.
     """
     if message is None:
         before, stored, _ = step(dealt, batch, whole=False)
-        assert pyckpt.swap(dealt, loss=False).entries[0].path == "checkpointed"
+        assert {e.path for e in pyckpt.swap(dealt, loss=False).entries} == {path}
         got, kept, _ = step(dealt, batch, whole=False)
         assert kept < stored / 2
-        assert_same_bits(got, before)
+        if path == "checkpointed":
+            assert_same_bits(got, before)
         pyckpt.unswap(dealt)
         assert not pyckpt.swap(dealt).left
         got, _, logits = step(dealt, batch, whole=False)
@@ -119,25 +130,92 @@ def worker(rank: int, world: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (world,))
     model, batch = make()
     truth = step(copy.deepcopy(model), batch)[0]
-    for way in (deal_out, deal_out_tokens):
+    for way, path in ((deal_out, "standard"), (deal_out_tokens, "checkpointed")):
         print(f"rank {rank}: {way.__name__}", flush=True)
-        check(way(copy.deepcopy(model), mesh), batch, truth)
+        check(way(copy.deepcopy(model), mesh), batch, truth, path)
         first = copy.deepcopy(model)
         assert pyckpt.swap(first).entries[0].path == "standard"
         told = r"self_attn(\.q_proj)? is dealt out to processes"
-        check(way(first, mesh), batch, truth, told)
-    for family, sizes in BY_TRANSFORMERS:
+        check(way(first, mesh), batch, truth, message=told)
+    for family, sizes, path in BY_TRANSFORMERS:
         print(f"rank {rank}: {family} by transformers, {sizes}", flush=True)
         model, batch = make(family)
-        check(of_transformers(Path(folder) / family, **sizes), batch, step(model, batch)[0])
+        check(of_transformers(Path(folder) / family, **sizes), batch, step(model, batch)[0], path)
 
 
-# A class that no table knows, whose loss is tried out; experts dealt out beside the rest, by FSDP2 too.
-BY_TRANSFORMERS: list[tuple[str, dict[str, int]]] = [
-    ("Llama", {"tp_size": 2}),
-    ("Mixtral", {"tp_size": 2}),
-    ("DeepseekV3", {"tp_size": 2}),
-    ("Mixtral", {"fsdp_size": 2, "ep_size": 2}),
+def of_options_worker(rank: int, world: int) -> None:
+    """A model's own gradients, in whatever way its layers run; the same bits where these differ in what they keep."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    model, batch = make(num_hidden_layers=4)
+    truth = step(copy.deepcopy(model), batch)[0]
+    same: list[dict[str, torch.Tensor]] = []
+    for how in OPTIONS:
+        dealt = deal_out(copy.deepcopy(model), mesh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pyckpt.swap(dealt, **how)
+            got, kept, logits = step(dealt, batch)
+        assert logits is None and max(relative_errors(got, truth).values()) < 1e-6, how
+        if "stream" in how:
+            # Nothing but ids and labels, whose layers' weights it does not make copies of.
+            assert kept < batch["input_ids"].nbytes * 8, kept
+        elif "tile" not in how:
+            same.append(got)
+    for got in same[1:]:
+        assert_same_bits(got, same[0])
+
+    dealt = deal_out(copy.deepcopy(model), mesh)
+    pyckpt.swap(dealt)
+    assert set(pyckpt.keep_within(dealt, "1GiB", tokens=2 * SEQ).sets) == {"all"}
+    assert_same_bits(step(dealt, batch)[0], same[0])
+    # Of 48 tokens: x and mid of the residual stream whole, of all else half.
+    spec = model.config
+    heads = spec.num_attention_heads // 2 * spec.head_dim, spec.num_key_value_heads // 2 * spec.head_dim
+    each = 2 * spec.hidden_size + 2 * heads[0] + 2 * heads[1] + spec.num_attention_heads // 2 + spec.intermediate_size
+    assert pyckpt.keep_within(dealt, "1GiB", tokens=2 * SEQ).bytes == 4 * 2 * SEQ * each * 8
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        dealt.config.attention_dropout = 0.1
+        for layer in dealt.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        step(dealt, batch)
+    assert any("its dropout was switched on since it was swapped" in str(w.message) for w in told)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"save": "input"},
+    {"save": "attention+mid"},
+    {"save": "all"},
+    {"segments": 2},
+    {"tile": 5},
+    {"stream": pyckpt.Stream(tile=16)},
+    {"stream": pyckpt.Stream(tile=7, store="file"), "segments": 2},
+]
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_layers_that_are_dealt_out_are_blocks():
+    run_processes(2, of_options_worker, 2)
+
+
+# QK-norm whose gradients are summed; biases; q, k and v of each head in turn; one that is brought together after its
+# columns; a class that no table knows, whose loss is tried out; experts dealt out beside the rest, by FSDP2 too.
+BY_TRANSFORMERS: list[tuple[str, dict[str, int], str]] = [
+    ("Llama", {"tp_size": 2}, "standard"),
+    ("Qwen3", {"tp_size": 2}, "standard"),
+    ("Gemma3", {"tp_size": 2}, "standard"),
+    ("Starcoder2", {"tp_size": 2}, "standard"),
+    ("GPTNeoX", {"tp_size": 2}, "standard"),
+    ("Cohere", {"tp_size": 2}, "standard"),
+    ("Phi3", {"tp_size": 2}, "checkpointed"),
+    ("Mixtral", {"tp_size": 2}, "checkpointed"),
+    ("DeepseekV3", {"tp_size": 2}, "checkpointed"),
+    ("Mixtral", {"fsdp_size": 2, "ep_size": 2}, "checkpointed"),
 ]
 
 
@@ -161,13 +239,19 @@ def worker_of_two_dims(rank: int, world: int) -> None:
     model = deal_out(model, mesh["tp"])
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["dp"])
-    check(fully_shard(model, mesh=mesh["dp"]), batch, truth)
+    check(fully_shard(model, mesh=mesh["dp"]), batch, truth, "standard")
+    for how in ({"stream": pyckpt.Stream(tile=16)}, {"stream": pyckpt.Stream(tile=16), "save": "input"}):
+        pyckpt.unswap(model)
+        pyckpt.swap(model, **how)
+        got, kept, logits = step(model, batch)
+        assert logits is None and max(relative_errors(got, truth).values()) < 1e-6
+        assert kept < batch["input_ids"].nbytes * 8, kept
 
 
 @pytest.mark.slow
 @needs_gloo
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    for family in {family for family, _ in BY_TRANSFORMERS}:
+    for family in {family for family, *_ in BY_TRANSFORMERS}:
         make(family)[0].save_pretrained(tmp_path / family)
     run_processes(2, worker, 2, str(tmp_path))
 

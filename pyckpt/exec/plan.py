@@ -14,6 +14,7 @@ from pyckpt.tokenwise import fused
 from pyckpt.tokenwise.generic import GenericTokenwise
 from pyckpt.tokenwise.parameters import pre_parameters
 from pyckpt.tokenwise.standard import StandardTokenwise
+from pyckpt.tokenwise.tensor_parallel import TensorParallel
 
 
 def standard_plan(
@@ -25,9 +26,11 @@ def standard_plan(
     dtype: torch.dtype,
     device: torch.device,
     tile_bytes: int = TILE_BYTES,
+    processes: TensorParallel | None = None,
 ) -> BlockPlan:
+    """processes: those that have the block's weights together, of which `spec` is what this one computes."""
     parts = fused.choose(spec, dtype, device)
-    return _standard_plan(spec, save, tile, tokens, x_dtype, dtype, device, tile_bytes, parts)
+    return _standard_plan(spec, save, tile, tokens, x_dtype, dtype, device, tile_bytes, parts, processes)
 
 
 # A plan holds no tensors, and to make one takes longer than to launch a kernel.
@@ -42,10 +45,11 @@ def _standard_plan(
     device: torch.device,
     tile_bytes: int,
     parts: fused.Fused,
+    processes: TensorParallel | None,
 ) -> BlockPlan:
     token_bytes = _standard_token_bytes(spec, x_dtype, dtype)
     return BlockPlan(
-        tokenwise=_standard_tokenwise(spec, parts),
+        tokenwise=_standard_tokenwise(spec, parts, processes),
         attend=DenseAttend.of(spec),
         save=save,
         tile=tile or choose_tile(tokens, token_bytes, device, tile_bytes),
@@ -57,8 +61,8 @@ def _standard_plan(
 
 
 @remembered(512)
-def _standard_tokenwise(spec: BlockSpec, parts: fused.Fused) -> StandardTokenwise:
-    return StandardTokenwise(spec, parts)
+def _standard_tokenwise(spec: BlockSpec, parts: fused.Fused, processes: TensorParallel | None) -> StandardTokenwise:
+    return StandardTokenwise(spec, parts, processes)
 
 
 def generic_plan(

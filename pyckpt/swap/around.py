@@ -18,7 +18,7 @@ _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
 
 def gathers(module: nn.Module) -> bool:
     """FSDP2 or ZeRO-3 gathers the module's weights for each call of it, and nobody else watches it."""
-    return gathering.gathers(module) and all(map(_is_harmless, gathering.others(hooks_of(module))))
+    return gathering.gathers(module) and all(map(is_harmless, gathering.others(hooks_of(module))))
 
 
 def gather(*modules: Any) -> None:
@@ -66,7 +66,7 @@ def called(module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
             module.forward = before
 
 
-def _is_harmless(hook: Any) -> bool:
+def is_harmless(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in _HARMLESS_HOOKS
 
 
@@ -76,7 +76,7 @@ def is_parallel(module: nn.Module) -> bool:
     By the hooks of PyTorch's `parallelize_module`, which bring its inputs and outputs together, or by the forward that
     transformers' `tp_plan` puts in the place of its own.
     """
-    return is_parallel_forward(module) or any(map(_is_parallel, hooks_of(module)))
+    return is_parallel_forward(module) or any(map(gathering.deals_out, hooks_of(module)))
 
 
 def is_parallel_forward(module: nn.Module) -> bool:
@@ -114,12 +114,8 @@ def _brings_weights(module: nn.Module) -> bool:
 def may_be_called_again(module: nn.Module) -> bool:
     """What is around a call of it brings weights, inputs or outputs together, which another call does again."""
     return not (is_replaced(module) and _brings_weights(module)) and all(
-        _is_harmless(h) or _is_parallel(h) for h in gathering.others(hooks_of(module))
+        is_harmless(h) or gathering.deals_out(h) for h in gathering.others(hooks_of(module))
     )
-
-
-def _is_parallel(hook: Any) -> bool:
-    return _origin(hook).startswith("torch.distributed.tensor.")
 
 
 def _origin(function: Any) -> str:
@@ -145,10 +141,13 @@ def what_watches(module: nn.Module) -> str:
     if is_compiled(module):
         return "was compiled by itself (torch.compile); swap the model first, and compile it, or its modules, then"
     if is_parallel(module):
-        return "is dealt out to processes (tensor parallelism), which a block does not know"
+        return (
+            "is dealt out to processes (tensor parallelism) otherwise than a block, or was since the model was swapped "
+            "(unswap it and swap it again)"
+        )
     if moves(module):
         return "is on a device of its own (device_map), which a block does not know"
-    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__ and all(map(_is_harmless, hooks_of(module))):
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__ and all(map(is_harmless, hooks_of(module))):
         return "has a forward in the place of its class's, which a swapped layer would not run"
     return "has forward hooks, which a swapped layer would not run"
 
@@ -160,4 +159,4 @@ def watched(module: nn.Module, replaced: bool = False) -> bool:
     """
     if "forward" in module.__dict__ and not replaced:
         return True
-    return not all(map(_is_harmless, hooks_of(module)))
+    return not all(map(is_harmless, hooks_of(module)))

@@ -26,7 +26,8 @@ class MappedBlock(CheckpointedBlock):
 
     @property
     def spec_text(self) -> str | None:
-        return None if self.mapping.quantized else self.mapping.text_now(self._layer[0])
+        alone = not self.mapping.quantized and self.mapping.dealt is None
+        return self.mapping.text_now(self._layer[0]) if alone else None
 
     @property
     def drops(self) -> bool:
@@ -50,7 +51,8 @@ class MappedBlock(CheckpointedBlock):
         return self.mapping.weights(self._layer[0])
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
-        options = (tokens, x_dtype, dtype, device, self.tile_bytes)
+        dealt = self.mapping.dealt
+        options = (tokens, x_dtype, dtype, device, self.tile_bytes, None if dealt is None else dealt.processes)
         plan = standard_plan(self.mapping.spec_now(self._layer[0]), self._save, self.tile, *options)
         packed = self.mapping.packed(self._layer[0], dtype)
         if packed and isinstance(plan.tokenwise, StandardTokenwise):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.exec.lm_ends import EmbeddingOptions, Ends, LossOptions
-from pyckpt.swap import lora, peft_wrappers
+from pyckpt.swap import lora, parallel, peft_wrappers
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.around import foreign, watched
 from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
@@ -112,13 +112,15 @@ def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions
     """
     if places is None:
         raise UnsupportedError("what surrounds the layers of this class is not known")
+    embed, norm = _at(base, places.embed), getattr(base, places.norm)
+    parts = {"embed": embed, "head": projection}
+    words = {name: found for name, module in parts.items() if (found := parallel.words_of(module)) is not None}
     for module, known in ((base, True), (projection, False)):
-        if foreign(module, replaced=known):
+        if foreign(module, replaced=known) and not (module is projection and "head" in words):
             raise UnsupportedError(f"its {type(module).__name__} has forward hooks, which a streamed run would not run")
     if lora.is_adapted(projection):
         raise UnsupportedError("its output embeddings have LoRA adapters")
-    embed, norm = _at(base, places.embed), getattr(base, places.norm)
-    table, width = _table(embed), peft_wrappers.base_of(embed).embedding_dim
+    table, width = _table(embed, "embed" in words), peft_wrappers.base_of(embed).embedding_dim
     of_norm = _norm_weights(norm, table.new_ones(width))
     weights = {"embed": table, **of_norm, "head": peft_wrappers.weight_of(projection)}
     if projection.bias is not None:
@@ -126,7 +128,11 @@ def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions
     if places.table is not None:
         weights["table"] = _table(_at(base, places.table))
     offset = _OFFSETS.get(unsharded_class(norm).__name__, 0.0) if places.offset is None else places.offset
-    return Ends(weights, _norm(norm, places.eps), offset, _options(base, places, embed, run), loss)
+    options = _options(base, places, embed, run)
+    for name in (n for n in weights if n.partition(".")[0] in words):
+        of_words: Any = weights[name]
+        weights[name] = of_words.to_local()
+    return Ends(weights, _norm(norm, places.eps), offset, options, loss, words=words)
 
 
 def modules_of(base: Any, places: Places, projection: Any) -> list[nn.Module]:
@@ -140,11 +146,13 @@ def _at(base: Any, name: str) -> Any:
     return peft_wrappers.called_now(getattr(base, name))
 
 
-def _table(module: Any) -> Tensor:
+def _table(module: Any, dealt_out: bool = False) -> Tensor:
+    """Its weight. dealt_out: what its hooks, or its forward, do about the words of other processes is known."""
     peft_wrappers.check(module)
     embedding = peft_wrappers.base_of(module)
     name = type(embedding).__name__
-    if not (unsharded_class(embedding) is nn.Embedding or _is_scaled(embedding)) or foreign(embedding):
+    plain = unsharded_class(embedding) is nn.Embedding or _is_scaled(embedding)
+    if not plain or (foreign(embedding) and not dealt_out):
         raise UnsupportedError(f"its embedding is of class {name} with hooks, or no plain nn.Embedding")
     if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
         raise UnsupportedError("its embedding has max_norm, sparse or scale_grad_by_freq")

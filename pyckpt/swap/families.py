@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt.spec import BlockSpec
-from pyckpt.swap import generic, lora, quantized
+from pyckpt.swap import generic, lora, parallel, quantized
 from pyckpt.swap.code import odd_function
 from pyckpt.swap.modules import UnsupportedError, has_plain_weight, is_known, is_patched, norm_eps
 from pyckpt.swap.rope import MOVING, MovingRope, given
@@ -100,7 +100,8 @@ def finish(
         if getattr(module, source.bias, None) is not None and "norm" not in source.names[0]:
             biased |= set(source.names)
     spec = spec_of(options, bias_of(biased))
-    generic.check_unwatched(layer)
+    dealt = parallel.dealt_out(layer, {s.path: kind for s in sources if (kind := s.dealt_out) is not None})
+    generic.check_unwatched(layer, None if dealt is None else dealt.knows)
     modules = dict(generic.inner(layer))
     adapted = [path for path, module in modules.items() if lora.is_adapted(module)]
     # What is in an adapted module may come and go, but for what it adapts.
@@ -110,7 +111,7 @@ def finish(
     packed = any(map(quantized.is_quantized, modules.values()))
     mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted), quantized=packed, rates=rates)
     mapping.check(layer)
-    return mapping
+    return mapping if dealt is None else mapping.part_of(dealt)
 
 
 def check_forwards(layer: nn.Module) -> None:

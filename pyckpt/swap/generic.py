@@ -52,9 +52,9 @@ def check(layer: nn.Module, spec: BlockSpec) -> None:
     check_unwatched(layer)
 
 
-def check_unwatched(layer: nn.Module) -> None:
-    """Raise `UnsupportedError` where a module inside the layer has forward hooks."""
-    _check_none(layer, watched)
+def check_unwatched(layer: nn.Module, known: Callable[[str, nn.Module], bool] | None = None) -> None:
+    """Raise `UnsupportedError` where a module inside the layer has forward hooks, but for those that are `known`."""
+    _check_none(layer, watched, known)
 
 
 def check_runs_twice(layer: nn.Module) -> None:
@@ -65,8 +65,11 @@ def check_runs_twice(layer: nn.Module) -> None:
     _check_none(layer, lambda module: not may_be_called_again(module))
 
 
-def _check_none(layer: nn.Module, is_odd: Callable[[nn.Module], bool]) -> None:
-    odd = next(((path, module) for path, module in inner(layer) if is_odd(module)), None)
+def _check_none(
+    layer: nn.Module, is_odd: Callable[[nn.Module], bool], known: Callable[[str, nn.Module], bool] | None = None
+) -> None:
+    all_odd = ((path, module) for path, module in inner(layer) if is_odd(module))
+    odd = next(((path, module) for path, module in all_odd if known is None or not known(path, module)), None)
     if odd is not None:
         raise UnsupportedError(f"{odd[0]} {what_watches(odd[1])}")
 

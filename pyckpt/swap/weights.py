@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from pyckpt.compiling import constant_result
 from pyckpt.spec import BlockSpec, LowRank
-from pyckpt.swap import lora, quantized
+from pyckpt.swap import lora, parallel, quantized
 from pyckpt.swap.around import lacks_parameters, watched, what_watches
 from pyckpt.swap.modules import UnsupportedError, is_patched
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.packed import Packed
-from pyckpt.tokenwise.parameters import ATTENTION, parameter_shapes
+from pyckpt.tokenwise.parameters import ATTENTION, MLP, parameter_shapes
+from pyckpt.vocab_parallel import is_dealt_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Source:
     weight: str = "weight"
     bias: str = "bias"
 
-    def read(self, layer: nn.Module) -> dict[str, Tensor]:
+    def read(self, layer: nn.Module, part: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """The block's parameters by name, views of the layer's (copies with `heads`), differentiable.
 
-        A quantized weight is given as it is, once for each of its names.
+        A quantized weight is given as it is, once for each of its names. part: what to take of a parameter, if not all.
         """
         module = layer.get_submodule(self.path)
         packed = _quantized(module) is not None
@@ -47,9 +49,23 @@ class Source:
         for kind, name in (("weight", self.weight), ("bias", self.bias)):
             t = getattr(module, name, None)
             if t is not None:
+                t = t if part is None else part(t)
                 parts = (t,) * len(self.names) if packed and kind == "weight" else self._parts(t)
                 found |= zip((f"{n}.{kind}" for n in self.names), parts, strict=True)
         return found
+
+    @property
+    def dealt_out(self) -> str | None:
+        """In which way tensor parallelism deals the module out, if it does."""
+        if "norm" in self.names[0]:
+            return parallel.SUMMED if self.names[0] in _HEADS_NORMS else None
+        return parallel.ROWS if self.names[0] in _READERS else parallel.COLUMNS
+
+    def part_of(self, processes: int) -> Source:
+        """Where a process has its part. Raises `UnsupportedError` where the rows that it has are not one of each."""
+        if self.rows and processes > 1:
+            raise UnsupportedError(f"{self.path} is dealt out to processes (tensor parallelism), and holds several")
+        return dataclasses.replace(self, heads=self.heads // processes)
 
     def packed(self, layer: nn.Module, dtype: torch.dtype) -> list[Packed]:
         """What makes matrices of such a weight, for an x of this dtype."""
@@ -89,6 +105,10 @@ class Source:
         return t.split(self.rows) if len(self.names) > 1 else (t,)
 
 
+_HEADS_NORMS = tuple(f"{ATTENTION}.{n}_norm" for n in "qk")
+_READERS = (f"{ATTENTION}.o_proj", f"{MLP}.down_proj")  # of what is dealt out
+
+
 def _quantized(module: nn.Module) -> Any:
     """The linear layer that the module is, or has adapters beside, if its weight is quantized."""
     base = lora.base_of(module)
@@ -105,7 +125,8 @@ class Mapping:
     dropout are, by the spec's names of them; "inside" is one that a block does not have, which has to stay 0. `text`:
     the spec as a string. `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are
     read, by path: another class there means that the layer has changed. `complete`: they are all that run, so that
-    another module beside them would not.
+    another module beside them would not. `dealt`: tensor parallelism has dealt it out, and spec and sources are of what
+    this process has.
     """
 
     spec: BlockSpec
@@ -118,6 +139,7 @@ class Mapping:
     quantized: bool = False
     rates: tuple[tuple[str, str], ...] = ()
     complete: bool = False
+    dealt: parallel.Dealt | None = None
     text: str = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -158,8 +180,11 @@ class Mapping:
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The block's weights in the order of `parameter_shapes`; biases that the layer lacks are zeros."""
         found: dict[str, Tensor] = {}
+        part = None
+        if self.dealt is not None:
+            part = functools.partial(parallel.own_part, processes=self.dealt.processes)
         for source in self.sources:
-            found |= source.read(layer)
+            found |= source.read(layer, part)
         like = next(iter(found.values()))
         adapters = self._adapters(layer)
         for adapter, a, b in adapters:
@@ -180,7 +205,7 @@ class Mapping:
         """Raise `UnsupportedError` where the layer's weights do not make up the spec's parameters."""
         shapes = parameter_shapes(self.spec)
         with _whole(layer):
-            found = {name: t.shape for source in self.sources for name, t in source.read(layer).items()}
+            found = {name: t.shape for source in self.sources for name, t in source.read(layer, _whole_shape).items()}
         odd = sorted(n for n in found if n not in shapes)
         missing = sorted(n for n in shapes if n not in found and not n.endswith(".bias"))
         if odd or missing:
@@ -188,6 +213,19 @@ class Mapping:
         for name, shape in (found | {n: t.shape for n, t in self.matrices(layer).items()}).items():
             if shape != torch.Size(shapes[name]):
                 raise UnsupportedError(f"{name} has shape {tuple(shape)}, expected {shapes[name]}")
+
+    def part_of(self, dealt: parallel.Dealt) -> Mapping:
+        """What this process has of it, of a layer that is dealt out to some.
+
+        Raises `UnsupportedError` where its parts can't be a block's.
+        """
+        why = dealt.processes.why_not(self.spec)
+        if self.adapted or self.quantized:
+            why = "it is quantized, or has adapters"
+        if why is not None:
+            raise UnsupportedError(f"it is dealt out to processes (tensor parallelism), and {why}")
+        sources = tuple(source.part_of(dealt.processes.size) for source in self.sources)
+        return dataclasses.replace(self, spec=dealt.processes.part_of(self.spec), sources=sources, dealt=dealt)
 
     def change(self, layer: nn.Module) -> str | None:
         """What about the layer's inside has changed since the mapping was made, or None."""
@@ -198,7 +236,7 @@ class Mapping:
             if type(module) is not kind:
                 now, then = (f"{k.__module__}.{k.__name__}" for k in (type(module), kind))
                 return f"{path} is now a {now}, not the {then} {_ANEW}"
-            if watched(module):
+            if watched(module) and not (self.dealt is not None and self.dealt.knows(path, module)):
                 return f"{path} {what_watches(module)}{_advice(layer)}"
             if not self.complete and (patched := is_patched(module)) is not None:
                 return patched
@@ -252,12 +290,19 @@ class Mapping:
             return str(reason)
         if found.get("inside") or (self.why and found.get("dropout")):
             return "its dropout was switched on since it was swapped, where its block has none (unswap and swap again)"
+        if self.dealt is not None and any(found.values()):
+            return "its dropout was switched on since it was swapped, and processes would draw others (swap again)"
         if not (layer.training or self.why):  # a block has one mode, its own modules have theirs
             on = next(
                 (path for name, path in self.rates if rate_at(layer, path) and _drops_at(layer, name, path)), None
             )
             return on and f"{on} is in training mode, and drops values, in a layer in eval mode"
         return None
+
+
+def _whole_shape(t: Tensor) -> Tensor:
+    """What has the shape of a parameter that may be dealt out to processes."""
+    return torch.empty(t.shape, device="meta") if is_dealt_out(t) else t
 
 
 def _submodule(layer: nn.Module, path: str) -> nn.Module | None:

@@ -20,19 +20,22 @@ from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import Linear
 from pyckpt.tokenwise.norm import norm_of
+from pyckpt.tokenwise.tensor_parallel import Total, alone
 from pyckpt.tokenwise.workspace import Workspace
 
 
 class Branch:
     """The last projection of a sublayer, dropout, the residual sum, and the norm called `norm` if there is one.
 
-    `kept`: the name under which a save set keeps z. `site`: of the dropout.
+    `kept`: the name under which a save set keeps z. `site`: of the dropout. `total`: of the product, a process's share.
     """
 
-    def __init__(self, spec: BlockSpec, projection: str, norm: str | None, kept: str, site: int) -> None:
+    def __init__(
+        self, spec: BlockSpec, projection: str, norm: str | None, kept: str, site: int, total: Total = alone
+    ) -> None:
         self.spec, self.linear, self.site, self._kept = spec, Linear(spec, projection), site, kept
         self.norm = norm_of(spec, norm)
-        self._multiplier = spec.residual_multiplier
+        self._multiplier, self._total = spec.residual_multiplier, total
         self.parameters = (*self.linear.parameters, *self.norm.parameters)
 
     def forward(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor, ws: Workspace) -> None:
@@ -44,13 +47,13 @@ class Branch:
         """z (t, d_model), in `tile.kept` or scratch memory; without a norm in out, if that is given."""
         if self.spec.norms_after and not self.spec.norms_sum:
             z = self._place(tile, tuple(residual.shape), x.dtype, ws)
-            self.linear.forward(w, tile, x, z, ws)
+            self._product(w, tile, x, z, ws)
             return z
         if self.spec.norms_sum or out is None:
             out = self._place(tile, tuple(residual.shape), residual.dtype, ws)
         if self._drops(tile):
             made = ws.get("branch", tuple(residual.shape), x.dtype)
-            self.linear.forward(w, tile, x, made, ws)
+            self._product(w, tile, x, made, ws)
             if self._multiplier != 1.0:
                 made *= self._multiplier
             self._drop(tile, made, residual, out)
@@ -103,8 +106,24 @@ class Branch:
         grads.add_rows(self.linear.bias, d)
         return d
 
+    def _product(self, w: Weights, tile: Tile, x: Tensor, out: Tensor, ws: Workspace) -> None:
+        """out = x Wᵀ + b, with the shares of all processes."""
+        bias = w.get(self.linear.bias)
+        if self._total is alone or bias is None:
+            self.linear.forward(w, tile, x, out, ws)
+            self._total(out)
+            return
+        self.linear.forward({n: t for n, t in w.items() if n != self.linear.bias}, tile, x, out, ws)
+        self._total(out)
+        out += bias
+
     def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor, ws: Workspace) -> None:
-        self.linear.forward(w, tile, x, out, ws, residual=residual, multiplier=self._multiplier)
+        if self._total is alone:
+            self.linear.forward(w, tile, x, out, ws, residual=residual, multiplier=self._multiplier)
+            return
+        made = ws.get("branch", tuple(residual.shape), x.dtype)
+        self._product(w, tile, x, made, ws)
+        torch.add(residual, made, alpha=self._multiplier, out=out)
 
     def _place(self, tile: Tile, shape: tuple[int, ...], dtype: torch.dtype, ws: Workspace) -> Tensor:
         kept = tile.kept.get(self._kept)

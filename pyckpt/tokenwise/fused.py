@@ -28,6 +28,7 @@ from pyckpt.tokenwise.norm import LayerNorm, NoNorm, Norm, Normed, Stats
 from pyckpt.tokenwise.parameters import ATTENTION, MLP
 from pyckpt.tokenwise.positions import Positions
 from pyckpt.tokenwise.qkv import Qkv
+from pyckpt.tokenwise.tensor_parallel import Total, alone
 from pyckpt.tokenwise.workspace import Workspace
 
 Fused = frozenset[str]
@@ -65,14 +66,14 @@ def _choose(width: int, dtype: torch.dtype, device: torch.device, settings: tupl
     return frozenset(n for n in served if choice.fuses(choice.key(n, width, dtype, device)))
 
 
-def qkv_of(spec: BlockSpec, fused: Fused) -> Qkv:
-    part = FusedQkv(spec, fused)
-    return Qkv(spec) if isinstance(part.norm, NoNorm) or not fused & {"qkv", "wgrad", "dgrad"} else part
+def qkv_of(spec: BlockSpec, fused: Fused, total: Total = alone) -> Qkv:
+    part = FusedQkv(spec, fused, total)
+    return Qkv(spec, total) if isinstance(part.norm, NoNorm) or not fused & {"qkv", "wgrad", "dgrad"} else part
 
 
-def mlp_of(spec: BlockSpec, fused: Fused) -> Mlp:
-    part = FusedMlp(spec, fused)
-    return Mlp(spec) if isinstance(part.norm, NoNorm) or not fused & {"mlp", "wgrad", "dgrad"} else part
+def mlp_of(spec: BlockSpec, fused: Fused, total: Total = alone) -> Mlp:
+    part = FusedMlp(spec, fused, total)
+    return Mlp(spec, total) if isinstance(part.norm, NoNorm) or not fused & {"mlp", "wgrad", "dgrad"} else part
 
 
 class LazyNormed(Normed):
@@ -119,8 +120,8 @@ class FusedQkv(Qkv):
     A program has some heads: QK-norm over all of them at once stays with the library.
     """
 
-    def __init__(self, spec: BlockSpec, fused: Fused) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: BlockSpec, fused: Fused, total: Total = alone) -> None:
+        super().__init__(spec, total)
         self._fused = fused - {"qkv"} if spec.qk_norm == "full" else fused
 
     def forward(
@@ -193,8 +194,8 @@ class FusedMlp(Mlp):
     gate and up exist in registers alone, unless a save set keeps them.
     """
 
-    def __init__(self, spec: BlockSpec, fused: Fused) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: BlockSpec, fused: Fused, total: Total = alone) -> None:
+        super().__init__(spec, total)
         self._fused = fused if spec.gated else fused - {"dgrad"}  # one product is no sum
 
     def forward(self, w: Weights, tile: Tile, x: Tensor, dtype: torch.dtype, ws: Workspace) -> Tensor:

@@ -14,6 +14,7 @@ from pyckpt.tokenwise.interface import Tile, Weights
 from pyckpt.tokenwise.linear import Linear, input_gradient
 from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import MLP, norm_names
+from pyckpt.tokenwise.tensor_parallel import Total, alone
 from pyckpt.tokenwise.workspace import Workspace
 
 DOWN = f"{MLP}.down_proj"
@@ -29,10 +30,13 @@ class Hidden:
 
 
 class Mlp:
-    """act(gate) * up, or act(up), of norm(x), and the backward that starts from the down projection's output."""
+    """act(gate) * up, or act(up), of norm(x), and the backward that starts from the down projection's output.
 
-    def __init__(self, spec: BlockSpec) -> None:
-        self.spec = spec
+    `total`: of the gradient of the norm's output, of which a process makes a share.
+    """
+
+    def __init__(self, spec: BlockSpec, total: Total = alone) -> None:
+        self.spec, self._total = spec, total
         self.norm = norm_of(spec, norm_names(spec).mlp)
         self.projections = [Linear(spec, f"{MLP}.{n}_proj") for n in (("gate", "up") if spec.gated else ("up",))]
         self.down = Linear(spec, DOWN)
@@ -86,6 +90,7 @@ class Mlp:
         if dx is not None:
             dh = ws.get("dh", tuple(x.shape), d.dtype)
             self._input_gradient(w, tile, dhidden, dh, ws)
+            self._total(dh)
             self.norm.backward_add(w, dh, x, hidden.normed.stats, dx, grads)
 
     def _backward_inside(

@@ -15,14 +15,18 @@ from pyckpt.tokenwise.linear import Linear, input_gradient
 from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.positions import Positions
+from pyckpt.tokenwise.tensor_parallel import Total, alone
 from pyckpt.tokenwise.workspace import Workspace
 
 
 class Qkv:
-    """`pre` of the standard block, from x (t, d_model) to q, k, v (t, heads * head_dim)."""
+    """`pre` of the standard block, from x (t, d_model) to q, k, v (t, heads * head_dim).
 
-    def __init__(self, spec: BlockSpec) -> None:
-        self.spec = spec
+    `total`: of the gradients of the norms' outputs and of QK-norm's weights, of which a process makes a share.
+    """
+
+    def __init__(self, spec: BlockSpec, total: Total = alone) -> None:
+        self.spec, self._total = spec, total
         self.norm = norm_of(spec, norm_names(spec).attention)
         self.projections = [Linear(spec, f"{ATTENTION}.{n}_proj") for n in "qkv"]
 
@@ -73,6 +77,7 @@ class Qkv:
         if dx is not None or grads.wants(*self.norm.parameters):
             dh = ws.get("dh", tuple(tile.x.shape), dq.dtype)
             self._input_gradient(w, tile, [dq, dk, dv], dh, ws)
+            self._total(dh)
             target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
             self.norm.backward_add(w, dh, tile.x, normed.stats, target, grads)
 
@@ -89,7 +94,10 @@ class Qkv:
             options = self._options(positions, ds[0].dtype)
             for name, raw, d in zip("qk", raws, ds, strict=True):
                 key = f"{ATTENTION}.{name}_norm.weight"
-                grads.add(key, ops.qk_finish_bwd_(d, raw, w[key], *options, grads.wants(key)))
+                made = ops.qk_finish_bwd_(d, raw, w[key], *options, grads.wants(key))
+                if grads.wants(key):
+                    self._total(made)
+                grads.add(key, made)
             return
         tables = positions.tables(self.spec, ds[0].dtype)
         if tables is not None:

@@ -29,6 +29,7 @@ from pyckpt.tokenwise.mlp import DOWN
 from pyckpt.tokenwise.norm import with_offset
 from pyckpt.tokenwise.packed import Packed
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
+from pyckpt.tokenwise.tensor_parallel import TensorParallel, alone
 from pyckpt.tokenwise.workspace import Workspace
 
 # Where dropout draws its own numbers; attention's probabilities take site 0.
@@ -38,16 +39,20 @@ ATTENTION_SITE, MLP_SITE = 1, 2
 class StandardTokenwise:
     """`Tokenwise` of a `BlockSpec`. Holds no tensors: weights come with every call.
 
-    `parts`: which products are fused with what stands around them, see `fused.choose`.
+    `parts`: which products are fused with what stands around them, see `fused.choose`. `processes`: those that have
+    the block's weights together; `spec` is then what this one computes.
     """
 
     by_autograd = False
     _packed: tuple[Packed, ...] = ()
 
-    def __init__(self, spec: BlockSpec, parts: fused.Fused = fused.NOTHING) -> None:
+    def __init__(
+        self, spec: BlockSpec, parts: fused.Fused = fused.NOTHING, processes: TensorParallel | None = None
+    ) -> None:
         self.spec, self.makes_delta = spec, "delta" in parts
-        self.qkv = fused.qkv_of(spec, parts)
-        self.mlp = fused.mlp_of(spec, parts)
+        total = alone if processes is None else processes.total
+        self.qkv = fused.qkv_of(spec, parts, total)
+        self.mlp = fused.mlp_of(spec, parts, total)
         norms = norm_names(spec)
         # A norm after a sublayer needs its output for its own backward, and the MLP, unless parallel, attention's.
         once = {DOWN: not norms.after_mlp, f"{ATTENTION}.o_proj": spec.parallel and not norms.after_attention}
@@ -56,8 +61,9 @@ class StandardTokenwise:
             (spec, f"{ATTENTION}.o_proj", norms.after_attention, "mid", ATTENTION_SITE),
             (spec, DOWN, norms.after_mlp, "down", MLP_SITE),
         )
-        self.attention_end, self.mlp_end = (Branch(*end) for end in ends)
-        if "residual" in parts and spec.residual_multiplier == 1.0:
+        self.attention_end, self.mlp_end = (Branch(*end, total) for end in ends)
+        # What adds to the residual stream in a product's own kernel would add a share.
+        if "residual" in parts and spec.residual_multiplier == 1.0 and processes is None:
             reads_sum = spec.norm_placement == "pre" and not spec.parallel
             self.attention_end = fused.FusedBranch(*ends[0], following=self.mlp.norm if reads_sum else None)
             self.mlp_end = fused.FusedBranch(*ends[1])
