@@ -496,6 +496,11 @@ def run_blocks(
         )
     plans = [block.plan(tokens, x.dtype, compute, x.device) for block in blocks]
     run = node.Run(plans, [tuple(part) for part in weights], compute, placed)
+    if run.shared and plans[0].processes is None:
+        raise ValueError(
+            f"save= places {', '.join(run.shared)} with processes, and this block's weights are whole: only where "
+            'tensor parallelism deals them out do processes have the same. Place them on the "host" or in a "file"'
+        )
     if context is not None:
         run = _shared(run, context, cu_seqlens, rows, first)
     return _execute(run, x, positions, cu_seqlens, draw_seeds(blocks), flat)

@@ -47,6 +47,10 @@ SAVE_SETS: tuple[str, ...] = tuple(_TABLE)
 """Names of the save sets, from the one that keeps most to the one that keeps least."""
 
 
+PROCESSES = "processes"
+_ALIKE = ("x", "mid", "down")  # of the residual stream, or the product that it gets
+
+
 class _Places(dict[str, str]):
     """A dict that nothing is changed in: what was checked and hashed is there later. It can be copied and pickled."""
 
@@ -70,7 +74,9 @@ class Save:
         name: of the save set.
         place: by tensor: "x" (the block's input), "o", "lse", "q", "k", "v", "mid", "gate", "up" and "down", as far as
             the save set keeps it. "device": where it is, the default; "host": page-locked host memory (on a CPU that
-            is where it is); "file": a scratch file that is gone when the process ends, however it ends.
+            is where it is); "file": a scratch file that is gone when the process ends, however it ends; "processes", of
+            x, mid and down in a block whose weights are dealt out to processes (tensor parallelism): each of them,
+            which have the same, keeps a part, and they are brought together in the backward.
         last: of so many blocks, the last of the forward, all stays on the device, since the backward wants it at once.
         path: folder of the scratch files, by default the system's temporary one.
 
@@ -98,10 +104,14 @@ class Save:
                 raise ValueError(
                     f"place={tensor!r} names nothing that save={self.name!r} keeps; expected some of {', '.join(kept)}"
                 )
-            if place not in STORES:
+            if place == PROCESSES and tensor not in _ALIKE:
                 raise ValueError(
-                    f"place[{tensor!r}]={place!r} does not exist; expected one of {', '.join(map(repr, STORES))}"
+                    f"place[{tensor!r}]={place!r}: processes have the same of {', '.join(_ALIKE)} alone, and of "
+                    f"{tensor} their own; expected one of {', '.join(map(repr, STORES))}"
                 )
+            if place not in (*STORES, PROCESSES):
+                expected = ", ".join(map(repr, (*STORES, PROCESSES)))
+                raise ValueError(f"place[{tensor!r}]={place!r} does not exist; expected one of {expected}")
         last = errors.as_int(self.last)
         if last is None or last < 0:
             raise ValueError(f"last must be a number of blocks >= 0, got {self.last!r}")
@@ -119,6 +129,11 @@ class Save:
 
     def __hash__(self) -> int:
         return hash((self.name, frozenset(self.place.items()), self.last, self.path))  # a dict has none
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The tensors of which each process keeps a part."""
+        return tuple(n for n, p in self.place.items() if p == PROCESSES)
 
     def away(self, device: torch.device) -> dict[str, str]:
         """The tensors that leave this device, and where to. A CPU's host memory is its own."""

@@ -190,6 +190,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"save": "input"},
     {"save": "attention+mid"},
     {"save": "all"},
+    {"save": pyckpt.Save("attention", {"x": "processes"})},
     {"segments": 2},
     {"tile": 5},
     {"stream": pyckpt.Stream(tile=16)},

@@ -177,6 +177,22 @@ def details_worker(rank: int, seed: int) -> None:
     stream = 2 * x.nbytes  # x and mid
     assert kept[1] - stream == (kept[0] - stream) // 2
 
+    # The residual stream is shared out too; of an odd number of tokens one process has one less, and as much memory.
+    for tokens in (TOKENS, TOKENS - 1):
+        given = x[:, :tokens]
+        dealt.save = "attention+mid"
+        want = whole(step(dealt, given, given))
+        dealt.save = pyckpt.Save("attention+mid", {"x": "processes", "mid": "processes"})
+        assert_same_bits(whole(step(dealt, given, given)), want)
+        with measure.memory() as m:
+            dealt(given.clone().requires_grad_()).sum()
+        spec = block.spec
+        assert m.saved_bytes == -(-tokens // 2) * 2 * D_MODEL * 8 + tokens * (spec.d_q + spec.n_heads) * 8 // 2
+    block.save = dealt.save
+    with pytest.raises(ValueError, match="places x, mid with processes, and this block's weights are whole"):
+        block(x)
+    block.save = dealt.save = "attention"
+
     # A frozen block, one that is read alone, a compiled one, and one that is run under no_grad.
     truth = step(block, x, x)
     for p in dealt.parameters():
@@ -266,6 +282,7 @@ def models_worker(rank: int, world: int, seed: int) -> None:
         truth = loss_of(model, tokens, **options)
         for how in ({}, {"stream": pyckpt.Stream(7)}, {"stream": pyckpt.Stream(7, store="file", gradients="by block")}):
             dealt = deal_out(model, mesh)
+            dealt.set_save(pyckpt.Save("attention", {"x": "processes"}))
             assert_exact(loss_of(dealt, tokens, **options, **how), truth, name, how)
     dealt, stream = deal_out(model, mesh), pyckpt.Stream(8)
     with pytest.raises(ValueError, match="label_smoothing goes with a whole weight alone"):

@@ -19,7 +19,9 @@ from pyckpt.attend.dense import Layout
 from pyckpt.exec.asked import asked
 from pyckpt.exec.offload import Parcel, keep
 from pyckpt.exec.resident import BlockPlan, Cast, Inputs, Kept, run_backward, run_forward
+from pyckpt.exec.shares import part_of, whole_of
 from pyckpt.save import Save
+from pyckpt.tokenwise.tensor_parallel import TensorParallel
 
 NO_SEED = -1  # in a tensor of seeds, of a block that drops nothing
 _HOW_TO = "Use the block without {what}, or a plain PyTorch block for that part of the model."
@@ -40,6 +42,18 @@ class Run:
     context: ContextParallel | None = None
     read: tuple[Sequence[int], Sequence[int]] | None = None
     rows: int = 1
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Of what is kept, those tensors of which each of the blocks' `processes` keeps a part."""
+        return () if self.placed is None else self.placed.shared
+
+    @property
+    def processes(self) -> TensorParallel:
+        """That have the first block's weights together."""
+        found = self.plans[0].processes
+        assert found is not None
+        return found
 
     def split(self, weights: tuple[Tensor, ...]) -> list[Cast]:
         """Flat weights, in order, by block, to be had in the dtype that the products take while a block runs."""
@@ -154,6 +168,8 @@ class _RunFunction(torch.autograd.Function):
         y, kept = forward(run, x, positions, cu_seqlens, seeds, weights, keeping=True)
         here = {"x": x, **kept}
         parcel: Parcel | None = None
+        ctx.shared = {n: here[n].shape for n in run.shared if n in here}
+        here |= {n: part_of(here[n], run.processes) for n in ctx.shared}
         if run.placed is not None:
             parcel, here = keep(here, run.placed)
         ctx.run, ctx.parcel, ctx.here, ctx.n_weights = run, parcel, tuple(here), len(weights)
@@ -176,6 +192,7 @@ class _RunFunction(torch.autograd.Function):
         del values
         if ctx.parcel is not None:
             kept |= ctx.parcel.fetch()
+        kept |= {n: whole_of(kept[n], shape, ctx.run.processes) for n, shape in ctx.shared.items()}
         x = kept.pop("x")
         need = asked(ctx)
         dx, grads = backward(

@@ -57,6 +57,7 @@ def _standard_plan(
         post_tensors=post_tensors(spec, save),
         keeps_raw_qk=bool(spec.qk_norm),
         token_bytes=token_bytes,
+        processes=processes,
     )
 
 

@@ -22,6 +22,7 @@ from pyckpt.ops.chunks import acc_dtype
 from pyckpt.save import KeptTensor, SaveSet
 from pyckpt.tokenwise.gradients import WeightGradients
 from pyckpt.tokenwise.interface import Tile, Tokenwise, Weights
+from pyckpt.tokenwise.tensor_parallel import TensorParallel
 from pyckpt.tokenwise.workspace import Workspace
 
 Kept = dict[str, Tensor]
@@ -35,7 +36,8 @@ POST_NAMES = ("mid", "gate", "up", "down")
 class BlockPlan:
     """How to run one block. `pre_names` are the weights whose gradient comes through q, k, v.
 
-    `post_tensors` are what `post` keeps with this save set; `token_bytes` what a token takes inside a tile.
+    `post_tensors` are what `post` keeps with this save set; `token_bytes` what a token takes inside a tile;
+    `processes` those that have the weights together.
     """
 
     tokenwise: Tokenwise
@@ -46,6 +48,7 @@ class BlockPlan:
     post_tensors: tuple[KeptTensor, ...] = ()
     keeps_raw_qk: bool = False
     token_bytes: int = 0
+    processes: TensorParallel | None = None
 
     def sinks(self, w: Weights) -> Tensor | None:
         """The weight that holds attention's sinks, where there are any."""

@@ -48,9 +48,26 @@ class TensorParallel:
         group = mesh.get_group()
         return cls(group.group_name, dist.get_world_size(group))
 
-    def total(self, share: Tensor) -> None:
+    @property
+    def rank(self) -> int:
+        """This process's place among them."""
+        return dist.get_rank(self._group)
+
+    @property
+    def _group(self) -> Any:
         name: Any = self.group_name
-        dist.all_reduce(share, group=torch._C._distributed_c10d._resolve_process_group(name))
+        return torch._C._distributed_c10d._resolve_process_group(name)
+
+    def total(self, share: Tensor) -> None:
+        dist.all_reduce(share, group=self._group)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """(size * t, width): the parts (t, width) of all, in their order."""
+        whole = part.new_empty(self.size * part.shape[0], part.shape[1])
+        # By its name since PyTorch 2.13, or before.
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(whole, part, group=self._group)
+        return whole
 
     def part_of(self, spec: BlockSpec) -> BlockSpec:
         """What one of them computes; its output is a block's after the sums."""
