@@ -143,15 +143,15 @@ def fsdp2(world: int, *options: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_fsdp2_trains_as_one_process_does(capsys, tmp_path):
-    """Four steps of one process; two of two, streamed and shared, and the rest by one from their checkpoint; two that
-    are shared alone."""
+    """Four steps of one process; two of two, streamed and shared, and the rest by one from their checkpoint; two of
+    four, that share tokens and weights."""
     pytest.importorskip("transformers")
     whole, half, rest, shared = (str(tmp_path / name) for name in ("whole", "half", "rest", "shared"))
     losses, saved = {}, {}
     for world, folder, options in (
         (1, whole, ["--steps", "4"]),
         (2, half, ["--steps", "2", "--share", "2", "--stream", "24"]),
-        (2, shared, ["--steps", "2", "--share", "2"]),
+        (4, shared, ["--steps", "2", "--share", "2", "--tensor", "2"]),
         (1, rest, ["--steps", "4", "--resume", half]),
     ):
         printed = fsdp2(world, "--checkpoint", folder, *options)
