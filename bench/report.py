@@ -490,6 +490,22 @@ def context(name: str = "context_cpu") -> str:
     return "\n".join([*lines, "", source("bench/context.py", name, figures)])
 
 
+def tensor_parallel() -> str:
+    """A step of a model whose weights processes share, for ARCHITECTURE.md."""
+    name = "tensor_parallel_cpu"
+    figures = common.read(name)
+    o = figures["options"]
+    lines = [
+        f"| fp32, {o['layers']} layers, d_model {o['d_model']}, S = {o['tokens']:,}, vocabulary {o['vocab']:,}, "
+        f"{o['processes']} processes | a step | of checkpointing | kept by each | peak of each | summed by each |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in figures["rows"]:
+        memory = " | ".join(format_bytes(row[n]) for n in ("saved_bytes", "peak_bytes", "summed_bytes"))
+        lines.append(f"| {row['variant']} | {row['seconds']:.2f} s | {row['over_checkpointing']:.2f} | {memory} |")
+    return "\n".join([*lines, "", source("bench/tensor_parallel.py", name, figures)])
+
+
 def source(script: str, name: str, figures: dict[str, Any]) -> str:
     versions = figures["versions"]
     return (
@@ -516,6 +532,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stream-schedule": stream_schedule,
     "context": context,
     "context-stream": lambda: context("context_stream_cpu"),
+    "tensor-parallel": tensor_parallel,
     "swap": swap,
     "own-model": own_model,
     "attention-bounds": attention_bounds,

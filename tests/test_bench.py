@@ -37,6 +37,7 @@ from bench import (  # noqa: E402
     report,
     steps,
     stream_schedule,
+    tensor_parallel,
 )
 from bench.steps import Variant, Work  # noqa: E402
 from pyckpt.save import bytes_per_token  # noqa: E402
@@ -567,6 +568,24 @@ def test_processes_send_what_arithmetic_says(stream, tmp_path, capfd):
     assert alone["sent_bytes"] == 0
     assert stream or all(r["saved_bytes"] < 0.6 * alone["saved_bytes"] for r in shared)
     assert "of alone" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_processes_sum_less_than_those_that_run_layers_again(tmp_path, capfd):
+    out, d_model, tokens, layers = tmp_path / "tensor_parallel.json", 256, 256, 2
+    sizes = ["--tokens", str(tokens), "--layers", str(layers), "--repeats", "1", "--d-model", str(d_model)]
+    tensor_parallel.main([*sizes, "--vocab", "512", "--tile", "128", "--out", str(out)])
+    rows = {r["variant"]: r for r in json.loads(out.read_text())["rows"]}
+    # Looking up, of the head's gradient, and of the loss's three numbers: in all variants of ours.
+    stream = tokens * d_model * 4
+    ends = 2 * stream
+    of_loss = 3 * tokens * 4
+    by_arithmetic = {"swap": 5, "swap, x shared": 5.5, "swap, attention+mid": 4}
+    for variant, sums in by_arithmetic.items():
+        assert rows[variant]["summed_bytes"] == sums * layers * stream + ends + of_loss, variant
+    assert rows["swap"]["summed_bytes"] < rows[tensor_parallel.CHECKPOINT]["summed_bytes"]
+    assert rows["swap, x shared"]["saved_bytes"] < rows["swap"]["saved_bytes"]
+    assert "of checkpointing" in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -313,6 +313,8 @@ def _entry(name: str, kind: str, mapping: Mapping, save: str | Save, note: str =
     kinds = {"LoRA adapters": mapping.adapted, "weights of 4 bits": mapping.quantized}
     beside = " and ".join(kind for kind, found in kinds.items() if found)
     standard = "as a standard block" + (f" with {beside}" if beside else "")
+    if mapping.dealt is not None:
+        standard += f", of which each of {mapping.dealt.processes.size} processes has a part"
     why = f"its own modules, tile by tile: {mapping.why}" if mapping.why else standard
     return Entry(name, kind, GENERIC if mapping.why else STANDARD, f"{why}; save={save!r}{note}")
 
