@@ -467,7 +467,7 @@ def run_blocks(
         check_context(context)
         if torch.compiler.is_compiling():  # what processes say to each other is nothing that a graph knows
             return _run_uncompiled(blocks, x, positions, cu_seqlens, checked, context, rows)
-    first = blocks[0]
+    first, x = blocks[0], waited_for(x)
     compute = compute_dtype(x)
     if x.is_meta and len(blocks) > 1:  # nothing is kept there: a segment has the shapes of its blocks
         for block in blocks:
@@ -553,6 +553,12 @@ def draw_seeds(blocks: list[CheckpointedBlock]) -> Tensor | None:
     seeds = [torch.randint(2**62, (), device="cpu") for block in blocks if block.drops]
     drawn = iter(seeds)
     return torch.stack([next(drawn) if block.drops else torch.tensor(NO_SEED, device="cpu") for block in blocks])
+
+
+def waited_for(x: Any) -> Any:
+    """x, as a tensor of its own where it is the result of a collective of PyTorch's that may be under way."""
+    # Any op that is no view waits, and gives what it waited for.
+    return torch.ops.aten._unsafe_view(x, x.shape) if type(x).__name__ == "AsyncCollectiveTensor" else x
 
 
 def compute_dtype(x: Any) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.attend.context import ContextParallel, check_context, processes_of
 from pyckpt.attend.dense import Layout
-from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds
+from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds, waited_for
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
 from pyckpt.exec.gathering import deals_out, gather, gathers, hooks_of, others
@@ -292,6 +292,7 @@ def stream_blocks(
     layers: Sequence[nn.Module] | None = None,
 ) -> Tensor:
     """y of these blocks, for checked x (B, S, d_model) or (T, d_model), positions (T,) and cu_seqlens."""
+    x = waited_for(x)
     layout = _layout(x.shape[:-1], cu_seqlens)
     stack = _stack(blocks, segments, layout, positions, x, x.requires_grad, stream, layers)
     return _run(stack, stream, blocks, layers, _whole_ends(stack, x), x, None)
@@ -306,6 +307,7 @@ def open_blocks(
     layers: Sequence[nn.Module],
 ) -> LayerRun:
     """The run of `stream_blocks` for layers that somebody else calls, one after the other."""
+    x = waited_for(x)
     stack = _stack(blocks, 1, _layout(x.shape[:-1], cu_seqlens), positions, x, x.requires_grad, stream, layers)
     return _layer_run(stack, stream, blocks, _whole_ends(stack, x), x, None)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import pyckpt
 from pyckpt import measure
+from pyckpt.block import waited_for
 from pyckpt.vocab_parallel import Words
 
 TOKENS = int(PACKED[-1])
@@ -146,6 +147,8 @@ class Sums:
 
 
 def details_worker(rank: int, seed: int) -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
     mesh = mesh_of(2)
     block, x = block_of(2, seed), same(seed, 1, TOKENS, D_MODEL)
     dealt = deal_out(block, mesh)
@@ -192,6 +195,16 @@ def details_worker(rank: int, seed: int) -> None:
     with pytest.raises(ValueError, match="places x, mid with processes, and this block's weights are whole"):
         block(x)
     block.save = dealt.save = "attention"
+
+    # What a module of PyTorch's has just summed is waited for before the block's kernels read its memory.
+    summed = DTensor.from_local(given.clone().requires_grad_() / 2, mesh, [Partial()], run_check=False)
+    summed = summed.redistribute(placements=[Replicate()], async_op=True).to_local()
+    assert type(summed) is not Tensor and type(waited_for(summed)) is Tensor
+    y = dealt(summed)
+    y.sum().backward()
+    assert type(y) is Tensor
+    assert_exact({"y": y.detach()}, {"y": block(given).detach()})
+    dealt.zero_grad()
 
     # A frozen block, one that is read alone, a compiled one, and one that is run under no_grad.
     truth = step(block, x, x)
