@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from torch import Tensor
 import pyckpt
 from pyckpt import measure
 from pyckpt.block import waited_for
+from pyckpt.tokenwise import tensor_parallel
 from pyckpt.vocab_parallel import Words
 
 TOKENS = int(PACKED[-1])
@@ -127,11 +129,24 @@ def test_blocks_are_those_of_one_process(world, seed):
     run_processes(world, blocks_worker, world, seed)
 
 
+@pytest.mark.parametrize(
+    ("rows", "sizes"), ((0, []), (2047, [2047]), (2049, [1025, 1024]), (9001, [2251] * 3 + [2248]))
+)
+def test_parts_that_are_summed_by_themselves(rows, sizes):
+    on_a_gpu: Any = types.SimpleNamespace(shape=(rows, 64), is_cuda=True)
+    parts = list(tensor_parallel._parts(on_a_gpu))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
+    assert len(list(tensor_parallel._parts(torch.empty(rows, 1)))) == min(rows, 1)
+
+
 class Sums:
-    """Counts what the processes sum up, by shape."""
+    """What the processes sum up, by shape, and how many sums were under way whenever one was waited for."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
+        self.under_way: list[int] = []
+        self._count = 0
 
     def __enter__(self) -> Sums:
         self._real = dist.all_reduce
@@ -143,7 +158,21 @@ class Sums:
 
     def _counting(self, t: Tensor, *args: Any, **options: Any) -> Any:
         self.shapes.append(tuple(t.shape))
-        return self._real(t, *args, **options)
+        self._count += 1
+        return Work(self, self._real(t, *args, **options))
+
+    def ended(self) -> None:
+        self.under_way.append(self._count)
+        self._count -= 1
+
+
+class Work:
+    def __init__(self, sums: Sums, real: Any) -> None:
+        self._sums, self._real = sums, real
+
+    def wait(self) -> None:
+        self._sums.ended()
+        self._real.wait()
 
 
 def details_worker(rank: int, seed: int) -> None:
@@ -195,6 +224,16 @@ def details_worker(rank: int, seed: int) -> None:
     with pytest.raises(ValueError, match="places x, mid with processes, and this block's weights are whole"):
         block(x)
     block.save = dealt.save = "attention"
+
+    # In parts, as on a GPU: each is on its way while the next is made, and all are there when the sum is read.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_parallel, "_parts", lambda out: (slice(i, i + 7) for i in range(0, out.shape[0], 7)))
+        dealt.save, dealt.tile = "attention", TOKENS // 2
+        with Sums() as sums:
+            got = whole(step(dealt, x, x))
+        assert_exact(got, step(block, x, x))
+        assert sums.shapes[:4] == [(7, D_MODEL)] * 3 + [(TOKENS // 2 - 21, D_MODEL)]
+        assert sums.under_way == [4, 3, 2, 1] * (len(sums.shapes) // 4)
 
     # What a module of PyTorch's has just summed is waited for before the block's kernels read its memory.
     summed = DTensor.from_local(given.clone().requires_grad_() / 2, mesh, [Partial()], run_check=False)

@@ -108,14 +108,14 @@ class Branch:
 
     def _product(self, w: Weights, tile: Tile, x: Tensor, out: Tensor, ws: Workspace) -> None:
         """out = x Wᵀ + b, with the shares of all processes."""
-        bias = w.get(self.linear.bias)
-        if self._total is alone or bias is None:
+        if self._total is alone:
             self.linear.forward(w, tile, x, out, ws)
-            self._total(out)
             return
-        self.linear.forward({n: t for n, t in w.items() if n != self.linear.bias}, tile, x, out, ws)
-        self._total(out)
-        out += bias
+        unbiased = {n: t for n, t in w.items() if n != self.linear.bias}
+        self._total(out, lambda rows: self.linear.forward(unbiased, tile, x[rows], out[rows], ws))
+        bias = w.get(self.linear.bias)
+        if bias is not None:
+            out += bias
 
     def _add(self, w: Weights, tile: Tile, x: Tensor, residual: Tensor, out: Tensor, ws: Workspace) -> None:
         if self._total is alone:

@@ -89,8 +89,7 @@ class Mlp:
             self._add_gradients(w, tile, linear, dinner, hidden.normed, grads, ws)
         if dx is not None:
             dh = ws.get("dh", tuple(x.shape), d.dtype)
-            self._input_gradient(w, tile, dhidden, dh, ws)
-            self._total(dh)
+            self._total(dh, lambda rows: self._input_gradient(w, tile, [d[rows] for d in dhidden], dh[rows], ws))
             self.norm.backward_add(w, dh, x, hidden.normed.stats, dx, grads)
 
     def _backward_inside(

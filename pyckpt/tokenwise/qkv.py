@@ -15,7 +15,7 @@ from pyckpt.tokenwise.linear import Linear, input_gradient
 from pyckpt.tokenwise.norm import Normed, norm_of
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.positions import Positions
-from pyckpt.tokenwise.tensor_parallel import Total, alone
+from pyckpt.tokenwise.tensor_parallel import Total, alone, is_made
 from pyckpt.tokenwise.workspace import Workspace
 
 
@@ -76,8 +76,7 @@ class Qkv:
             self._add_gradients(w, tile, linear, d, normed, grads, ws)
         if dx is not None or grads.wants(*self.norm.parameters):
             dh = ws.get("dh", tuple(tile.x.shape), dq.dtype)
-            self._input_gradient(w, tile, [dq, dk, dv], dh, ws)
-            self._total(dh)
+            self._total(dh, lambda rows: self._input_gradient(w, tile, [d[rows] for d in (dq, dk, dv)], dh[rows], ws))
             target = dx if dx is not None else ws.get("dx", tuple(tile.x.shape), tile.x.dtype).zero_()
             self.norm.backward_add(w, dh, tile.x, normed.stats, target, grads)
 
@@ -96,7 +95,7 @@ class Qkv:
                 key = f"{ATTENTION}.{name}_norm.weight"
                 made = ops.qk_finish_bwd_(d, raw, w[key], *options, grads.wants(key))
                 if grads.wants(key):
-                    self._total(made)
+                    self._total(made, is_made)
                 grads.add(key, made)
             return
         tables = positions.tables(self.spec, ds[0].dtype)
