@@ -421,3 +421,33 @@ def words_worker(rank: int, seed: int) -> None:
 @needs_gloo
 def test_words_of_others_are_looked_up(seed):
     run_processes(3, words_worker, seed)
+
+
+# --- on GPUs ----------------------------------------------------------------------------------------------------------
+
+
+def gpu_worker(rank: int, seed: int) -> None:
+    """By NCCL: a block in bfloat16, its sums in parts, by the 2x rule, and the same bits whatever it keeps."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    torch.cuda.set_device(rank)
+    mesh = DeviceMesh.from_group(dist.new_group(backend="nccl"), "cuda")
+    block = block_of(2, seed)
+    rows = 2 * tensor_parallel._ROWS + 77
+    x, dy = same(seed, 1, rows, D_MODEL), same(seed + 1, 1, rows, D_MODEL)
+    truth, plain = step(block, x, dy), plain_twin(block, torch.bfloat16).cuda()
+    low = [t.to("cuda", torch.bfloat16) for t in (x, dy)]
+    reference = {n: t.cpu() for n, t in step(plain, *low).items()}
+    dealt = deal_out(block.to("cuda", torch.bfloat16), mesh)
+    results = []
+    for save in ("attention", "all", "input", pyckpt.Save("attention", {"x": "processes"})):
+        dealt.save = save
+        results.append({n: t.cpu() for n, t in whole(step(dealt, *low)).items()})
+        assert_same_bits(results[-1], results[0])
+    assert_as_good(results[0], reference, truth, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(seed):
+    run_processes(2, gpu_worker, seed)
