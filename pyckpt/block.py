@@ -16,6 +16,7 @@ from pyckpt.attend.dense import DenseAttend
 from pyckpt.casting import autocasts
 from pyckpt.compiling import uncompiled
 from pyckpt.exec import compiled, node
+from pyckpt.exec.layouts import check_whole_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.plan import standard_plan
 from pyckpt.exec.resident import BlockPlan
@@ -297,6 +298,9 @@ class CkptTransformerBlock(CheckpointedBlock):
     def _part(self) -> tuple[BlockSpec, TensorParallel | None, Mapping[str, tuple[int, ...]]]:
         """What this process computes, of weights that are dealt out, with whom, and the shapes of its parts."""
         processes = holders_of(self._whole_weights())
+        for path, module in self.named_modules():
+            if path:
+                check_whole_tokens(path, module)
         return (self.spec, None, self._shapes) if processes is None else _part_of(self.spec, processes)
 
     def weights(self) -> dict[str, Tensor]:
@@ -473,6 +477,11 @@ def run_blocks(
         for block in blocks:
             x = run_blocks([block], x, positions, cu_seqlens, checked, context, rows)
         return x
+    if is_dealt_out(x):
+        raise ValueError(
+            f"x is a DTensor, {x.placements}: a block takes a tensor of its own in each process; give "  # type: ignore[attr-defined]
+            "x.full_tensor(), or x.to_local() of a replicated one"
+        )
     errors.check_activations(x, first.d_model, packed=cu_seqlens is not None)
     weights = [block.weights() for block in blocks]
     for block, part in zip(blocks, weights, strict=True):

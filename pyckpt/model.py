@@ -17,6 +17,7 @@ from pyckpt.attend.context import ContextParallel, check_context
 from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
 from pyckpt.compiling import uncompiled
 from pyckpt.exec.gathering import gather, gathers, hooks_of, others, unshards
+from pyckpt.exec.layouts import check_whole_tokens
 from pyckpt.exec.lm_ends import following
 from pyckpt.exec.tiling import TILE_BYTES
 from pyckpt.functional import (
@@ -378,6 +379,8 @@ class CkptCausalLM(nn.Module):
         self._check_tokens(tokens, cu_seqlens)
         if context is not None:
             tokens = check_context(context).shard(tokens, -1)
+        for name, module in (("model.embed_tokens", self.model.embed_tokens), ("model.norm", self.model.norm)):
+            check_whole_tokens(name, module)
         x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens, context=context)
         norm = self.model.norm
         gather(norm)

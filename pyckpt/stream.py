@@ -18,6 +18,7 @@ from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_s
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
 from pyckpt.exec.gathering import deals_out, gather, gathers, hooks_of, others
+from pyckpt.exec.layouts import check_whole_tokens
 from pyckpt.exec.lm_ends import IGNORE, EmbeddingOptions, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.places import store_plan
@@ -195,6 +196,8 @@ def run_loss(
     _check_called(model)
     gather(model.model.embed_tokens, model.model.norm, model.lm_head)
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
+    check_whole_tokens("model.embed_tokens", model.model.embed_tokens)
+    check_whole_tokens("model.norm", norm)
     words = _words(model)
     if is_dealt_out(embed) and "embed" not in words:
         raise ValueError(

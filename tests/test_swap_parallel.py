@@ -186,6 +186,74 @@ def of_options_worker(rank: int, world: int) -> None:
     assert any("its dropout was switched on since it was swapped" in str(w.message) for w in told)
 
 
+def of_norms_worker(rank: int, world: int, folder: str) -> None:
+    """QK-norm, of which each process runs its heads: gradients as the model itself has them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model, batch = make("Qwen3")
+    truth = step(copy.deepcopy(model), batch)[0]
+    # transformers sums them in a hook, which the norm's first own call puts on the parameter: whenever that is.
+    for between in ("nothing", "a call of the layers' own", "a step of the layers' own"):
+        dealt = of_transformers(Path(folder) / "Qwen3", tp_size=2)
+        assert pyckpt.swap(dealt).entries[0].path == "standard"
+        loss = dealt(**batch, use_cache=False).loss
+        if between != "nothing":
+            other = dealt(**batch, output_attentions=True, use_cache=False).loss
+            loss = loss if between == "a call of the layers' own" else (loss + other) / 2
+        loss.backward()
+        assert max(relative_errors({"loss": loss.detach(), **gradients(dealt)}, truth).values()) < 1e-6, between
+    # Where nobody sums them, and they are each process's own.
+    dealt = deal_out(copy.deepcopy(model), init_device_mesh("cpu", (world,)))
+    own_grads = step(dealt, batch)[0]
+    assert pyckpt.swap(dealt).entries[0].path == "standard"
+    assert max(relative_errors(step(dealt, batch)[0], own_grads).values()) < 1e-6
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_norms_of_heads_that_are_dealt_out(tmp_path):
+    make("Qwen3")[0].save_pretrained(tmp_path / "Qwen3")
+    run_processes(2, of_norms_worker, 2, str(tmp_path))
+
+
+def of_changes_worker(rank: int, world: int) -> None:
+    """What is dealt out otherwise, or watched, runs by itself, and what becomes so later runs again as a whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+
+    mesh = init_device_mesh("cpu", (world,))
+    model, batch = make()
+    truth = step(copy.deepcopy(model), batch)[0]
+
+    def redistribute(model: Any) -> None:
+        q = model.model.layers[0].self_attn.q_proj
+        q.weight = torch.nn.Parameter(q.weight.detach().redistribute(placements=[Replicate()]))
+
+    def watch(model: Any) -> None:
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+
+    for change, path, why in (
+        (redistribute, "checkpointed", "not by its columns"),
+        (watch, "original", "has forward hooks"),
+    ):
+        dealt = deal_out(copy.deepcopy(model), mesh)
+        change(dealt)
+        entry = pyckpt.swap(dealt).entries[0]
+        assert entry.path == path and why in entry.why
+        assert max(relative_errors(step(dealt, batch)[0], truth).values()) < 1e-6
+        dealt = deal_out(copy.deepcopy(model), mesh)
+        pyckpt.swap(dealt)
+        change(dealt)
+        with pytest.warns(UserWarning, match=r"self_attn\.q_proj"):
+            assert max(relative_errors(step(dealt, batch)[0], truth).values()) < 1e-6
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_layers_that_are_dealt_out_otherwise():
+    run_processes(2, of_changes_worker, 2)
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"save": "input"},

@@ -271,8 +271,13 @@ def test_what_is_kept_and_summed(seed):
 
 
 def refusals_worker(rank: int) -> None:
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
 
     mesh, x = mesh_of(2), torch.randn(1, 8, D_MODEL, dtype=torch.float64)
     odd = {
@@ -283,6 +288,23 @@ def refusals_worker(rank: int) -> None:
     for message, options in odd.items():
         with pytest.raises(ValueError, match=message):
             deal_out(make_block(**options), mesh)(x)
+    with pytest.raises(ValueError, match=r"x is a DTensor, .* x\.to_local\(\) of a replicated one"):
+        deal_out(make_block(), mesh)(distribute_tensor(x, mesh, [Replicate()]))
+    # Tokens dealt out between the products: what hooks would do about it, a block does not.
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    shards = {"self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)), "input_layernorm": SequenceParallel()}
+    for name, style in shards.items():
+        odd_block = parallelize_module(make_block(), mesh, plan(make_block()) | {name: style})
+        with pytest.raises(ValueError, match=f"{name} was dealt out by parallelize_module with layouts of its own"):
+            odd_block(x)
+    for name, style in {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "model.norm": SequenceParallel(),
+    }.items():
+        model = parallelize_module(model_of(2, 0), mesh, {name: style})
+        for stream in (None, pyckpt.Stream(4)):
+            with pytest.raises(ValueError, match=f"{name} was dealt out by parallelize_module with layouts of its own"):
+                model.loss(tokens, stream=stream)
     part = parallelize_module(make_block(), mesh, {"mlp.up_proj": ColwiseParallel()})
     with pytest.raises(ValueError, match=r"mlp\.up_proj\.weight is dealt out to processes as \(Shard"):
         part(x)

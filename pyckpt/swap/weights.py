@@ -180,17 +180,23 @@ class Mapping:
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The block's weights in the order of `parameter_shapes`; biases that the layer lacks are zeros."""
         found: dict[str, Tensor] = {}
-        part = None
-        if self.dealt is not None:
-            part = functools.partial(parallel.own_part, processes=self.dealt.processes)
         for source in self.sources:
-            found |= source.read(layer, part)
+            found |= source.read(layer, self._part(source))
         like = next(iter(found.values()))
         adapters = self._adapters(layer)
         for adapter, a, b in adapters:
             found |= {adapter.a: a, adapter.b: b}
         shapes = _shapes(self._text_with(adapters, layer))
         return {n: found[n] if n in found else like.new_zeros(s) for n, s in shapes}
+
+    def _part(self, source: Source) -> Callable[[Tensor], Tensor] | None:
+        """What this process has of the source's parameters, if not all."""
+        if self.dealt is None:
+            return None
+        processes = self.dealt.processes
+        if source.dealt_out == parallel.SUMMED and processes.sums_qk_norm:
+            return functools.partial(parallel.summed_part, processes=processes)
+        return parallel.own_part
 
     def packed(self, layer: nn.Module, dtype: torch.dtype) -> tuple[Packed, ...]:
         """What of the block's weights is to be made of quantized ones, for an x of this dtype."""

@@ -66,9 +66,9 @@ def _choose(width: int, dtype: torch.dtype, device: torch.device, settings: tupl
     return frozenset(n for n in served if choice.fuses(choice.key(n, width, dtype, device)))
 
 
-def qkv_of(spec: BlockSpec, fused: Fused, total: Total = alone) -> Qkv:
-    part = FusedQkv(spec, fused, total)
-    return Qkv(spec, total) if isinstance(part.norm, NoNorm) or not fused & {"qkv", "wgrad", "dgrad"} else part
+def qkv_of(spec: BlockSpec, fused: Fused, *totals: Total) -> Qkv:
+    part = FusedQkv(spec, fused, *totals)
+    return Qkv(spec, *totals) if isinstance(part.norm, NoNorm) or not fused & {"qkv", "wgrad", "dgrad"} else part
 
 
 def mlp_of(spec: BlockSpec, fused: Fused, total: Total = alone) -> Mlp:
@@ -120,8 +120,8 @@ class FusedQkv(Qkv):
     A program has some heads: QK-norm over all of them at once stays with the library.
     """
 
-    def __init__(self, spec: BlockSpec, fused: Fused, total: Total = alone) -> None:
-        super().__init__(spec, total)
+    def __init__(self, spec: BlockSpec, fused: Fused, *totals: Total) -> None:
+        super().__init__(spec, *totals)
         self._fused = fused - {"qkv"} if spec.qk_norm == "full" else fused
 
     def forward(

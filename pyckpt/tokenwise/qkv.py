@@ -22,11 +22,12 @@ from pyckpt.tokenwise.workspace import Workspace
 class Qkv:
     """`pre` of the standard block, from x (t, d_model) to q, k, v (t, heads * head_dim).
 
-    `total`: of the gradients of the norms' outputs and of QK-norm's weights, of which a process makes a share.
+    `total`: of the gradients of the norms' outputs, of which a process makes a share, and `total_of_norms` of those of
+    QK-norm's weights.
     """
 
-    def __init__(self, spec: BlockSpec, total: Total = alone) -> None:
-        self.spec, self._total = spec, total
+    def __init__(self, spec: BlockSpec, total: Total = alone, total_of_norms: Total = alone) -> None:
+        self.spec, self._total, self._total_of_norms = spec, total, total_of_norms
         self.norm = norm_of(spec, norm_names(spec).attention)
         self.projections = [Linear(spec, f"{ATTENTION}.{n}_proj") for n in "qkv"]
 
@@ -95,7 +96,7 @@ class Qkv:
                 key = f"{ATTENTION}.{name}_norm.weight"
                 made = ops.qk_finish_bwd_(d, raw, w[key], *options, grads.wants(key))
                 if grads.wants(key):
-                    self._total(made, is_made)
+                    self._total_of_norms(made, is_made)
                 grads.add(key, made)
             return
         tables = positions.tables(self.spec, ds[0].dtype)

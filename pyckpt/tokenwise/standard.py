@@ -51,7 +51,8 @@ class StandardTokenwise:
     ) -> None:
         self.spec, self.makes_delta = spec, "delta" in parts
         total = alone if processes is None else processes.total
-        self.qkv = fused.qkv_of(spec, parts, total)
+        of_norms = alone if processes is None or not processes.sums_qk_norm else total
+        self.qkv = fused.qkv_of(spec, parts, total, of_norms)
         self.mlp = fused.mlp_of(spec, parts, total)
         norms = norm_names(spec)
         # A norm after a sublayer needs its output for its own backward, and the MLP, unless parallel, attention's.

@@ -45,17 +45,19 @@ def is_made(rows: slice) -> None:
 class TensorParallel:
     """The processes that have a block's weights together, each an equal part: the group's name, and how many they are.
 
-    By name, so that plans, which are remembered, hold no group that is destroyed since.
+    By name, so that plans, which are remembered, hold no group that is destroyed since. sums_qk_norm: the gradients of
+    QK-norm's weights are those of all heads; else of a process's own.
     """
 
     group_name: str
     size: int
+    sums_qk_norm: bool = True
 
     @classmethod
-    def of(cls, mesh: Any) -> TensorParallel:
+    def of(cls, mesh: Any, sums_qk_norm: bool = True) -> TensorParallel:
         """mesh: a `DeviceMesh` of one dim."""
         group = mesh.get_group()
-        return cls(group.group_name, dist.get_world_size(group))
+        return cls(group.group_name, dist.get_world_size(group), sums_qk_norm)
 
     @property
     def rank(self) -> int:
