@@ -280,34 +280,28 @@ class CkptTransformerBlock(CheckpointedBlock):
 
     @property
     def spec_text(self) -> str | None:
-        return None if self._is_dealt_out else self._spec_text
+        return self._spec_text if self._holders is None else None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._part()[2] if self._is_dealt_out else self._shapes
+        return self._part[2]
 
     @property
     def drops(self) -> bool:
         return self.training and self.spec.drops
 
     @property
-    def _is_dealt_out(self) -> bool:
+    def _holders(self) -> TensorParallel | None:
         attention: Any = self.self_attn
-        return is_dealt_out(attention.o_proj.weight)
+        return holders_of(attention.o_proj.weight)
 
+    @property
     def _part(self) -> tuple[BlockSpec, TensorParallel | None, Mapping[str, tuple[int, ...]]]:
-        """What this process computes, of weights that are dealt out, with whom, and the shapes of its parts."""
-        processes = holders_of(self._whole_weights())
-        for path, module in self.named_modules():
-            if path:
-                check_whole_tokens(path, module)
+        """What this process computes of weights that are dealt out, with whom, and the shapes of its parts."""
+        processes = self._holders
         return (self.spec, None, self._shapes) if processes is None else _part_of(self.spec, processes)
 
     def weights(self) -> dict[str, Tensor]:
-        found = self._whole_weights()
-        return found if holders_of(found) is None else own_parts(found)
-
-    def _whole_weights(self) -> dict[str, Tensor]:
         others: list[str] = []
         found = dict(_parameters(self, others))
         if found.keys() != self._known:
@@ -326,10 +320,16 @@ class CkptTransformerBlock(CheckpointedBlock):
                 "read the parameters, and compute what the layer that was there did. Put that back (merge adapters), "
                 "or use a CkptGenericBlock, which calls the modules it is given"
             )
-        return {name: found[name] for name in self._names}
+        whole = {name: found[name] for name in self._names}
+        if self._holders is None:
+            return whole
+        for path, module in self.named_modules():
+            if path:
+                check_whole_tokens(path, module)
+        return own_parts(whole)
 
     def plan(self, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> BlockPlan:
-        spec, processes, _ = self._part() if self._is_dealt_out else (self.spec, None, None)
+        spec, processes, _ = self._part
         options = (tokens, x_dtype, dtype, device, self._tile_bytes, processes)
         return standard_plan(spec, self._save, self._tile, *options)
 

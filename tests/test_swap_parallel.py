@@ -31,14 +31,14 @@ def make(family: str = "Llama", **options: Any) -> tuple[Any, dict[str, torch.Te
     return model, {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(SEQ)[None]}
 
 
-def deal_out(model: Any, mesh: Any, mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> Any:
+def deal_out(model: Any, mesh: Any, layers: slice = slice(None)) -> Any:
     """PyTorch's way: layers by their columns and rows, embedding and head by their words."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    for layer in model.model.layers:
-        columns = dict.fromkeys((*PROJECTIONS, *(f"mlp.{n}" for n in mlp[:-1])), ColwiseParallel())
-        rows = dict.fromkeys(("self_attn.o_proj", f"mlp.{mlp[-1]}"), RowwiseParallel())
+    for layer in model.model.layers[layers]:
+        columns = dict.fromkeys((*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj"), ColwiseParallel())
+        rows = dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel())
         parallelize_module(layer, mesh, columns | rows)
     embedding, head = RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())
     return parallelize_module(model, mesh, {"model.embed_tokens": embedding, "lm_head": head})
@@ -232,6 +232,11 @@ def of_changes_worker(rank: int, world: int) -> None:
     def watch(model: Any) -> None:
         model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
 
+    some = deal_out(copy.deepcopy(model), mesh, layers=slice(1, None))
+    with pytest.raises(ValueError, match=r"the layers of model are dealt out to 1 or 2 processes"):
+        pyckpt.swap(some, stream=pyckpt.Stream(8))
+    pyckpt.swap(some)
+    assert max(relative_errors(step(some, batch)[0], truth).values()) < 1e-6
     for change, path, why in (
         (redistribute, "checkpointed", "not by its columns"),
         (watch, "original", "has forward hooks"),

@@ -265,6 +265,8 @@ def _decoder(
         return [*again]
     if segments is not None or stream is not None:
         _check_all_differ(name, module)
+    if stream is not None:
+        _check_dealt_out_alike(name, swapped)
     length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
     streaming = None if stream is None else Streaming(stream, length)
     unread = complete and chooser.maskless(swapped)
@@ -280,6 +282,16 @@ def _check_all_differ(name: str, module: nn.Module) -> None:
                 f"{name}.{path}".removeprefix(".") + " has one layer in several places: its layers can neither be "
                 "streamed nor run in segments. Leave stream and segments out"
             )
+
+
+def _check_dealt_out_alike(name: str, layers: list[SwappedLayer]) -> None:
+    """Raise ValueError where processes have a part of some layers and the whole of others: a run has one store."""
+    sizes = {1 if s.block.mapping.dealt is None else s.block.mapping.dealt.processes.size for s in layers}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the layers of {name or 'the model'} are dealt out to {' or '.join(map(str, sorted(sizes)))} processes "
+            "(tensor parallelism). A streamed run takes layers that are dealt out alike; leave stream out"
+        )
 
 
 def _refused(name: str, layer: nn.Module, reason: str, save: str | Save, note: str) -> Entry:

@@ -111,15 +111,16 @@ def _parts(out: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def holders_of(weights: Mapping[str, Any]) -> TensorParallel | None:
-    """Those that have these weights of a block together, by the last dim of the mesh that its output projection is on.
+def holders_of(output: Any) -> TensorParallel | None:
+    """Those that have a block's weights together, by the last dim of the mesh that its output projection's is on.
 
     None where that is not dealt out by its columns. Where FSDP2 shards it as well it is so on another dim, before.
     """
+    if not is_dealt_out(output):
+        return None
     from torch.distributed.tensor import Shard
 
-    output = weights[_READING[0]]
-    if not is_dealt_out(output) or output.placements[-1] != Shard(1):
+    if output.placements[-1] != Shard(1):
         return None
     mesh = output.device_mesh
     return TensorParallel.of(mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[-1]])
