@@ -48,6 +48,8 @@ def _standard_plan(
     processes: TensorParallel | None,
 ) -> BlockPlan:
     token_bytes = _standard_token_bytes(spec, x_dtype, dtype)
+    if processes is not None:
+        token_bytes += spec.d_model * dtype.itemsize  # a share of what is added to the residual stream
     return BlockPlan(
         tokenwise=_standard_tokenwise(spec, parts, processes),
         attend=DenseAttend.of(spec),
