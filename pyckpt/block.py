@@ -531,12 +531,13 @@ def _shared(
 
 
 def check_weights(block: CheckpointedBlock, weights: Mapping[str, Tensor], x: Tensor, compute: torch.dtype) -> None:
-    """Raise ValueError where weights are dealt out to processes, have other shapes than the block's, or are on another
-    device than x; and where matrices are of another dtype."""
+    """Raise ValueError where weights have other shapes than the block's, or are dealt out to processes still, or are on
+    another device than x; and where matrices are of another dtype."""
     one_dtype = compute == x.dtype and not autocasts(x.device.type, x.dtype)
     shapes, device, dtype = block.shapes, x.device, x.dtype
     for name, w in weights.items():
-        check_gathered(name, w)
+        if shapes:  # else they belong to modules that are called, whose own hooks see to what is dealt out
+            check_gathered(name, w)
         if shapes and w.shape != shapes[name]:
             raise ValueError(
                 f"{name} has shape {tuple(w.shape)}, expected {shapes[name]}: it was replaced, or it is sharded and "

@@ -140,6 +140,48 @@ def test_parts_that_are_summed_by_themselves(rows, sizes):
     assert len(list(tensor_parallel._parts(torch.empty(rows, 1)))) == min(rows, 1)
 
 
+class Pre(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(D_MODEL)
+        self.q, self.k, self.v = (torch.nn.Linear(D_MODEL, D_MODEL) for _ in range(3))
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.norm(x)
+        return self.q(h), self.k(h), self.v(h)
+
+
+class Post(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.up = torch.nn.Linear(D_MODEL, D_MODEL), torch.nn.Linear(D_MODEL, 72)
+        self.down = torch.nn.Linear(72, D_MODEL)
+
+    def forward(self, x: Tensor, o: Tensor) -> Tensor:
+        mid = x + self.out(o)
+        return mid + self.down(torch.nn.functional.gelu(self.up(mid)))
+
+
+def modules_worker(rank: int, seed: int) -> None:
+    """Modules of one's own in a generic block: their hooks see to what is dealt out, tile by tile."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh, x = mesh_of(2), same(seed, 2, 9, D_MODEL)
+    torch.manual_seed(seed)
+    parts = Pre().double(), Post().double()
+    truth = step(pyckpt.CkptGenericBlock(*copy.deepcopy(parts), D_MODEL, 4, tile=5), x, x)
+    mlp: dict[str, Any] = {"post.up": ColwiseParallel(), "post.down": RowwiseParallel()}
+    attention: dict[str, Any] = {f"pre.{n}": ColwiseParallel() for n in "qkv"} | {"post.out": RowwiseParallel()}
+    for heads, dealt in ((4, mlp), (2, attention | mlp)):
+        block = pyckpt.CkptGenericBlock(*copy.deepcopy(parts), D_MODEL, heads, head_dim=12, tile=5)
+        assert_exact(whole(step(parallelize_module(block, mesh, dealt), x, x)), truth, heads)
+
+
+@needs_gloo
+def test_modules_of_a_generic_block_are_dealt_out(seed):
+    run_processes(2, modules_worker, seed)
+
+
 class Sums:
     """What the processes sum up, by shape, and how many sums were under way whenever one was waited for."""
 
