@@ -15,8 +15,6 @@ context_stream_<device>.json.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +23,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyckpt
-from bench import common
+from bench import common, processes
 from pyckpt.measure.timing import Stats, interleaved
 from pyckpt.measure.units import format_bytes, format_seconds
 
@@ -118,40 +115,15 @@ def show(figures: dict[str, Any]) -> None:
         )
 
 
-def worker(rank: int, world: int, args: argparse.Namespace) -> None:
-    on_gpu = torch.cuda.device_count() >= world
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world)
-    figures = measured(args, device)
-    if rank == 0:
-        show(figures)
-        name = "context" if args.stream is None else "context_stream"
-        out = args.out or common.RESULTS / f"{name}_{common.short_name(device)}.json"
-        print(f"wrote {common.write_to(Path(out), figures)}")
-    dist.destroy_process_group()
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=2, help="started here, unless torchrun has started them")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stream", type=int, metavar="TILE", help="run streamed, by tiles of so many tokens")
-    parser.add_argument("--out", type=Path)
+    processes.add_arguments(parser)
     args = parser.parse_args(arguments)
-    if "RANK" in os.environ:
-        worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), args)
-        return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    mp.start_processes(worker, args=(args.processes, args), nprocs=args.processes, start_method="spawn")
+    processes.run(args, measured, show, "context" if args.stream is None else "context_stream")
 
 
 if __name__ == "__main__":

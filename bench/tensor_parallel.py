@@ -14,8 +14,6 @@ processes sum over each other in a step, or gather. Writes bench/results/tensor_
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,13 +23,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyckpt
-from bench import common
+from bench import common, processes
 from bench.swap import CHECKPOINT, MID, PLAIN, STREAM, SWAP, checkpointing, swapped
 from pyckpt.measure.timing import Stats, interleaved
 from pyckpt.measure.units import format_bytes, format_seconds
@@ -95,6 +92,7 @@ def variants(tile: int) -> dict[str, Callable[[Any], Any]]:
 
 
 def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
     world = dist.get_world_size()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = make_model(args, world, device, dtype)
@@ -141,23 +139,6 @@ def show(figures: dict[str, Any]) -> None:
         )
 
 
-def worker(rank: int, world: int, args: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
-    on_gpu = torch.cuda.device_count() >= world
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world)
-    figures = measured(args, device)
-    if rank == 0:
-        show(figures)
-        out = args.out or common.RESULTS / f"tensor_parallel_{common.short_name(device)}.json"
-        print(f"wrote {common.write_to(Path(out), figures)}")
-    dist.destroy_process_group()
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -165,17 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--tile", type=int, default=1024, help="of the streamed run")
-    parser.add_argument("--processes", type=int, default=2, help="started here, unless torchrun has started them")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    processes.add_arguments(parser)
     args = parser.parse_args(arguments)
-    if "RANK" in os.environ:
-        worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), args)
-        return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    mp.start_processes(worker, args=(args.processes, args), nprocs=args.processes, start_method="spawn")
+    processes.run(args, measured, show, "tensor_parallel")
 
 
 if __name__ == "__main__":
