@@ -17,8 +17,8 @@ from pyckpt.attend.dense import Layout
 from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds, waited_for
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
-from pyckpt.exec.gathering import deals_out, gather, gathers, hooks_of, others
-from pyckpt.exec.layouts import check_whole_tokens
+from pyckpt.exec.gathering import gather, gathers, hooks_of, others
+from pyckpt.exec.layouts import check_whole_tokens, deals_out
 from pyckpt.exec.lm_ends import IGNORE, EmbeddingOptions, Ends, LossOptions, Targets, last_tokens
 from pyckpt.exec.node import NO_SEED
 from pyckpt.exec.places import store_plan
@@ -32,7 +32,7 @@ from pyckpt.measure.units import parse_bytes
 from pyckpt.shared_loss import of_all_tiles, padded
 from pyckpt.store import Store, make_store
 from pyckpt.tokenwise.norm import norm_of
-from pyckpt.vocab_parallel import Words, check_layout, is_dealt_out
+from pyckpt.vocab_parallel import Words, check_layout, is_dealt_out, own_part
 
 if TYPE_CHECKING:
     from pyckpt.model import CkptCausalLM, CkptTransformer
@@ -206,7 +206,7 @@ def run_loss(
         )
     weights: dict[str, Tensor] = {"embed": embed, **{f"norm.{n}": p for n, p in norm.named_parameters()}, "head": head}
     embedding = EmbeddingOptions(unlearned=model.model.embed_tokens.padding_idx)
-    weights |= {name: weights[name].to_local() for name in words}  # type: ignore[attr-defined]
+    weights |= {name: own_part(weights[name]) for name in words}
     how = (norm_of(model.spec, "norm"), model.spec.norm_offset, embedding, _loss_options(**options))
     ends = Ends(weights, *how, words=words)
     if positions is not None:

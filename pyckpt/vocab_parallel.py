@@ -30,6 +30,12 @@ def is_dealt_out(t: Any) -> bool:
     return type(t).__name__ == "DTensor"
 
 
+def own_part(t: Any) -> Tensor:
+    """This process's part, differentiable; all of what is not dealt out."""
+    part: Tensor = t.to_local() if is_dealt_out(t) else t
+    return part
+
+
 @dataclasses.dataclass(frozen=True)
 class Words:
     """Which rows of a table of words this process has, those from `first` on, and the group that has the others."""

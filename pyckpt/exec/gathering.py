@@ -1,6 +1,4 @@
-"""Modules whose weights FSDP2, or DeepSpeed's ZeRO-3, gathers for each call of them, told by their hooks; and those
-that PyTorch's tensor parallelism has dealt out.
-"""
+"""Modules whose weights FSDP2, or DeepSpeed's ZeRO-3, gathers for each call of them, told by their hooks."""
 
 from __future__ import annotations
 
@@ -39,11 +37,6 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     """The hooks that a call of the module, or its backward, runs."""
     forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return (*forward, *module._backward_hooks.values(), *module._backward_pre_hooks.values())
-
-
-def deals_out(hook: Any) -> bool:
-    """It brings together the inputs or outputs of a module that PyTorch's `parallelize_module` has dealt out."""
-    return _origin(hook).startswith("torch.distributed.tensor.")
 
 
 def _is_gathering(hook: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pyckpt.exec.gathering import deals_out, hooks_of
+from pyckpt.exec.gathering import hooks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,11 @@ def _ends() -> tuple[Any, Any]:
     from torch.distributed.tensor import Replicate, Shard
 
     return Replicate(), Shard(-1)
+
+
+def deals_out(hook: Any) -> bool:
+    """It brings together the inputs or outputs of a module that PyTorch's `parallelize_module` has dealt out."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor.")
 
 
 def layouts_of(hooks: Sequence[Any]) -> Layouts | None:

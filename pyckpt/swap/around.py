@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyckpt.exec import gathering
 from pyckpt.exec.gathering import hooks_of
+from pyckpt.exec.layouts import deals_out
 
 # By which transformers records attentions and hidden states, and makes embeddings want a gradient for checkpointing.
 _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
@@ -76,7 +77,7 @@ def is_parallel(module: nn.Module) -> bool:
     By the hooks of PyTorch's `parallelize_module`, which bring its inputs and outputs together, or by the forward that
     transformers' `tp_plan` puts in the place of its own.
     """
-    return is_parallel_forward(module) or any(map(gathering.deals_out, hooks_of(module)))
+    return is_parallel_forward(module) or any(map(deals_out, hooks_of(module)))
 
 
 def is_parallel_forward(module: nn.Module) -> bool:
@@ -114,7 +115,7 @@ def _brings_weights(module: nn.Module) -> bool:
 def may_be_called_again(module: nn.Module) -> bool:
     """What is around a call of it brings weights, inputs or outputs together, which another call does again."""
     return not (is_replaced(module) and _brings_weights(module)) and all(
-        is_harmless(h) or gathering.deals_out(h) for h in gathering.others(hooks_of(module))
+        is_harmless(h) or deals_out(h) for h in gathering.others(hooks_of(module))
     )
 
 

@@ -15,6 +15,7 @@ from pyckpt.swap.around import foreign, watched
 from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.tokenwise.norm import LayerNorm, Norm, RmsNorm, with_offset
+from pyckpt.vocab_parallel import own_part
 
 # Norms whose weight is one less than what it multiplies by.
 _OFFSETS = {"Gemma2RMSNorm": 1.0, "Gemma3RMSNorm": 1.0}
@@ -129,9 +130,7 @@ def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions
         weights["table"] = _table(_at(base, places.table))
     offset = _OFFSETS.get(unsharded_class(norm).__name__, 0.0) if places.offset is None else places.offset
     options = _options(base, places, embed, run)
-    for name in (n for n in weights if n.partition(".")[0] in words):
-        of_words: Any = weights[name]
-        weights[name] = of_words.to_local()
+    weights |= {n: own_part(t) for n, t in weights.items() if n.partition(".")[0] in words}
     return Ends(weights, _norm(norm, places.eps), offset, options, loss, words=words)
 
 

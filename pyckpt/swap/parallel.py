@@ -108,12 +108,6 @@ def _said_to_transformers(module: nn.Module) -> Layouts | None:
     return None if mesh is None else Layouts("ReplicatedWithGradAllReduce", mesh=mesh)
 
 
-def own_part(t: Any) -> Tensor:
-    """This process's part of a parameter, differentiable; all of what is not dealt out."""
-    part: Tensor = t.to_local() if is_dealt_out(t) else t
-    return part
-
-
 def summed_part(t: Any, processes: TensorParallel) -> Tensor:
     """A parameter of a SUMMED norm, of which each process makes the whole gradient."""
     shared: Tensor = _Shared.apply(t, processes.size)

@@ -19,7 +19,7 @@ from pyckpt.swap.modules import UnsupportedError, is_patched
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.packed import Packed
 from pyckpt.tokenwise.parameters import ATTENTION, MLP, parameter_shapes
-from pyckpt.vocab_parallel import is_dealt_out
+from pyckpt.vocab_parallel import is_dealt_out, own_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Mapping:
         processes = self.dealt.processes
         if source.dealt_out == parallel.SUMMED and processes.sums_qk_norm:
             return functools.partial(parallel.summed_part, processes=processes)
-        return parallel.own_part
+        return own_part
 
     def packed(self, layer: nn.Module, dtype: torch.dtype) -> tuple[Packed, ...]:
         """What of the block's weights is to be made of quantized ones, for an x of this dtype."""

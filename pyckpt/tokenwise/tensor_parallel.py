@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyckpt.spec import BlockSpec
 from pyckpt.tokenwise.parameters import ATTENTION, MLP
-from pyckpt.vocab_parallel import is_dealt_out
+from pyckpt.vocab_parallel import is_dealt_out, own_part
 
 _MADE = tuple(f"{part}_proj." for part in (*(f"{ATTENTION}.{n}" for n in "qkv"), f"{MLP}.gate", f"{MLP}.up"))
 _READING = (f"{ATTENTION}.o_proj.weight", f"{MLP}.down_proj.weight")
@@ -128,7 +128,7 @@ def holders_of(output: Any) -> TensorParallel | None:
 
 def own_parts(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """This process's parts of a block's weights, differentiable, of those that are dealt out as they have to be."""
-    return {n: t.to_local() if is_dealt_out(t) and t.placements == (_placement(n),) else t for n, t in weights.items()}
+    return {n: t if is_dealt_out(t) and t.placements != (_placement(n),) else own_part(t) for n, t in weights.items()}
 
 
 def check_gathered(name: str, weight: Any) -> None:
