@@ -143,6 +143,11 @@ class BlockSpec:
         """Dims of a head that RoPE turns, where there is RoPE."""
         return self.rope_dim or self.head_dim
 
+    def without_dropout(self) -> BlockSpec:
+        """The same of a block that drops nothing."""
+        low_rank = tuple(a._replace(dropout=0.0) for a in self.low_rank)
+        return dataclasses.replace(self, dropout=0.0, attention_dropout=0.0, low_rank=low_rank)
+
     def to_string(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import sys
@@ -90,6 +91,13 @@ def no_fallback() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="pyckpt.swap")
         yield
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of classes without a table are cut at their attention, those that are standard blocks too."""
+    choose = importlib.import_module("pyckpt.swap.choose")
+    monkeypatch.setattr(choose.Chooser, "_standing", lambda *_: None)
 
 
 @pytest.fixture(params=["torch", "cpp"])

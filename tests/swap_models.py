@@ -148,6 +148,11 @@ OTHERS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 2.0,
     },
 }
+# Those of them that are standard blocks, which is found out by trying them out.
+BLOCKS = (
+    *("Arcee", "Cohere2", "Ernie4_5", "Exaone4", "GPTBigCode", "Gemma", "Glm", "Glm4", "Helium", "Nemotron", "Olmo3"),
+    *("Phi", "SeedOss", "VaultGemma"),
+)
 # Without transformers' attention functions, or without attention: their layers run again as a whole.
 WHOLE: dict[str, dict[str, Any]] = {
     "Bloom": {"n_layer": 2, "n_head": 4},

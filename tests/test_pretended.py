@@ -351,7 +351,7 @@ def test_triton_launches_elsewhere(kind, monkeypatch, elsewhere):
     assert len(launched) > 8
 
 
-FAMILIES = ["Llama", "Gemma2", "GPT2", "Qwen3Moe", "Exaone4", "Falcon", "Qwen3Next"]
+FAMILIES = ["Llama", "Gemma2", "GPT2", "Qwen3Moe", "Exaone4", "Olmo", "Falcon", "Qwen3Next"]
 WAYS: dict[str, Callable[[], dict[str, Any]]] = {
     "resident": lambda: {"tile": 8},
     "segments": lambda: {"segments": 2},
@@ -426,7 +426,7 @@ def test_compiled_models_elsewhere(kind):
 
 
 @there
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Exaone4", "Bloom"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Olmo", "Bloom"])
 def test_models_over_two_devices(family):
     """As accelerate deals them out (`device_map`)."""
     pytest.importorskip("transformers")
@@ -450,7 +450,7 @@ def test_models_over_two_devices(family):
 
 @there
 @pytest.mark.parametrize(("kind", "allowed"), [("plain", 0), ("padded", 1), ("packed", 1)])
-@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPT2", "Exaone4"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPT2", "Olmo"])
 def test_a_step_of_a_swapped_model_waits_once_where_masks_are_read(family, kind, allowed, monkeypatch):
     """For what the mask or the positions say. PyTorch's attention reads the lengths in every call, Triton's never."""
     pytest.importorskip("transformers")

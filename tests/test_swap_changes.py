@@ -300,7 +300,7 @@ def prefixed(inputs_embeds: Tensor, **_: Any) -> Tensor:
 @pytest.mark.parametrize("change", [rotate_otherwise, mask_a_prefix], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("family", ["Mistral", "Glm"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_functions_of_the_modelling_file(when, family, change, monkeypatch):
+def test_functions_of_the_modelling_file(when, family, change, monkeypatch, cut):
     """What a block would leave out without a word: as if there were no swap."""
     model, batch = make_model(family, attn_implementation="sdpa"), make_batch("plain")
     plain = copy.deepcopy(model)

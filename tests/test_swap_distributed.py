@@ -40,9 +40,9 @@ KINDS = {
 
 
 def model_and_tokens(kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    """By its own forward: of a class that swap has no table of, whose norm is read before and after attention."""
+    """By its own forward: of a class that swap has no table of, and that is no standard block."""
     torch.manual_seed(0)
-    family = "Phi" if "own forward" in kind else "Lfm2" if kind.endswith("as a whole") else "Phi3"
+    family = "Olmo" if "own forward" in kind else "Lfm2" if kind.endswith("as a whole") else "Phi3"
     return make_model(family, torch.float64), torch.randint(1, 61, (8, 17))
 
 

@@ -186,6 +186,7 @@ def test_rope_that_depends_on_the_length_is_right_when_compiled():
 # --- classes without a table -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("family", a_few(OTHERS, always=range(0, len(OTHERS), 2)))
 def test_a_class_without_a_table(family):
     """Its layers run by their own forward around our attention; but for linear attention, which runs again whole."""
@@ -222,6 +223,7 @@ def test_a_class_that_cannot_be_cut_runs_again_as_a_whole(family):
     assert_same_bits(step(model, batch), before)
 
 
+@pytest.mark.usefixtures("cut")
 def test_a_class_without_a_table_in_bfloat16_and_under_autocast():
     check(make_model("Olmo3", torch.bfloat16), [make_batch(kind) for kind in KINDS])
     model, batch = make_model("Phi"), make_batch("padded")
@@ -234,16 +236,19 @@ def test_a_class_without_a_table_in_bfloat16_and_under_autocast():
         assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("family", ["DeepseekV3", "OPT", "Olmo3"])
 def test_a_class_without_a_table_generates_the_same_tokens(family):
     assert_generates_the_same(make_model(family))
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("family", ["Phi", "DeepseekV3"])
 def test_a_class_without_a_table_is_the_same_with_every_save_set(family):
     assert_same_with_every_save_set(make_model(family, num_hidden_layers=1))
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["Exaone4", "DeepseekV3"])
 def test_a_class_without_a_table_in_segments_and_in_files(family, kind):
@@ -264,6 +269,7 @@ def test_copies_of_a_class_without_a_table_are_swapped_on_their_own():
     assert_copies_are_swapped_on_their_own(make_model("Olmo"))
 
 
+@pytest.mark.usefixtures("cut")
 def test_frozen_parameters_and_hooks_of_a_class_without_a_table():
     """Its norm is read before and after attention: one gradient, and its hook runs once."""
     model, batch = make_model("Phi"), make_batch("padded")

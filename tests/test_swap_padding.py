@@ -79,7 +79,7 @@ def test_padding_that_sees_nothing_is_found(row, token, reach, blind):
         masks.packed(mask, None, 1, SEQ, Sight("before", reach, read))
 
 
-WINDOWED = {"Mistral": {"sliding_window": 5}, "Qwen3": {}, "Phi": {}, "GptOss": {"attn_implementation": "eager"}}
+WINDOWED = {"Mistral": {"sliding_window": 5}, "Qwen3": {}, "Olmo": {}, "GptOss": {"attn_implementation": "eager"}}
 
 
 @pytest.mark.parametrize("family", WINDOWED)

@@ -740,6 +740,7 @@ def test_another_forward_put_into_a_known_heads_class_is_seen(monkeypatch):
     torch.testing.assert_close(model(**batch).loss, before, rtol=torch.finfo().eps, atol=1e-5)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("family", ["Glm", "Phi", "VaultGemma"])
 def test_a_layer_that_is_cut_makes_no_product_more_than_a_checkpointed_one(family):
     """Of a whole sequence in one tile: not q, k, v twice in a backward, nor the MLP's last product again."""

@@ -394,6 +394,7 @@ UNTABLED = [f for f in OTHERS if f not in ("OPT", "Qwen3Next")]
 ODD_ENDS = ("NanoChat",)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("family", a_few(UNTABLED, always=range(0, len(UNTABLED), 2)))
 def test_a_class_without_a_table(family):
     if family in ODD_ENDS:
@@ -406,11 +407,13 @@ def test_a_class_without_a_table(family):
     assert ("; streamed from the token ids on" in head.why) == (family not in ODD_ENDS)
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("family", ["DeepseekV3", "Exaone4"])
 def test_a_class_without_a_table_in_bfloat16_and_in_a_file(family):
     check(make_model(family, torch.bfloat16), [make_batch(kind) for kind in KINDS], stream=stream(11, "file"))
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("options", [{"segments": 2}, {"save": "input"}, {"save": "all"}], ids=str)
 def test_a_class_without_a_table_gives_the_same_bits_whatever_it_keeps(options):
     model, batch, results = make_model("Glm4", num_hidden_layers=5), make_batch("padded"), []
@@ -426,6 +429,7 @@ def test_the_peak_of_a_class_without_a_table_does_not_grow_with_the_length():
     assert growth_of_the_peak("DeepseekV3", num_experts_per_tok=4, topk_group=2) <= 160 * 8 * 4
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("how", ["autocast", "adapters", "copies", "dropout"])
 def test_a_class_without_a_table_as_it_is_used(how):
     options = {"attention_dropout": 0.3} if how == "dropout" else {}
@@ -457,6 +461,7 @@ def test_a_class_without_a_table_as_it_is_used(how):
     assert_step_as_good(ours, plain, truth, torch.bfloat16 if how == "autocast" else torch.float32)
 
 
+@pytest.mark.usefixtures("cut")
 def test_estimates_of_a_class_without_a_table():
     model, opened, store = make_model("Glm"), [], pyckpt.store.FileStore()
     store.check = lambda plan: opened.append(plan.store_bytes)
@@ -475,6 +480,7 @@ ENDS = {
 }
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", ENDS)
 def test_ends_are_those_that_a_call_shows(what, dtype):
@@ -499,6 +505,7 @@ def test_ends_are_those_that_a_call_shows(what, dtype):
         check(model, [batch], stream=stream())
 
 
+@pytest.mark.usefixtures("cut")
 def test_a_layer_of_other_widths_is_not_streamed():
     """The store of a run has keys and values of one width."""
     model, batch = make_model("Glm", num_hidden_layers=3), make_batch("plain")
@@ -523,6 +530,7 @@ class Shifting(torch.nn.Module):
         return self.own(x, position_ids - position_ids[:, :1])
 
 
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("why", ["dynamic", "shifting", "between"])
 def test_what_does_not_follow_from_positions_is_not_streamed(why):
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyckpt.attend.dense import DenseAttend
@@ -14,7 +15,7 @@ from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.code import odd_function
 from pyckpt.swap.generic import GenericMappedBlock, check_unwatched
 from pyckpt.swap.layer import SwappedLayer
-from pyckpt.swap.modules import UnsupportedError, is_own_forward, whose
+from pyckpt.swap.modules import UnsupportedError, is_own_forward, passes, whose
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.swap.survey import Survey
@@ -28,7 +29,7 @@ class Chooser:
     def __init__(self, model: Any, paths: list[str], save: str | Save, tile: int | None) -> None:
         self._model, self._paths, self._save, self._tile = model, paths, save, tile
         self._seen: Survey | UnsupportedError | None = None
-        self._alike: dict[Any, tuple[str, ...]] = {}
+        self._alike: dict[Any, Any] = {}
         self._moving: dict[str, MovingRope] = {}
         self._widths: tuple[int, ...] | None = None
 
@@ -44,11 +45,10 @@ class Chooser:
             mapping = families.mapping_of(layer, getattr(self._model, "rotary_emb", None), self._moving)
             block = self._block(layer, mapping)
         except UnsupportedError as reason:
-            return self._traced(layer, place, str(reason))
+            return self._tried(layer, place, str(reason))
         except AttributeError as error:
-            return self._traced(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
-        self._fits(DenseAttend.of(mapping.spec))
-        return SwappedLayer(layer, block, place)
+            return self._tried(layer, place, f"it is not as its class was made: {surveys.shown(error)}")
+        return SwappedLayer(layer, block, place, apart=not self._fits(DenseAttend.of(mapping.spec)))
 
     def _block(self, layer: nn.Module, mapping: Mapping) -> MappedBlock | GenericMappedBlock:
         if not mapping.why:
@@ -68,14 +68,18 @@ class Chooser:
         if (odd := odd_function([kind])) is not None:
             raise UnsupportedError(odd)
 
-    def _traced(self, layer: nn.Module, place: int, why: str) -> TracedLayer:
+    def _tried(self, layer: nn.Module, place: int, why: str) -> SwappedLayer:
         try:
             families.check_version()
             check_unwatched(layer)  # before it is called for a look
             handed = self._survey().handed[place]
             if isinstance(handed, str):
                 raise UnsupportedError(handed)
-            block = probe.traced_block(layer, handed, why, self._save, self._tile, self._alike)
+            standing = self._standing(layer, handed, place)
+            block = probe.tried_block(layer, handed, why, self._save, self._tile, self._alike, standing)
+            if isinstance(block, MappedBlock):
+                apart = not self._fits(DenseAttend.of(block.mapping.spec))
+                return SwappedLayer(layer, block, place, apart, surveyed=True)
             handing = self._survey().handing
             if handing is not None and self._fits(block.trace.attend(0.0)):
                 block.handing, block.place = handing, place
@@ -85,6 +89,21 @@ class Chooser:
         except Exception as error:
             # Of any class anything may be met.
             raise UnsupportedError(f"{why}, and it cannot be tried out: {surveys.shown(error)}") from error
+
+    def _standing(self, layer: nn.Module, handed: surveys.Handed, place: int) -> probe.Standing | None:
+        """For a layer that may be a standard block; None where it is to run its own forward.
+
+        One in a model that may be given positions of three axes, or whose arguments do not follow from positions alone.
+        """
+        survey = self._survey()
+        if not (families.family_class(layer) and passes(self._check_forward) and survey.maskless):
+            return None
+        if survey.axes or survey.handing is None:
+            return None
+        positions = surveys.far_positions(self._model.config, next(layer.parameters()).device)
+        x = torch.zeros(len(positions), handed.width, device=positions.device)
+        far = survey.handing.of(x, positions)[place]
+        return probe.Standing(getattr(self._model, "rotary_emb", None), positions, far)
 
     def _fits(self, attend: DenseAttend) -> bool:
         """Whether a layer's keys, values and outputs are as wide as the first's: a streamed run has one store."""
@@ -113,8 +132,8 @@ class Chooser:
 
     def axes(self, layers: list[SwappedLayer]) -> bool:
         """The model may be given position_ids of three axes, which none of these layers reads but as it is handed."""
-        return all(isinstance(s, TracedLayer) for s in layers) and self._survey().axes
+        return all(s.handed for s in layers) and self._survey().axes
 
     def maskless(self, layers: list[SwappedLayer]) -> bool:
         """The model may be given a mask in place of its own, which none of these layers reads."""
-        return not any(isinstance(s, TracedLayer) for s in layers) or self._survey().maskless
+        return not any(s.surveyed for s in layers) or self._survey().maskless

@@ -407,8 +407,8 @@ _run_uncompiled = uncompiled(SwappedDecoder._run)
 
 def arguments(layers: list[SwappedLayer]) -> frozenset[str]:
     """Arguments of the model that change nothing of what these layers compute from their hidden states."""
-    known = _KNOWN - {"token_type_ids"} if any(s.handed for s in layers) else _KNOWN
-    return known | _BETWEEN if all(s.handed for s in layers) else known
+    known = _KNOWN - {"token_type_ids"} if any(s.surveyed for s in layers) else _KNOWN
+    return known | _BETWEEN if all(s.surveyed for s in layers) else known
 
 
 def together(layers: list[SwappedLayer], length: int) -> list[list[SwappedLayer]]:

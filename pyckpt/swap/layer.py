@@ -95,12 +95,21 @@ class Gathered:
 class SwappedLayer(Replaced):
     """Runs the block where the model's forward says so, by a `Call`; else the layer's original forward.
 
-    Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is.
+    Hidden states (B, S, d_model) in and out. `place`: which of the model's layers it is. `apart`: it runs by itself
+    alone, in no segment and not streamed. `surveyed`: its class is in no table; what is known of it was found by calls
+    of the model's twin and its own.
     """
 
-    def __init__(self, module: nn.Module, block: MappedBlock | OwnModulesBlock, place: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        block: MappedBlock | OwnModulesBlock,
+        place: int,
+        apart: bool = False,
+        surveyed: bool = False,
+    ) -> None:
         super().__init__(module)
-        self.block, self.place = block, place
+        self.block, self.place, self.apart, self.surveyed = block, place, apart, surveyed
 
     @property
     def ways(self) -> tuple[CheckpointedBlock, ...]:
@@ -113,11 +122,6 @@ class SwappedLayer(Replaced):
 
     handed = False
     """It reads what the model hands to it beside hidden states and mask."""
-
-    @property
-    def apart(self) -> bool:
-        """It runs by itself alone, in no segment and not streamed."""
-        return False
 
     @property
     def reach(self) -> int | None:

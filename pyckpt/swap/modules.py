@@ -68,7 +68,7 @@ def has_plain_weight(module: Any) -> bool:
 def norm_eps(module: nn.Module) -> float | None:
     """The eps of an RMSNorm or a LayerNorm of a known class; None of anything else."""
     kind = unsharded_class(module)
-    if not (kind.__name__.endswith(("RMSNorm", "LayerNorm")) and is_known(kind)):
+    if not (kind.__name__.endswith(("RMSNorm", "LayerNorm", "LayerNorm1P")) and is_known(kind)):
         return None
     return next((getattr(module, n) for n in ("variance_epsilon", "eps") if hasattr(module, n)), None)
 

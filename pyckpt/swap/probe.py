@@ -22,15 +22,19 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pyckpt.exec import node
+from pyckpt.exec.plan import standard_plan
 from pyckpt.precision import exact_products
+from pyckpt.save import save_set
 from pyckpt.spec import BlockSpec
-from pyckpt.swap import lora, quantized
+from pyckpt.swap import families, lora, quantized
 from pyckpt.swap import survey as surveys
+from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.generic import GenericMappedBlock, inner
 from pyckpt.swap.handing import MASK, Arguments
 from pyckpt.swap.modules import UnsupportedError, passes
+from pyckpt.swap.recognize import Cut, guesses
 from pyckpt.swap.shadow import attention_config, twin_of, untouched
-from pyckpt.swap.survey import SEQ, Handed, packed_lengths, visible
+from pyckpt.swap.survey import SEQ, Handed, packed_lengths, packed_positions, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, is_around, unit_of
 from pyckpt.swap.unread import Unread, stands_for
@@ -43,25 +47,51 @@ _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any othe
 _ODD_RATE = 0.375
 _LAST = 4  # of linear layers: a gated MLP's three, and attention's beside it
 _COUNTS = (torch.arange, torch.cumsum, Tensor.cumsum, torch.linspace)
+_Forward = Callable[[Tensor, str, "_Watch"], Tensor]  # of x (2, SEQ, width), a kind of rows, what watches functions
 _UNREAD = ("output_attentions", "use_cache", "output_router_logits")
 
 
-def traced_block(
-    layer: nn.Module, handed: Handed, why: str, save: Any, tile: int | None, alike: dict[Any, tuple[str, ...]]
-) -> TracedBlock:
-    """The layer's block. Raises `UnsupportedError`, saying why it can't be cut; the layer stays as it is.
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where a layer stands that may be a standard block: `rotary` is its model's rotary embedding.
 
-    `alike`: what makes layers alike, of those whose gradients were held to the layer's own, with their `Trace.unread`.
-    Of another one like them the output is; it is added to.
+    far: what the model hands to the layer for the tokens of two rows as one, at these `positions`.
+    """
+
+    rotary: nn.Module | None
+    positions: Tensor
+    far: dict[str, Any]
+
+
+def tried_block(
+    layer: nn.Module,
+    handed: Handed,
+    why: str,
+    save: Any,
+    tile: int | None,
+    alike: dict[Any, Any],
+    standing: Standing | None = None,
+) -> MappedBlock | TracedBlock:
+    """The layer's block, a standard one if it can be, with `standing`.
+
+    Raises `UnsupportedError`, saying why it can't be cut; the layer stays as it is.
+
+    `alike`: what makes layers alike, of those whose gradients were held to the layer's own, with their `Trace.unread`,
+    or which guess was right. Of another one like them the output is; it is added to.
     """
     surveys.check_here(layer)
     device = next(layer.parameters()).device
     with untouched(layer) as changed, surveys.forked(device), _exact(device):
         probe = _Probe(quantized.plain(layer), handed, device)
         with untouched(probe.eager) as of_twins:
-            trace = probe.trace(alike)
+            cut = probe.cut()
+            mapping = None if standing is None else probe.standard(layer, cut, standing, alike)
+            trace = None if mapping is not None else probe.trace(cut, alike)
     if changed or of_twins:
         raise UnsupportedError(f"its {(changed or of_twins)[0]} keeps what it has seen")
+    if mapping is not None:
+        return MappedBlock(layer, mapping, save, tile)
+    assert trace is not None
     return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)
 
 
@@ -115,7 +145,8 @@ class _Probe:
         self.x = torch.randn(2, SEQ, handed.width, device=device)
         self.arguments = {kind: _widened_all(getattr(handed, kind)) for kind in ("plain", "packed")}
 
-    def trace(self, alike: dict[Any, tuple[str, ...]]) -> Trace:
+    def cut(self) -> Cut:
+        """Where the layer calls its attention, and with what."""
         with mode(self.layer, training=False):
             path, called, taken, watch = self._taken()
             if taken.options.get("dropout"):
@@ -124,22 +155,86 @@ class _Probe:
             raise UnsupportedError("it counts tokens by itself before its attention")
         with mode(self.layer, training=True):
             dropout = self._where_dropout_is(path) or self._dropout()
-        self._check_run(path)
-        trace = self._put_together(path, taken, dropout)
-        trace = dataclasses.replace(trace, **self._parameters(trace, called))
-        key = (type(self.layer), trace, tuple((n, p.shape) for n, p in self.layer.named_parameters()))
+        order = self._check_run(path)
+        return Cut(self._put_together(path, taken, dropout), called, order, self.handed.width)
+
+    def trace(self, cut: Cut, alike: dict[Any, Any]) -> Trace:
+        trace = dataclasses.replace(cut.trace, **self._parameters(cut.trace, cut.called))
+        key = self._key(trace)
         gradients = key not in alike
         trace = dataclasses.replace(trace, unread=self._unread(trace, alike.get(key)))
         try:
-            draws = self._compare_modes(trace, gradients)
+            draws = self._compare_modes(self._as_traced(trace), gradients)
         except UnsupportedError:
             if not trace.unread:
                 raise
             # What no gradient depends on in eval mode, one may in training mode.
             trace = dataclasses.replace(trace, unread=())
-            draws = self._compare_modes(trace, gradients)
+            draws = self._compare_modes(self._as_traced(trace), gradients)
         alike[key] = trace.unread
         return dataclasses.replace(trace, draws=draws)
+
+    def _key(self, of: Any) -> Any:
+        """What makes layers alike."""
+        return type(self.layer), of, tuple((n, p.shape) for n, p in self.layer.named_parameters())
+
+    # --- whether it is a standard block ---------------------------------------------------------------------------
+
+    def standard(self, layer: nn.Module, cut: Cut, standing: Standing, alike: dict[Any, Any]) -> Mapping | None:
+        """The layer as a standard block, of which this probe runs what has plain linear layers; None where it is
+        none."""
+        self.arguments["far"], self.far = _widened_all(standing.far), standing.positions
+        key = self._key(("standard", cut.trace))
+        try:
+            families.check_forwards(layer)
+            tried = list(enumerate(guesses(layer, cut, standing.rotary))) if alike.get(key, 0) is not None else []
+        except UnsupportedError:
+            return None
+        tried.sort(key=lambda numbered: numbered[0] != alike.get(key))
+        for number, guess in tried:
+            try:
+                mapping = families.finish(layer, dict(guess.options), list(guess.sources), None, guess.rates)
+                self._check_standard(layer, mapping, cut.trace, gradients=alike.get(key) != number)
+            except UnsupportedError:
+                continue
+            alike[key] = number
+            return mapping
+        alike[key] = None
+        return None
+
+    def _check_standard(self, layer: nn.Module, mapping: Mapping, trace: Trace, gradients: bool) -> None:
+        """Raise `UnsupportedError` where the standard block's output or gradients are not the layer's."""
+        if (odd := mapping.change(layer)) is not None:
+            raise UnsupportedError(odd)  # a number of the layer's that it does not compute with, for one
+
+        def forward(x: Tensor, kind: str, watch: _Watch) -> Tensor:
+            return self._standard_forward(mapping, x, kind)
+
+        with mode(self.layer, training=False), torch.no_grad():
+            for kind in ("plain", "far"):
+                if not _close(self._standard_forward(mapping, self.x, kind), self._layer_forward(self.x, kind)):
+                    raise UnsupportedError("its output is not that of this block")
+        with mode(self.layer, training=True), torch.no_grad(), _Watch() as watch:
+            self._post({}, self._some_o(trace), self.x[:1])
+        if watch.drops:
+            raise UnsupportedError("it drops values beside attention's")
+        self._compare_modes(forward, gradients)
+
+    def _standard_forward(self, mapping: Mapping, x: Tensor, kind: str) -> Tensor:
+        """As the layer's block computes it, which drops nothing here."""
+        reader = twin_of(self.layer, lambda _, config: config)
+        reader.__dict__["forward"] = lambda: (mapping.text_now(reader), mapping.weights(reader))
+        text, weights = functional_call(reader, self.weights, ())
+        spec = BlockSpec.from_string(text).without_dropout()
+        dtype, device = x.dtype, self.device
+        plan = standard_plan(spec, save_set("attention"), _TILE, 2 * SEQ, dtype, dtype, device)
+        run, rest = node.Run([plan], [tuple(weights)], dtype), (None, tuple(weights.values()))
+        if kind == "far":
+            return node.execute(run, x.reshape(1, 2 * SEQ, -1), self.far, None, *rest).view(x.shape)
+        if kind == "packed" and self.handed.cut:
+            return node.execute(run, x.flatten(0, 1), None, packed_lengths(device), *rest).view(x.shape)
+        apart = kind == "packed" and not surveys.same(self.handed.plain, self.handed.packed)
+        return node.execute(run, x, packed_positions(device).flatten() if apart else None, None, *rest)
 
     # --- what attention is ----------------------------------------------------------------------------------------
 
@@ -175,11 +270,15 @@ class _Probe:
         """What the twin returns for both rows of x, or for the first alone."""
         names = {n for n, _ in (*twin.named_parameters(), *twin.named_buffers())}
         values = {n: t for n, t in (self.weights | self.buffers).items() if n in names}
-        given = self.arguments[kind] if len(x) > 1 else Arguments(self.arguments[kind], 2, SEQ).of(slice(0, SEQ))
+        of_both = self.arguments[kind]
+        given = of_both if len(x) > 1 or kind == "far" else Arguments(of_both, 2, SEQ).of(slice(0, SEQ))
         return functional_call(twin, values, (x,), {**given, MASK: mask})
 
-    def _check_run(self, attention: str) -> None:
-        """Raise `UnsupportedError` where a part of the layer is not run: its gradient would be 0 instead of None."""
+    def _check_run(self, attention: str) -> tuple[str, ...]:
+        """The modules inside, in the order in which they are called.
+
+        Raises `UnsupportedError` where a part of the layer is not run: its gradient would be 0 instead of None.
+        """
         called: dict[str, int | None] = {}
         with mode(self.layer, training=False), _calls(self.eager, called), torch.no_grad():
             self._layer_forward(self.x, "plain")
@@ -188,6 +287,7 @@ class _Probe:
         idle = sorted(unit for unit, name in units.items() if unit not in run and unit != name)
         if idle:
             raise UnsupportedError(f"it has {', '.join(idle)}, which it does not run")
+        return tuple(path for path in called if path)
 
     def _put_together(self, path: str, taken: Taken, dropout: float | str) -> Trace:
         options, window = taken.options, self.handed.window
@@ -317,16 +417,16 @@ class _Probe:
 
     # --- the comparison -------------------------------------------------------------------------------------------
 
-    def _compare_modes(self, trace: Trace, gradients: bool) -> bool:
+    def _compare_modes(self, block: _Forward, gradients: bool) -> bool:
         """`_compare` in eval and in training mode; whether a function drops values."""
         draws = False
         for training, kind in ((False, "plain"), (True, "packed")):
             with mode(self.layer, training), _Watch() as watch:
-                self._compare(trace, kind, watch, gradients)
+                self._compare(block, kind, watch, gradients)
             draws = draws or watch.drops
         return draws
 
-    def _compare(self, trace: Trace, kind: str, watch: _Watch, gradients: bool) -> None:
+    def _compare(self, block: _Forward, kind: str, watch: _Watch, gradients: bool) -> None:
         """Raise `UnsupportedError` where the block's output or gradients are not the layer's."""
         dy = torch.randn_like(self.x) if gradients else None
         before = generator_states(self.device)
@@ -336,7 +436,7 @@ class _Probe:
         self._check_buffers()
         if not _close(self._results(lambda x: self._layer_forward(x, kind), None)["y"], truth["y"]):
             raise UnsupportedError("it gives different results when it runs again")
-        ours = self._results(lambda x: self._block_forward(trace, x, kind, watch), dy)
+        ours = self._results(lambda x: block(x, kind, watch), dy)
         floor = max((float(t.abs().max()) for n, t in truth.items() if n != "y"), default=0.0)
         odd = [n for n, t in truth.items() if not _close(ours[n], t, 0.0 if n == "y" else 0.01 * floor)]
         if odd:
@@ -357,12 +457,18 @@ class _Probe:
         return {"y": y.detach(), **made}
 
     def _layer_forward(self, x: Tensor, kind: str) -> Tensor:
+        if kind == "far":
+            seen = visible(None, self.handed.window, self.device, 2 * SEQ)[:1]
+            made = self._call(self.eager, kind, x.reshape(1, 2 * SEQ, -1), _adding(seen))
+            return (made[0] if isinstance(made, tuple) else made).view(x.shape)
         seen = visible("packed" if kind == "packed" and self.handed.cut else None, self.handed.window, self.device)
-        mask = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
-        made = self._call(self.eager, kind, x, mask[:, None])
+        made = self._call(self.eager, kind, x, _adding(seen))
         return made[0] if isinstance(made, tuple) else made
 
-    def _block_forward(self, trace: Trace, x: Tensor, kind: str, watch: _Watch) -> Tensor:
+    def _as_traced(self, trace: Trace) -> _Forward:
+        return lambda x, kind, watch: self._traced_forward(trace, x, kind, watch)
+
+    def _traced_forward(self, trace: Trace, x: Tensor, kind: str, watch: _Watch) -> Tensor:
         block = TracedBlock(self.layer, _mapping(self.layer, self.handed, trace, "probe"), "attention", _TILE, trace)
         weights = block.named(self.weights)
         with block.called_with(self.arguments[kind], 2, SEQ):
@@ -412,6 +518,12 @@ def _widened_all(values: Any) -> Any:
     if isinstance(values, (tuple, list)):
         return type(values)(_widened_all(v) for v in values)
     return _widened(values) if isinstance(values, Tensor) else values
+
+
+def _adding(seen: Tensor) -> Tensor:
+    """A mask that is added to scores, of what is seen (rows, S, S)."""
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, lowest)[:, None]
 
 
 def _close(a: Tensor, b: Tensor, floor: float = 0.0) -> bool:

@@ -147,6 +147,12 @@ def packed_lengths(device: torch.device) -> Tensor:
     return torch.tensor([0, _CUTS[0], SEQ, SEQ + _CUTS[1], 2 * SEQ], dtype=torch.int32, device=device)
 
 
+def far_positions(config: Any, device: torch.device) -> Tensor:
+    """Of the tokens of two rows as one, as far as the model goes: not so far that a rounding of angles shows."""
+    most = getattr(config, "max_position_embeddings", None) or _LONG
+    return torch.arange(2 * SEQ, device=device) + max(0, min(most, _LONG) - 2 * SEQ)
+
+
 def visible(kind: str | None, window: int | None, device: torch.device, seq: int = SEQ) -> Tensor:
     """(2, seq, seq): which key each query sees, causal, in rows that are plain (None), "padded" or "packed"."""
     token = torch.arange(seq, device=device)
@@ -272,7 +278,7 @@ class Scene:
         except UnsupportedError:
             return False
         masks = all(_equal(call.get(MASK), plain[place].get(MASK)) for place, call in three.items())
-        return masks and any(not _same(one[place], call) for place, call in three.items())
+        return masks and any(not same(one[place], call) for place, call in three.items())
 
     def handing(self, *calls: dict[int, dict[str, Any]]) -> Handing | None:
         """Makes what was handed to the layers in these calls, whose first was plain, the second packed."""
@@ -297,7 +303,7 @@ class Scene:
         whole = {place: Arguments(_arguments(c), 2, seq) for place, c in call.items()}
         for rows in (slice(seq - 1, seq + 9), slice(2 * seq - 5, 2 * seq), slice(0, 6), slice(seq - 1, seq)):
             made = handing.of(x[rows], positions[rows])
-            if not all(_same(made[place], arguments.of(rows)) for place, arguments in whole.items()):
+            if not all(same(made[place], arguments.of(rows)) for place, arguments in whole.items()):
                 return False
         return True
 
@@ -333,7 +339,7 @@ class Scene:
             dummy = self.run(attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device))
         except UnsupportedError:
             return False
-        return all(_same(plain[i], padded[i]) and _same(plain[i], dummy[i]) for i in plain)
+        return all(same(plain[i], padded[i]) and same(plain[i], dummy[i]) for i in plain)
 
 
 def _moves(rope_type: Any) -> bool:
@@ -350,7 +356,7 @@ def _same_mask(a: Tensor, b: Any) -> bool:
     return isinstance(b, Tensor) and b.dim() == 4 and torch.equal(*torch.broadcast_tensors(a, b))
 
 
-def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Two calls of a layer are the same but for the mask."""
     pairs = [(a.get(n), b.get(n)) for n in a.keys() | b.keys() if n != MASK]
     return all(_equal(x, y) for x, y in pairs)

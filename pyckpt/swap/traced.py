@@ -236,9 +236,9 @@ class TracedLayer(SwappedLayer):
     block: TracedBlock
     handed = True
 
-    @property
-    def apart(self) -> bool:
-        return self.block.handing is None  # else it runs on what it is itself called with
+    def __init__(self, module: nn.Module, block: TracedBlock, place: int) -> None:
+        # Without a handing it runs on what it is itself called with.
+        super().__init__(module, block, place, apart=block.handing is None, surveyed=True)
 
     @property
     def reach(self) -> int | None:

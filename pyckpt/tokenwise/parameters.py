@@ -39,7 +39,7 @@ def parameter_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
     if spec.qk_norm:
         for n, width in (("q", spec.d_q), ("k", spec.d_kv)):
             shapes[f"{ATTENTION}.{n}_norm.weight"] = (width if spec.qk_norm == "full" else spec.head_dim,)
-    for name in dict.fromkeys(n for n in dataclasses.astuple(norm_names(spec)) if n is not None):
+    for name in norm_names(spec).called:
         shapes[f"{name}.weight"] = (d,)
         if spec.norm == "layernorm":
             shapes[f"{name}.bias"] = (d,)
@@ -55,6 +55,11 @@ class NormNames:
     mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Those that there are, in the order of a block's forward."""
+        return tuple(dict.fromkeys(n for n in dataclasses.astuple(self) if n is not None))
+
 
 _AFTER = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _PLACEMENTS = {
@@ -66,8 +71,13 @@ _PLACEMENTS = {
 
 
 def norm_names(spec: BlockSpec) -> NormNames:
-    names = _PLACEMENTS[spec.norm_placement]
-    return dataclasses.replace(names, mlp=names.attention) if spec.residual == "parallel_shared" else names
+    return norms_of(spec.norm_placement, spec.residual)
+
+
+def norms_of(placement: str, residual: str) -> NormNames:
+    """Of a block with this `norm_placement` and this `residual`."""
+    names = _PLACEMENTS[placement]
+    return dataclasses.replace(names, mlp=names.attention) if residual == "parallel_shared" else names
 
 
 def pre_parameters(spec: BlockSpec) -> tuple[str, ...]:
