@@ -37,12 +37,14 @@ from bench import (  # noqa: E402
     hopper,
     journal,
     loss,
+    mixture,
     mlp,
     norm,
     own_model,
     report,
     steps,
     stream_gpu,
+    swap,
 )
 
 # --- tests that take their process with them --------------------------------------------------------------------
@@ -985,6 +987,18 @@ def test_own_model_measures_every_variant(monkeypatch, capsys):
     assert peaks["torch.utils.checkpoint"] < peaks["everything stored"]
     assert peaks['swap, save="input"'] <= peaks["swap"] < peaks["everything stored"]
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_a_mixtures_benchmark_measures_every_variant(monkeypatch):
+    pytest.importorskip("transformers")
+    small = {"hidden_size": 64, "moe_intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for name, size in {**small, "head_dim": 32}.items():
+        monkeypatch.setitem(mixture.CONFIG, name, size)
+    rows = swap.measure(mixture.make_model(4, 512), 512, 1, mixture.NAMES)
+    assert [row["variant"] for row in rows] == mixture.NAMES and all(row["seconds"] > 0 for row in rows)
+    peaks = {row["variant"]: row["peak_bytes"] for row in rows}
+    assert peaks["swap, streamed"] < peaks["swap"] < peaks["transformers"]
+    assert set(swap.ratios(rows)["swap"]) >= {"time over checkpointing", "peak over transformers"}
 
 
 def test_the_variants_of_own_model_give_the_same_gradients(monkeypatch):

@@ -470,7 +470,7 @@ def test_dropout_in_training_mode_drops_in_a_layer_in_eval_mode():
     assert not torch.equal(first, model(**batch).loss)
 
 
-@pytest.mark.parametrize("family", ["Gemma", "Mixtral", "Falcon"])
+@pytest.mark.parametrize("family", ["Gemma", "Mixtral", "DeepseekV3", "Falcon"])
 def test_hooks_that_are_put_inside_between_forward_and_backward_change_nothing(family):
     model, batch = make_model(family), make_batch("plain")
     pyckpt.swap(model, tile=10)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.block import CheckpointedBlock
@@ -25,12 +26,16 @@ from pyckpt.save import Save, SaveSet
 from pyckpt.spec import BlockSpec
 from pyckpt.swap.apart import apart
 from pyckpt.swap.around import may_be_called_again, watched, what_watches
-from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.experts import UnreadExperts, are_known
+from pyckpt.swap.modules import UnsupportedError, is_known
 from pyckpt.swap.rope import MovingRope
+from pyckpt.swap.shadow import twin_of, unsharded_class
 from pyckpt.swap.weights import Mapping
-from pyckpt.tokenwise.generic import precision
+from pyckpt.tokenwise.generic import in_place, precision, strip
+from pyckpt.tokenwise.interface import Weights
 from pyckpt.tokenwise.parameters import ATTENTION, norm_names
 from pyckpt.tokenwise.seeded import SeededTokenwise, drops_inside
+from pyckpt.tokenwise.settings import Settings
 
 kernels = torch.ops.pyckpt
 SINKS = "attend.sinks"  # among the weights, beside those of "pre." and "post."
@@ -153,13 +158,41 @@ class _Post(nn.Module):
         return mid + m * self.after_mlp((made[0] if isinstance(made, tuple) else made)[0])
 
 
+def _unread_experts(post: nn.Module) -> nn.Module | None:
+    """`post` with what stands for its mixture's experts in a backward; None where it has none that are known.
+
+    Of the families' mixtures: nothing but a sum reads what the experts make.
+    """
+    mlp = post.get_submodule("mlp") if isinstance(post, _Post) else None
+    experts = getattr(mlp, "experts", None)
+    if mlp is None or experts is None or not (is_known(unsharded_class(mlp)) and are_known(experts)):
+        return None
+    return twin_of(post, lambda _, config: config, {"mlp.experts": UnreadExperts(experts)})
+
+
 class LayerTokenwise(SeededTokenwise):
     """Modules of a layer, in which nothing is put for a call."""
 
     _advice = ADVICE
 
-    def __init__(self, pre: nn.Module, post: nn.Module, precision: AbstractContextManager[Any]) -> None:
+    def __init__(
+        self,
+        pre: nn.Module,
+        post: nn.Module,
+        precision: AbstractContextManager[Any],
+        post_again: nn.Module | None = None,
+    ) -> None:
+        """post_again: `post` in which nothing is made that no gradient depends on, where it is another."""
         super().__init__(apart(pre), apart(post), precision)
+        self._post_again = None if self._post_twice or post_again is None else apart(post_again)
+        if self._post_again is not None:
+            self._settings = Settings(self._pre, self._post, self._post_again)
+
+    def _call_post_again(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
+        if self._post_again is None:
+            return self._call_post(w, x, o)
+        with self._precision, in_place():
+            return functional_call(self._post_again, strip(w, "post."), (x, o))
 
 
 class OwnModulesBlock(CheckpointedBlock):
@@ -237,7 +270,8 @@ class GenericMappedBlock(OwnModulesBlock):
         pre, post = self.parts
         if self.mapping.moving is not None:
             pre = _Pre(self._layer[0], self.mapping.spec_now(self._layer[0]))  # of this call, also in its backward
-        tokenwise = LayerTokenwise(pre, post, precision(device, x_dtype, dtype))
+        again = None if self.mapping.spec.norms_after else _unread_experts(post)
+        tokenwise = LayerTokenwise(pre, post, precision(device, x_dtype, dtype), again)
         return generic_plan(tokenwise, self._attend(), self._save, *options)
 
 

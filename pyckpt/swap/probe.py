@@ -37,7 +37,7 @@ from pyckpt.swap.shadow import attention_config, twin_of, untouched
 from pyckpt.swap.survey import SEQ, Handed, packed_lengths, packed_positions, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
 from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, is_around, unit_of
-from pyckpt.swap.unread import Unread, stands_for
+from pyckpt.swap.unread import stand_in
 from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.seeded import generator_states, have_drawn
 from pyckpt.tokenwise.settings import mode
@@ -45,7 +45,7 @@ from pyckpt.tokenwise.settings import mode
 _TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
 _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above
 _ODD_RATE = 0.375
-_LAST = 4  # of linear layers: a gated MLP's three, and attention's beside it
+_LAST = 4  # of modules: a gated MLP's three linear layers, and attention's beside it
 _COUNTS = (torch.arange, torch.cumsum, Tensor.cumsum, torch.linspace)
 _Forward = Callable[[Tensor, str, "_Watch"], Tensor]  # of x (2, SEQ, width), a kind of rows, what watches functions
 _UNREAD = ("output_attentions", "use_cache", "output_router_logits")
@@ -372,35 +372,33 @@ class _Probe:
         return tuple(idle.items())
 
     def _unread(self, trace: Trace, known: tuple[str, ...] | None) -> tuple[str, ...]:
-        """The linear layers after attention whose outputs no gradient depends on; of `known` ones all, or none.
+        """The modules after attention whose outputs no gradient depends on; of `known` ones all, or none.
 
-        They are looked for from the last one on, the end of an MLP.
+        They are looked for from the last one on, the end of an MLP: linear layers, and a mixture's experts.
         """
         o, dy = self._some_o(trace), torch.randn_like(self.x[:1])
         idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
         with mode(self.layer, training=False):
             truth = self._post_gradients(idle, o, dy)
-            tries = [[path] for path in self._linear_layers(idle, o)] if known is None else [list(known)]
+            tries = [[path] for path in self._perhaps_unread(idle, o)] if known is None else [list(known)]
             found: list[str] = []
             for paths in tries:
-                noisy = {p: Unread(self._linear(p), noisy=True) for p in (*found, *paths)}
-                made = self._post_gradients(idle | noisy, o, dy)
+                noisy = {p: stand_in(self.layer.get_submodule(p), noisy=True) for p in (*found, *paths)}
+                try:
+                    made = self._post_gradients(idle | {p: m for p, m in noisy.items() if m is not None}, o, dy)
+                except Exception:  # it is called in another way than others of its kind
+                    continue
                 if all(_close(made[n], t) for n, t in truth.items()):
                     found += paths
         return tuple(found)
 
-    def _linear_layers(self, idle: dict[str, nn.Module], o: Tensor) -> list[str]:
+    def _perhaps_unread(self, idle: dict[str, nn.Module], o: Tensor) -> list[str]:
         """The last ones that `post` calls, the last first."""
         called: dict[str, int | None] = {}
         with _calls(tapped(self.layer, self._configs, idle), called) as twin, torch.no_grad():
             self.tap.fill(lambda: self._call(twin, "plain", self.x[:1]), o)
-        linear = {path for path, m in self.layer.named_modules() if stands_for(m) and path not in idle}
-        return [path for path in reversed(called) if path in linear][:_LAST]
-
-    def _linear(self, path: str) -> nn.Linear:
-        module = self.layer.get_submodule(path)
-        assert isinstance(module, nn.Linear)
-        return module
+        found = {path for path, m in self.layer.named_modules() if stand_in(m) is not None and path not in idle}
+        return [path for path in reversed(called) if path in found][:_LAST]
 
     def _some_o(self, trace: Trace) -> Tensor:
         return torch.randn(SEQ, trace.n_heads, trace.v_head_dim, device=self.device)

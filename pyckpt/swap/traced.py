@@ -30,7 +30,7 @@ from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
-from pyckpt.swap.unread import Unread, stands_for
+from pyckpt.swap.unread import stand_in
 from pyckpt.swap.weights import Mapping, rate_at
 from pyckpt.tokenwise.generic import precision
 from pyckpt.tokenwise.interface import Tile, Weights
@@ -44,7 +44,7 @@ class Trace:
 
     `attention`: the path of the module that calls the attention function. `dropout`: its rate, or the path where the
     layer has that. `pre`, `post`: the layer's parameters that each runs on. `idle`: modules that `post` need not run,
-    with their outputs' widths; `unread`: linear layers whose outputs its gradients do not depend on. `arguments`: names
+    with their outputs' widths; `unread`: modules whose outputs its gradients do not depend on. `arguments`: names
     of what the layer is called with, beside hidden states and mask. `returns`: the length of the tuple that it returns,
     0 for none. `draws`: it drops values by functions, which no module tells of.
     """
@@ -126,9 +126,14 @@ class TracedTokenwise(SeededTokenwise):
         return taken.q, taken.k, taken.v
 
     def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
+        return self._posted(self._post_twin, w, x, o)
+
+    def _call_post_again(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
+        return self._posted(self._post_again_twin, w, x, o)
+
+    def _posted(self, twin: nn.Module, w: Weights, x: Tensor, o: Tensor) -> Tensor:
         values = self._others[1] | {n: w[f"post.{n}"] for n in self._post_of}
         heads = o.unflatten(1, (self._trace.n_heads, -1))
-        twin = self._post_again_twin if torch.is_grad_enabled() else self._post_twin
         made = self._tap.fill(lambda: self._call(twin, values, x), heads)
         return (made[0] if isinstance(made, tuple) else made)[0]
 
@@ -177,10 +182,10 @@ class TracedBlock(OwnModulesBlock):
         return tapped(self._layer[0], self._configs, replaced)
 
     def unread(self) -> dict[str, nn.Module]:
-        """What stands in a backward for linear layers whose outputs it does not read."""
+        """What stands in a backward for modules whose outputs it does not read."""
         modules = dict(self._layer[0].named_modules())
-        found = {path: modules.get(path) for path in self.trace.unread}  # an adapter's may be gone
-        return {path: Unread(m) for path, m in found.items() if isinstance(m, nn.Linear) and stands_for(m)}
+        found = {path: stand_in(modules.get(path)) for path in self.trace.unread}  # an adapter's may be gone
+        return {path: m for path, m in found.items() if m is not None}
 
     @contextlib.contextmanager
     def called_with(self, given: dict[str, Any], batch: int, seq: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Linear layers whose outputs nothing reads in a backward: their product is not made again.
+"""Linear layers, and a mixture's experts, whose outputs nothing reads in a backward: their product is not made again.
 
 The last projection of an MLP, say, whose output is added to the residual stream: the gradients on both sides of the sum
 depend on neither. (torch.utils.checkpoint stops before it for the same reason, once it has all that was saved.)
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyckpt.casting import autocast
+from pyckpt.swap.experts import UnreadExperts, are_known
 
 
 class Unread(nn.Module):
@@ -27,11 +28,12 @@ class Unread(nn.Module):
         return y + torch.randn_like(y) if self.noisy else y
 
 
-def stands_for(module: nn.Module) -> bool:
-    """Whether it is a plain linear layer of plain weights (with hooks on it, no layer is swapped)."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
-        return False
-    return type(module.weight) in (Tensor, nn.Parameter)  # quantized ones may be of another class
+def stand_in(module: nn.Module | None, noisy: bool = False) -> Unread | UnreadExperts | None:
+    """What stands for the module (on which there are no hooks: else its layer is not swapped), if there is such."""
+    if type(module) is nn.Linear and "forward" not in vars(module):
+        plain = type(module.weight) in (Tensor, nn.Parameter)  # quantized ones may be of another class
+        return Unread(module, noisy) if plain else None
+    return UnreadExperts(module, noisy) if module is not None and are_known(module) else None
 
 
 class _UnreadFunction(torch.autograd.Function):

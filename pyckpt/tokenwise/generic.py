@@ -137,7 +137,7 @@ class GenericTokenwise:
         leaves, names = self._leaves(w, self.post_names, grads)
         x, o = _leaf(tile.x, dx is not None), _leaf(o, do is not None)
         with torch.enable_grad():
-            y = self._call_post({**w, **leaves}, _inner(x), _inner(o))
+            y = self._call_post_again({**w, **leaves}, _inner(x), _inner(o))
         dx_made, do_made = self._differentiate([y], [dy], [x, o], leaves, names, grads)
         for out, made in ((dx, dx_made), (do, do_made)):
             if out is not None:
@@ -229,11 +229,15 @@ class GenericTokenwise:
 
     def _call_pre(self, w: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._precision, in_place(), _put_back(self._pre_twice):
-            return functional_call(self._pre, _strip(w, "pre."), (x, positions))
+            return functional_call(self._pre, strip(w, "pre."), (x, positions))
 
     def _call_post(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
         with self._precision, in_place(), _put_back(self._post_twice):
-            return functional_call(self._post, _strip(w, "post."), (x, o))
+            return functional_call(self._post, strip(w, "post."), (x, o))
+
+    def _call_post_again(self, w: Weights, x: Tensor, o: Tensor) -> Tensor:
+        """For its gradients; nobody reads the output."""
+        return self._call_post(w, x, o)
 
 
 def _in_two_places(part: nn.Module) -> list[nn.Module]:
@@ -259,7 +263,7 @@ def precision(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) ->
     return torch.autocast(device.type, dtype, on, cache_enabled=False)
 
 
-def _strip(w: Weights, prefix: str) -> dict[str, Tensor]:
+def strip(w: Weights, prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in w.items() if n.startswith(prefix)}
 
 
