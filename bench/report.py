@@ -123,6 +123,20 @@ def swap() -> str:
     return "\n".join([*lines, "", source("bench/swap.py", "swap_cpu", figures)])
 
 
+def mixture() -> str:
+    """Time and peak of a swapped mixture of experts, beside its own checkpointing, for bench/NOTES.md."""
+    figures = common.read("mixture_cpu")
+    c = figures["config"]
+    experts = f"{c['num_experts_per_tok']} of {c['num_experts']} experts"
+    what = f"fp32, {c['layers']} layers, d_model {c['hidden_size']}, {experts}"
+    lines = [f"| {what}, S = {c['tokens']:,} | a step | / checkpointing | peak over weights |", "|---|--:|--:|--:|"]
+    (again,) = (row["seconds"] for row in figures["rows"] if row["variant"] == "its gradient checkpointing")
+    for row in figures["rows"]:
+        numbers = f"{row['seconds']:.2f} s | {row['seconds'] / again:.3f} | {format_bytes(row['peak_bytes'])}"
+        lines.append(f"| {row['variant']} | {numbers} |")
+    return "\n".join([*lines, "", source("bench/mixture.py", "mixture_cpu", figures)])
+
+
 def own_model() -> str:
     """Time and peak of a swapped model of one's own, beside torch.utils.checkpoint, for bench/NOTES.md."""
     figures = common.read("own_model_cpu")
@@ -534,6 +548,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "context-stream": lambda: context("context_stream_cpu"),
     "tensor-parallel": tensor_parallel,
     "swap": swap,
+    "mixture": mixture,
     "own-model": own_model,
     "attention-bounds": attention_bounds,
     "attention-kernels": attention_kernels,

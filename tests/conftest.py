@@ -94,8 +94,15 @@ def no_fallback() -> Iterator[None]:
 
 
 @pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers of classes without a table are cut at their attention, those that are standard blocks too."""
+def untabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no tables of decoder layers and losses: all are tried out."""
+    monkeypatch.setattr(importlib.import_module("pyckpt.swap.families"), "FAMILIES", {})
+    monkeypatch.setattr(importlib.import_module("pyckpt.swap.loss"), "HEADS", {})
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch, untabled: None) -> None:
+    """Decoder layers are cut at their attention, those that are standard blocks too."""
     choose = importlib.import_module("pyckpt.swap.choose")
     monkeypatch.setattr(choose.Chooser, "_standing", lambda *_: None)
 

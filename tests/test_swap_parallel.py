@@ -287,6 +287,8 @@ BY_TRANSFORMERS: list[tuple[str, dict[str, int], str]] = [
     ("Starcoder2", {"tp_size": 2}, "standard"),
     ("GPTNeoX", {"tp_size": 2}, "standard"),
     ("Cohere", {"tp_size": 2}, "standard"),
+    ("Cohere2", {"tp_size": 2}, "standard"),
+    ("Phi", {"tp_size": 2}, "standard"),
     ("Phi3", {"tp_size": 2}, "checkpointed"),
     ("Mixtral", {"tp_size": 2}, "checkpointed"),
     ("DeepseekV3", {"tp_size": 2}, "checkpointed"),

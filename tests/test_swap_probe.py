@@ -780,6 +780,7 @@ def test_gradients_of_a_linear_layer_that_nobody_reads(autocast, frozen):
 # --- what is tried out stays as it was ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("cut")
 def test_a_module_in_two_places_keeps_its_weights():
     """`torch.func.functional_call`, by which random ones are tried, puts those of one place back alone."""
     model, batch = make_model("Olmo3"), make_batch("plain")

@@ -12,7 +12,7 @@ from pyckpt.block import CheckpointedBlock
 from pyckpt.model import segment_length
 from pyckpt.save import Save, save_set
 from pyckpt.stream import Stream, check_stream
-from pyckpt.swap import aligned, encoder, families, own, quantized, whole
+from pyckpt.swap import aligned, encoder, families, own, quantized, tables, whole
 from pyckpt.swap import loss as losses
 from pyckpt.swap.around import is_compiled, is_replaced, what_watches
 from pyckpt.swap.choose import Chooser
@@ -126,7 +126,7 @@ def _swap(
         raise ValueError(
             f"there is nothing to swap in this {type(model).__name__}: "
             + (f"its layers cannot be swapped{found}" if found else "no transformer layer was found")
-            + f"\nKnown layers: {', '.join(sorted(families.FAMILIES))}, TransformerEncoderLayer. Others are found in "
+            + f"\nKnown layers: {', '.join(sorted(tables.FAMILIES))}, TransformerEncoderLayer. Others are found in "
             "lists of modules, by the attention in them. For another architecture see pyckpt.CkptGenericBlock"
         )
     if stream is not None and not any(isinstance(r, SwappedLayer) and not r.apart for r in made):
@@ -176,7 +176,7 @@ def _is_decoder_layer(layer: nn.Module) -> bool:
     kind = families.family_class(layer)
     attends = any(part in name for name, _ in layer.named_children() for part in ("attn", "attention", "mixer"))
     named = any(k.__name__.endswith("DecoderLayer") for k in type(layer).__mro__)
-    return kind in families.FAMILIES or named or (kind.endswith("Block") and attends)
+    return kind in tables.FAMILIES or named or (kind.endswith("Block") and attends)
 
 
 def _other_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:

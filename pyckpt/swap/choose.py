@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.save import Save
-from pyckpt.swap import attention, families, probe
+from pyckpt.swap import attention, families, probe, recognize
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.code import odd_function
@@ -93,17 +93,22 @@ class Chooser:
     def _standing(self, layer: nn.Module, handed: surveys.Handed, place: int) -> probe.Standing | None:
         """For a layer that may be a standard block; None where it is to run its own forward.
 
-        One in a model that may be given positions of three axes, or whose arguments do not follow from positions alone.
+        As one does in a model that may be given positions of three axes, or whose arguments do not follow from
+        positions by RoPE alone.
         """
         survey = self._survey()
         if not (families.family_class(layer) and passes(self._check_forward) and survey.maskless):
             return None
         if survey.axes or survey.handing is None:
             return None
-        positions = surveys.far_positions(self._model.config, next(layer.parameters()).device)
-        x = torch.zeros(len(positions), handed.width, device=positions.device)
+        device, rotary = next(layer.parameters()).device, getattr(self._model, "rotary_emb", None)
+        positions, distant = surveys.far_positions(self._model.config, device), surveys.distant_positions(device)
+        x = torch.zeros(len(positions), handed.width, dtype=torch.float32, device=device)
         far = survey.handing.of(x, positions)[place]
-        return probe.Standing(getattr(self._model, "rotary_emb", None), positions, far)
+        turning = [t for t in surveys.leaves(list(far.values())) if isinstance(t, Tensor) and t.is_floating_point()]
+        if turning and not recognize.is_rope(survey.handing.of(x, distant)[place], distant, rotary):
+            return None
+        return probe.Standing(rotary, positions, far)
 
     def _fits(self, attend: DenseAttend) -> bool:
         """Whether a layer's keys, values and outputs are as wide as the first's: a streamed run has one store."""

@@ -18,14 +18,16 @@ from pyckpt.spec import BlockSpec
 from pyckpt.swap import again, generic, masks
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.families import ATTENTION, MLP, Options, check_forwards, finish, spec_of
+from pyckpt.swap.families import check_forwards, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock, Parts
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, passes
 from pyckpt.swap.probe import check_steady
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import untouched
+from pyckpt.swap.tables import Options
 from pyckpt.swap.weights import Mapping, Source, rate_at, read_rates
 from pyckpt.tokenwise.generic import LostGradientError
+from pyckpt.tokenwise.parameters import ATTENTION, MLP
 
 EncoderBlock = MappedBlock | GenericMappedBlock
 _ACTIVATIONS = {F.gelu: "gelu"}

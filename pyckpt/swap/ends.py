@@ -18,7 +18,7 @@ from pyckpt.tokenwise.norm import LayerNorm, Norm, RmsNorm, with_offset
 from pyckpt.vocab_parallel import own_part
 
 # Norms whose weight is one less than what it multiplies by.
-_OFFSETS = {"Gemma2RMSNorm": 1.0, "Gemma3RMSNorm": 1.0}
+_OFFSETS = {"GemmaRMSNorm": 1.0, "Gemma2RMSNorm": 1.0, "Gemma3RMSNorm": 1.0, "NemotronLayerNorm1P": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,8 +54,11 @@ _DIVIDED = Scaling(divisor="logits_scaling")
 _CAP = Scaling(softcap="final_logit_softcapping")
 _SOFTCAPPED = Head(_CAP, places=Places())
 HEADS = {
+    "ArceeForCausalLM": _PLAIN,
     "Cohere2ForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
     "CohereForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
+    "Ernie4_5ForCausalLM": _PLAIN,
+    "Exaone4ForCausalLM": _PLAIN,
     "GPT2LMHeadModel": Head(
         output="CausalLMOutputWithCrossAttentions", places=Places("wte", "ln_f", table="wpe", dropout="drop")
     ),
@@ -63,20 +66,29 @@ HEADS = {
         output="CausalLMOutputWithCrossAttentions", places=Places("wte", "ln_f", table="wpe", dropout="drop")
     ),
     "GPTNeoXForCausalLM": Head(places=Places("embed_in", "final_layer_norm", dropout="emb_dropout")),
+    "GemmaForCausalLM": _PLAIN,
     "Gemma2ForCausalLM": _SOFTCAPPED,
     "Gemma3ForCausalLM": _SOFTCAPPED,
+    "GlmForCausalLM": _PLAIN,
+    "Glm4ForCausalLM": _PLAIN,
     "GptOssForCausalLM": _MIXTURE,
     "GraniteForCausalLM": Head(_DIVIDED, places=Places(multiplier="embedding_multiplier")),
     "GraniteMoeForCausalLM": Head(_DIVIDED, output="MoeCausalLMOutputWithPast"),
+    "HeliumForCausalLM": _PLAIN,
     "LlamaForCausalLM": _PLAIN,
+    "MinistralForCausalLM": _PLAIN,
     "MistralForCausalLM": _PLAIN,
     "MixtralForCausalLM": _MIXTURE,
     "NanoChatForCausalLM": Head(_CAP),
+    "NemotronForCausalLM": _PLAIN,
     "Olmo2ForCausalLM": _PLAIN,
+    "Olmo3ForCausalLM": _PLAIN,
+    "PhiForCausalLM": Head(places=Places(norm="final_layernorm", dropout="embed_dropout")),
     "Phi3ForCausalLM": _PLAIN,
     "Qwen2ForCausalLM": _PLAIN,
     "Qwen3ForCausalLM": _PLAIN,
     "Qwen3MoeForCausalLM": _MIXTURE,
+    "SeedOssForCausalLM": _PLAIN,
     "SmolLM3ForCausalLM": _PLAIN,
     "Starcoder2ForCausalLM": Head(places=Places(dropout="embedding_dropout")),
     "VaultGemmaForCausalLM": Head(_CAP),

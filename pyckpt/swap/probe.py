@@ -214,11 +214,26 @@ class _Probe:
             for kind in ("plain", "far"):
                 if not _close(self._standard_forward(mapping, self.x, kind), self._layer_forward(self.x, kind)):
                     raise UnsupportedError("its output is not that of this block")
+        if not self._reads_no_number():
+            raise UnsupportedError("it reads positions")
         with mode(self.layer, training=True), torch.no_grad(), _Watch() as watch:
             self._post({}, self._some_o(trace), self.x[:1])
         if watch.drops:
             raise UnsupportedError("it drops values beside attention's")
         self._compare_modes(forward, gradients)
+
+    def _reads_no_number(self) -> bool:
+        """The layer makes the same of other whole numbers among its arguments, such as positions."""
+        own = self.arguments["far"]
+        with mode(self.layer, training=False), torch.no_grad():
+            truth = self._layer_forward(self.x, "far")
+            self.arguments["far"] = _moved(own)
+            try:
+                return torch.equal(self._layer_forward(self.x, "far"), truth)
+            except Exception:  # an index, say
+                return False
+            finally:
+                self.arguments["far"] = own
 
     def _standard_forward(self, mapping: Mapping, x: Tensor, kind: str) -> Tensor:
         """As the layer's block computes it, which drops nothing here."""
@@ -516,6 +531,16 @@ def _widened_all(values: Any) -> Any:
     if isinstance(values, (tuple, list)):
         return type(values)(_widened_all(v) for v in values)
     return _widened(values) if isinstance(values, Tensor) else values
+
+
+def _moved(values: Any) -> Any:
+    """With other whole numbers in tensors, far from those that they had."""
+    if isinstance(values, dict):
+        return {n: _moved(v) for n, v in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(_moved(v) for v in values)
+    whole = isinstance(values, Tensor) and not values.is_floating_point() and values.dtype != torch.bool
+    return values * 1009 + 2**20 if whole else values
 
 
 def _adding(seen: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ A guess is not believed: `pyckpt.swap.probe` holds the block's output and gradie
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyckpt.functional import layer_norm, rms_norm
-from pyckpt.swap import families, lora, quantized
+from pyckpt.swap import families, lora, quantized, tables
 from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps, whose
+from pyckpt.swap.survey import leaves
 from pyckpt.swap.traced import Trace
 from pyckpt.swap.weights import Source
 from pyckpt.tokenwise.parameters import ATTENTION, MLP, norms_of
 
+_FAR_OFF = 0.02
 _GATE = ("gate", "w1")  # what the names of gates begin with
 # (norm_placement, residual), by how many norms a layer calls before attention, between it and the MLP, and after that.
 _PLACEMENTS = {
@@ -32,7 +34,7 @@ _PLACEMENTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Cut:
     """Where a layer is cut: what is known of its `Trace`; the modules inside that it calls before attention, with the
     widths of their outputs; all that it calls, in order; and the width of the hidden states."""
@@ -50,7 +52,7 @@ class Cut:
 Part = tuple[dict[str, Any], tuple[Source, ...]]  # some of a block's options, and where some of its weights are
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Guess:
     """A block's options and where its weights are; `rates`: see `pyckpt.swap.weights.Mapping`."""
 
@@ -86,7 +88,8 @@ def guesses(layer: nn.Module, cut: Cut, rotary: nn.Module | None) -> Iterator[Gu
         _of_rope(rotary),
     ):
         options = common | {n: value for found, _ in parts for n, value in found.items()}
-        yield Guess(options, tuple(source for _, sources in parts for source in sources), rates)
+        sources = (source for _, of_part in parts for source in of_part)
+        yield Guess(options, tuple(replace(s, transposed=_is_transposed(layer, s.path)) for s in sources), rates)
 
 
 def _check_modules(layer: nn.Module) -> None:
@@ -107,7 +110,11 @@ def _shape(layer: nn.Module, path: str) -> tuple[int, int] | None:
         return None
     base: Any = lora.base_of(module)
     rows, columns = quantized.shape_of(base) if quantized.is_quantized(base) else base.weight.shape
-    return (columns, rows) if type(base).__name__ == "Conv1D" else (rows, columns)
+    return (columns, rows) if _is_transposed(layer, path) else (rows, columns)
+
+
+def _is_transposed(layer: nn.Module, path: str) -> bool:
+    return type(lora.base_of(layer.get_submodule(path))).__name__ == "Conv1D"
 
 
 def _around(path: str) -> Iterator[str]:
@@ -157,7 +164,7 @@ def _of_mlp(layer: nn.Module, linears: dict[str, tuple[int, int]], cut: Cut) -> 
     gated = shapes in ([(d_ff, cut.width)] * 2, [(2 * d_ff, cut.width)])
     if rows != cut.width or not (gated or shapes == [(d_ff, cut.width)]):
         raise UnsupportedError("its MLP's linear layers are not a block's")
-    kind = families.activation(_activation(layer, cut), gated)
+    kind = tables.activation(_activation(layer, cut), gated)
     if isinstance(kind, UnsupportedError):
         raise kind
     options = {"d_ff": d_ff, "mlp": kind}
@@ -242,17 +249,42 @@ def _of_heads_norms(layer: nn.Module, norms: list[str], cut: Cut) -> Iterator[Pa
 
 
 def _of_rope(rotary: Any) -> Iterator[Part]:
+    for options, interleaved in itertools.product(_ropes(rotary), (False, True)):
+        yield options | {"rope_interleaved": interleaved}, ()
+    yield {"rope_theta": None}, ()
+
+
+def _ropes(rotary: Any) -> Iterator[dict[str, Any]]:
+    """The options of each kind of RoPE that a model's rotary embedding has."""
     types = getattr(rotary, "rope_type", None)
     for kind in types if isinstance(types, dict) else (None,):
         try:
             options, moving = families.rope_options(rotary, kind, {})
         except (UnsupportedError, AttributeError):
             continue
-        if moving is not None:
-            continue
-        for interleaved in (False, True):
-            yield options | {"rope_interleaved": interleaved}, ()
-    yield {"rope_theta": None}, ()
+        if moving is None:
+            yield options
+
+
+def is_rope(handed: Mapping[str, Any], positions: Tensor, rotary: Any) -> bool:
+    """All that a layer is handed in floating point is RoPE's, of one kind that this rotary embedding has.
+
+    So it is at any position what it is near the first ones. handed: at these positions (t,), as a batch of one.
+    """
+    given = [t for t in leaves(list(handed.values())) if isinstance(t, Tensor) and t.is_floating_point()]
+    for options in _ropes(rotary):
+        scaling = options["rope_scaling"]
+        angles = positions.double()[:, None] * torch.tensor(scaling["frequencies"], device=positions.device).double()
+        tables = [f(angles) * scaling["amplitude"] for f in (torch.cos, torch.sin)]
+        layouts = [way for t in tables for way in (t, torch.cat([t, t], -1), t.repeat_interleave(2, -1))]
+        if all(any(_same_table(t, way) for way in layouts) for t in given):
+            return True
+    return False
+
+
+def _same_table(t: Tensor, table: Tensor) -> bool:
+    """But for the rounding of angles in float32."""
+    return t.numel() == table.numel() and bool((t.double().reshape(table.shape) - table).abs().max() < _FAR_OFF)
 
 
 def _multipliers(layer: nn.Module) -> Iterator[Part]:

@@ -153,6 +153,11 @@ def far_positions(config: Any, device: torch.device) -> Tensor:
     return torch.arange(2 * SEQ, device=device) + max(0, min(most, _LONG) - 2 * SEQ)
 
 
+def distant_positions(device: torch.device) -> Tensor:
+    """Of as many tokens, as far as sequences go: angles in float32 are off there, by a few thousandths."""
+    return torch.arange(2 * SEQ, device=device) * 2999 + 1
+
+
 def visible(kind: str | None, window: int | None, device: torch.device, seq: int = SEQ) -> Tensor:
     """(2, seq, seq): which key each query sees, causal, in rows that are plain (None), "padded" or "packed"."""
     token = torch.arange(seq, device=device)
