@@ -146,14 +146,14 @@ def test_adapters_are_a_blocks():
 @pytest.mark.usefixtures("untabled")
 def test_layers_that_are_alike_are_tried_with_one_guess(monkeypatch):
     """The gradients of one are held to its own; of the others the output is."""
-    probe: Any = importlib.import_module("pyckpt.swap.probe")
-    own, tried = probe._Probe._check_standard, []
+    trial: Any = importlib.import_module("pyckpt.swap.trial")
+    own, tried = trial._Standard._check, []
 
     def counted(self: Any, *args: Any, gradients: bool) -> None:
         tried.append(gradients)
         own(self, *args, gradients=gradients)
 
-    monkeypatch.setattr(probe._Probe, "_check_standard", counted)
+    monkeypatch.setattr(trial._Standard, "_check", counted)
     assert set(paths(make_model("SeedOss", num_hidden_layers=4))) == {"standard"}
     assert tried.count(False) == 3 and tried[-3:] == [False] * 3
 

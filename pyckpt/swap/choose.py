@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyckpt.attend.dense import DenseAttend
 from pyckpt.save import Save
-from pyckpt.swap import attention, families, probe, recognize
+from pyckpt.swap import attention, families, probe, recognize, trial
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.code import odd_function
@@ -76,7 +76,7 @@ class Chooser:
             if isinstance(handed, str):
                 raise UnsupportedError(handed)
             standing = self._standing(layer, handed, place)
-            block = probe.tried_block(layer, handed, why, self._save, self._tile, self._alike, standing)
+            block = trial.tried_block(layer, handed, why, self._save, self._tile, self._alike, standing)
             if isinstance(block, MappedBlock):
                 apart = not self._fits(DenseAttend.of(block.mapping.spec))
                 return SwappedLayer(layer, block, place, apart, surveyed=True)
@@ -90,7 +90,7 @@ class Chooser:
             # Of any class anything may be met.
             raise UnsupportedError(f"{why}, and it cannot be tried out: {surveys.shown(error)}") from error
 
-    def _standing(self, layer: nn.Module, handed: surveys.Handed, place: int) -> probe.Standing | None:
+    def _standing(self, layer: nn.Module, handed: surveys.Handed, place: int) -> trial.Standing | None:
         """For a layer that may be a standard block; None where it is to run its own forward.
 
         As one does in a model that may be given positions of three axes, or whose arguments do not follow from
@@ -108,7 +108,7 @@ class Chooser:
         turning = [t for t in surveys.leaves(list(far.values())) if isinstance(t, Tensor) and t.is_floating_point()]
         if turning and not recognize.is_rope(survey.handing.of(x, distant)[place], distant, rotary):
             return None
-        return probe.Standing(rotary, positions, far)
+        return trial.Standing(rotary, positions, far)
 
     def _fits(self, attend: DenseAttend) -> bool:
         """Whether a layer's keys, values and outputs are as wide as the first's: a streamed run has one store."""

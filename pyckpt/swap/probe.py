@@ -22,77 +22,28 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pyckpt.exec import node
-from pyckpt.exec.plan import standard_plan
 from pyckpt.precision import exact_products
-from pyckpt.save import save_set
-from pyckpt.spec import BlockSpec
-from pyckpt.swap import families, lora, quantized
 from pyckpt.swap import survey as surveys
-from pyckpt.swap.block import MappedBlock
-from pyckpt.swap.generic import GenericMappedBlock, inner
+from pyckpt.swap.generic import GenericMappedBlock
 from pyckpt.swap.handing import MASK, Arguments
 from pyckpt.swap.modules import UnsupportedError, passes
-from pyckpt.swap.recognize import Cut, guesses
+from pyckpt.swap.recognize import Cut
 from pyckpt.swap.shadow import attention_config, twin_of, untouched
-from pyckpt.swap.survey import SEQ, Handed, packed_lengths, packed_positions, visible
+from pyckpt.swap.survey import SEQ, Handed, packed_lengths, visible
 from pyckpt.swap.tap import Idle, Taken, Tap, configs_of, tapped
-from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, is_around, unit_of
+from pyckpt.swap.traced import Trace, TracedBlock, TracedTokenwise, cut_mapping, is_around, unit_of
 from pyckpt.swap.unread import stand_in
-from pyckpt.swap.weights import Mapping
 from pyckpt.tokenwise.seeded import generator_states, have_drawn
 from pyckpt.tokenwise.settings import mode
 
-_TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
+FAR = "far"  # a kind of rows, beside "plain" and "packed"
+TILE = 7  # of 2 * SEQ tokens: it ends within rows, and the last tile is a single token
 _CLOSE = 2e-4  # of the largest value; float32 roundings are far below, any other formula far above
 _ODD_RATE = 0.375
 _LAST = 4  # of modules: a gated MLP's three linear layers, and attention's beside it
 _COUNTS = (torch.arange, torch.cumsum, Tensor.cumsum, torch.linspace)
-_Forward = Callable[[Tensor, str, "_Watch"], Tensor]  # of x (2, SEQ, width), a kind of rows, what watches functions
+_Forward = Callable[[Tensor, str, "Watch"], Tensor]  # of x (2, SEQ, width), a kind of rows, what watches functions
 _UNREAD = ("output_attentions", "use_cache", "output_router_logits")
-
-
-@dataclasses.dataclass(frozen=True)
-class Standing:
-    """Where a layer stands that may be a standard block: `rotary` is its model's rotary embedding.
-
-    far: what the model hands to the layer for the tokens of two rows as one, at these `positions`.
-    """
-
-    rotary: nn.Module | None
-    positions: Tensor
-    far: dict[str, Any]
-
-
-def tried_block(
-    layer: nn.Module,
-    handed: Handed,
-    why: str,
-    save: Any,
-    tile: int | None,
-    alike: dict[Any, Any],
-    standing: Standing | None = None,
-) -> MappedBlock | TracedBlock:
-    """The layer's block, a standard one if it can be, with `standing`.
-
-    Raises `UnsupportedError`, saying why it can't be cut; the layer stays as it is.
-
-    `alike`: what makes layers alike, of those whose gradients were held to the layer's own, with their `Trace.unread`,
-    or which guess was right. Of another one like them the output is; it is added to.
-    """
-    surveys.check_here(layer)
-    device = next(layer.parameters()).device
-    with untouched(layer) as changed, surveys.forked(device), _exact(device):
-        probe = _Probe(quantized.plain(layer), handed, device)
-        with untouched(probe.eager) as of_twins:
-            cut = probe.cut()
-            mapping = None if standing is None else probe.standard(layer, cut, standing, alike)
-            trace = None if mapping is not None else probe.trace(cut, alike)
-    if changed or of_twins:
-        raise UnsupportedError(f"its {(changed or of_twins)[0]} keeps what it has seen")
-    if mapping is not None:
-        return MappedBlock(layer, mapping, save, tile)
-    assert trace is not None
-    return TracedBlock(layer, _mapping(layer, handed, trace, why), save, tile, trace)
 
 
 def check_steady(layer: nn.Module, block: GenericMappedBlock) -> None:
@@ -109,7 +60,7 @@ def check_steady(layer: nn.Module, block: GenericMappedBlock) -> None:
         untouched(layer) as changed,
         surveys.forked(device),
         torch.no_grad(),
-        _Watch() as watch,
+        Watch() as watch,
     ):
         before, (pre, post) = generator_states(device), block.parts
         try:
@@ -126,15 +77,9 @@ def check_steady(layer: nn.Module, block: GenericMappedBlock) -> None:
         raise UnsupportedError(f"its {changed[0]} keeps what it has seen")
 
 
-def _mapping(layer: nn.Module, handed: Handed, trace: Trace, why: str) -> Mapping:
-    # Of the spec the block reads its width alone; the trace has the rest.
-    spec = BlockSpec.make(handed.width, 1, rope_theta=None, mlp="gelu")
-    adapters = lora.inside(layer)
-    kinds = tuple((path, type(m)) for path, m in inner(layer) if path not in adapters)
-    return Mapping(spec, (), kinds, why, complete=True)
+class Probe:
+    """A layer's own forward and others in its place, on random weights; see above."""
 
-
-class _Probe:
     def __init__(self, layer: nn.Module, handed: Handed, device: torch.device) -> None:
         self.layer, self.handed, self.device = layer, handed, device
         self.eager = twin_of(layer, lambda _, config: attention_config(config, "eager"))
@@ -144,6 +89,16 @@ class _Probe:
         self.buffers = {n: _widened(b) for n, b in layer.named_buffers()}
         self.x = torch.randn(2, SEQ, handed.width, device=device)
         self.arguments = {kind: _widened_all(getattr(handed, kind)) for kind in ("plain", "packed")}
+
+    @contextlib.contextmanager
+    def handed_far(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Inside there is a third kind, `FAR`: both rows as one, for which the layer is handed these arguments."""
+        before = self.arguments.get(FAR)
+        self.arguments[FAR] = _widened_all(arguments)
+        try:
+            yield
+        finally:
+            self.arguments[FAR] = before or {}
 
     def cut(self) -> Cut:
         """Where the layer calls its attention, and with what."""
@@ -160,104 +115,31 @@ class _Probe:
 
     def trace(self, cut: Cut, alike: dict[Any, Any]) -> Trace:
         trace = dataclasses.replace(cut.trace, **self._parameters(cut.trace, cut.called))
-        key = self._key(trace)
+        key = self.key(trace)
         gradients = key not in alike
         trace = dataclasses.replace(trace, unread=self._unread(trace, alike.get(key)))
         try:
-            draws = self._compare_modes(self._as_traced(trace), gradients)
+            draws = self.compare_modes(self._as_traced(trace), gradients)
         except UnsupportedError:
             if not trace.unread:
                 raise
             # What no gradient depends on in eval mode, one may in training mode.
             trace = dataclasses.replace(trace, unread=())
-            draws = self._compare_modes(self._as_traced(trace), gradients)
+            draws = self.compare_modes(self._as_traced(trace), gradients)
         alike[key] = trace.unread
         return dataclasses.replace(trace, draws=draws)
 
-    def _key(self, of: Any) -> Any:
+    def key(self, of: Any) -> Any:
         """What makes layers alike."""
         return type(self.layer), of, tuple((n, p.shape) for n, p in self.layer.named_parameters())
 
-    # --- whether it is a standard block ---------------------------------------------------------------------------
-
-    def standard(self, layer: nn.Module, cut: Cut, standing: Standing, alike: dict[Any, Any]) -> Mapping | None:
-        """The layer as a standard block, of which this probe runs what has plain linear layers; None where it is
-        none."""
-        self.arguments["far"], self.far = _widened_all(standing.far), standing.positions
-        key = self._key(("standard", cut.trace))
-        try:
-            families.check_forwards(layer)
-            tried = list(enumerate(guesses(layer, cut, standing.rotary))) if alike.get(key, 0) is not None else []
-        except UnsupportedError:
-            return None
-        tried.sort(key=lambda numbered: numbered[0] != alike.get(key))
-        for number, guess in tried:
-            try:
-                mapping = families.finish(layer, dict(guess.options), list(guess.sources), None, guess.rates)
-                self._check_standard(layer, mapping, cut.trace, gradients=alike.get(key) != number)
-            except UnsupportedError:
-                continue
-            alike[key] = number
-            return mapping
-        alike[key] = None
-        return None
-
-    def _check_standard(self, layer: nn.Module, mapping: Mapping, trace: Trace, gradients: bool) -> None:
-        """Raise `UnsupportedError` where the standard block's output or gradients are not the layer's."""
-        if (odd := mapping.change(layer)) is not None:
-            raise UnsupportedError(odd)  # a number of the layer's that it does not compute with, for one
-
-        def forward(x: Tensor, kind: str, watch: _Watch) -> Tensor:
-            return self._standard_forward(mapping, x, kind)
-
-        with mode(self.layer, training=False), torch.no_grad():
-            for kind in ("plain", "far"):
-                if not _close(self._standard_forward(mapping, self.x, kind), self._layer_forward(self.x, kind)):
-                    raise UnsupportedError("its output is not that of this block")
-        if not self._reads_no_number():
-            raise UnsupportedError("it reads positions")
-        with mode(self.layer, training=True), torch.no_grad(), _Watch() as watch:
-            self._post({}, self._some_o(trace), self.x[:1])
-        if watch.drops:
-            raise UnsupportedError("it drops values beside attention's")
-        self._compare_modes(forward, gradients)
-
-    def _reads_no_number(self) -> bool:
-        """The layer makes the same of other whole numbers among its arguments, such as positions."""
-        own = self.arguments["far"]
-        with mode(self.layer, training=False), torch.no_grad():
-            truth = self._layer_forward(self.x, "far")
-            self.arguments["far"] = _moved(own)
-            try:
-                return torch.equal(self._layer_forward(self.x, "far"), truth)
-            except Exception:  # an index, say
-                return False
-            finally:
-                self.arguments["far"] = own
-
-    def _standard_forward(self, mapping: Mapping, x: Tensor, kind: str) -> Tensor:
-        """As the layer's block computes it, which drops nothing here."""
-        reader = twin_of(self.layer, lambda _, config: config)
-        reader.__dict__["forward"] = lambda: (mapping.text_now(reader), mapping.weights(reader))
-        text, weights = functional_call(reader, self.weights, ())
-        spec = BlockSpec.from_string(text).without_dropout()
-        dtype, device = x.dtype, self.device
-        plan = standard_plan(spec, save_set("attention"), _TILE, 2 * SEQ, dtype, dtype, device)
-        run, rest = node.Run([plan], [tuple(weights)], dtype), (None, tuple(weights.values()))
-        if kind == "far":
-            return node.execute(run, x.reshape(1, 2 * SEQ, -1), self.far, None, *rest).view(x.shape)
-        if kind == "packed" and self.handed.cut:
-            return node.execute(run, x.flatten(0, 1), None, packed_lengths(device), *rest).view(x.shape)
-        apart = kind == "packed" and not surveys.same(self.handed.plain, self.handed.packed)
-        return node.execute(run, x, packed_positions(device).flatten() if apart else None, None, *rest)
-
     # --- what attention is ----------------------------------------------------------------------------------------
 
-    def _taken(self) -> tuple[str, dict[str, int | None], Taken, _Watch]:
+    def _taken(self) -> tuple[str, dict[str, int | None], Taken, Watch]:
         """The path of the attention, the modules that were called before it (see `_calls`), and what it is given."""
         twin = tapped(self.layer, self._configs)
         called: dict[str, int | None] = {}
-        with _calls(twin, called), _Watch() as watch:
+        with _calls(twin, called), Watch() as watch:
             taken = self.tap.take(lambda: self._call(twin, "plain", self.x[:1]))
         path = next((p for p, m in twin.named_modules() if m is taken.module), None)
         if path is None:
@@ -286,7 +168,7 @@ class _Probe:
         names = {n for n, _ in (*twin.named_parameters(), *twin.named_buffers())}
         values = {n: t for n, t in (self.weights | self.buffers).items() if n in names}
         of_both = self.arguments[kind]
-        given = of_both if len(x) > 1 or kind == "far" else Arguments(of_both, 2, SEQ).of(slice(0, SEQ))
+        given = of_both if len(x) > 1 or kind == FAR else Arguments(of_both, 2, SEQ).of(slice(0, SEQ))
         return functional_call(twin, values, (x,), {**given, MASK: mask})
 
     def _check_run(self, attention: str) -> tuple[str, ...]:
@@ -296,7 +178,7 @@ class _Probe:
         """
         called: dict[str, int | None] = {}
         with mode(self.layer, training=False), _calls(self.eager, called), torch.no_grad():
-            self._layer_forward(self.x, "plain")
+            self.layer_forward(self.x, "plain")
         run = {unit_of(path, attention) for path in called}
         units = {unit_of(name, attention): name for name in self.weights}
         idle = sorted(unit for unit, name in units.items() if unit not in run and unit != name)
@@ -370,18 +252,18 @@ class _Probe:
 
         Where their outputs are cut into heads, one head is enough: what is done with it (RoPE) is done for nothing.
         """
-        o = self._some_o(trace)
+        o = self.some_o(trace)
         with mode(self.layer, training=False), torch.no_grad():
-            whole = self._post({}, o, self.x[:1])
+            whole = self.post({}, o, self.x[:1])
             idle: dict[str, int] = {}
             for path, full in shapes.items():
                 for width in (*sorted({d for d in (trace.head_dim, trace.v_head_dim) if full % d == 0}), full):
                     tried: dict[str, nn.Module] = {p: Idle(w, noisy=True) for p, w in {**idle, path: width}.items()}
                     try:
-                        made = self._post(tried, o, self.x[:1])
+                        made = self.post(tried, o, self.x[:1])
                     except Exception:  # somebody asks for the full width
                         continue
-                    if made.shape == whole.shape and _close(made, whole):
+                    if made.shape == whole.shape and close(made, whole):
                         idle[path] = width
                         break
         return tuple(idle.items())
@@ -391,7 +273,7 @@ class _Probe:
 
         They are looked for from the last one on, the end of an MLP: linear layers, and a mixture's experts.
         """
-        o, dy = self._some_o(trace), torch.randn_like(self.x[:1])
+        o, dy = self.some_o(trace), torch.randn_like(self.x[:1])
         idle: dict[str, nn.Module] = {path: Idle(width) for path, width in trace.idle}
         with mode(self.layer, training=False):
             truth = self._post_gradients(idle, o, dy)
@@ -403,7 +285,7 @@ class _Probe:
                     made = self._post_gradients(idle | {p: m for p, m in noisy.items() if m is not None}, o, dy)
                 except Exception:  # it is called in another way than others of its kind
                     continue
-                if all(_close(made[n], t) for n, t in truth.items()):
+                if all(close(made[n], t) for n, t in truth.items()):
                     found += paths
         return tuple(found)
 
@@ -415,43 +297,43 @@ class _Probe:
         found = {path for path, m in self.layer.named_modules() if stand_in(m) is not None and path not in idle}
         return [path for path in reversed(called) if path in found][:_LAST]
 
-    def _some_o(self, trace: Trace) -> Tensor:
+    def some_o(self, trace: Trace) -> Tensor:
         return torch.randn(SEQ, trace.n_heads, trace.v_head_dim, device=self.device)
 
-    def _post(self, replaced: dict[str, nn.Module], o: Tensor, x: Tensor) -> Tensor:
+    def post(self, replaced: dict[str, nn.Module], o: Tensor, x: Tensor) -> Tensor:
         twin = tapped(self.layer, self._configs, replaced)
         made = self.tap.fill(lambda: self._call(twin, "plain", x), o)
         return made[0] if isinstance(made, tuple) else made
 
     def _post_gradients(self, replaced: dict[str, nn.Module], o: Tensor, dy: Tensor) -> dict[str, Tensor]:
         """Those of x, o and the weights."""
-        made = self._results(lambda x, o: self._post(replaced, o, x), dy, x=self.x[:1], o=o)
+        made = self._results(lambda x, o: self.post(replaced, o, x), dy, x=self.x[:1], o=o)
         return {n: t for n, t in made.items() if n != "y"}
 
     # --- the comparison -------------------------------------------------------------------------------------------
 
-    def _compare_modes(self, block: _Forward, gradients: bool) -> bool:
+    def compare_modes(self, block: _Forward, gradients: bool) -> bool:
         """`_compare` in eval and in training mode; whether a function drops values."""
         draws = False
         for training, kind in ((False, "plain"), (True, "packed")):
-            with mode(self.layer, training), _Watch() as watch:
+            with mode(self.layer, training), Watch() as watch:
                 self._compare(block, kind, watch, gradients)
             draws = draws or watch.drops
         return draws
 
-    def _compare(self, block: _Forward, kind: str, watch: _Watch, gradients: bool) -> None:
+    def _compare(self, block: _Forward, kind: str, watch: Watch, gradients: bool) -> None:
         """Raise `UnsupportedError` where the block's output or gradients are not the layer's."""
         dy = torch.randn_like(self.x) if gradients else None
         before = generator_states(self.device)
-        truth = self._results(lambda x: self._layer_forward(x, kind), dy)
+        truth = self._results(lambda x: self.layer_forward(x, kind), dy)
         if have_drawn(before, self.device):
             raise UnsupportedError("it draws random numbers for something else than dropout")
         self._check_buffers()
-        if not _close(self._results(lambda x: self._layer_forward(x, kind), None)["y"], truth["y"]):
+        if not close(self._results(lambda x: self.layer_forward(x, kind), None)["y"], truth["y"]):
             raise UnsupportedError("it gives different results when it runs again")
         ours = self._results(lambda x: block(x, kind, watch), dy)
         floor = max((float(t.abs().max()) for n, t in truth.items() if n != "y"), default=0.0)
-        odd = [n for n, t in truth.items() if not _close(ours[n], t, 0.0 if n == "y" else 0.01 * floor)]
+        odd = [n for n, t in truth.items() if not close(ours[n], t, 0.0 if n == "y" else 0.01 * floor)]
         if odd:
             what = "its output" if "y" in odd else f"the gradient of {odd[0]}"
             raise UnsupportedError(f"{what} is not that of its parts around attention (tried with random weights)")
@@ -469,8 +351,8 @@ class _Probe:
         made = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(given.items(), grads, strict=True)}
         return {"y": y.detach(), **made}
 
-    def _layer_forward(self, x: Tensor, kind: str) -> Tensor:
-        if kind == "far":
+    def layer_forward(self, x: Tensor, kind: str) -> Tensor:
+        if kind == FAR:
             seen = visible(None, self.handed.window, self.device, 2 * SEQ)[:1]
             made = self._call(self.eager, kind, x.reshape(1, 2 * SEQ, -1), _adding(seen))
             return (made[0] if isinstance(made, tuple) else made).view(x.shape)
@@ -481,8 +363,8 @@ class _Probe:
     def _as_traced(self, trace: Trace) -> _Forward:
         return lambda x, kind, watch: self._traced_forward(trace, x, kind, watch)
 
-    def _traced_forward(self, trace: Trace, x: Tensor, kind: str, watch: _Watch) -> Tensor:
-        block = TracedBlock(self.layer, _mapping(self.layer, self.handed, trace, "probe"), "attention", _TILE, trace)
+    def _traced_forward(self, trace: Trace, x: Tensor, kind: str, watch: Watch) -> Tensor:
+        block = TracedBlock(self.layer, cut_mapping(self.layer, self.handed.width, "probe"), "attention", TILE, trace)
         weights = block.named(self.weights)
         with block.called_with(self.arguments[kind], 2, SEQ):
             plan = block.plan(2 * SEQ, x.dtype, x.dtype, self.device)
@@ -533,23 +415,13 @@ def _widened_all(values: Any) -> Any:
     return _widened(values) if isinstance(values, Tensor) else values
 
 
-def _moved(values: Any) -> Any:
-    """With other whole numbers in tensors, far from those that they had."""
-    if isinstance(values, dict):
-        return {n: _moved(v) for n, v in values.items()}
-    if isinstance(values, (tuple, list)):
-        return type(values)(_moved(v) for v in values)
-    whole = isinstance(values, Tensor) and not values.is_floating_point() and values.dtype != torch.bool
-    return values * 1009 + 2**20 if whole else values
-
-
 def _adding(seen: Tensor) -> Tensor:
     """A mask that is added to scores, of what is seen (rows, S, S)."""
     lowest = torch.finfo(torch.float32).min
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, lowest)[:, None]
 
 
-def _close(a: Tensor, b: Tensor, floor: float = 0.0) -> bool:
+def close(a: Tensor, b: Tensor, floor: float = 0.0) -> bool:
     return bool(a.isfinite().all()) and float((a - b).abs().max()) <= _CLOSE * max(float(b.abs().max()), floor)
 
 
@@ -566,7 +438,7 @@ def _check_leaves(y: Tensor, known: list[Tensor]) -> None:
         todo += [f for f, _ in fn.next_functions]
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Makes dropout idle and writes down whether there was any (`drops`), or a count of tokens (`counted`)."""
 
     def __init__(self) -> None:
@@ -608,7 +480,7 @@ def _calls(twin: nn.Module, called: dict[str, int | None]) -> Iterator[nn.Module
 
 
 @contextlib.contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> Iterator[None]:
     """Products in float32 proper, whatever the caller has chosen."""
     with exact_products(), torch.autocast(device.type, enabled=False):
         yield

@@ -22,10 +22,11 @@ from pyckpt.compiling import uncompiled
 from pyckpt.exec.plan import generic_plan
 from pyckpt.exec.resident import BlockPlan
 from pyckpt.save import Save
-from pyckpt.spec import Window
+from pyckpt.spec import BlockSpec, Window
+from pyckpt.swap import lora
 from pyckpt.swap.apart import apart
 from pyckpt.swap.by_thread import ByThread
-from pyckpt.swap.generic import ADVICE, SINKS, OwnModulesBlock
+from pyckpt.swap.generic import ADVICE, SINKS, OwnModulesBlock, inner
 from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
@@ -233,6 +234,15 @@ class TracedBlock(OwnModulesBlock):
         if self.handing is None:
             raise RuntimeError("this layer runs on what its model hands to it, and cannot be planned without a call")
         return Placed(self.handing, self.place, self.trace.arguments, around)
+
+
+def cut_mapping(layer: nn.Module, width: int, why: str) -> Mapping:
+    """Of a layer that is cut, with hidden states of this width; `why` it is no standard block."""
+    # Of the spec the block reads its width alone; the trace has the rest.
+    spec = BlockSpec.make(width, 1, rope_theta=None, mlp="gelu")
+    adapters = lora.inside(layer)
+    kinds = tuple((path, type(m)) for path, m in inner(layer) if path not in adapters)
+    return Mapping(spec, (), kinds, why, complete=True)
 
 
 class TracedLayer(SwappedLayer):
