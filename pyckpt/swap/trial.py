@@ -108,7 +108,10 @@ class _Standard:
         return sorted(found, key=lambda numbered: numbered[0] != first)
 
     def _check(self, mapping: Mapping, gradients: bool) -> None:
-        """Raise `UnsupportedError` where the standard block's output or gradients are not the layer's."""
+        """Raise `UnsupportedError` where the standard block's output is not the layer's.
+
+        Nor, with `gradients`, its gradients, nor anything else that is the same of layers that are alike.
+        """
         probe = self._probe
         if (odd := mapping.change(self._layer)) is not None:
             raise UnsupportedError(odd)  # a number of the layer's that it does not compute with, for one
@@ -116,13 +119,15 @@ class _Standard:
             for kind in ("plain", FAR):
                 if not close(self._forward(mapping, probe.x, kind), probe.layer_forward(probe.x, kind)):
                     raise UnsupportedError("its output is not that of this block")
+            if not gradients:
+                return
             if not self._reads_no_number():
                 raise UnsupportedError("it reads positions")
         with mode(probe.layer, training=True), torch.no_grad(), Watch() as watch:
             probe.post({}, probe.some_o(self._cut.trace), probe.x[:1])
         if watch.drops:
             raise UnsupportedError("it drops values beside attention's")
-        probe.compare_modes(lambda x, kind, _: self._forward(mapping, x, kind), gradients)
+        probe.compare_modes(lambda x, kind, _: self._forward(mapping, x, kind), gradients=True)
 
     def _reads_no_number(self) -> bool:
         """The layer makes the same of other whole numbers among its arguments, such as positions."""
