@@ -997,7 +997,7 @@ def test_a_mixtures_benchmark_measures_every_variant(monkeypatch):
     rows = swap.measure(mixture.make_model(4, 512), 512, 1, mixture.NAMES)
     assert [row["variant"] for row in rows] == mixture.NAMES and all(row["seconds"] > 0 for row in rows)
     peaks = {row["variant"]: row["peak_bytes"] for row in rows}
-    assert peaks["swap, streamed"] < peaks["swap"] < peaks["transformers"]
+    assert max(peaks["swap"], peaks["swap, streamed"]) < peaks["transformers"]
     assert set(swap.ratios(rows)["swap"]) >= {"time over checkpointing", "peak over transformers"}
 
 

@@ -69,10 +69,13 @@ def errors_of_streaming(model: Any, batch: dict[str, Any], **options: Any) -> fl
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_of_experts(family):
-    """In float64: a router's gradient is a difference of experts' outputs, whose float32 rounding is luck."""
+    """In float64: a router's gradient is a difference of experts' outputs, whose float32 rounding is luck.
+
+    In a backward its own probabilities are float32 all the same: one in some thousand rounds otherwise in another tile.
+    """
     model = make_model(family, torch.float64)
     for kind in KINDS:
-        assert errors_of_streaming(model, make_batch(kind)) < ROUNDING
+        assert errors_of_streaming(model, make_batch(kind)) < 1e-8
         pyckpt.unswap(model)
 
 

@@ -162,9 +162,10 @@ class _UnreadExpertsFunction(torch.autograd.Function):
         (d_made,) = torch.autograd.grad(hidden, leaf, (back * share).to(hidden.dtype))
         d_share = None
         if wanted[1]:
-            d_share = (back.to(share.dtype) * hidden.detach()).sum(1)
+            dtype = functools.reduce(torch.promote_types, (back.dtype, share.dtype, torch.float32))
+            d_share = (back.to(dtype) * hidden.detach()).sum(1)
             if down_bias is not None:
-                d_share = d_share + (rows.to(share.dtype) * down_bias[groups.experts]).sum(1)
+                d_share = d_share + (rows.to(dtype) * down_bias[groups.experts]).sum(1)
             d_share = groups.back(d_share.to(share.dtype))
         weighted = (rows * share).to(made.dtype)
         d_down = _weights(groups, hidden.detach(), weighted, transposed) if wanted[5] else None
