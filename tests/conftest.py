@@ -72,6 +72,14 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_modes_left() -> Iterator[None]:
+    """A mode that a test leaves on (by `torch.set_default_device`) would be in every op of those after it."""
+    before = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    yield
+    assert (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()) == before
+
+
+@pytest.fixture(autouse=True)
 def compiled_anew() -> Iterator[None]:
     """torch.compile gives up on a function after some number of versions: no test counts those of another."""
     yield
