@@ -32,6 +32,8 @@ CHANGED = {
     "Starcoder2": {"residual_dropout": 0.3},
     "GptOss": {"attention_dropout": 0.3},
     "Olmo3": {"attention_dropout": 0.3},
+    "Phi": {"resid_pdrop": 0.3},
+    "SeedOss": {"residual_dropout": 0.3, "attention_dropout": 0.1},
 }
 
 

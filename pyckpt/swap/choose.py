@@ -75,7 +75,10 @@ class Chooser:
             handed = self._survey().handed[place]
             if isinstance(handed, str):
                 raise UnsupportedError(handed)
-            standing = self._standing(layer, handed, place)
+            try:
+                standing = self._standing(layer, handed, place)
+            except Exception:  # tables of positions may end before those that are asked for
+                standing = None
             block = trial.tried_block(layer, handed, why, self._save, self._tile, self._alike, standing)
             if isinstance(block, MappedBlock):
                 apart = not self._fits(DenseAttend.of(block.mapping.spec))

@@ -91,7 +91,7 @@ class _Standard:
                     sources = list(guess.sources)
                     mapping = families.finish(self._layer, dict(guess.options), sources, None, guess.rates)
                     self._check(mapping, gradients=number != known)
-                except UnsupportedError:
+                except Exception:  # of a wrong guess anything may come
                     continue
                 alike[key] = number
                 return mapping
