@@ -22,13 +22,19 @@ pytestmark = pytest.mark.usefixtures("no_fallback")
 TOKENS, WIDTH, D_FF, CHOSEN = 29, 48, 24, 2
 
 
-def experts_of(family: str, implementation: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Four of them, of a model of this family."""
+def experts_of(family: str, implementation: str, dtype: torch.dtype = torch.float32, count: int = 4) -> Any:
+    """So many of them, of a model of this family."""
     import transformers
 
-    sizes = {"hidden_size": WIDTH, "intermediate_size": D_FF, "moe_intermediate_size": D_FF, "mlp_hidden_act": "silu"}
-    counts = {"num_local_experts": 4, "n_routed_experts": 4, "num_experts": 4, "moe_latent_size": None}
-    config = getattr(transformers, f"{family}Config")(**sizes, **counts, experts_implementation=implementation)
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": D_FF,
+        "moe_intermediate_size": D_FF,
+        "mlp_hidden_act": "silu",
+    }
+    counts = dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts"), count)
+    sizes |= {**counts, "moe_latent_size": None}
+    config = getattr(transformers, f"{family}Config")(**sizes, experts_implementation=implementation)
     file = importlib.import_module(type(config).__module__.replace("configuration", "modeling"))
     experts = getattr(file, f"{family}Experts")(config)
     for p in experts.parameters():
@@ -79,6 +85,17 @@ def test_in_other_dtypes(dtype):
         assert max(relative_errors(ours, truth).values()) < 1e-12
     else:
         assert_as_good(ours, theirs, truth, dtype)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_beyond_the_last_expert_is_none(dtype, count):
+    """As where experts are dealt out, or a router chooses to do nothing."""
+    experts, (x, _, shares) = experts_of("Mixtral", "eager", dtype, count), routed(dtype)
+    index = torch.stack([torch.randperm(count + 1)[:CHOSEN] for _ in range(TOKENS)])
+    dy = torch.randn_like(x)
+    errors = relative_errors(*(gradients(m, x, index, shares, dy) for m in (UnreadExperts(experts), experts)))
+    assert max(errors.values()) < 100 * torch.finfo(dtype).eps
 
 
 def test_only_what_is_asked_for_is_made():

@@ -70,7 +70,10 @@ class UnreadExperts(nn.Module):
         else:
             x, *weights = autocast(x, *weights)
         act = functools.partial(self._kind._apply_gate, self) if own.has_gate else own.act_fn
-        y: Tensor = _UnreadExpertsFunction.apply(x, top_k_weights, top_k_index, *weights, act, own.is_transposed)
+        # Beyond the last expert is none.
+        shares = top_k_weights.masked_fill(top_k_index >= own.num_experts, 0.0)
+        index = top_k_index.long().clamp(max=own.num_experts - 1)
+        y: Tensor = _UnreadExpertsFunction.apply(x, shares, index, *weights, act, own.is_transposed)
         y = y.to(hidden_states.dtype)
         return y + torch.randn_like(y) if self.noisy else y
 
@@ -157,18 +160,19 @@ class _UnreadExpertsFunction(torch.autograd.Function):
         rows = dy.to(made.dtype)[groups.tokens]
         with torch.enable_grad():
             leaf = made.detach().requires_grad_()
-            hidden = ctx.act(leaf)
+            hidden = ctx.act(leaf).to(down.dtype)
         back = groups.product(rows, down.mT if transposed else down)
         (d_made,) = torch.autograd.grad(hidden, leaf, (back * share).to(hidden.dtype))
+        hidden = hidden.detach()
         d_share = None
         if wanted[1]:
             dtype = functools.reduce(torch.promote_types, (back.dtype, share.dtype, torch.float32))
-            d_share = (back.to(dtype) * hidden.detach()).sum(1)
+            d_share = (back.to(dtype) * hidden).sum(1)
             if down_bias is not None:
                 d_share = d_share + (rows.to(dtype) * down_bias[groups.experts]).sum(1)
             d_share = groups.back(d_share.to(share.dtype))
         weighted = (rows * share).to(made.dtype)
-        d_down = _weights(groups, hidden.detach(), weighted, transposed) if wanted[5] else None
+        d_down = _weights(groups, hidden, weighted, transposed) if wanted[5] else None
         d_down_bias = groups.sums(weighted) if wanted[6] else None
         d_up = _weights(groups, x[groups.tokens], d_made, transposed) if wanted[3] else None
         d_up_bias = groups.sums(d_made) if wanted[4] else None
