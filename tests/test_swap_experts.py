@@ -20,16 +20,19 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("no_fallback")
 
 TOKENS, WIDTH, D_FF, CHOSEN = 29, 48, 24, 2
+ODD = 27  # a width whose rows are not of 16 bytes each
 
 
-def experts_of(family: str, implementation: str, dtype: torch.dtype = torch.float32, count: int = 4) -> Any:
+def experts_of(
+    family: str, implementation: str, dtype: torch.dtype = torch.float32, count: int = 4, width: int = D_FF
+) -> Any:
     """So many of them, of a model of this family."""
     import transformers
 
     sizes: dict[str, Any] = {
         "hidden_size": WIDTH,
-        "intermediate_size": D_FF,
-        "moe_intermediate_size": D_FF,
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
         "mlp_hidden_act": "silu",
     }
     counts = dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts"), count)
@@ -72,10 +75,12 @@ def test_gradients_are_those_of_the_experts(family, implementation):
     assert_as_good(ours, theirs, truth, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_in_other_dtypes(dtype):
-    """float64 has no grouped products; in bfloat16 shares are float32, as routers make them."""
-    experts, (x, index, shares) = experts_of("Mixtral", "eager", dtype), routed(torch.float64)
+@pytest.mark.parametrize("width", [D_FF, ODD])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_in_other_dtypes_and_widths(dtype, family, width):
+    """float64 has no grouped products, nor have odd widths; in bfloat16 shares are float32, as routers make them."""
+    experts, (x, index, shares) = experts_of(family, "eager", dtype, width=width), routed(torch.float64)
     dy = torch.randn_like(x)
     truth = gradients(copy.deepcopy(experts).double(), x.to(dtype).double(), index, shares, dy.to(dtype).double())
     shares = shares if dtype == torch.float64 else shares.float()

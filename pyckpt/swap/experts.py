@@ -27,7 +27,7 @@ from pyckpt.swap.shadow import HOOKS, unsharded_class
 _TOLD = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 _GROUPED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of PyTorch's grouped products
-_ALIGNED = 16  # bytes that a row of theirs takes on a GPU, or several of it
+_ALIGNED = 16  # bytes, of which addresses and strides are to be multiples
 
 
 def are_known(module: nn.Module) -> bool:
@@ -89,14 +89,14 @@ class _Groups:
 
     def product(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """(pairs, m): of each row (pairs, n) with its expert's matrix, of (experts, n, m)."""
-        if _takes(rows, matrices.shape[1:]):
+        if _takes(rows, matrices):
             return F.grouped_mm(rows, matrices, offs=self.ends)
         parts = zip(self._split(rows), matrices.unbind(), strict=True)
         return torch.cat([part @ matrix for part, matrix in parts])
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """(experts, n, m): the sum over an expert's pairs of the products of left's columns and right's rows."""
-        if _takes(left, (left.shape[1], right.shape[1])):
+        if _takes(left.t(), right):
             return F.grouped_mm(left.t(), right, offs=self.ends)
         parts = zip(self._split(left), self._split(right), strict=True)
         return torch.stack([a.t() @ b for a, b in parts])
@@ -115,14 +115,16 @@ class _Groups:
         return rows.tensor_split(self.ends[:-1].cpu().long())
 
 
-def _takes(rows: Tensor, sizes: Any) -> bool:
+def _takes(a: Tensor, b: Tensor) -> bool:
     """PyTorch has grouped products for these."""
-    if rows.dtype not in _GROUPED or not hasattr(F, "grouped_mm"):
+    if a.dtype not in _GROUPED or a.dtype != b.dtype or not (_is_aligned(a) and _is_aligned(b)):
         return False
-    if not rows.is_cuda:
-        return True
-    aligned = all(n * rows.element_size() % _ALIGNED == 0 for n in sizes)
-    return aligned and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    return not a.is_cuda or torch.cuda.get_device_capability(a.device) >= (8, 0)
+
+
+def _is_aligned(t: Tensor) -> bool:
+    unit, *steps = sorted(t.stride())
+    return unit == 1 and all(n % _ALIGNED == 0 for n in (t.data_ptr(), *(step * t.element_size() for step in steps)))
 
 
 class _UnreadExpertsFunction(torch.autograd.Function):
