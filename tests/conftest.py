@@ -109,8 +109,9 @@ def untabled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch, untabled: None) -> None:
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoder layers are cut at their attention, those that are standard blocks too."""
+    monkeypatch.setattr(importlib.import_module("pyckpt.swap.families"), "FAMILIES", {})
     choose = importlib.import_module("pyckpt.swap.choose")
     monkeypatch.setattr(choose.Chooser, "_standing", lambda *_: None)
 

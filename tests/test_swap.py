@@ -439,6 +439,21 @@ def test_the_losss_options():
         torch.testing.assert_close(model(**batch, **options).loss, loss)
 
 
+@pytest.mark.parametrize("family", ["Granite", "Cohere2"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_heads_bias_is_scaled_with_its_logits(family, streamed):
+    """And Cohere's logits by the model's own number. Such a head is not streamed; its layers are."""
+    model = make_model(family)
+    model.lm_head = nn.Linear(48, VOCAB)
+    if family == "Cohere2":
+        model.logit_scale = 0.7
+    if not streamed:
+        check(model, [make_batch("plain")])
+        return
+    with pytest.warns(UserWarning, match="bias, which is scaled with the logits: the layers are streamed"):
+        check(model, [make_batch("plain")], stream=pyckpt.Stream(7))
+
+
 def test_hidden_states_are_those_of_the_original():
     model = make_model("Llama")
     batch = make_batch("plain")

@@ -333,9 +333,26 @@ def stretch_positions(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / 4
 
 
+def turn_twice(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.rotary_emb.register_forward_hook(lambda module, args, made: tuple(2 * t for t in made))
+
+
+def turn_otherwise(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = model.model.rotary_emb
+    own = type(rotary).forward
+    rotary.forward = lambda x, position_ids: own(rotary, x, 2 * position_ids)
+
+
+def add_a_bias(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.model.layers[0].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(48))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (turn_twice, "its rotary embedding has forward hooks"),
+        (turn_otherwise, "its rotary embedding has a forward in the place"),
+        (add_a_bias, r"mlp\.down_proj now has a bias"),
         (name_another, "'sharper' is of test_swap_changes"),
         (put_another, "'sdpa' is of test_swap_changes"),
         (mask_otherwise, "are made by test_swap_changes"),
@@ -358,6 +375,19 @@ def test_attention_that_is_another_one_since(change, said, monkeypatch):
     with pytest.warns(UserWarning, match=f"{said}.*again as a whole in the backward"):
         found = step(model, batch)
     assert_same_bits(found, step(plain, batch))
+
+
+@pytest.mark.parametrize("change", [turn_twice, turn_otherwise], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("family", ["Llama", "Glm"])
+def test_a_rotary_embedding_of_ones_own_is_called(family, change, monkeypatch, no_fallback):
+    """A block has its frequencies alone: such layers are cut at their attention, and handed what it gives."""
+    model, batch = make_model(family), make_batch("plain")
+    change(model, monkeypatch)
+    truth = step(model, batch)
+    assert pyckpt.swap(model).entries[0].path == "generic"
+    found = step(model, batch)
+    for name, t in truth.items():
+        torch.testing.assert_close(found[name], t, rtol=1e-3, atol=1e-5)
 
 
 def test_frequencies_that_were_rounded_to_another_dtype_are_the_same(no_fallback):

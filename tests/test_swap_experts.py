@@ -162,6 +162,12 @@ def test_models(family, implementation):
     assert max(relative_errors(*results).values()) < 1e-4
 
 
+def test_experts_with_a_gate_of_their_own_run_again():
+    experts = experts_of("GptOss", "eager")
+    experts._apply_gate = lambda made: made.chunk(2, -1)[0]
+    assert not are_known(experts)
+
+
 def test_experts_that_something_reads_run_again():
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as file
 

@@ -18,6 +18,7 @@ from pyckpt.stream import Parts
 from pyckpt.swap import again, attention, masks
 from pyckpt.swap.around import gathers, watched, wraps
 from pyckpt.swap.code import functions
+from pyckpt.swap.families import odd_rotary
 from pyckpt.swap.layer import CALL, Call, Gathered, Streaming, SwappedLayer
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError
 from pyckpt.swap.replaced import Replaced
@@ -92,6 +93,7 @@ class SwappedDecoder(Replaced):
         self._limits = attention.limits(module.config)
         own = [s.block.mapping.moving for s in layers if not s.handed]
         self._frequencies = Frequencies(getattr(module, "rotary_emb", None) if own and not any(own) else None)
+        self._turns = any(s.block.mapping.spec.rope_theta is not None for s in layers if not s.handed)
         own_kinds = [kind for s in layers if not s.handed for kind in kinds_of(s.module)]  # others run what they call
         self._kinds = list(dict.fromkeys([unsharded_class(module), *own_kinds]))
         self._functions = functions(self._kinds)
@@ -318,7 +320,10 @@ class SwappedDecoder(Replaced):
                 f"{odd} is now {present.get(odd)}, not the {self._functions[odd]} it was when swapped (unswap and "
                 "swap again)"
             )
-        if self._frequencies.differ(getattr(self.module, "rotary_emb", None)):
+        rotary = getattr(self.module, "rotary_emb", None)
+        if self._turns and rotary is not None and (odd := odd_rotary(rotary)) is not None:
+            raise UnsupportedCallError(f"{odd}, as it was when swapped (unswap and swap again)")
+        if self._frequencies.differ(rotary):
             raise UnsupportedCallError("RoPE's frequencies are not those of the swap any more (unswap and swap again)")
 
     def _cut(self, given: dict[str, Any], positions: Tensor | None) -> Tensor | None:

@@ -125,6 +125,8 @@ def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions
     of_norm = _norm_weights(norm, table.new_ones(width))
     weights = {"embed": table, **of_norm, "head": peft_wrappers.weight_of(projection)}
     if projection.bias is not None:
+        if loss.scale != 1.0:
+            raise UnsupportedError("its output embeddings have a bias, which is scaled with the logits")
         weights["head.bias"] = projection.bias
     if places.table is not None:
         weights["table"] = _table(_at(base, places.table))

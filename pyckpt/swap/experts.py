@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pyckpt.casting import autocast
 from pyckpt.swap.modules import is_known
 from pyckpt.swap.shadow import HOOKS, unsharded_class
+from pyckpt.vocab_parallel import is_dealt_out
 
 # What transformers tells of experts whose products its functions make (`use_experts_implementation`).
 _TOLD = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
@@ -31,8 +32,13 @@ _ALIGNED = 16  # bytes, of which addresses and strides are to be multiples
 
 
 def are_known(module: nn.Module) -> bool:
-    """They are experts of transformers, with plain weights, all of them here, and what is computed of them is known."""
-    if not all(hasattr(module, n) for n in _TOLD) or "forward" in vars(module) or not is_known(unsharded_class(module)):
+    """They are experts of transformers, with plain weights, and what is computed of them is known.
+
+    Weights that FSDP2 has dealt out are plain in a call.
+    """
+    if not all(hasattr(module, n) for n in _TOLD) or not is_known(unsharded_class(module)):
+        return False
+    if any(name in vars(module) for name in ("forward", "_apply_gate")):
         return False
     if getattr(module, "has_post_expert_norm", False) or getattr(module, "_is_expert_parallel", False):
         return False
@@ -41,8 +47,8 @@ def are_known(module: nn.Module) -> bool:
     names = (_first(module), "down_proj")
     expected = {*names, *(f"{n}_bias" for n in names if module.has_bias)}
     own = dict(module.named_parameters())
-    plain = (type(p) in (Tensor, nn.Parameter) and p.is_floating_point() for p in own.values())
-    return own.keys() == expected and all(plain)
+    plain = (type(p) in (Tensor, nn.Parameter) or is_dealt_out(p) for p in own.values())
+    return own.keys() == expected and all(plain) and all(p.is_floating_point() for p in own.values())
 
 
 def _first(experts: Any) -> str:

@@ -12,8 +12,16 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic, lora, parallel, quantized
+from pyckpt.swap.around import watched, what_watches
 from pyckpt.swap.code import odd_function
-from pyckpt.swap.modules import UnsupportedError, has_plain_weight, is_known, is_patched, norm_eps
+from pyckpt.swap.modules import (
+    UnsupportedError,
+    has_plain_weight,
+    is_known,
+    is_own_forward,
+    is_patched,
+    norm_eps,
+)
 from pyckpt.swap.rope import MOVING, MovingRope, given
 from pyckpt.swap.shadow import kinds_of, unsharded_class
 from pyckpt.swap.tables import FAMILIES, RATES, Options
@@ -140,6 +148,8 @@ def rope_options(
     """
     if rotary is None:
         raise UnsupportedError("no rotary embedding was found beside the layers")
+    if (odd := odd_rotary(rotary)) is not None:
+        raise UnsupportedError(odd)
     kind, prefix = rotary.rope_type, ""
     if isinstance(kind, dict):
         kind, prefix = kind.get(layer_type), f"{layer_type}_"
@@ -151,6 +161,15 @@ def rope_options(
     moving = moving_of.setdefault(prefix, MovingRope(rotary, prefix)) if kind in MOVING else None
     options = {"rope_theta": 10000.0, "rope_scaling": given(rotary, prefix), "rope_dim": 2 * frequencies.numel()}
     return options, moving
+
+
+def odd_rotary(rotary: nn.Module) -> str | None:
+    """That a rotary embedding may give other tables than its frequencies say, or None."""
+    if watched(rotary):
+        return f"its rotary embedding {what_watches(rotary)}"
+    if is_own_forward(unsharded_class(rotary)):
+        return None
+    return f"the forward of its rotary embedding, a {type(rotary).__name__}, is not transformers' own"
 
 
 def _layer_type(attention: Any) -> str | None:

@@ -30,11 +30,15 @@ _SCALES, _SOFTCAPS = ("scal", "multipl"), ("softcap", "soft_cap")
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """What becomes of a product with the output embeddings, by options of the config: dotted names, or None."""
+    """What becomes of a product with the output embeddings, by options of the config: dotted names, or None.
+
+    of_model: the numbers that multiply and divide are the model's own.
+    """
 
     multiplier: str | None = None
     divisor: str | None = None
     softcap: str | None = None
+    of_model: bool = False
 
     def scale(self, config: Any) -> float:
         """What the product is multiplied by, before it is capped."""

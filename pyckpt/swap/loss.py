@@ -55,8 +55,8 @@ _CAP = Scaling(softcap="final_logit_softcapping")
 _SOFTCAPPED = Head(_CAP, places=Places())
 HEADS = {
     "ArceeForCausalLM": _PLAIN,
-    "Cohere2ForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
-    "CohereForCausalLM": Head(Scaling(multiplier="logit_scale"), places=Places()),
+    "Cohere2ForCausalLM": Head(Scaling(multiplier="logit_scale", of_model=True), places=Places()),
+    "CohereForCausalLM": Head(Scaling(multiplier="logit_scale", of_model=True), places=Places()),
     "Ernie4_5ForCausalLM": _PLAIN,
     "Exaone4ForCausalLM": _PLAIN,
     "GPT2LMHeadModel": Head(
@@ -103,6 +103,8 @@ def head_of(model: nn.Module, decoders: Sequence[SwappedDecoder] = ()) -> Head:
     check(model)
     head = _known_head(model)
     base = heads.base_of(model)
+    if not is_own_forward(unsharded_class(base)):
+        head = dataclasses.replace(head, places=None)  # it may do anything around its layers
     if head.places is None and not head.body:
         layers = [d.paths for d in decoders if d.module is base and d.streams]
         return dataclasses.replace(head, places=ends.find(base, layers[0])) if layers else head
@@ -362,7 +364,8 @@ class SwappedHead(SwappedLoss):
 
     @property
     def _scale(self) -> float:
-        return self.head.scaling.scale(self.module.config)
+        scaling = self.head.scaling
+        return scaling.scale(self.module if scaling.of_model else self.module.config)
 
     def _of_hidden(self, hidden: Tensor, wanted: Wanted, context: ContextParallel | None = None) -> Tensor:
         """The loss of hidden states (B, S, d_model), those of this process's tokens with `context`."""
@@ -384,12 +387,12 @@ class SwappedHead(SwappedLoss):
     def _of_head(
         self, projection: Any, wanted: Wanted, targets: Tensor, weights: Tensor | None, reduction: str, hidden: Tensor
     ) -> Tensor:
-        x, weight = projections.factors(projection, hidden)
+        (x, weight), bias = projections.factors(projection, hidden), projection.bias
         return linear_cross_entropy(
             x if self._scale == 1.0 else x * self._scale,
             weight,
             targets.to(x.device).reshape(x.shape[:-1]),
-            bias=projection.bias,
+            bias=bias if bias is None or self._scale == 1.0 else bias * self._scale,
             ignore_index=wanted.ignored,
             reduction=reduction,
             token_weight=None if weights is None else weights.to(x.device).reshape(x.shape[:-1]),

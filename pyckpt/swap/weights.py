@@ -275,6 +275,8 @@ class Mapping:
         """Of those of the spec that modules have too: a norm's eps, and what scales attention's scores."""
         attention = ATTENTION
         for source in self.sources:
+            if getattr(layer.get_submodule(source.path), source.bias, None) is not None and not self._has_bias(source):
+                return f"{source.path} now has a bias, which it had not when swapped (unswap and swap again)"
             if "norm" in source.names[0]:
                 eps = _eps(layer.get_submodule(source.path))
                 if eps != self.spec.norm_eps:
@@ -285,9 +287,15 @@ class Mapping:
         causal = getattr(_submodule(layer, attention), "is_causal", self.spec.causal)
         if causal != self.spec.causal and not self.complete:
             return f"{attention} now has is_causal {causal}, not the {self.spec.causal} {_ANEW}"
+        multiplier = getattr(layer, "residual_multiplier", self.spec.residual_multiplier)
+        if multiplier != self.spec.residual_multiplier and not self.complete:
+            return f"it now has residual_multiplier {multiplier}, not the {self.spec.residual_multiplier} {_ANEW}"
         then = self.spec.attention_scale  # None of layers that have no number of their own for it
         scale = None if then is None else getattr(layer.get_submodule(attention), "scaling", then)
         return None if scale == then else f"{attention} now has scaling {scale}, not the {then} {_ANEW}"
+
+    def _has_bias(self, source: Source) -> bool:
+        return f"{source.names[0]}.bias" in dict(_shapes(self.text))
 
     def _change_of_rates(self, layer: nn.Module) -> str | None:
         try:
