@@ -12,7 +12,7 @@ from torch import nn
 
 from pyckpt.spec import BlockSpec
 from pyckpt.swap import generic, lora, parallel, quantized
-from pyckpt.swap.around import watched, what_watches
+from pyckpt.swap.around import foreign, what_watches
 from pyckpt.swap.code import odd_function
 from pyckpt.swap.modules import (
     UnsupportedError,
@@ -165,7 +165,7 @@ def rope_options(
 
 def odd_rotary(rotary: nn.Module) -> str | None:
     """That a rotary embedding may give other tables than its frequencies say, or None."""
-    if watched(rotary):
+    if foreign(rotary):
         return f"its rotary embedding {what_watches(rotary)}"
     if is_own_forward(unsharded_class(rotary)):
         return None
