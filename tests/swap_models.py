@@ -364,6 +364,17 @@ def check(model: Any, batches: list[dict[str, Any]], left: tuple[str, ...] = (),
         assert_step_as_good(step(model, batch), p, t, next(model.parameters()).dtype)
 
 
+def check_under_autocast(model: Any, batch: dict[str, Any]) -> None:
+    """A swapped float32 model is as good in bfloat16 by autocast as it was without; it stays swapped."""
+    exact = copy.deepcopy(model).double()
+    with InFloat64():
+        truth = step(exact, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = step(model, batch)
+        pyckpt.swap(model, tile=10)
+        assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
+
+
 def assert_step_as_good(ours: State, plain: State, truth: State, dtype: torch.dtype) -> None:
     """`assert_as_good`, but for the loss: a single value's error is chance, and four roundings are allowed."""
     error, reference = ((r["loss"].double() - truth["loss"]).abs() for r in (ours, plain))

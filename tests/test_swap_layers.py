@@ -15,12 +15,11 @@ from swap_models import (
     OTHERS,
     ROUTED,
     VOCAB,
-    InFloat64,
     assert_copies_are_swapped_on_their_own,
     assert_generates_the_same,
     assert_same_with_every_save_set,
-    assert_step_as_good,
     check,
+    check_under_autocast,
     known,
     make_batch,
     make_model,
@@ -226,14 +225,7 @@ def test_a_class_that_cannot_be_cut_runs_again_as_a_whole(family):
 @pytest.mark.usefixtures("cut")
 def test_a_class_without_a_table_in_bfloat16_and_under_autocast():
     check(make_model("Olmo3", torch.bfloat16), [make_batch(kind) for kind in KINDS])
-    model, batch = make_model("Phi"), make_batch("padded")
-    exact = copy.deepcopy(model).double()
-    with InFloat64():
-        truth = step(exact, batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = step(model, batch)
-        pyckpt.swap(model, tile=10)
-        assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
+    check_under_autocast(make_model("Phi"), make_batch("padded"))
 
 
 @pytest.mark.usefixtures("cut")

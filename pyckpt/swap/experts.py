@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyckpt.casting import autocast
-from pyckpt.swap.modules import is_known
+from pyckpt.swap.modules import is_known, is_plain
 from pyckpt.swap.shadow import HOOKS, unsharded_class
-from pyckpt.vocab_parallel import is_dealt_out
 
 # What transformers tells of experts whose products its functions make (`use_experts_implementation`).
 _TOLD = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
@@ -47,8 +46,7 @@ def are_known(module: nn.Module) -> bool:
     names = (_first(module), "down_proj")
     expected = {*names, *(f"{n}_bias" for n in names if module.has_bias)}
     own = dict(module.named_parameters())
-    plain = (type(p) in (Tensor, nn.Parameter) or is_dealt_out(p) for p in own.values())
-    return own.keys() == expected and all(plain) and all(p.is_floating_point() for p in own.values())
+    return own.keys() == expected and all(is_plain(p) and p.is_floating_point() for p in own.values())
 
 
 def _first(experts: Any) -> str:

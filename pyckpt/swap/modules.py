@@ -61,7 +61,11 @@ def is_patched(module: nn.Module) -> str | None:
 
 def has_plain_weight(module: Any) -> bool:
     """The module's weight is a tensor of PyTorch's own, or one dealt out to processes; quantized ones may be others."""
-    t = module.weight
+    return is_plain(module.weight)
+
+
+def is_plain(t: Any) -> bool:
+    """A tensor of PyTorch's own, or one dealt out to processes."""
     return type(t) in (Tensor, nn.Parameter) or is_dealt_out(t) or hasattr(t, "ds_id")
 
 

@@ -296,10 +296,9 @@ def _multipliers(layer: nn.Module) -> Iterator[Part]:
 
 def _rates(layer: nn.Module) -> Iterator[str]:
     """The paths of what drops, or may."""
+    adapters = lora.inside(layer)
     for path, module in layer.named_modules():
-        if isinstance(module, nn.Dropout) and not any(
-            lora.is_adapted(layer.get_submodule(around)) for around in _around(path)
-        ):
+        if isinstance(module, nn.Dropout) and path not in adapters:
             yield path
         numbers = (n for n, v in vars(module).items() if "drop" in n and type(v) in (int, float))
         yield from (f"{path}.{n}".lstrip(".") for n in numbers)
