@@ -164,9 +164,9 @@ def widen(layer: Any) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "eps": (lambda layer: setattr(layer.norm2, "eps", 0.5), r"norm2 now has eps 0\.5, not the 1e-05 it was when"),
-    "heads": (set_heads, r"its self_attn\.num_heads is now 4, not the 2 it was when swapped"),
+    "heads": (set_heads, "self_attn now has num_heads 4, not the 2 it was when swapped"),
     "width": (widen, r"its linear1\.out_features is now 24, not the 32"),
-    "norm_first": (lambda layer: setattr(layer, "norm_first", False), "its norm_first is now False, not the True"),
+    "norm_first": (lambda layer: setattr(layer, "norm_first", False), "it now has norm_first False, not the True"),
     "activation": (lambda layer: setattr(layer, "activation", torch.tanh), "the activation tanh is not one of"),
     "gelu": (lambda layer: setattr(layer, "activation", nn.GELU("tanh")), "its activation is now gelu_tanh, not the"),
 }

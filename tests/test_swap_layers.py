@@ -404,7 +404,7 @@ def test_what_adapters_on_fused_projections_drop_is_dropped_again():
 @pytest.mark.parametrize(
     ("path", "name", "said"),
     [
-        ("input_layernorm", "variance_epsilon", "input_layernorm now has eps 0.5, not the 1e-06 it was when swapped"),
+        ("input_layernorm", "variance_epsilon", "input_layernorm now has variance_epsilon 0.5, not the 1e-06 it was"),
         ("self_attn", "scaling", "self_attn now has scaling 0.5, not the "),
     ],
 )

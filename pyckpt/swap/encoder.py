@@ -21,6 +21,7 @@ from pyckpt.swap.block import MappedBlock
 from pyckpt.swap.families import check_forwards, finish, spec_of
 from pyckpt.swap.generic import GenericMappedBlock, Parts
 from pyckpt.swap.modules import UnsupportedCallError, UnsupportedError, passes
+from pyckpt.swap.numbers import numbers_of
 from pyckpt.swap.probe import check_steady
 from pyckpt.swap.replaced import Replaced
 from pyckpt.swap.shadow import untouched
@@ -86,7 +87,7 @@ def _generic_mapping(layer: nn.TransformerEncoderLayer, causal: bool, why: str) 
     # Of the spec the generic path reads what attention is; any MLP and norm stand for the layer's own.
     spec = spec_of(_options(layer, causal) | {"mlp": "gelu"}, bias=False)
     classes = tuple((path, type(module)) for path, module in generic.inner(layer))
-    return Mapping(spec, (), classes, why, rates=_ATTENTION_RATE)
+    return Mapping(spec, (), classes, why, rates=_ATTENTION_RATE, numbers=numbers_of(layer, ("self_attn",)))
 
 
 def _check_kinds(layer: nn.Module, *paths: str, why: str = "") -> None:
@@ -317,17 +318,13 @@ def _packed(padding: Tensor, causal: bool, batch: int, seq: int) -> Tensor | Non
 
 def _change(layer: Any, mapping: Mapping) -> str | None:
     """What of the layer, beside its modules' classes, is not as its mapping has it."""
-    spec = mapping.spec
-    now = {"self_attn.num_heads": layer.self_attn.num_heads}
-    then: dict[str, Any] = {"self_attn.num_heads": spec.n_heads}
-    if not mapping.why:  # else its own modules and activation run
-        now |= {"norm_first": layer.norm_first, "linear1.out_features": layer.linear1.out_features}
-        then |= {"norm_first": spec.norm_placement == "pre", "linear1.out_features": spec.d_ff}
-        try:
-            now["activation"] = _activation(layer.activation)
-        except UnsupportedError as reason:
-            return str(reason)
-        then["activation"] = spec.mlp
+    if mapping.why:  # its own modules and activation run
+        return None
+    try:
+        now = {"linear1.out_features": layer.linear1.out_features, "activation": _activation(layer.activation)}
+    except UnsupportedError as reason:
+        return str(reason)
+    then: dict[str, Any] = {"linear1.out_features": mapping.spec.d_ff, "activation": mapping.spec.mlp}
     odd = next((n for n, value in now.items() if value != then[n]), None)
     return odd and f"its {odd} is now {now[odd]}, not the {then[odd]} it was when swapped (unswap and swap again)"
 

@@ -22,6 +22,7 @@ from pyckpt.swap.modules import (
     is_patched,
     norm_eps,
 )
+from pyckpt.swap.numbers import numbers_of
 from pyckpt.swap.rope import MOVING, MovingRope, given
 from pyckpt.swap.shadow import kinds_of, unsharded_class
 from pyckpt.swap.tables import FAMILIES, RATES, Options
@@ -100,8 +101,19 @@ def finish(
     inside = tuple(f"{path}." for path in adapted)
     kept = {f"{path}.base_layer" for path in adapted}
     kinds = tuple((n, type(m)) for n, m in modules.items() if n in kept or not n.startswith(inside))
-    packed = any(map(quantized.is_quantized, modules.values()))
-    mapping = Mapping(spec, tuple(sources), kinds, moving=moving, adapted=bool(adapted), quantized=packed, rates=rates)
+    is_quantized = quantized.is_quantized
+    packed = any(map(is_quantized, modules.values()))
+    computing = (n for n, m in modules.items() if n in dict(kinds) and n not in adapted and not is_quantized(m))
+    mapping = Mapping(
+        spec,
+        tuple(sources),
+        kinds,
+        moving=moving,
+        adapted=bool(adapted),
+        quantized=packed,
+        rates=rates,
+        numbers=numbers_of(layer, ("", *computing)),
+    )
     mapping.check(layer)
     return mapping if dealt is None else mapping.part_of(dealt)
 

@@ -28,6 +28,7 @@ from pyckpt.swap.apart import apart
 from pyckpt.swap.around import may_be_called_again, watched, what_watches
 from pyckpt.swap.experts import UnreadExperts, are_known
 from pyckpt.swap.modules import UnsupportedError, is_known
+from pyckpt.swap.numbers import numbers_of
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.shadow import twin_of, unsharded_class
 from pyckpt.swap.weights import Mapping
@@ -286,4 +287,4 @@ def mapping_of(
     """The mapping of a layer on the generic path; `why` it is not on the standard one."""
     check(layer, spec)
     kinds = tuple((path, type(module)) for path, module in inner(layer))
-    return Mapping(spec, (), kinds, why, sinks, moving, rates=rates)
+    return Mapping(spec, (), kinds, why, sinks, moving, rates=rates, numbers=numbers_of(layer, ("", ATTENTION)))

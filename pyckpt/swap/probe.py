@@ -364,7 +364,8 @@ class Probe:
         return lambda x, kind, watch: self._traced_forward(trace, x, kind, watch)
 
     def _traced_forward(self, trace: Trace, x: Tensor, kind: str, watch: Watch) -> Tensor:
-        block = TracedBlock(self.layer, cut_mapping(self.layer, self.handed.width, "probe"), "attention", TILE, trace)
+        mapping = cut_mapping(self.layer, trace.attention, self.handed.width, "probe")
+        block = TracedBlock(self.layer, mapping, "attention", TILE, trace)
         weights = block.named(self.weights)
         with block.called_with(self.arguments[kind], 2, SEQ):
             plan = block.plan(2 * SEQ, x.dtype, x.dtype, self.device)

@@ -30,6 +30,7 @@ from pyckpt.swap.generic import ADVICE, SINKS, OwnModulesBlock, inner
 from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
 from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.numbers import numbers_of
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
 from pyckpt.swap.unread import stand_in
 from pyckpt.swap.weights import Mapping, rate_at
@@ -236,13 +237,13 @@ class TracedBlock(OwnModulesBlock):
         return Placed(self.handing, self.place, self.trace.arguments, around)
 
 
-def cut_mapping(layer: nn.Module, width: int, why: str) -> Mapping:
-    """Of a layer that is cut, with hidden states of this width; `why` it is no standard block."""
+def cut_mapping(layer: nn.Module, attention: str, width: int, why: str) -> Mapping:
+    """Of a layer that is cut at its attention, with hidden states of this width; `why` it is no standard block."""
     # Of the spec the block reads its width alone; the trace has the rest.
     spec = BlockSpec.make(width, 1, rope_theta=None, mlp="gelu")
     adapters = lora.inside(layer)
     kinds = tuple((path, type(m)) for path, m in inner(layer) if path not in adapters)
-    return Mapping(spec, (), kinds, why, complete=True)
+    return Mapping(spec, (), kinds, why, complete=True, numbers=numbers_of(layer, (attention,)))
 
 
 class TracedLayer(SwappedLayer):

@@ -67,7 +67,7 @@ def tried_block(
     if mapping is not None:
         return MappedBlock(layer, mapping, save, tile)
     assert trace is not None
-    return TracedBlock(layer, cut_mapping(layer, handed.width, why), save, tile, trace)
+    return TracedBlock(layer, cut_mapping(layer, trace.attention, handed.width, why), save, tile, trace)
 
 
 class _Standard:

@@ -16,6 +16,7 @@ from pyckpt.spec import BlockSpec, LowRank
 from pyckpt.swap import lora, parallel, quantized
 from pyckpt.swap.around import lacks_parameters, watched, what_watches
 from pyckpt.swap.modules import UnsupportedError, is_patched
+from pyckpt.swap.numbers import ANEW, Numbers, other_number
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.packed import Packed
 from pyckpt.tokenwise.parameters import ATTENTION, MLP, parameter_shapes
@@ -126,7 +127,7 @@ class Mapping:
     the spec as a string. `why` it is on the generic path, where it is. `kinds` are the classes of the modules that are
     read, by path: another class there means that the layer has changed. `complete`: they are all that run, so that
     another module beside them would not. `dealt`: tensor parallelism has dealt it out, and spec and sources are of what
-    this process has.
+    this process has. `numbers`: those of the layer's modules that the spec, or a trace of the layer, goes by.
     """
 
     spec: BlockSpec
@@ -140,10 +141,14 @@ class Mapping:
     rates: tuple[tuple[str, str], ...] = ()
     complete: bool = False
     dealt: parallel.Dealt | None = None
+    numbers: Numbers = ()
     text: str = dataclasses.field(init=False, compare=False)
+    biased: frozenset[str] = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", self.spec.to_string())
+        biased = (name for name in parameter_shapes(self.spec) if name.endswith(".bias"))
+        object.__setattr__(self, "biased", frozenset(name.removesuffix(".bias") for name in biased))
 
     def spec_now(self, layer: nn.Module) -> BlockSpec:
         """The spec for the call under way."""
@@ -241,7 +246,7 @@ class Mapping:
                 return f"{path} has been taken away since it was swapped (unswap and swap again)"
             if type(module) is not kind:
                 now, then = (f"{k.__module__}.{k.__name__}" for k in (type(module), kind))
-                return f"{path} is now a {now}, not the {then} {_ANEW}"
+                return f"{path} is now a {now}, not the {then} {ANEW}"
             if watched(module) and not (self.dealt is not None and self.dealt.knows(path, module)):
                 return f"{path} {what_watches(module)}{_advice(layer)}"
             if not self.complete and (patched := is_patched(module)) is not None:
@@ -257,7 +262,7 @@ class Mapping:
             return odd
         if self.why and lacks_parameters(layer):
             return "under FSDP1 it takes use_orig_params=True, else modules have no parameters"
-        return self._change_of_numbers(layer) or self._change_of_rates(layer)
+        return self._added_bias(layer) or other_number(layer, self.numbers) or self._change_of_rates(layer)
 
     def _change_beside(self, layer: nn.Module) -> str | None:
         """Of modules that it did not have: those of adapters run, if nothing watches them."""
@@ -271,31 +276,12 @@ class Mapping:
                 return f"{path} {what_watches(module)}"
         return None
 
-    def _change_of_numbers(self, layer: nn.Module) -> str | None:
-        """Of those of the spec that modules have too: a norm's eps, and what scales attention's scores."""
-        attention = ATTENTION
+    def _added_bias(self, layer: nn.Module) -> str | None:
         for source in self.sources:
-            if getattr(layer.get_submodule(source.path), source.bias, None) is not None and not self._has_bias(source):
+            added = source.names[0] not in self.biased
+            if added and getattr(layer.get_submodule(source.path), source.bias, None) is not None:
                 return f"{source.path} now has a bias, which it had not when swapped (unswap and swap again)"
-            if "norm" in source.names[0]:
-                eps = _eps(layer.get_submodule(source.path))
-                if eps != self.spec.norm_eps:
-                    return f"{source.path} now has eps {eps}, not the {self.spec.norm_eps} {_ANEW}"
-            elif source.names[0] == f"{ATTENTION}.q_proj":
-                attention = source.path.rpartition(".")[0]
-        # What is cut at its attention (`complete`) passes on by itself whether that is causal.
-        causal = getattr(_submodule(layer, attention), "is_causal", self.spec.causal)
-        if causal != self.spec.causal and not self.complete:
-            return f"{attention} now has is_causal {causal}, not the {self.spec.causal} {_ANEW}"
-        multiplier = getattr(layer, "residual_multiplier", self.spec.residual_multiplier)
-        if multiplier != self.spec.residual_multiplier and not self.complete:
-            return f"it now has residual_multiplier {multiplier}, not the {self.spec.residual_multiplier} {_ANEW}"
-        then = self.spec.attention_scale  # None of layers that have no number of their own for it
-        scale = None if then is None else getattr(layer.get_submodule(attention), "scaling", then)
-        return None if scale == then else f"{attention} now has scaling {scale}, not the {then} {_ANEW}"
-
-    def _has_bias(self, source: Source) -> bool:
-        return f"{source.names[0]}.bias" in dict(_shapes(self.text))
+        return None
 
     def _change_of_rates(self, layer: nn.Module) -> str | None:
         try:
@@ -324,14 +310,6 @@ def _submodule(layer: nn.Module, path: str) -> nn.Module | None:
         return layer.get_submodule(path)
     except AttributeError:
         return None
-
-
-_ANEW = "it was when swapped (unswap and swap again)"
-
-
-def _eps(norm: Any) -> Any:
-    """As PyTorch's norms have it, or transformers'."""
-    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else getattr(norm, "eps", None)
 
 
 def read_rates(layer: nn.Module, rates: tuple[tuple[str, str], ...]) -> dict[str, float]:
