@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,11 @@ class CheckpointedBlock(nn.Module):
         return {}
 
     @property
+    def position_axes(self) -> int:
+        """How many axes positions have, a further dim of theirs; 0 where a token's is a number."""
+        return 0
+
+    @property
     def drops(self) -> bool:
         """Whether a forward in the present mode draws a seed for dropout."""
         return False
@@ -138,7 +143,8 @@ class CheckpointedBlock(nn.Module):
         """y, with the shape and dtype of x.
 
         x: (B, S, d_model), or packed (T, d_model) with `cu_seqlens` (N + 1,) int32, the sequences' starts and, last,
-        T. positions: (S,), (B, S) or (T,) int, for RoPE; by default they count from 0 in every sequence.
+        T. positions: (S,), (B, S) or (T,) int, for RoPE, with `rope_axes` one more dim, of the axes; by default
+        they count from 0 in every sequence, the same on all axes.
         context: the processes that share the sequences. Then x and y are this one's part (`ContextParallel.shard`), S
         and T in the others are those of the whole.
 
@@ -148,7 +154,7 @@ class CheckpointedBlock(nn.Module):
         if pyckpt_call is not None:
             return pyckpt_call.run.layer(pyckpt_call.block, x, self.weights)
         if context is not None and positions is not None:
-            positions = check_context(context).shard_positions(positions, x)
+            positions = check_context(context).shard_positions(positions, x, self.position_axes)
         return run_blocks([self], x, positions, cu_seqlens, context=context)
 
 
@@ -177,7 +183,9 @@ class CkptTransformerBlock(CheckpointedBlock):
             of rope_type "linear" or "llama3"; or "given", with `frequencies`, one for each pair of dims, and
             `amplitude`, which multiplies cos and sin (default 1), for any other. rope_dim: how many leading dims of
             each head it turns, default all (fewer in GPT-NeoX and Phi); rope_interleaved: pairs are neighbours (2i,
-            2i + 1), as in GPT-J and Cohere, not (i, i + rope_dim / 2).
+            2i + 1), as in GPT-J and Cohere, not (i, i + rope_dim / 2). rope_axes: positions have several axes (time,
+            height and width in Qwen2-VL, rows and columns of an image), and each pair of dims turns by one: its number,
+            for every pair.
         causal, window, softcap: see `pyckpt.attention`; attention_scale: its `scale`, but above 0, default
             head_dim ** -0.5.
         dropout: rate, in [0, 1), on the outputs of attention and of the MLP before each is added to the residual
@@ -221,6 +229,7 @@ class CkptTransformerBlock(CheckpointedBlock):
         rope_scaling: dict[str, Any] | None = None,
         rope_dim: int | None = None,
         rope_interleaved: bool = False,
+        rope_axes: Sequence[int] | None = None,
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
@@ -253,6 +262,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             rope_scaling=rope_scaling,
             rope_dim=rope_dim,
             rope_interleaved=rope_interleaved,
+            rope_axes=rope_axes,
             causal=causal,
             window=window,
             softcap=softcap,
@@ -285,6 +295,10 @@ class CkptTransformerBlock(CheckpointedBlock):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._part[2]
+
+    @property
+    def position_axes(self) -> int:
+        return self.spec.position_axes
 
     @property
     def drops(self) -> bool:
@@ -491,7 +505,7 @@ def run_blocks(
         all_tokens = x.shape[0] * processes_of(context)
         errors.check_cu_seqlens(cu_seqlens, all_tokens, x.device, asker=first)
     if positions is not None:
-        positions = errors.check_positions(positions, x)
+        positions = errors.check_positions(positions, x, axes_of(blocks))
     tokens = x.numel() // x.shape[-1]
     flat = tuple(w for part in weights for w in part.values())
     placed = None if x.is_meta else first.placed
@@ -516,6 +530,11 @@ def run_blocks(
 
 
 _run_uncompiled = uncompiled(run_blocks)
+
+
+def axes_of(blocks: Sequence[CheckpointedBlock]) -> int:
+    """How many axes the positions have that these blocks take; see `CheckpointedBlock.position_axes`."""
+    return max(block.position_axes for block in blocks)
 
 
 def _shared(

@@ -240,17 +240,21 @@ def _check_starts(values: list[int], tokens: int, name: str) -> None:
             raise ValueError(f"{name} must not descend: entry {i + 1} is {b}, after {a}")
 
 
-def check_positions(positions: Tensor, x: Tensor) -> Tensor:
-    """Positions as one int for each token, (T,): from (S,), (1, S), (B, S), or, when packed, (T,), (1, T)."""
+def check_positions(positions: Tensor, x: Tensor, axes: int = 0) -> Tensor:
+    """Positions as one int for each token, (T,): from (S,), (1, S), (B, S), or, when packed, (T,), (1, T).
+
+    With `axes` both have one more dim, of as many.
+    """
     check_tensor("positions", positions)
     if positions.dtype not in _INT_DTYPES:
         raise ValueError(f"positions have dtype {positions.dtype}, expected {names(_INT_DTYPES)}")
     if positions.device != x.device:
         raise ValueError(f"positions are on {positions.device}, x is on {x.device}; move one with .to(...)")
-    lead = tuple(x.shape[:-1])
-    if not has_shape(positions, lead, (lead[-1],), (1, lead[-1])):
-        raise ValueError(f"positions have shape {tuple(positions.shape)}, expected {lead} or ({lead[-1]},)")
-    return positions.reshape(-1) if len(lead) == 1 else positions.expand(lead).reshape(-1)
+    lead, last = tuple(x.shape[:-1]), (axes,) if axes else ()
+    if not has_shape(positions, (*lead, *last), (lead[-1], *last), (1, lead[-1], *last)):
+        expected = f"{(*lead, *last)} or {(lead[-1], *last)}" + (f", {axes} axes of RoPE's (rope_axes)" if axes else "")
+        raise ValueError(f"positions have shape {tuple(positions.shape)}, expected {expected}")
+    return (positions if len(lead) == 1 else positions.expand(*lead, *last)).reshape(-1, *last)
 
 
 def check_tile(tile: int | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,7 @@ from pyckpt.spec import (
     GATED_MLPS,
     PLAIN_MLPS,
     Window,
+    canonical_axes,
     canonical_rope_scaling,
     canonical_window,
     check_frequencies,
@@ -474,6 +476,7 @@ def rope(
     scaling: dict[str, Any] | None = None,
     rotary_dim: int | None = None,
     interleaved: bool = False,
+    axes: Sequence[int] | None = None,
 ) -> Tensor:
     """Rotary position embedding (Su et al. 2021, eq. 34) of the leading dims of each head.
 
@@ -486,6 +489,8 @@ def rope(
             and sin (default 1).
         rotary_dim: r, how many leading dims are turned; even, default D. The others stay as they are.
         interleaved: pairs are (2i, 2i + 1), as in GPT-J; else (i, i + r/2), as in Hugging Face's Llama.
+        axes: positions have one more dim, of several axes (Qwen2-VL's time, height and width; rows and columns of an
+            image), and each pair turns by one: its number, for each of the r / 2 pairs.
 
     Returns y, in x's shape and dtype. Differentiable in x.
 
@@ -500,19 +505,25 @@ def rope(
     dim = x.shape[-1] if rotary_dim is None else errors.integer("rotary_dim", rotary_dim)
     if dim <= 0 or dim % 2 or dim > x.shape[-1]:
         raise ValueError(f"the rotary dim must be even and at most the head dim {x.shape[-1]}, got {dim}")
+    given = positions is not None
     if positions is None:
         positions = torch.arange(x.shape[-3], device=x.device)
     errors.check_tensor("positions", positions)
     if positions.device != x.device:
         raise ValueError(f"positions are on {positions.device}, x is on {x.device}; move one with .to(...)")
-    lead = tuple(x.shape[:-2])
+    of_pairs, lead = canonical_axes(axes, dim, "axes"), tuple(x.shape[:-2])
+    last: tuple[int, ...] = ()
+    if of_pairs is not None:
+        last = (max(of_pairs) + 1,)
+        positions = positions if given else positions[:, None].expand(-1, *last)
     whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
-    if not (whole and errors.has_shape(positions, lead, (lead[-1],), (1, lead[-1]))):
+    if not (whole and errors.has_shape(positions, (*lead, *last), (lead[-1], *last), (1, lead[-1], *last))):
         raise ValueError(
-            f"positions must be ints of shape {lead} or ({lead[-1]},), got {tuple(positions.shape)} {positions.dtype}"
+            f"positions must be ints of shape {(*lead, *last)} or {(lead[-1], *last)}, got {tuple(positions.shape)} "
+            f"{positions.dtype}"
         )
-    if not errors.has_shape(positions, lead, (lead[-1],)):
-        positions = positions.reshape(-1)  # one row, for every sequence
+    if not errors.has_shape(positions, (*lead, *last), (lead[-1], *last)):
+        positions = positions.reshape(-1, *last)  # one row, for every sequence
     theta = errors.number("theta", theta, errors.POSITIVE, "turn x by plain PyTorch")
     errors.check_bool("interleaved", interleaved)
     canonical = canonical_rope_scaling(scaling, theta, "scaling", "theta")
@@ -520,7 +531,7 @@ def rope(
     if x.shape[-2] == 0:
         return x.clone()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = rope_tables(positions, dim, theta, canonical, dtype)
+    cos, sin = rope_tables(positions, dim, theta, canonical, dtype, of_pairs)
     return ops.rope(x, cos, sin, False, interleaved)
 
 

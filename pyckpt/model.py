@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast, overload
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyckpt import errors
 from pyckpt.attend.context import ContextParallel, check_context
-from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, run_blocks
+from pyckpt.block import INIT_STD, CheckpointedBlock, CkptTransformerBlock, axes_of, run_blocks
 from pyckpt.compiling import uncompiled
 from pyckpt.exec.gathering import gather, gathers, hooks_of, others, unshards
 from pyckpt.exec.layouts import check_whole_tokens
@@ -162,7 +162,7 @@ class CkptTransformer(nn.ModuleList):
             return x
         blocks = cast("list[CheckpointedBlock]", list(self))
         if context is not None and positions is not None:
-            positions = check_context(context).shard_positions(positions, x)
+            positions = check_context(context).shard_positions(positions, x, axes_of(blocks))
         for start in range(0, len(blocks), length):
             x = run_blocks(blocks[start : start + length], x, positions, cu_seqlens, context=context)
         return x
@@ -233,6 +233,7 @@ class CkptCausalLM(nn.Module):
         rope_scaling: dict[str, Any] | None = None,
         rope_dim: int | None = None,
         rope_interleaved: bool = False,
+        rope_axes: Sequence[int] | None = None,
         window: int | Window | None = None,
         softcap: float | None = None,
         attention_scale: float | None = None,
@@ -268,6 +269,7 @@ class CkptCausalLM(nn.Module):
             "rope_scaling": rope_scaling,
             "rope_dim": rope_dim,
             "rope_interleaved": rope_interleaved,
+            "rope_axes": rope_axes,
             "window": window,
             "softcap": softcap,
             "attention_scale": attention_scale,
@@ -495,7 +497,8 @@ class CkptCausalLM(nn.Module):
         padding = context.padding(tokens.shape[-1])  # at the end, where no other token sees it
         if padding:
             tokens = context.padded(tokens, padding)
-            positions = None if positions is None else nn.functional.pad(positions, (0, padding))
+            if positions is not None:
+                positions = context.padded_positions(positions, padding, self.spec.position_axes)
             if cu_seqlens is not None:
                 cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=tokens.shape[-1])
         hidden = self.hidden(tokens, positions, cu_seqlens, context=context)

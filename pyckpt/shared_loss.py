@@ -73,7 +73,8 @@ def of_all_tiles(
     padding = layout.tokens - given
     if padding:
         tokens, targets = context.padded(tokens.reshape(-1), padding), targets.padded(padding)
-        positions = None if positions is None else F.pad(positions, (0, padding))
+        if positions is not None:
+            positions = context.padded_positions(positions, padding, positions.dim() - 1)
     if how.reduction == "mean":
         ends = dataclasses.replace(ends, loss=dataclasses.replace(how, reduction="sum"))
     loss = context.total(of_tiles(tokens, targets, ends, layout, positions))

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pyckpt import errors
@@ -63,6 +64,7 @@ class BlockSpec:
     `window` is (left, right): how many keys are visible before and after the query's own, -1 for no limit.
     Causal blocks have right = 0. `softcap` 0.0 means none; `rope_theta` None means no rotary embedding.
     `rope_dim`: leading dims of a head that RoPE turns, None for all; `rope_interleaved`: pairs (2i, 2i + 1).
+    `rope_axes`: by which axis of its token's position each pair of dims turns; None where positions have one.
     `attention_scale` of the scores: None for head_dim ** -0.5.
     `norm_offset` is added to the norms' weights.
     `norm_placement`: norms of a sublayer's input ("pre"), of its output, of both ("sandwich"), or of the sum ("post").
@@ -92,6 +94,7 @@ class BlockSpec:
     rope_scaling: RopeScaling | None = None
     rope_dim: int | None = None
     rope_interleaved: bool = False
+    rope_axes: tuple[int, ...] | None = None
     causal: bool = True
     window: Window = (-1, -1)
     softcap: float = 0.0
@@ -143,6 +146,11 @@ class BlockSpec:
         """Dims of a head that RoPE turns, where there is RoPE."""
         return self.rope_dim or self.head_dim
 
+    @property
+    def position_axes(self) -> int:
+        """How many numbers a token's position is, one for each axis; 0 where it is one number without an axis."""
+        return 0 if self.rope_axes is None else max(self.rope_axes) + 1
+
     def without_dropout(self) -> BlockSpec:
         """The same of a block that drops nothing."""
         low_rank = tuple(a._replace(dropout=0.0) for a in self.low_rank)
@@ -157,6 +165,8 @@ class BlockSpec:
         fields = json.loads(text)
         fields["window"] = tuple(fields["window"])
         fields["low_rank"] = tuple(LowRank(*a) for a in fields["low_rank"])
+        if fields.get("rope_axes") is not None:
+            fields["rope_axes"] = tuple(fields["rope_axes"])
         if fields["rope_scaling"] is not None:
             fields["rope_scaling"] = tuple(
                 (k, tuple(v) if isinstance(v, list) else v) for k, v in fields["rope_scaling"]
@@ -184,6 +194,7 @@ class BlockSpec:
         rope_scaling: dict[str, Any] | None = None,
         rope_dim: int | None = None,
         rope_interleaved: bool = False,
+        rope_axes: Sequence[int] | None = None,
         causal: bool = True,
         window: int | Window | None = None,
         softcap: float | None = None,
@@ -250,6 +261,8 @@ class BlockSpec:
         errors.check_bool("causal", causal, ValueError)
         scaling = canonical_rope_scaling(rope_scaling, rope_theta)
         check_frequencies(scaling, rope_dim or head_dim)
+        if rope_axes is not None and rope_theta is None:
+            raise ValueError("rope_axes was given with rope_theta=None: there is no rotary embedding")
         if attention_scale is not None:
             attention_scale = _number("attention_scale", attention_scale, errors.POSITIVE)
         dropout = _number("dropout", dropout, errors.RATE)
@@ -275,6 +288,7 @@ class BlockSpec:
             rope_scaling=scaling,
             rope_dim=None if rope_dim == head_dim else rope_dim,
             rope_interleaved=rope_interleaved,
+            rope_axes=canonical_axes(rope_axes, rope_dim or head_dim),
             causal=causal,
             window=canonical_window(causal, window),
             softcap=softcap,
@@ -373,6 +387,26 @@ def check_frequencies(scaling: RopeScaling | None, dims: int, name: str = "rope_
             f"{name} gives {len(given)} frequencies, expected {dims // 2}: one for each pair of the {dims} dims "
             "that RoPE turns"
         )
+
+
+def canonical_axes(axes: Any, dims: int, name: str = "rope_axes") -> tuple[int, ...] | None:
+    """One axis for each pair of these dims. Raises ValueError for what does not fit."""
+    if axes is None:
+        return None
+    given = axes.tolist() if hasattr(axes, "tolist") else axes
+    numbers = [errors.as_int(a) for a in given] if isinstance(given, (tuple, list)) else []
+    found = tuple(a for a in numbers if a is not None and a >= 0)
+    if not found or len(found) != len(numbers):
+        raise ValueError(f"{name} must be None or a list of ints >= 0, one for each pair of dims, got {axes!r}")
+    if 2 * len(found) != dims:
+        raise ValueError(
+            f"{name} gives {len(found)} axes, expected {dims // 2}: one for each pair of the {dims} dims that RoPE "
+            "turns"
+        )
+    left_out = set(range(max(found))) - set(found)
+    if left_out:
+        raise ValueError(f"{name} leaves out axis {min(left_out)}: number those that turn something from 0 on")
+    return found
 
 
 def _checked_rope_dim(rope_dim: Any, head_dim: int, theta: float | None) -> int | None:

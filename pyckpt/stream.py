@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyckpt import errors
 from pyckpt.attend.context import ContextParallel, check_context, processes_of
 from pyckpt.attend.dense import Layout
-from pyckpt.block import CheckpointedBlock, check_weights, compute_dtype, draw_seeds, waited_for
+from pyckpt.block import CheckpointedBlock, axes_of, check_weights, compute_dtype, draw_seeds, waited_for
 from pyckpt.exec.ends import Given, Sink, Source, Whole
 from pyckpt.exec.estimate import Estimate, estimate, work_of
 from pyckpt.exec.gathering import gather, gathers, hooks_of, others
@@ -210,7 +210,7 @@ def run_loss(
     how = (norm_of(model.spec, "norm"), model.spec.norm_offset, embedding, _loss_options(**options))
     ends = Ends(weights, *how, words=words)
     if positions is not None:
-        positions = errors.check_positions(positions, tokens.unsqueeze(-1))
+        positions = errors.check_positions(positions, tokens.unsqueeze(-1), model.spec.position_axes)
     layout = _layout(tokens.shape, cu_seqlens)
     targets = Targets(labels, last_tokens(layout), IGNORE, label_weights)
     blocks, segments = blocks_of(model.model.layers)
@@ -279,7 +279,7 @@ def run_stack(
     if cu_seqlens is not None:
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
     if positions is not None:
-        positions = errors.check_positions(positions, x)
+        positions = errors.check_positions(positions, x, axes_of(blocks_of(transformer)[0]))
     blocks, segments = blocks_of(transformer)
     _check_unwatched(blocks)
     return stream_blocks(blocks, segments, x, positions, cu_seqlens, stream, _gathered(blocks))

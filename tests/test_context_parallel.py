@@ -162,13 +162,15 @@ def details_worker(rank: int, seed: int) -> None:
     dropped = [a - b for a, b in zip(parts, quiet, strict=True)]
     assert all(float(d.abs().max()) > 0 for d in dropped)
 
-    block = make_block(tile=5)
-    positions = torch.randint(0, 1000, (2, TOKENS), generator=seeded(seed))
-    for method in METHODS:
-        context = pyckpt.ContextParallel(method=method)
-        got = shared_step(context, block, **given, positions=positions)
-        errors = relative_errors(got, step(block, **given, positions=positions))
-        assert max(errors.values()) < 10 * EXACT, errors
+    for axes in (None, [0, 1, 2, 2, 1, 0]):
+        block = make_block(tile=5, rope_axes=axes)
+        shape = (2, TOKENS) if axes is None else (2, TOKENS, 3)
+        positions = torch.randint(0, 1000, shape, generator=seeded(seed))
+        for method in METHODS:
+            context = pyckpt.ContextParallel(method=method)
+            got = shared_step(context, block, **given, positions=positions)
+            errors = relative_errors(got, step(block, **given, positions=positions))
+            assert max(errors.values()) < 10 * EXACT, errors
 
     for dtype in (torch.float32, torch.bfloat16):
         truth, plain = step(block, **given), plain_twin(block, dtype)
@@ -217,7 +219,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 # Of the whole model: fewer with many processes, which take turns on few cores.
-MADE: list[dict[str, Any]] = [{"segments": 2, "tie_embeddings": True, "save": "input"}, {}]
+MADE: list[dict[str, Any]] = [{"segments": 2, "tie_embeddings": True, "save": "input"}, {"rope_axes": [0, 1, 1, 0]}]
 
 
 def make_model(seed: int, **options: Any) -> pyckpt.CkptCausalLM:
@@ -237,6 +239,8 @@ def loss_of(model: Any, options: dict[str, Any], seed: int, context: Any = None)
         options["token_weight"] = torch.rand(shape, generator=seeded(seed + 2))
     if options.get("class_weight"):
         options["class_weight"] = torch.rand(40, generator=seeded(seed + 3))
+    if "positions" in options and model.spec.position_axes:
+        options["positions"] = torch.stack([options["positions"], options["positions"].flip(0)], -1)
     model.zero_grad()
     loss = model.loss(tokens, labels, **options, **({} if context is None else {"context": context}))
     loss.backward(same(seed + 4, *loss.shape))

@@ -93,9 +93,12 @@ class ContextParallel:
         chunks = t.chunk(self.multiple, dim)
         return torch.cat([chunks[i] for i in self._spans(1, 0).chunks_of(self.rank)], dim)
 
-    def shard_positions(self, positions: Tensor, x: Tensor) -> Tensor:
-        """This process's part of the positions that are given beside its part x of hidden states."""
-        positions, dim = _checked(positions, -1)
+    def shard_positions(self, positions: Tensor, x: Tensor, axes: int = 0) -> Tensor:
+        """This process's part of the positions that are given beside its part x of hidden states.
+
+        With `axes` their last dim is that of the axes.
+        """
+        positions, dim = _checked(positions, -2 if axes else -1)
         whole = x.shape[-2] * self.size
         if positions.shape[dim] != whole:
             raise ValueError(
@@ -103,6 +106,11 @@ class ContextParallel:
                 f"x is this process's part, {x.shape[-2]} of them, and positions are not"
             )
         return self.shard(positions, dim)
+
+    @staticmethod
+    def padded_positions(positions: Tensor, padding: int, axes: int = 0) -> Tensor:
+        """Positions (..., S), with `axes` (..., S, axes), of so many tokens more, which are at 0."""
+        return torch.nn.functional.pad(positions, (0, 0, 0, padding) if axes else (0, padding))
 
     def gather(self, t: Tensor, dim: int = 1) -> Tensor:
         """The whole of which every process has given its part, in every process.

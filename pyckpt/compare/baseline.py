@@ -28,7 +28,8 @@ class PlainBlock(nn.Module):
 
     Takes the options of `CkptTransformerBlock` and its ``state_dict``. ``x`` is (B, S, d_model), or packed
     (T, d_model) with ``cu_seqlens``; ``positions`` are the tokens' positions (S,), (B, S) or (T,), by default
-    counted from 0 in each sequence. ``rope`` may give `rope_tables` made once for all blocks of a stack.
+    counted from 0 in each sequence; with ``rope_axes`` they have one more dim, of the axes. ``rope`` may give
+    `rope_tables` made once for all blocks of a stack.
     """
 
     def __init__(
@@ -207,14 +208,20 @@ def rope_tables(
     """cos and sin (..., T, dims that are turned) of the rotary angles in ``x``'s dtype; None without RoPE."""
     if spec.rope_theta is None:
         return None
+    counted = positions is None
     if positions is None:
         positions = _positions(x, cu_seqlens)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, spec.d_rope, 2, device=x.device, dtype=precise) / spec.d_rope
     frequencies = _scaled(spec, spec.rope_theta**-exponents)
-    angles = positions.to(precise).unsqueeze(-1) * frequencies
+    of_pairs = positions.unsqueeze(-1)
+    if spec.rope_axes is not None and counted:
+        of_pairs = of_pairs.expand(*positions.shape, len(frequencies))
+    elif spec.rope_axes is not None:
+        of_pairs = positions[..., list(spec.rope_axes)]
+    angles = of_pairs.to(precise) * frequencies
     angles = angles.repeat_interleave(2, dim=-1) if spec.rope_interleaved else torch.cat([angles, angles], dim=-1)
-    if positions.dim() == 2:
+    if angles.dim() == 3:
         angles = angles.unsqueeze(1)  # (B, 1, S, D), for every head
     amplitude = dict(spec.rope_scaling or ()).get("amplitude", 1.0)
     return (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _NAMED_OPTIONS = (
     *("norm", "norm_offset", "norm_placement", "mlp", "residual", "residual_multiplier", "bias", "qk_norm"),
-    *("rope_theta", "rope_dim", "rope_interleaved", "causal", "window", "softcap", "attention_scale"),
+    *("rope_theta", "rope_dim", "rope_interleaved", "rope_axes", "causal", "window", "softcap", "attention_scale"),
 )
 UNSTEADY = 0.25  # interquartile range over median
 Scale = tuple[str, float]  # a unit's name and size

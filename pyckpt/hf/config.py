@@ -122,6 +122,7 @@ def standard_type(spec: BlockSpec) -> str | None:
         or dict(spec.rope_scaling or ()).get("rope_type") == "given"
         or spec.rope_dim is not None
         or spec.rope_interleaved
+        or spec.rope_axes is not None
         or spec.rope_theta is None
         or not spec.causal
     ):

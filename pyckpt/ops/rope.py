@@ -25,6 +25,23 @@ def _frequencies(dim: int, theta: float, scaling: RopeScaling | None, device: to
     return _kept_frequencies(dim, theta, scaling, device, owner)
 
 
+def _axes(axes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(axes, pairs) float64: 1 where a pair goes by an axis, else 0."""
+    owner = belongs_to(device)
+    return _make_axes(axes, device) if owner is None else _kept_axes(axes, device, owner)
+
+
+def _make_axes(axes: tuple[int, ...], device: torch.device) -> Tensor:
+    numbers = range(max(axes) + 1)
+    return _from_host(tuple(float(a == n) for n in numbers for a in axes), device).view(len(numbers), len(axes))
+
+
+@remembered(16)
+def _kept_axes(axes: tuple[int, ...], device: torch.device, owner: Hashable) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _make_axes(axes, device)
+
+
 # A list of frequencies is copied to a GPU, and a copy waits for all that is queued there.
 @remembered(64)
 def _kept_frequencies(
@@ -69,13 +86,19 @@ def rope_tables(
     theta: float,
     scaling: RopeScaling | None = None,
     dtype: torch.dtype = torch.float32,
+    axes: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (*positions.shape, dim / 2) in `dtype`, times the scaling's amplitude.
 
+    axes: by which number in positions (..., axes) each pair of dims turns; the tables are (..., dim / 2).
     Angles are products in float64: in float32 an angle at position 10⁶ is off by up to 0.06 rad.
     """
     inv_freq = _frequencies(dim, theta, scaling, positions.device)
-    angles = positions.to(torch.float64).unsqueeze(-1) * inv_freq
+    places = positions.to(torch.float64)
+    if axes is None:
+        angles = places.unsqueeze(-1) * inv_freq
+    else:  # of the terms of a sum all but one are 0: it is exact
+        angles = places @ (_axes(axes, positions.device) * inv_freq)
     amplitude = dict(scaling or ()).get("amplitude", 1.0)
     cos, sin = angles.cos(), angles.sin()
     if amplitude != 1.0:

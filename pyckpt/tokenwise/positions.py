@@ -36,7 +36,7 @@ class Counted(NamedTuple):
 
 
 class Positions:
-    """Each token's place in its sequence, (t,): made when somebody asks."""
+    """Each token's place in its sequence, (t,), or (t, axes): made when somebody asks."""
 
     def __init__(self, device: torch.device, places: Counted | Callable[[], Tensor]) -> None:
         self._device, self._places = device, places
@@ -56,7 +56,13 @@ class Positions:
             owner = belongs_to(self._device)
             if owner is not None:
                 return _kept(counted, self._device, owner, *options)
-        return rope_tables(self.tensor, *options)
+        places = self.tensor
+        if places.dim() == 2 and spec.rope_axes is None:
+            raise ValueError(
+                f"positions have {places.shape[1]} axes, and this block's RoPE has none (rope_axes=None): blocks that "
+                "run together take the same positions"
+            )
+        return rope_tables(places, *options, None if places.dim() == 1 else spec.rope_axes)
 
 
 @remembered(_KEPT)
