@@ -38,7 +38,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
             "text_config": text([2, 2, 2]),
             "vision_config": {**PATCHES, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2},
         },
-        "generic",
+        "standard",
     ),
     "Qwen2_5_VL": (
         {
@@ -46,7 +46,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
             "text_config": text([2, 2, 2]),
             "vision_config": {**PATCHES, **WIDTHS, "window_size": 32, "fullatt_block_indexes": [1]},
         },
-        "generic",
+        "standard",
     ),
     "Qwen3VL": (
         {
@@ -54,7 +54,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
             "text_config": text([4, 2, 2], head_dim=16, rope={"mrope_interleaved": True}),
             "vision_config": {**PATCHES, **WIDTHS, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         },
-        "generic",
+        "standard",
     ),
     "Llava": (
         {
@@ -116,20 +116,123 @@ def test_gradients_are_those_of_before(name):
     assert_step_as_good(step(model, batch), plain, truth, torch.float32)
 
 
-@pytest.mark.parametrize("options", [{"segments": 2}, {"stream": pyckpt.Stream(7)}], ids=["segments", "stream"])
-def test_positions_of_three_axes_are_handed_to_each_layer_by_its_model(options):
-    """What is handed to layers follows from more than positions on the one axis of a tile: they run one by one."""
+HOWS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "segments": {"segments": 2},
+    "stream": {"stream": pyckpt.Stream(7)},
+    "both": {"stream": pyckpt.Stream(7), "segments": 2},
+}
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("cut_at_attention", [False, True], ids=["standard", "generic"])
+def test_positions_of_three_axes(cut_at_attention, how, request):
+    """Each layer turns by them, in a run of several too; one that is cut is handed what its model makes of a tile's."""
+    if cut_at_attention:
+        request.getfixturevalue("cut")
+    model, batch = make("Qwen2VL")
+    with InFloat64():
+        truth = step(copy.deepcopy(model).double(), in_float64(batch))
+    plain = step(model, batch)
+    report = pyckpt.swap(model, tile=10, **HOWS[how])
+    paths = {e.path for e in report.entries if "language_model" in e.name}
+    assert paths == {"generic" if cut_at_attention else "standard"}
+    assert_step_as_good(step(model, batch), plain, truth, torch.float32)
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen3VL"])
+@pytest.mark.parametrize("how", HOWS)
+def test_a_first_axis_of_text_cuts_packed_sequences(name, how):
+    """position_ids (4, B, S): the first says where sequences begin, and layers turn by the other three."""
+    model, ids = make(name)[0], torch.randint(1, END, (2, 19))
+    first = torch.cat([torch.arange(8), torch.arange(11)]).expand(2, 19)
+    positions = torch.randint(0, 50, (3, 2, 19))
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    apart, whole = ({**batch, "position_ids": p} for p in (torch.cat([first[None], positions]), positions))
+    plains = [step(model, b) for b in (apart, whole)]
+    assert not torch.allclose(plains[0]["loss"], plains[1]["loss"])
+    with InFloat64():
+        exact = copy.deepcopy(model).double()
+        truths = [step(exact, b) for b in (apart, whole)]
+    pyckpt.swap(model, tile=10, **HOWS[how])
+    for b, plain, truth in zip((apart, whole), plains, truths, strict=True):
+        assert_step_as_good(step(model, b), plain, truth, torch.float32)
+
+
+def test_deepstack_is_added_between_layers():
+    """Then they run one by one, on the positions of three axes."""
     model, batch = make("Qwen3VL")
     pyckpt.swap(model, tile=10)
     before = step(model, batch)
     pyckpt.unswap(model)
-    report = pyckpt.swap(model, tile=10, **options)
-    assert all(e.path == "generic" for e in report.entries if "language_model" in e.name)
-    message = "position_ids of three axes change what each layer is handed: (segments are|streaming is) not used"
-    with pytest.warns(UserWarning, match=message):
+    pyckpt.swap(model, tile=10, segments=2)
+    with pytest.warns(
+        UserWarning,
+        match="deepstack_visual_embeds, visual_pos_masks change what each layer is handed: segments are not used",
+    ):
         after = step(model, batch)
     for name, value in before.items():
         assert torch.equal(after[name], value), name
+
+
+def test_other_sections_than_at_the_swap():
+    """Of which axis each pair of dims turns by: the original forwards run."""
+    model, batch = make("Qwen2VL")
+    twin = copy.deepcopy(model)
+    pyckpt.swap(model, loss=False)
+    for m in (model, twin):
+        m.model.language_model.rotary_emb.mrope_section = [3, 2, 1]
+    with pytest.warns(UserWarning, match="RoPE's frequencies are not those of the swap"):
+        found = step(model, batch)
+    for name, value in step(twin, batch).items():
+        assert torch.equal(found[name], value), name
+
+
+EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True, "experts_implementation": "eager"}
+# By the name of the text model: options, and the paths of its layers.
+TEXTS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "Glm4v": ({}, ["standard", "standard"]),
+    "GlmOcr": ({}, ["standard", "standard"]),
+    "PaddleOCR": ({}, ["standard", "standard"]),
+    "Glm4vMoe": (
+        {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        ["standard", "generic"],
+    ),
+    "Qwen3VLMoe": ({**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}, ["generic", "generic"]),
+}
+
+
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("name", TEXTS)
+def test_other_models_with_three_axes(name):
+    options, paths = TEXTS[name]
+    kind = getattr(transformers, "PaddleOCRTextModel" if name == "PaddleOCR" else f"{name}TextModel")
+    section = [1, 1, 1] if name == "Glm4vMoe" else [2, 2, 2]
+    config = kind.config_class(**{**text(section, head_dim=12), "moe_intermediate_size": 24, **options})
+    config._attn_implementation = "eager"
+    model = kind(config).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    ids, positions, wanted = torch.randint(1, 40, (2, 17)), torch.randint(0, 60, (3, 2, 17)), torch.randn(2, 17, 48)
+
+    def run(model: Any) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        y = model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        loss = (y - wanted.to(y.dtype)).square().mean()
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+    with InFloat64():
+        truth = run(copy.deepcopy(model).double())
+    plain = run(model)
+    for how in ({}, {"stream": pyckpt.Stream(7), "segments": 2}):
+        report = pyckpt.swap(model, tile=10, **how)
+        assert [e.path for e in report.entries] == paths
+        assert_step_as_good(run(model), plain, truth, torch.float32)
+        pyckpt.unswap(model)
 
 
 def test_images_that_see_themselves_have_their_layers_run_again_whole():

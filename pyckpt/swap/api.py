@@ -270,7 +270,7 @@ def _decoder(
     length, complete = segment_length(segments, len(layers)), len(swapped) == len(layers)
     streaming = None if stream is None else Streaming(stream, length)
     unread = complete and chooser.maskless(swapped)
-    more = (together(swapped, length), streaming, chooser.cuts(), arguments(swapped), chooser.axes(swapped))
+    more = (together(swapped, length), streaming, chooser.cuts(), arguments(swapped), *chooser.axes(swapped))
     return [*swapped, *again, SwappedDecoder(module, swapped, complete, unread, *more)]
 
 

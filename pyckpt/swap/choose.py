@@ -80,6 +80,7 @@ class Chooser:
             except Exception:  # tables of positions may end before those that are asked for
                 standing = None
             block = trial.tried_block(layer, handed, why, self._save, self._tile, self._alike, standing)
+            block.position_axes = self._survey().axes
             if isinstance(block, MappedBlock):
                 apart = not self._fits(DenseAttend.of(block.mapping.spec))
                 return SwappedLayer(layer, block, place, apart, surveyed=True)
@@ -96,16 +97,17 @@ class Chooser:
     def _standing(self, layer: nn.Module, handed: surveys.Handed, place: int) -> trial.Standing | None:
         """For a layer that may be a standard block; None where it is to run its own forward.
 
-        As one does in a model that may be given positions of three axes, or whose arguments do not follow from
-        positions by RoPE alone.
+        As one does in a model whose arguments do not follow from positions by RoPE alone.
         """
         survey = self._survey()
         if not (families.family_class(layer) and passes(self._check_forward) and survey.maskless):
             return None
-        if survey.axes or survey.handing is None:
+        if survey.handing is None:
             return None
         device, rotary = next(layer.parameters()).device, getattr(self._model, "rotary_emb", None)
         positions, distant = surveys.far_positions(self._model.config, device), surveys.distant_positions(device)
+        if survey.axes:
+            positions, distant = (surveys.on_axes(p, survey.axes) for p in (positions, distant))
         x = torch.zeros(len(positions), handed.width, dtype=torch.float32, device=device)
         far = survey.handing.of(x, positions)[place]
         turning = [t for t in surveys.leaves(list(far.values())) if isinstance(t, Tensor) and t.is_floating_point()]
@@ -138,9 +140,12 @@ class Chooser:
         known = type(self._model).__name__ not in families.UNCUT
         return known or surveys.cuts_by_positions(self._model, self._paths)
 
-    def axes(self, layers: list[SwappedLayer]) -> bool:
-        """The model may be given position_ids of three axes, which none of these layers reads but as it is handed."""
-        return all(s.handed for s in layers) and self._survey().axes
+    def axes(self, layers: list[SwappedLayer]) -> tuple[int, bool]:
+        """How many axes the model's position_ids may have, which all of these layers turn by; whether one more stands
+        before them (see `Survey.text`)."""
+        if not all(s.surveyed for s in layers):
+            return 0, False
+        return self._survey().axes, self._survey().text
 
     def maskless(self, layers: list[SwappedLayer]) -> bool:
         """The model may be given a mask in place of its own, which none of these layers reads."""

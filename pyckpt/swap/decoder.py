@@ -71,7 +71,8 @@ class SwappedDecoder(Replaced):
     nothing reads the mask that the model would make; `segments` are the layers in the runs that
     keep one input. With `stream`, the layers that stand next to each other are one streamed run. `cuts`: whether the
     model's masks are cut where position_ids start anew; None: not known. `known`: arguments that
-    change nothing else. `axes`: position_ids of three axes are the model's own business.
+    change nothing else. `axes`: how many position_ids may have, (axes, B, S), which the layers turn by; with `text`
+    one more may stand before them, which cuts the model's masks.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class SwappedDecoder(Replaced):
         stream: Streaming | None = None,
         cuts: bool | None = True,
         known: frozenset[str] = _KNOWN,
-        axes: bool = False,
+        axes: int = 0,
+        text: bool = False,
     ) -> None:
         super().__init__(module)
-        self.cuts, self.known, self.axes = cuts, known, axes
+        self.cuts, self.known, self.axes, self.text = cuts, known, axes, text
         self.layers, self.complete, self.unread = layers, complete, unread
         self.segments, self.stream = segments, stream
         self._limits = attention.limits(module.config)
@@ -177,7 +179,8 @@ class SwappedDecoder(Replaced):
 
         positions, cu_seqlens = call.positions, call.cu_seqlens
         if positions is None:
-            positions = torch.arange(tokens, device=like.device)[None]
+            positions = self._expanded(torch.arange(tokens, device=like.device)[None])
+            assert positions is not None
         if as_one and padding and cu_seqlens is not None:
             cu_seqlens = pad(cu_seqlens, (0, 1), value=rows * tokens + padding)
         given = {n: value for n, value in given.items() if n not in (*_LENGTHS, "seq_idx", "cache_position")}
@@ -185,7 +188,8 @@ class SwappedDecoder(Replaced):
             if (t := given.get(name)) is not None:
                 given[name] = part(t)
         positions = part(positions)
-        given |= {"position_ids": positions, "attention_mask": None}
+        ids = positions.movedim(-1, 0) if positions.dim() == 3 else positions
+        given |= {"position_ids": ids, "attention_mask": None}
         return given, dataclasses.replace(call, positions=positions, cu_seqlens=cu_seqlens)
 
     def prepare(
@@ -276,28 +280,49 @@ class SwappedDecoder(Replaced):
             raise UnsupportedCallError(f"an attention_mask that is not (B, S): {shape}")
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             raise UnsupportedCallError("an attention_mask that has a gradient, which blocks do not give")
-        seen = [n for n in _BETWEEN if given.get(n) is not None]
-        if self.axes and positions is not None and tuple(positions.shape) in ((3, batch, seq), (3, 1, seq)):
-            positions, seen = None, [*seen, "position_ids of three axes"]
+        seen = [n for n in sorted(_BETWEEN) if given.get(n) is not None]
+        on_axes, positions = self._on_axes(positions, batch, seq)
         if positions is not None and tuple(positions.shape) not in ((batch, seq), (1, seq)):
             raise UnsupportedCallError(f"position_ids of shape {tuple(positions.shape)}")
         if read is not None and (read.numel() != batch * seq or self.asks(given, "output_hidden_states")):
             read = None
         flash = packs_by_itself(self.module.config)
-        cut = self._flash_cut(positions, batch) if flash else self._cut(given, positions)
+        cuts = True if on_axes is not None else self.cuts  # of the axis that stands before the others
+        cut = self._flash_cut(positions, batch) if flash else self._cut(given, positions, cuts)
         cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read))
         if flash and (mask is None or cu_seqlens is None or cu_seqlens.dim() == 1):
             told = masks.given_lengths({n: given.get(n) for n in _LENGTHS}, batch * seq)
             cu_seqlens = cu_seqlens if told is None else told
-        if cu_seqlens is not None and mask is None and self.cuts is None and not flash:
+        if cu_seqlens is not None and mask is None and cuts is None and not flash:
             raise UnsupportedCallError("position_ids start anew, and whether that cuts the model's masks is not known")
-        if positions is None and cu_seqlens is not None:
+        if on_axes is not None:
+            positions = on_axes
+        elif positions is None and cu_seqlens is not None:
             # As the model counts them: over the whole row.
             positions = torch.arange(seq, device=cu_seqlens.device)[None]
+        positions = self._expanded(positions)
         if context is not None and seen:
             raise UnsupportedError(f"{', '.join(seen)} change what each layer is handed, which processes can't share")
         runs, streamed, gathered = self._runs(given, seen)
         return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered, context=context)
+
+    def _on_axes(self, positions: Tensor | None, batch: int, seq: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of position_ids of several axes: (B, S, axes), which layers turn by, and (B, S), which cut the masks."""
+        if not self.axes or positions is None or positions.dim() != 3:
+            return None, positions
+        shape, turning = tuple(positions.shape), positions[-self.axes :].movedim(0, -1)
+        rows = ((batch, seq), (1, seq))
+        if shape[0] == self.axes and shape[1:] in rows:
+            return turning, None
+        if self.text and shape[0] == self.axes + 1 and shape[1:] in rows:
+            return turning, positions[0]
+        return None, positions
+
+    def _expanded(self, positions: Tensor | None) -> Tensor | None:
+        """On all axes, where there are some, the same."""
+        if positions is None or not self.axes or positions.dim() == 3:
+            return positions
+        return positions.unsqueeze(-1).expand(*positions.shape, self.axes)
 
     def _check_attention(self) -> None:
         """Raise `UnsupportedCallError` where the config has attention computed otherwise than when it was swapped."""
@@ -326,9 +351,9 @@ class SwappedDecoder(Replaced):
         if self._frequencies.differ(rotary):
             raise UnsupportedCallError("RoPE's frequencies are not those of the swap any more (unswap and swap again)")
 
-    def _cut(self, given: dict[str, Any], positions: Tensor | None) -> Tensor | None:
+    def _cut(self, given: dict[str, Any], positions: Tensor | None, cuts: bool | None) -> Tensor | None:
         """Positions that cut the model's masks where they start anew: making a cache, it does not look at them."""
-        return None if self.cuts is False or self._makes_cache(given) else positions
+        return None if cuts is False or self._makes_cache(given) else positions
 
     @staticmethod
     def _flash_cut(positions: Tensor | None, batch: int) -> Tensor | None:

@@ -39,14 +39,23 @@ class Arguments:
             if value is None or isinstance(value, (bool, int, float, str)):
                 return value
             raise UnsupportedError(f"it is handed {name}, a {type(value).__name__}")
-        shapes = ((self._batch, self._seq), (1, self._seq))
-        if (tuple(value.shape[:2]) not in shapes and tuple(value.shape) != (self._seq,)) or value.requires_grad:
+        by_tokens = self._is_on_axes(value) or self._goes_by_tokens(value) or tuple(value.shape) == (self._seq,)
+        if not by_tokens or value.requires_grad:
             raise UnsupportedError(f"it is handed {name} of shape {tuple(value.shape)}, which does not go by tokens")
         return cut(value)
+
+    def _goes_by_tokens(self, t: Tensor) -> bool:
+        return tuple(t.shape[:2]) in ((self._batch, self._seq), (1, self._seq))
+
+    def _is_on_axes(self, t: Tensor) -> bool:
+        """Positions of several axes, (axes, B, S)."""
+        return t.dim() == 3 and not t.is_floating_point() and t.shape[0] > 0 and self._goes_by_tokens(t[0])
 
     def _cut(self, t: Tensor, rows: slice) -> Tensor:
         if t.dim() == 1:
             return self._cut(t[None], rows)[0]
+        if self._is_on_axes(t):
+            return torch.stack([self._cut(of_axis, rows) for of_axis in t])
         if t.shape[0] == self._batch:
             return t.flatten(0, 1)[rows][None]
         first, last = rows.start % self._seq, (rows.stop - 1) % self._seq
@@ -69,8 +78,10 @@ class Handing:
         self._positions = "position_ids" in argument_names(model)
 
     def of(self, x: Tensor, positions: Tensor) -> list[dict[str, Any]]:
-        """What each layer is handed for tokens x (t, d_model) at `positions` (t,), as a batch of one. Of x no value is
-        read."""
+        """What each layer is handed for tokens x (t, d_model) at `positions` (t,) or (t, axes), as a batch of one.
+
+        Of x no value is read.
+        """
         calls: list[dict[str, Any]] = []
         model = self._model[0]
         replaced = {path: self._recorder(i, model.get_submodule(path), calls) for i, path in enumerate(self._paths)}
@@ -80,7 +91,7 @@ class Handing:
         # Any mask of four dims is taken as it is.
         options[MASK] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=x.device)
         if self._positions:
-            options["position_ids"] = positions[None]
+            options["position_ids"] = positions.movedim(-1, 0)[:, None] if positions.dim() == 2 else positions[None]
         try:
             with torch.no_grad():
                 twin.forward(**options)

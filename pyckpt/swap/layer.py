@@ -36,6 +36,8 @@ class Streaming:
 class Call:
     """What a model's forward tells its layers: positions (B, S), (1, S) or None, and cu_seqlens of the flat batch.
 
+    Positions of several axes have one more dim.
+
     `runs`: by a layer's place, the blocks that it runs, its own first; none where an earlier layer has run it.
     `stream`: how those are streamed, where they are; `gathered`: inside their layers' own calls. `whole`: the layers
     run their own forwards, and again as a whole in the backward where they may. `context`: the processes that share the
@@ -51,8 +53,11 @@ class Call:
     context: ContextParallel | None = None
 
     def flat_positions(self, rows: torch.Size) -> Tensor | None:
-        """(B * S,) for rows (B, S)."""
-        return None if self.positions is None else self.positions.expand(rows).reshape(-1)
+        """(B * S,) for rows (B, S), or (B * S, axes)."""
+        if self.positions is None:
+            return None
+        axes = self.positions.shape[2:]
+        return self.positions.expand(*rows, *axes).reshape(-1, *axes)
 
     def stream_loss(self, layers: list[SwappedLayer], ids: Tensor, targets: Targets, ends: Ends) -> Tensor:
         """The loss of token ids (B, S) over all of a model's layers and its ends."""

@@ -5,6 +5,7 @@ A guess is not believed: `pyckpt.swap.probe` holds the block's output and gradie
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -61,8 +62,11 @@ class Guess:
     rates: tuple[tuple[str, str], ...]
 
 
-def guesses(layer: nn.Module, cut: Cut, rotary: nn.Module | None) -> Iterator[Guess]:
-    """The blocks that the layer may be, likelier ones first. Raises `UnsupportedError` where it can be none."""
+def guesses(layer: nn.Module, cut: Cut, rotary: nn.Module | None, axes: int = 0) -> Iterator[Guess]:
+    """The blocks that the layer may be, likelier ones first. Raises `UnsupportedError` where it can be none.
+
+    axes: how many the positions have that the rotary embedding takes; 0 where they are numbers.
+    """
     _check_modules(layer)
     linears = {path: shape for path in cut.order if (shape := _shape(layer, path)) is not None}
     inside = {path: linears.pop(path) for path in tuple(linears) if path.startswith(f"{cut.attention}.")}
@@ -85,7 +89,7 @@ def guesses(layer: nn.Module, cut: Cut, rotary: nn.Module | None) -> Iterator[Gu
         _of_mlp(layer, linears, cut),
         _of_heads_norms(layer, heads_norms, cut),
         _of_norms(cut, norms, list(linears)),
-        _of_rope(rotary),
+        _of_rope(rotary, axes),
     ):
         options = common | {n: value for found, _ in parts for n, value in found.items()}
         sources = (source for _, of_part in parts for source in of_part)
@@ -248,14 +252,15 @@ def _of_heads_norms(layer: nn.Module, norms: list[str], cut: Cut) -> Iterator[Pa
     yield {"qk_norm": True if width == cut.trace.head_dim else "full"}, sources
 
 
-def _of_rope(rotary: Any) -> Iterator[Part]:
-    for options, interleaved in itertools.product(_ropes(rotary), (False, True)):
+def _of_rope(rotary: Any, axes: int) -> Iterator[Part]:
+    for options, interleaved in itertools.product(_ropes(rotary, axes), (False, True)):
         yield options | {"rope_interleaved": interleaved}, ()
     yield {"rope_theta": None}, ()
 
 
-def _ropes(rotary: Any) -> Iterator[dict[str, Any]]:
+def _ropes(rotary: Any, axes: int) -> Iterator[dict[str, Any]]:
     """The options of each kind of RoPE that a model's rotary embedding has."""
+    of_pairs = _axes_of_pairs(rotary, axes) if axes else [None]
     types = getattr(rotary, "rope_type", None)
     for kind in types if isinstance(types, dict) else (None,):
         try:
@@ -263,18 +268,37 @@ def _ropes(rotary: Any) -> Iterator[dict[str, Any]]:
         except (UnsupportedError, AttributeError):
             continue
         if moving is None:
-            yield options
+            yield from (options | {"rope_axes": found} for found in of_pairs)
+
+
+def _axes_of_pairs(rotary: Any, axes: int) -> list[tuple[int, ...] | None]:
+    """By which axis each pair of dims may turn: tables of positions that are 0 on all axes but one turn by that."""
+    try:
+        one = torch.eye(axes, dtype=torch.long, device=next(rotary.buffers()).device)
+        with torch.no_grad():  # of a copy: it may keep what it has seen
+            calls = [copy.deepcopy(rotary)(torch.zeros(1, device=one.device), p.view(axes, 1, 1)) for p in one]
+        sines = torch.stack([sin.reshape(-1) for _, sin in calls])
+    except Exception:  # of any class anything may come
+        return []
+    # Of each pair both dims have the same: side by side, one half after the other, or once.
+    ways = (sines[:, : sines.shape[1] // 2], sines[:, ::2], sines)
+    return list(dict.fromkeys(tuple(way.abs().argmax(0).tolist()) for way in ways))
 
 
 def is_rope(handed: Mapping[str, Any], positions: Tensor, rotary: Any) -> bool:
     """All that a layer is handed in floating point is RoPE's, of one kind that this rotary embedding has.
 
-    So it is at any position what it is near the first ones. handed: at these positions (t,), as a batch of one.
+    So it is at any position what it is near the first ones. handed: at these positions (t,) or (t, axes), as a batch of
+    one.
     """
     given = [t for t in leaves(list(handed.values())) if isinstance(t, Tensor) and t.is_floating_point()]
-    for options in _ropes(rotary):
-        scaling = options["rope_scaling"]
-        angles = positions.double()[:, None] * torch.tensor(scaling["frequencies"], device=positions.device).double()
+    places, axes = positions.double(), positions.shape[1] if positions.dim() == 2 else 0
+    for options in _ropes(rotary, axes):
+        scaling, pairs = options["rope_scaling"], options["rope_axes"]
+        if pairs is not None and 2 * len(pairs) != options["rope_dim"]:
+            continue
+        of_pairs = places[:, None] if pairs is None else places[:, list(pairs)]
+        angles = of_pairs * torch.tensor(scaling["frequencies"], device=positions.device).double()
         tables = [f(angles) * scaling["amplitude"] for f in (torch.cos, torch.sin)]
         layouts = [way for t in tables for way in (t, torch.cat([t, t], -1), t.repeat_interleave(2, -1))]
         if all(any(_same_table(t, way) for way in layouts) for t in given):

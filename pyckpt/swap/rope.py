@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -45,11 +46,14 @@ class Frequencies:
         self._scales = {
             n: getattr(rotary, n, None) for n in (m.replace("inv_freq", "attention_scaling") for m in names)
         }
+        self._sections = None if rotary is None else _sections(rotary)
         self._seen: dict[str, Tensor] = {}
 
     def differ(self, rotary: Any) -> bool:
         """They are others now, but for a rounding to the dtype that they have been brought to since."""
         if any(getattr(rotary, n, None) != scale for n, scale in self._scales.items()):
+            return True
+        if self._sections is not None and _sections(rotary) != self._sections:
             return True
         return any(self._differs(n, getattr(rotary, n, None), then) for n, then in self._then.items())
 
@@ -61,6 +65,11 @@ class Frequencies:
                 return True
             self._seen[name] = now
         return False
+
+
+def _sections(rotary: Any) -> Any:
+    """How many pairs of dims turn by each axis of positions, where a rotary embedding says so."""
+    return copy.deepcopy(getattr(rotary, "mrope_section", None))
 
 
 def given(rotary: Any, prefix: str) -> dict[str, Any]:

@@ -55,15 +55,17 @@ class Survey:
     """`handed`: by a layer's place, or why it can't be known.
 
     `cuts`: position_ids that start anew cut the model's masks. `maskless`: the model reads its mask for nothing but the
-    layers' masks, and hands one of four dims on as it is. `axes`: it takes position_ids (3, B, S), of time, height and
-    width, which cut nothing (Wang et al. 2024, Qwen2-VL, section 2.1). `handing`: makes what is handed to the layers
-    for a tile of tokens; None where that is not known to follow from their positions.
+    layers' masks, and hands one of four dims on as it is. `axes`: it takes position_ids (axes, B, S), 3 of time, height
+    and width, which cut nothing (Wang et al. 2024, Qwen2-VL, section 2.1); 0 where it does not. `text`: of one axis
+    more, the first, which cuts its masks and does nothing else. `handing`: makes what is handed to the layers for a
+    tile of tokens; None where that is not known to follow from their positions.
     """
 
     handed: dict[int, Handed | str]
     cuts: bool
     maskless: bool
-    axes: bool
+    axes: int
+    text: bool
     handing: Handing | None = None
 
 
@@ -132,8 +134,12 @@ def survey(model: Any, paths: list[str]) -> Survey:
         except UnsupportedError as reason:
             handed[place] = str(reason)
     maskless = scene.maskless(plain, padded)
-    handing = scene.handing(plain, packed, long) if maskless else None
-    return Survey(handed, cuts, maskless, scene.axes(plain), handing)
+    axes = scene.axes(plain)
+    calls = [(plain, None), (packed, packed_positions(scene.device) if scene.takes_positions() else None), (long, None)]
+    if axes:
+        calls.append((scene.run(position_ids=scene.apart(axes).movedim(-1, 0)), scene.apart(axes)))
+    handing = scene.handing(calls) if maskless else None
+    return Survey(handed, cuts, maskless, axes, bool(axes) and scene.text(plain, axes), handing)
 
 
 def packed_positions(device: torch.device) -> Tensor:
@@ -156,6 +162,11 @@ def far_positions(config: Any, device: torch.device) -> Tensor:
 def distant_positions(device: torch.device) -> Tensor:
     """Of as many tokens, as far as sequences go: angles in float32 are off there, by a few thousandths."""
     return torch.arange(2 * SEQ, device=device) * 2999 + 1
+
+
+def on_axes(positions: Tensor, axes: int) -> Tensor:
+    """(..., axes) of positions (...): others on each axis, as far off."""
+    return torch.stack([positions] + [(positions * (2 * n + 1) + n) // (2 * n + 2) for n in range(1, axes)], -1)
 
 
 def visible(kind: str | None, window: int | None, device: torch.device, seq: int = SEQ) -> Tensor:
@@ -262,48 +273,60 @@ class Scene:
             raise UnsupportedError("its model does something between its layers")
         return self._ids, handed, self._made.last_hidden_state
 
-    def _takes_positions(self) -> bool:
+    def takes_positions(self) -> bool:
         return "position_ids" in argument_names(self._twin)
 
     def packed(self, plain: dict[int, dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], bool]:
         """A call with rows of two sequences, and whether its masks are cut between them."""
-        if not self._takes_positions():
+        if not self.takes_positions():
             return plain, False
         found = self.run(position_ids=packed_positions(self.device))
         pairs = [(call.get(MASK), found[place].get(MASK)) for place, call in plain.items()]
         return found, any(not _same_mask(a, b) for a, b in pairs if isinstance(a, Tensor) and a.dim() == 4)
 
-    def axes(self, plain: dict[int, dict[str, Any]]) -> bool:
-        """position_ids (3, 2, seq) that start anew are taken, other than those of one axis, and change no mask."""
+    def axes(self, plain: dict[int, dict[str, Any]]) -> int:
+        """position_ids (3, 2, seq) that start anew are taken, other than those of one axis, and change no mask: 3."""
         positions = packed_positions(self.device)
         try:
             one, three = (
                 self.run(position_ids=torch.stack([positions, other, other])) for other in (positions, 2 * positions)
             )
         except UnsupportedError:
-            return False
+            return 0
         masks = all(_equal(call.get(MASK), plain[place].get(MASK)) for place, call in three.items())
-        return masks and any(not same(one[place], call) for place, call in three.items())
+        return 3 if masks and any(not same(one[place], call) for place, call in three.items()) else 0
 
-    def handing(self, *calls: dict[int, dict[str, Any]]) -> Handing | None:
-        """Makes what was handed to the layers in these calls, whose first was plain, the second packed."""
+    def apart(self, axes: int) -> Tensor:
+        """Positions (2, SEQ, axes), which are others on each axis."""
+        return on_axes(torch.arange(2 * SEQ, device=self.device).view(2, SEQ), axes)
+
+    def text(self, plain: dict[int, dict[str, Any]], axes: int) -> bool:
+        """With a first axis more the masks are cut where its positions start anew, and layers turn by the others."""
+        first, others = packed_positions(self.device), list(self.apart(axes).unbind(-1))
+        try:
+            more, three = (self.run(position_ids=torch.stack(p)) for p in ([first, *others], others))
+        except UnsupportedError:
+            return False
+        cut = any(not _same_mask(call[MASK], more[i].get(MASK)) for i, call in plain.items() if _has_mask(call))
+        return cut and all(_equal(_turning(call), _turning(three[i])) for i, call in more.items())
+
+    def handing(self, calls: list[tuple[dict[int, dict[str, Any]], Tensor | None]]) -> Handing | None:
+        """Makes what was handed to the layers in these calls, at positions (2, seq) or (2, seq, axes)."""
         modules = self._model.modules()
         if any(_moves(getattr(m, "rope_type", None)) for m in modules) or not self._in_a_row:
             return None
         try:
             found = Handing(self._model, self._paths, [self.returned(place) for place in range(len(self._paths))])
             with forked(self.device), untouched(self._model) as changed:
-                same = all(self._made_by(found, call, call is calls[1]) for call in calls)
+                same = all(self._made_by(found, call, positions) for call, positions in calls)
         except Exception:  # of any class anything may be met
             return None
         return found if same and not changed else None
 
-    def _made_by(self, handing: Handing, call: dict[int, dict[str, Any]], packed: bool) -> bool:
+    def _made_by(self, handing: Handing, call: dict[int, dict[str, Any]], given: Tensor | None) -> bool:
         """It makes what the layers were handed in this call, for tiles of any tokens."""
         seq = call[0][HIDDEN].shape[1]
-        positions = torch.arange(seq, device=self.device).repeat(2)
-        if packed and self._takes_positions():
-            positions = packed_positions(self.device).flatten()
+        positions = torch.arange(seq, device=self.device).repeat(2) if given is None else given.flatten(0, 1)
         x = call[0][HIDDEN].flatten(0, 1)
         whole = {place: Arguments(_arguments(c), 2, seq) for place, c in call.items()}
         for rows in (slice(seq - 1, seq + 9), slice(2 * seq - 5, 2 * seq), slice(0, 6), slice(seq - 1, seq)):
@@ -359,6 +382,17 @@ def _is_limit(name: str, value: Any) -> bool:
 
 def _same_mask(a: Tensor, b: Any) -> bool:
     return isinstance(b, Tensor) and b.dim() == 4 and torch.equal(*torch.broadcast_tensors(a, b))
+
+
+def _has_mask(call: dict[str, Any]) -> bool:
+    mask = call.get(MASK)
+    return isinstance(mask, Tensor) and mask.dim() == 4
+
+
+def _turning(call: dict[str, Any]) -> list[Any]:
+    """What of a call's arguments is no whole number: RoPE's tables."""
+    given = leaves(list(_arguments(call).values()))
+    return [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:

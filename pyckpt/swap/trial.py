@@ -30,7 +30,7 @@ from pyckpt.tokenwise.settings import mode
 class Standing:
     """Where a layer stands that may be a standard block: `rotary` is its model's rotary embedding.
 
-    far: what the model hands to the layer for the tokens of two rows as one, at these `positions`.
+    far: what the model hands to the layer for the tokens of two rows as one, at these `positions` (t,) or (t, axes).
     """
 
     rotary: nn.Module | None
@@ -102,7 +102,8 @@ class _Standard:
         """Numbered; this one before the others. An empty list where it can be no block."""
         try:
             families.check_forwards(self._layer)
-            found = list(enumerate(guesses(self._layer, self._cut, self._standing.rotary)))
+            axes = self._standing.positions.shape[1] if self._standing.positions.dim() == 2 else 0
+            found = list(enumerate(guesses(self._layer, self._cut, self._standing.rotary, axes)))
         except UnsupportedError:
             return []
         return sorted(found, key=lambda numbered: numbered[0] != first)

@@ -62,7 +62,9 @@ class Positions:
                 f"positions have {places.shape[1]} axes, and this block's RoPE has none (rope_axes=None): blocks that "
                 "run together take the same positions"
             )
-        return rope_tables(places, *options, None if places.dim() == 1 else spec.rope_axes)
+        if places.dim() == 1 or spec.rope_axes is None:
+            return rope_tables(places, *options)
+        return rope_tables(places[:, : spec.position_axes], *options, spec.rope_axes)
 
 
 @remembered(_KEPT)
