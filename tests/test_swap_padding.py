@@ -236,3 +236,107 @@ def test_the_losss_padding_costs_no_attention():
     pairs = [int(visible(call.cu_seqlens, True).sum()) for call in seen]
     lengths = batch["attention_mask"].sum(1)
     assert pairs[1] == int((lengths * (lengths + 1) // 2).sum()) < pairs[0]
+
+
+# --- masks (B, 1, S, S) ----------------------------------------------------------------------------------------------
+
+
+def dense(mask: Tensor, window: int = -1, number: float | None = None) -> Tensor:
+    """(B, 1, S, S) of a mask (B, S): bool, or what is added to scores, with this number where a key is hidden."""
+    token = torch.arange(mask.shape[1])
+    distance = token[:, None] - token
+    seen = (distance >= 0) & ((distance <= window) | (window < 0))
+    allowed = (seen & mask.bool()[:, None])[:, None]
+    return allowed if number is None else torch.zeros(allowed.shape).masked_fill(~allowed, number)
+
+
+@pytest.mark.parametrize("number", [None, float("-inf"), torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("kind", ["plain", "padded"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_whole_mask_that_is_causal(kind, number, implementation):
+    """Is what its rows of tokens and padding are, and is not read again."""
+    if implementation == "sdpa" and kind == "padded" and number == float("-inf"):
+        number = -1e30  # what sees nothing is not a number in either
+    if implementation == "eager" and number is None:
+        pytest.skip("transformers' eager attention adds bools to the scores as numbers")
+    model, batch = make_model("Llama", attn_implementation=implementation), make_batch(kind)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    if kind == "padded":
+        mask = mask.clone()
+        mask[:, 0] = 1  # under eager attention what sees nothing attends to all alike
+        mask = mask.cummin(1).values
+        batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+    batch["attention_mask"] = dense(mask, number=number)
+    with InFloat64():
+        truth = step(
+            copy.deepcopy(model).double(), {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
+        )
+    plain = step(model, batch)
+    pyckpt.swap(model)
+    assert model(**batch).logits is None
+    assert_step_as_good(step(model, batch), plain, truth, torch.float32)
+
+
+@pytest.mark.parametrize("what", ["sees ahead", "window", "hole", "numbers", "packed", "shape"])
+def test_any_other_whole_mask_runs_the_original(what):
+    model, batch = make_model("Llama"), make_batch("plain")
+    seq = batch["input_ids"].shape[1]
+    mask = dense(torch.ones(2, seq))
+    if what == "sees ahead":
+        mask[1, 0, 3, 4] = True
+    elif what == "window":
+        mask = dense(torch.ones(2, seq), window=5)
+    elif what == "hole":
+        mask[0, 0, 7, 2] = False
+    elif what == "numbers":
+        mask = dense(torch.ones(2, seq), number=-1e9)
+        mask[0, 0, 7, 2] = -0.5
+    elif what == "packed":
+        mask[:, :, 8:, :8] = False
+    else:
+        mask = mask.expand(2, 4, seq, seq)
+    batch["attention_mask"] = mask
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    with pytest.warns(UserWarning, match="an attention_mask .* again as a whole in the backward"):
+        after = step(model, batch)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_bools_that_eager_attention_adds_to_the_scores_are_no_mask():
+    model, batch = make_model("Llama", attn_implementation="eager"), make_batch("plain")
+    batch["attention_mask"] = dense(torch.ones_like(batch["input_ids"]))
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    with pytest.warns(UserWarning, match="an attention_mask of bools, which eager attention adds"):
+        after = step(model, batch)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_masks_by_the_layers_types():
+    """As models that see hand them to their text models: each layer's own has to be causal, with its window."""
+    model, batch = make_model("Gemma2"), make_batch("padded")
+    seq, types = batch["input_ids"].shape[1], model.config.layer_types
+    assert len(set(types)) == 2
+    tokens = torch.ones(2, seq)
+    tokens[0, seq - 4 :] = 0
+    reach = model.config.sliding_window - 1
+    whole = {"full_attention": dense(tokens), "sliding_attention": dense(tokens, reach)}
+    batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"].masked_fill(tokens == 0, -100)}
+    before = step(model, {**batch, "attention_mask": tokens.long()})
+    inner = {**batch, "attention_mask": {kind: torch.where(t, 0.0, -1e30) for kind, t in whole.items()}}
+    plain = step(model, inner)
+    pyckpt.swap(model)
+    for name, value in step(model, inner).items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
+    pyckpt.unswap(model)
+    pyckpt.swap(model, loss=False)
+    other = {
+        **inner,
+        "attention_mask": {**inner["attention_mask"], "sliding_attention": inner["attention_mask"]["full_attention"]},
+    }
+    with pytest.warns(UserWarning, match="that is not the causal one"):
+        step(model, other)

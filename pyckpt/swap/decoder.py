@@ -275,9 +275,9 @@ class SwappedDecoder(Replaced):
             raise UnsupportedCallError(f"the argument {', '.join(odd)} is not known")
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         batch, seq = self._like(given).shape[:2]
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UnsupportedCallError(f"an attention_mask that is not (B, S): {shape}")
+        dense = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
+        if dense:
+            mask = masks.tokens_of(self._handed_masks(mask), batch, seq)
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             raise UnsupportedCallError("an attention_mask that has a gradient, which blocks do not give")
         seen = [n for n in sorted(_BETWEEN) if given.get(n) is not None]
@@ -287,7 +287,8 @@ class SwappedDecoder(Replaced):
         if read is not None and (read.numel() != batch * seq or self.asks(given, "output_hidden_states")):
             read = None
         flash = packs_by_itself(self.module.config)
-        cuts = True if on_axes is not None else self.cuts  # of the axis that stands before the others
+        # Of several axes the one that stands before the others; a whole mask says all.
+        cuts = False if dense else True if on_axes is not None else self.cuts
         cut = self._flash_cut(positions, batch) if flash else self._cut(given, positions, cuts)
         cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read))
         if flash and (mask is None or cu_seqlens is None or cu_seqlens.dim() == 1):
@@ -305,6 +306,21 @@ class SwappedDecoder(Replaced):
             raise UnsupportedError(f"{', '.join(seen)} change what each layer is handed, which processes can't share")
         runs, streamed, gathered = self._runs(given, seen)
         return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered, context=context)
+
+    def _handed_masks(self, mask: Any) -> list[tuple[Any, int]]:
+        """Of masks (B, 1, S, S), one or some by layers' types, those that layers are handed, with their windows."""
+        handed = mask.values() if isinstance(mask, dict) else [mask]
+        if self._implementation == "eager" and any(isinstance(m, Tensor) and m.dtype == torch.bool for m in handed):
+            raise UnsupportedCallError(
+                "an attention_mask of bools, which eager attention adds to the scores as numbers"
+            )
+        if not isinstance(mask, dict):
+            return [(mask, window) for window in {s.window for s in self.layers}]
+        types = getattr(self.module.config, "layer_types", None) or []
+        if any(s.place >= len(types) or types[s.place] not in mask for s in self.layers):
+            raise UnsupportedCallError("an attention_mask that is not (B, S): dict")
+        found = {(types[s.place], s.window) for s in self.layers}
+        return [(mask[kind], window) for kind, window in sorted(found)]
 
     def _on_axes(self, positions: Tensor | None, batch: int, seq: int) -> tuple[Tensor | None, Tensor | None]:
         """Of position_ids of several axes: (B, S, axes), which layers turn by, and (B, S), which cut the masks."""

@@ -131,8 +131,12 @@ class SwappedLayer(Replaced):
     @property
     def reach(self) -> int | None:
         """How many tokens back its queries see, -1 for all; None where they see a sink as well."""
-        mapping = self.block.mapping
-        return None if mapping.sinks else mapping.spec.window[0]
+        return None if self.block.mapping.sinks else self.window
+
+    @property
+    def window(self) -> int:
+        """How many tokens back its attention's window goes, -1 for all."""
+        return self.block.mapping.spec.window[0]
 
     @property
     def softcap(self) -> float:

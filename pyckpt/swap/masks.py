@@ -59,6 +59,61 @@ def packed(mask: Tensor | None, positions: Tensor | None, batch: int, seq: int, 
 # --- padding ------------------------------------------------------------------------------------------------
 
 
+def tokens_of(masks: list[tuple[Any, int]], batch: int, seq: int) -> Tensor | None:
+    """(B, S) bool, of tokens and padding, as masks (B, 1, S, S) have them; None where all are tokens.
+
+    Each is causal, of so many earlier keys, -1 for all; of one that is None all are tokens. Raises
+    `UnsupportedCallError` where one says anything else.
+    """
+    found = [_allowed(mask, batch, seq) for mask, _ in masks]
+    diagonals = [t.diagonal(dim1=-2, dim2=-1)[:, 0] for t in found if t is not None]
+    if not diagonals:
+        return None
+    tokens = diagonals[0]
+    said = [torch.equal(tokens, other) for other in diagonals[1:]]
+    said += [bool(_is_causal(t, tokens, window)) for t, (_, window) in zip(found, masks, strict=True) if t is not None]
+    if not all(said):
+        raise UnsupportedCallError("an attention_mask (B, 1, S, S) that is not the causal one")
+    if bool(tokens.all()):
+        return None
+    if len(diagonals) < len(found):
+        raise UnsupportedCallError("attention_masks of which not all have padding")
+    return tokens.expand(batch, seq)
+
+
+def _allowed(mask: Any, batch: int, seq: int) -> Tensor | None:
+    """(B or 1, 1, S, S) bool: which key each query sees."""
+    if mask is None:
+        return None
+    if not (isinstance(mask, Tensor) and mask.dim() == 4) or torch.compiler.is_compiling():
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedCallError(f"an attention_mask that is not (B, S): {shape}")
+    if mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, seq, seq):
+        raise UnsupportedCallError(f"an attention_mask of shape {tuple(mask.shape)}, not ({batch}, 1, {seq}, {seq})")
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedCallError("an attention_mask that has a gradient, which blocks do not give")
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point() or bool(((mask != 0) & (mask > _HIDDEN)).any()):
+        raise UnsupportedCallError("an attention_mask that adds numbers to the scores")
+    return mask == 0
+
+
+_HIDDEN = -1e4  # a score to which this is added has no share left beside another, of any size that occurs
+_ROWS = 1024  # of a mask that are looked at together
+
+
+def _is_causal(allowed: Tensor, tokens: Tensor, window: int) -> Tensor:
+    """allowed (B, 1, S, S) is what queries see of tokens (B, S) before them."""
+    token = torch.arange(allowed.shape[-1], device=allowed.device)
+    said = []
+    for first in range(0, len(token), _ROWS):
+        distance = token[first : first + _ROWS, None] - token
+        seen = (distance >= 0) if window < 0 else (distance >= 0) & (distance <= window)
+        said.append((allowed[:, 0, first : first + _ROWS] == (seen & tokens[:, None])).all())
+    return torch.stack(said).all()
+
+
 # They look at values, for which a GPU is waited for: nothing that a CUDA graph may hold.
 _OUTSIDE_OF_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 

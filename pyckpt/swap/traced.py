@@ -258,7 +258,11 @@ class TracedLayer(SwappedLayer):
 
     @property
     def reach(self) -> int | None:
-        return None if self.block.trace.sinks else self.block.trace.window[0]
+        return None if self.block.trace.sinks else self.window
+
+    @property
+    def window(self) -> int:
+        return self.block.trace.window[0]
 
     @property
     def softcap(self) -> float:
