@@ -281,14 +281,16 @@ def test_unswap_leaves_everything_as_it_was():
         pyckpt.unswap(model)
 
 
-def test_unswap_of_a_forward_that_was_wrapped_since():
+@pytest.mark.parametrize("told", [True, False], ids=["wraps", "a plain function"])
+def test_unswap_of_a_forward_that_was_wrapped_since(told):
     model = make_model("Llama")
     pyckpt.swap(model)
     ours = model.forward
 
-    @functools.wraps(ours)
     def wrapped(*args, **kwargs):
         return ours(*args, **kwargs)
+
+    wrapped = functools.wraps(ours)(wrapped) if told else wrapped
 
     model.forward = wrapped
     with pytest.raises(RuntimeError, match="the forward of the model was replaced after the swap"):
@@ -765,6 +767,40 @@ def test_padding_between_tokens_is_an_error_in_a_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["Llama", "Olmo", "Falcon"])
+def test_layers_that_are_compiled_one_by_one(family):
+    """By `Module.compile`, after the swap; of layers that are cut a copy runs, and is not to call what was compiled."""
+    model, batch = make_model(family), make_batch("plain")
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    for layer in model.transformer.h if family == "Falcon" else model.model.layers:
+        layer.compile(backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after = step(model, batch)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_swapped_model_is_exported(strict):
+    model = make_model("Llama").eval()
+    pyckpt.swap(model)
+    given = {"input_ids": make_batch("plain")["input_ids"], "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), given, strict=strict)
+        torch.testing.assert_close(exported.module()(**given).logits, model(**given).logits)
+
+
+def test_vmap_over_models_is_refused():
+    model = make_model("Llama").eval()
+    pyckpt.swap(model)
+    parameters, buffers = torch.func.stack_module_state([model, model])
+    given = {"input_ids": make_batch("plain")["input_ids"], "use_cache": False}
+    with pytest.raises(RuntimeError, match=r"a swapped model does not support torch\.func transforms"):
+        torch.vmap(lambda p, b: torch.func.functional_call(model, (p, b), kwargs=given).logits)(parameters, buffers)
+
+
 def test_the_generic_path_is_not_compiled_but_right():
     """It breaks the graph at each layer, and what it drops is dropped again."""
     model = make_encoder(layers=1, batch_first=True)

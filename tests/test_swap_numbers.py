@@ -112,6 +112,43 @@ def test_a_compiled_model_sees_the_change():
     torch.testing.assert_close(loss, plain(**batch).loss, rtol=1e-6, atol=0.0)  # float32's own, of a mean
 
 
+def squared(x: torch.Tensor) -> torch.Tensor:
+    return x.relu().square()
+
+
+@pytest.mark.parametrize(
+    ("family", "act"), [("GPTNeoX", "gelu"), ("Gemma2", "gelu_pytorch_tanh"), ("Phi", "gelu_python")]
+)
+def test_a_function_inside_of_an_activation(family, act):
+    """Which some of transformers' hold: another one after the swap, and before."""
+    from transformers.activations import ACT2FN
+
+    model, batch = make_model(family), make_batch("plain")
+    body = model.gpt_neox if family == "GPTNeoX" else model.model
+    for layer in body.layers:
+        layer.mlp.register_module("act" if family == "GPTNeoX" else _name(layer.mlp), ACT2FN[act])
+    plain = copy.deepcopy(model)
+    assert {e.path for e in pyckpt.swap(model, loss=False).entries} == {"standard"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(copy.deepcopy(model), batch)
+    for m in (model, plain):
+        for module in m.modules():
+            if hasattr(module, "act") and callable(module.act) and not isinstance(module.act, nn.Module):
+                module.act = squared
+    with pytest.warns(UserWarning, match="now has act <function squared"):
+        found = step(model, batch)
+    before = step(plain, batch)
+    assert_same_bits(found, before)
+    pyckpt.unswap(model)
+    assert "standard" not in {e.path for e in pyckpt.swap(model, loss=False).entries}
+    torch.testing.assert_close(step(model, batch)["loss"], before["loss"])
+
+
+def _name(mlp: Any) -> str:
+    return next(n for n in ("act_fn", "activation_fn") if hasattr(mlp, n))
+
+
 def test_what_is_a_number():
     class Layer(nn.Module):
         def __init__(self) -> None:

@@ -125,6 +125,21 @@ HOWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("no_fallback")
+def test_labels_that_a_model_hands_on_are_no_reason_to_make_logits():
+    """Gemma 3 hands them to its base model, and makes the usual loss: without images here, whose masks are others."""
+    model, batch = make("Gemma3")
+    batch = {n: t for n, t in batch.items() if n not in ("pixel_values", "token_type_ids")}
+    batch["input_ids"] = batch["input_ids"].clamp(max=END - 1)
+    with InFloat64():
+        truth = step(copy.deepcopy(model).double(), batch)
+    plain = step(model, batch)
+    report = pyckpt.swap(model, tile=10)
+    assert report.entries[-1].path == "standard"
+    assert model(**batch).logits is None
+    assert_step_as_good(step(model, batch), plain, truth, torch.float32)
+
+
+@pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("cut_at_attention", [False, True], ids=["standard", "generic"])
 def test_positions_of_three_axes(cut_at_attention, how, request):
@@ -240,7 +255,9 @@ def test_images_that_see_themselves_have_their_layers_run_again_whole():
     model, batch = make("Gemma3")
     before = step(model, batch)
     pyckpt.swap(model, tile=10, loss=False)
-    with pytest.warns(UserWarning, match="that is not the causal one: .* original forward, each layer again as a whole"):
+    with pytest.warns(
+        UserWarning, match="that is not the causal one: .* original forward, each layer again as a whole"
+    ):
         after = step(model, batch)
     for name, value in before.items():
         assert torch.equal(after[name], value), name

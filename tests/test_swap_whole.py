@@ -648,3 +648,40 @@ def test_layers_whose_weights_are_brought_for_each_call_are_left():
     report = pyckpt.swap(model)
     assert [e.path for e in report.entries] == ["checkpointed", "original", "standard"]
     assert "self_attn.q_proj has forward hooks" in report.entries[1].why
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["frozen", "unfrozen"])
+def test_what_is_frozen_between_forward_and_backward(wanted):
+    """As nets that are trained in turns have it: the second run saves what the first one did."""
+    model, batch = make_model("Falcon"), make_batch("plain")
+
+    def run() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        layer = model.transformer.h[0]
+        layer.requires_grad_(not wanted)
+        loss = model(**batch).loss
+        layer.requires_grad_(wanted)
+        loss.backward()
+        assert all(p.requires_grad is wanted for p in layer.parameters())
+        model.requires_grad_(True)
+        return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    before = run()
+    pyckpt.swap(model, loss=False)
+    assert_same_bits(run(), before)
+
+
+@pytest.mark.parametrize("family", ["OPT", "Falcon", "Olmo"])
+def test_no_hook_runs_while_a_model_is_swapped(family):
+    model, seen = make_model(family, num_hidden_layers=2), []
+    layers = [m for m in model.modules() if "DecoderLayer" in type(m).__name__]
+    for inner in layers[-1].modules():
+        if isinstance(inner, nn.Linear):
+            inner.register_forward_hook(lambda *_: seen.append(1))
+            inner.register_forward_pre_hook(lambda *_: seen.append(2))
+    pyckpt.swap(model)
+    assert not seen
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(**make_batch("plain"))
+    assert {*seen} == {1, 2}

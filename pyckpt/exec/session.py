@@ -190,13 +190,13 @@ def given_gradient(source: Source, shape: torch.Size | None) -> Tensor | None:
     return None if dx is None or shape is None else dx.view(shape)
 
 
-def summed(grads: Iterable[Tensor | None], like: Tensor) -> Tensor:
-    """The gradient of a weight that is read in several places, from those of each."""
+def summed(grads: Iterable[Tensor | None], like: Tensor) -> Tensor | None:
+    """The gradient of a weight that is read in several places, from those of each; None where nothing has used it."""
     total: Tensor | None = None
     for grad in grads:
         if grad is not None:
             total = grad if total is None else total.add_(grad)
-    return torch.zeros_like(like) if total is None else total.to(like.dtype)
+    return None if total is None else total.to(like.dtype)
 
 
 def _own_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -63,12 +63,14 @@ class Tried:
     """What a model was seen to do: the class of transformers that it returns, and the module that it calls.
 
     That is its base model, "", or one right inside that, by name (OPT's "decoder"). `dropped`: arguments that it does
-    not hand on to that module, which has none of these names. `scaling`: what it does to its logits.
+    not hand on to that module, which has none of these names. `labelled`: it hands the labels on. `scaling`: what it
+    does to its logits.
     """
 
     output: type
     called: str
     dropped: tuple[str, ...]
+    labelled: bool
     scaling: Scaling
 
 
@@ -145,6 +147,9 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
         raise UnsupportedError(f"it calls its base model {len(called)} times")
     path, arguments = called[0]
     dropped = tuple(n for n in given if n not in arguments and n not in base.names_of(path))
+    labelled = arguments.get("labels") is labels
+    if labelled:
+        del arguments["labels"]
     odd = [n for n, value in given.items() if n not in dropped and arguments.get(n) is not value]
     odd += [n for n, value in arguments.items() if n not in given and not _is_plain(value)]
     if odd:
@@ -160,7 +165,7 @@ def _tried(model: Any, hidden: Tensor, labels: Tensor, training: bool, scalings:
     more = sorted({n for n, value in made.items() if value is not None} - {"loss", "logits"})
     if more:
         raise UnsupportedError(f"it makes {', '.join(more)} beside its logits")
-    return Tried(type(made), path, dropped, scaling)
+    return Tried(type(made), path, dropped, labelled, scaling)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class Head:
 
     output: the class that the model returns, or the name of one in transformers.modeling_outputs. places: where the
     base model has what surrounds the layers, where that is known. `body`: which module right inside the base model it
-    calls, "" for the base model itself; `dropped`: arguments that it does not hand on to that.
+    calls, "" for the base model itself; `dropped`: arguments that it does not hand on to that; `labelled`: it hands the
+    labels on.
     """
 
     scaling: Scaling = _UNSCALED
@@ -46,6 +47,7 @@ class Head:
     places: Places | None = None
     body: str = ""
     dropped: tuple[str, ...] = ()
+    labelled: bool = False
 
 
 _PLAIN = Head(places=Places())
@@ -120,7 +122,7 @@ def _known_head(model: nn.Module) -> Head:
         found = heads.tried(model)
     except UnsupportedError as reason:
         raise UnsupportedError(f"this class is not known, and {reason}") from reason
-    return Head(found.scaling, found.output, body=found.called, dropped=found.dropped)
+    return Head(found.scaling, found.output, body=found.called, dropped=found.dropped, labelled=found.labelled)
 
 
 def check(model: nn.Module) -> None:
@@ -204,7 +206,7 @@ class SwappedHead(SwappedLoss):
 
     def _made(self, given: dict[str, Any]) -> Any:
         model: Any = self.module
-        labels = given.pop("labels")
+        labels = given["labels"] if self.head.labelled else given.pop("labels")
         for name in ("logits_to_keep", *self.head.dropped):
             given.pop(name, None)
         as_dict = given.pop("return_dict", None)

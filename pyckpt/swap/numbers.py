@@ -1,4 +1,4 @@
-"""The numbers and switches that modules of a layer compute with, as they were when it was swapped.
+"""The numbers, switches and functions that modules of a layer compute with, as they were when it was swapped.
 
 A block has them in its spec, from when it was made: one that is set anew in the layer would be left out without a word.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from pyckpt.swap.code import names_in
 from pyckpt.swap.shadow import unsharded_class
 
 Numbers = tuple[tuple[str, str, Any], ...]
-"""The path of a module, the name of its attribute, and the value."""
+"""The path of a module, the name of its attribute, and the value, or what tells a function from another."""
 
 _PLAIN = (bool, int, float, str, type(None))
 # Of what is read for caches alone, and of what is no part of a block's spec: the mode, and transformers' checkpointing.
@@ -40,9 +40,18 @@ def other_number(layer: nn.Module, then: Numbers) -> str | None:
         if path != path_of:
             path_of, module = path, layer.get_submodule(path)
         now = getattr(module, name, None)
-        if now != value:
+        if now != value and (isinstance(now, _PLAIN) or _told_apart(now) != value):
             return f"{path or 'it'} now has {name} {now}, not the {value} {ANEW}"
     return None
+
+
+def _told_apart(function: Any) -> Any:
+    """What two functions of modules that are copies of each other have in common; None of what is no function."""
+    if isinstance(function, functools.partial):
+        return _told_apart(function.func), function.args, tuple(function.keywords.items())
+    if isinstance(function, MethodType):
+        return function.__func__
+    return function if isinstance(function, (FunctionType, BuiltinFunctionType)) else None
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -51,8 +60,12 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     kind: type = unsharded_class(module)
     read = _read_by(kind) | _OF_ATTENTION
     for name, value in vars(module).items():
-        if name in read and isinstance(value, _PLAIN) and not (name.startswith("_") or "drop" in name):
+        if name not in read or name.startswith("_") or "drop" in name:
+            continue
+        if isinstance(value, _PLAIN):
             yield name, value
+        elif (function := _told_apart(value)) is not None:
+            yield name, function
 
 
 @functools.cache

@@ -75,7 +75,7 @@ class SecondRun:
         if not self._given.backward_began:
             first.parameters.check()
         self._present = first.state.present(), self._given.contents.present()
-        self._replaced = first.parameters.put()
+        self._replaced, self._wanting = first.parameters.put(), first.parameters.want()
         self._written = [(t, t.detach().clone(), before(t)) for t in (*first.buffers, *first.parameters.written)]
         self._drawing = first.drawing.now()
         first.drawing.restore()
@@ -92,11 +92,13 @@ class SecondRun:
         write((t, present) for t, present, _ in self._written)
         for module, name, parameter in self._replaced:
             module._parameters[name] = parameter
+        for t, wanting in self._wanting:
+            t.requires_grad_(wanting)
         state, contents = self._present
         refill(contents)
         state.put()
         self._given.backward_began = False
-        del self._present, self._written, self._drawing, self._replaced
+        del self._present, self._written, self._drawing, self._replaced, self._wanting
 
 
 def write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -236,6 +238,7 @@ class _Parameters:
         self._of = [
             (m, name, p) for m in modules if not _has_books(m) for name, p in m._parameters.items() if p is not None
         ]
+        self._wanting = [(p, p.requires_grad) for _, _, p in self._of if p.is_leaf]
         self.written: list[Tensor] = []
         self._note()
 
@@ -269,6 +272,18 @@ class _Parameters:
         for module, name, _, then in others:
             module._parameters[name] = then
         return [(module, name, p) for module, name, p, _ in others]
+
+    def want(self) -> list[tuple[Tensor, bool]]:
+        """Gradients where they were wanted, so that the same tensors are saved; which have wanted them otherwise since.
+
+        Whether a parameter is given its gradient is decided when it comes.
+        """
+        others: list[tuple[Tensor, bool]] = [
+            (p, p.requires_grad) for p, then in self._wanting if p.requires_grad != then
+        ]
+        for p, now in others:
+            p.requires_grad_(not now)
+        return others
 
 
 def _has_books(module: nn.Module) -> bool:

@@ -99,6 +99,11 @@ class Replaced:
         """As a bound method has it: tools that wrap a forward make methods of that, which copies of a model copy."""
         return unbound(type(self.module))  # type: ignore[arg-type]  # mypy takes a Module's __hash__ for the class's
 
+    @property
+    def __code__(self) -> Any:
+        """That of the class's forward, as a bound method has it: torch.export looks at it."""
+        return type(self.module).forward.__code__
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computed before the swap."""
         if self._before is not None:
@@ -169,11 +174,9 @@ class Replaced:
 def replaced_in(model: nn.Module) -> Iterator[tuple[str, Replaced]]:
     """What `swap` put in the place of forwards, by the modules' names, also where something else calls it since."""
     for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        while forward is not None and not isinstance(forward, Replaced):
-            forward = getattr(module, _PLACE) if _is_unbound(forward) else getattr(forward, "__wrapped__", None)
-        if forward is not None:
-            yield name, forward
+        found = module.__dict__.get(_PLACE)
+        if isinstance(found, Replaced):
+            yield name, found
 
 
 def _parts_in(model: nn.Module) -> Parts | None:

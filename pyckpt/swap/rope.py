@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyckpt import errors
 from pyckpt.spec import BlockSpec, canonical_rope_scaling
 
 MOVING = ("dynamic", "longrope")
@@ -51,6 +52,8 @@ class Frequencies:
 
     def differ(self, rotary: Any) -> bool:
         """They are others now, but for a rounding to the dtype that they have been brought to since."""
+        if self._then:
+            errors.check_transforms("a swapped model")  # of which numbers can't be read
         if any(getattr(rotary, n, None) != scale for n, scale in self._scales.items()):
             return True
         if self._sections is not None and _sections(rotary) != self._sections:

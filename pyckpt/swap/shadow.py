@@ -48,6 +48,7 @@ def twin_of(
     twin.__dict__.update(module.__dict__)
     twin.__dict__.update({name: OrderedDict() for name in HOOKS}, _modules=children)
     twin.__dict__.pop("forward", None)
+    twin.__dict__["_compiled_call_impl"] = None  # `Module.compile` puts there what calls the module
     if "gradient_checkpointing" in twin.__dict__:
         twin.__dict__["gradient_checkpointing"] = False
     if hasattr(kind, "_can_record_outputs"):
@@ -56,6 +57,19 @@ def twin_of(
     if config is not None:
         twin.__dict__["config"] = config_of(path, config)
     return twin
+
+
+@contextlib.contextmanager
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """Inside, forward hooks of the modules in it do not run: somebody's record would have what is tried out."""
+    held = [(m, {name: m.__dict__[name] for name in HOOKS}) for m in module.modules()]
+    for m, _ in held:
+        m.__dict__.update({name: OrderedDict() for name in HOOKS})
+    try:
+        yield
+    finally:
+        for m, hooks in held:
+            m.__dict__.update(hooks)
 
 
 @contextlib.contextmanager

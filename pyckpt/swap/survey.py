@@ -21,7 +21,7 @@ from pyckpt.swap.handing import HIDDEN, MASK, Arguments, Handing
 from pyckpt.swap.layer import CALL
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.rope import MOVING
-from pyckpt.swap.shadow import argument_names, attention_config, twin_of, unsharded_class, untouched
+from pyckpt.swap.shadow import argument_names, attention_config, twin_of, unhooked, unsharded_class, untouched
 from pyckpt.tokenwise.settings import mode
 from pyckpt.vocab_parallel import is_dealt_out
 
@@ -238,7 +238,8 @@ class Scene:
             self._calls[place] = given
             self._states.add((id(given[HIDDEN]), given[HIDDEN]._version))
             if place not in self._returns:
-                self._returns[place] = own(twin, **{n: v for n, v in given.items() if n != CALL})
+                with unhooked(layer):
+                    self._returns[place] = own(twin, **{n: v for n, v in given.items() if n != CALL})
             made = self._returns[place]
             return (given[HIDDEN], *made[1:]) if isinstance(made, tuple) else given[HIDDEN]
 

@@ -189,14 +189,19 @@ class GenericTokenwise:
         pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
         targets = wanted + [leaves[n] for n in names]
         if not pairs or not targets:
+            for name in names.values():
+                grads.add_nothing(name)
             return [None] * len(inputs)
-        made = [*torch.autograd.grad([o for o, _ in pairs], targets, [u for _, u in pairs], allow_unused=True)]
+        found = torch.autograd.grad([o for o, _ in pairs], targets, [u for _, u in pairs], allow_unused=True)
+        made: list[Tensor | None] = [*found]
         # Autograd may give one tensor for several weights (of W + D), an expanded one, or what came from upstream.
         # The last first, so that a copy of one stands beside what is left of them alone.
         shared, users = set(self._shared.values()), _users((*made, *upstream)) if grads.single else {}
         for name in reversed(names.values()):
             grad = made.pop()
-            if grad is not None:
+            if grad is None:
+                grads.add_nothing(name)
+            else:
                 alone = grad.is_contiguous() and users.get(storage_of(grad)) == 1
                 grads.add(name, grad, owned=alone and name not in shared)
         by_input = iter(made)

@@ -25,6 +25,7 @@ class WeightGradients:
         self._wanted = frozenset(wanted)
         self._single = n_tiles == 1
         self._sums: dict[str, Tensor] = {}
+        self._unused: set[str] = set()
 
     def wants(self, *names: str) -> bool:
         return any(name in self._wanted for name in names)
@@ -68,17 +69,26 @@ class WeightGradients:
         else:
             total += grad
 
+    def add_nothing(self, name: str) -> None:
+        """A tile's output does not depend on the weight: where no other's does, it has no gradient, as in autograd."""
+        self._unused.add(name)
+
     @property
     def single(self) -> bool:
         """There is one tile, and with it one gradient of each weight that a single part has."""
         return self._single
 
     def result(self, name: str, like: Tensor) -> Tensor | None:
-        """The gradient of `like`, in its dtype; None where it is not wanted. Gives the accumulator away."""
+        """The gradient of `like`, in its dtype; None where it is not wanted, or nothing has used it.
+
+        Gives the accumulator away.
+        """
         if name not in self._wanted:
             return None
         total = self._sums.pop(name, None)
-        return torch.zeros_like(like) if total is None else total.to(like.dtype)
+        if total is not None:
+            return total.to(like.dtype)
+        return None if name in self._unused else torch.zeros_like(like)
 
 
 def storage_of(t: Tensor) -> int:
