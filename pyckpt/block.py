@@ -92,6 +92,11 @@ class CheckpointedBlock(nn.Module):
         return {}
 
     @property
+    def has_own_forward(self) -> bool:
+        """Somebody has put another forward into it, or into its class: its weights and its plan are not all of it."""
+        return type(self).forward is not CheckpointedBlock.forward or "forward" in vars(self)
+
+    @property
     def position_axes(self) -> int:
         """How many axes positions have, a further dim of theirs; 0 where a token's is a number."""
         return 0
@@ -607,7 +612,7 @@ def _parameters(module: nn.Module, others: list[str], prefix: str = "") -> Itera
     for name, child in module._modules.items():
         if child is not None:
             kind: Any = type(child)
-            if kind not in _CARRIERS and kind.forward not in _CARRIED:
+            if (kind not in _CARRIERS and kind.forward not in _CARRIED) or "forward" in child.__dict__:
                 others.append(prefix + name)
             yield from _parameters(child, others, f"{prefix}{name}.")
 

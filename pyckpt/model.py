@@ -33,6 +33,7 @@ from pyckpt.save import Save, SaveSet
 from pyckpt.shared_loss import shared_loss
 from pyckpt.spec import RopeScaling, Window
 from pyckpt.stream import Parts, Stream, blocks_of, check_stream, options_of, run_loss, run_stack
+from pyckpt.surroundings import check_head, check_norm
 from pyckpt.tokenwise.norm import with_offset
 from pyckpt.tokenwise.settings import mode
 
@@ -180,6 +181,8 @@ def _why_called(block: nn.Module) -> str | None:
     """Why the block's own __call__ has to run, in words; None where its weights and its plan are enough."""
     if not isinstance(block, CheckpointedBlock):  # FSDP1 puts a wrapper in the block's place
         return f"a block is in a {type(block).__name__}"
+    if block.has_own_forward:
+        return f"a {type(block).__name__} has a forward of its own"
     watched = gathers(block) or others(hooks_of(block))  # no measurement of ours is to change what it measures
     return f"a {type(block).__name__} has forward hooks" if watched else None
 
@@ -385,6 +388,7 @@ class CkptCausalLM(nn.Module):
             check_whole_tokens(name, module)
         x = self.model.layers(self.model.embed_tokens(tokens), positions, cu_seqlens, context=context)
         norm = self.model.norm
+        check_norm(norm)
         gather(norm)
         weight = with_offset(cast(Tensor, norm.weight), self.spec.norm_offset)
         if isinstance(norm, nn.LayerNorm):
@@ -443,11 +447,16 @@ class CkptCausalLM(nn.Module):
         token_weight: floating, in the labels' shape and aligned with them. class_weight (vocab_size,), softcap, z_loss,
         label_smoothing, reduction and, not streamed, recompute: as in `linear_cross_entropy`.
 
+        Embedding, norm and head are PyTorch's own: what stands in their place (adapters, a bias) is refused, and hooks
+        on norm and head do not run.
+
         Raises ValueError, before anything runs, for shapes, dtypes and numbers that do not fit, for sequences too short
         to predict anything, and on a CPU for tokens or labels out of range: on CUDA such labels are a device-side
         assertion, and tokens are the embedding's. TypeError for tensors that are none and options of another type.
         """
         softcap, z_loss, label_smoothing = check_loss_options(reduction, softcap, z_loss, label_smoothing)
+        check_norm(self.model.norm)
+        check_head(self.lm_head)
         if stream is not None:
             check_stream(stream)
         if context is not None:

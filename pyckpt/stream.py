@@ -31,6 +31,7 @@ from pyckpt.exec.streamed_node import execute
 from pyckpt.measure.units import parse_bytes
 from pyckpt.shared_loss import of_all_tiles, padded
 from pyckpt.store import Store, make_store
+from pyckpt.surroundings import check_streamed
 from pyckpt.tokenwise.norm import norm_of
 from pyckpt.vocab_parallel import Words, check_layout, is_dealt_out, own_part
 
@@ -195,6 +196,7 @@ def run_loss(
     """`CkptCausalLM.loss` of checked tokens, labels, their weights and numbers of `options`, streamed."""
     _check_called(model)
     gather(model.model.embed_tokens, model.model.norm, model.lm_head)
+    check_streamed(model.model.embed_tokens, model.model.norm, model.spec)
     embed, head, norm = model.model.embed_tokens.weight, model.lm_head.weight, model.model.norm
     check_whole_tokens("model.embed_tokens", model.model.embed_tokens)
     check_whole_tokens("model.norm", norm)
@@ -387,6 +389,12 @@ def _check_unwatched(blocks: list[CheckpointedBlock], words: bool = False, **mor
 
     words: those that look up words of other processes are known.
     """
+    for i, block in enumerate(blocks):
+        if block.has_own_forward:
+            raise ValueError(
+                f"block {i} is a {type(block).__name__} with a forward of its own, and a streamed run calls none: it "
+                "reads a block's weights and options; run without stream="
+            )
     for name, module in (*more.items(), *((f"block {i}", block) for i, block in enumerate(blocks))):
         known = words and name == "embed_tokens"
         if any(not (known and deals_out(hook)) for hook in others(hooks_of(module))):

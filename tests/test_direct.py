@@ -203,3 +203,43 @@ def test_what_inference_made_serves_training():
     y.sum().backward()
     assert torch.equal(inferred, y)
     assert x.grad is not None
+
+
+# --- the negative bit ------------------------------------------------------------------------------------------------
+
+
+def negated(t: torch.Tensor) -> torch.Tensor:
+    """-t, as the imaginary part of a conjugate is: by a bit, and the memory has t."""
+    return torch.complex(torch.zeros_like(t), t).conj().imag
+
+
+OPS = {
+    "rms_norm": lambda x: pyckpt.rms_norm(x, torch.linspace(0.5, 1.5, 8)),
+    "layer_norm": lambda x: pyckpt.layer_norm(x, torch.linspace(0.5, 1.5, 8)),
+    "rope": lambda x: pyckpt.rope(x.unflatten(-1, (2, 4))),
+    "glu": lambda x: pyckpt.glu(x, 2.0 * x),
+    "activation": pyckpt.activation,
+    "attention": lambda x: pyckpt.attention(*(x.unflatten(-1, (2, 4)) * n for n in (1.0, 0.5, 2.0))),
+    "lse": lambda x: pyckpt.attention(*(x.unflatten(-1, (2, 4)) * n for n in (1.0, 0.5, 2.0)), return_lse=True)[1],
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_upstream_gradient_that_is_read_negated(cpu_backend, name):
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    y = OPS[name](x)
+    dy = torch.randn_like(y)
+    assert negated(dy).is_neg()
+    (found,) = torch.autograd.grad(y, x, negated(dy), retain_graph=True)
+    (truth,) = torch.autograd.grad(y, x, -dy)
+    assert torch.equal(found, truth)
+
+
+@pytest.mark.parametrize("save", ["attention", "all", "input"])
+def test_a_block_of_what_is_read_negated(cpu_backend, save):
+    block, x = pyckpt.CkptTransformerBlock(8, 2, d_ff=12, save=save), torch.randn(2, 5, 8)
+    dy, results = torch.randn_like(x), []
+    for given, upstream in ((negated(x), negated(dy)), (-x, -dy)):
+        y = block(given)
+        results.append([y, *torch.autograd.grad(y, list(block.parameters()), upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -485,3 +485,74 @@ def test_a_model_from_the_meta_device_is_initialised_and_tied():
     untied = pyckpt.CkptCausalLM(30, 2, 16, 2, d_ff=24)
     untied.load_state_dict(untied.state_dict(), assign=True)
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+# --- what stands in the place of a model's own modules ---------------------------------------------------------------
+
+
+class Half(pyckpt.CkptTransformerBlock):
+    def forward(self, x, *args, **kwargs):
+        return 0.5 * super().forward(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_a_blocks_own_forward_runs_or_is_refused(how):
+    options = {"d_ff": 24, "dtype": torch.float64}
+    blocks = [(Half if how == "class" else pyckpt.CkptTransformerBlock)(16, 4, **options) for _ in range(2)]
+    if how == "instance":
+        for block in blocks:
+            block.forward = lambda *args, _of=block, **kwargs: 0.5 * type(_of).forward(_of, *args, **kwargs)
+    x = torch.randn(1, 9, 16, dtype=torch.float64)
+    one_by_one = pyckpt.CkptTransformer(blocks)(x)
+    assert not torch.allclose(one_by_one, pyckpt.CkptTransformer(blocks)[0](x))
+    with pytest.warns(UserWarning, match="has a forward of its own: segments are not used"):
+        assert torch.equal(pyckpt.CkptTransformer(blocks, segments=2)(x), one_by_one)
+    with pytest.raises(ValueError, match=r"block 0 is a .* with a forward of its own, and a streamed run calls none"):
+        pyckpt.CkptTransformer(blocks)(x, stream=pyckpt.Stream(4))
+
+
+def test_a_forward_in_an_inner_layer_is_refused():
+    block = pyckpt.CkptTransformerBlock(16, 4, d_ff=24)
+    block.mlp.up_proj.forward = lambda x: x
+    with pytest.raises(RuntimeError, match=r"mlp\.up_proj of this CkptTransformerBlock is a Linear, which"):
+        block(torch.randn(1, 3, 16))
+
+
+class Lookup(torch.nn.Embedding):
+    def forward(self, tokens):
+        return 2.0 * super().forward(tokens)
+
+
+REPLACED = {
+    "a head with a bias": ("lm_head", lambda: torch.nn.Linear(48, 61), "lm_head is a Linear with a bias", True),
+    "a head of another class": ("lm_head", lambda: torch.nn.Identity(), "lm_head is a Identity, expected", True),
+    "no norm": ("model.norm", lambda: torch.nn.Identity(), r"model\.norm is a Identity, expected", True),
+    "a norm without weight": ("model.norm", lambda: torch.nn.RMSNorm(48, elementwise_affine=False), "a weight", True),
+    "another norm": ("model.norm", lambda: torch.nn.LayerNorm(48), "expected the rmsnorm of the model", False),
+    "another embedding": ("model.embed_tokens", lambda: Lookup(61, 48), "is a Lookup, expected a plain", False),
+    "max_norm": ("model.embed_tokens", lambda: torch.nn.Embedding(61, 48, max_norm=1.0), "with max_norm", False),
+    "sparse": ("model.embed_tokens", lambda: torch.nn.Embedding(61, 48, sparse=True), "with sparse", False),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_the_loss_would_leave_out_is_refused(what):
+    path, make, said, everywhere = REPLACED[what]
+    model = pyckpt.CkptCausalLM(61, 1, 48, 4)
+    model.set_submodule(path, make())
+    tokens = torch.randint(0, 61, (2, 9))
+    with pytest.raises(ValueError, match=said):
+        model.loss(tokens, stream=pyckpt.Stream(4))
+    if everywhere:
+        with pytest.raises(ValueError, match=said):
+            model.loss(tokens)
+    else:
+        assert torch.isfinite(model.loss(tokens))
+
+
+def test_adapters_beside_the_head_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(pyckpt.CkptCausalLM(61, 1, 48, 4), config).base_model.model
+    with pytest.raises(ValueError, match=r"expected a .*merge adapters"):
+        model.loss(torch.randint(0, 61, (2, 9)))

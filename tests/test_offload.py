@@ -671,3 +671,35 @@ def test_a_forward_on_another_stream_takes_nothing_before_its_copy():
             return torch.autograd.grad(y, weights, dy)
 
     assert all(map(torch.equal, run(False), run(True)))
+
+
+def test_x_of_another_layout_has_the_same_bits_wherever_it_waits():
+    """No norm stands before the projections, whose products read x as it lies."""
+    options = {"d_ff": 24, "norm_placement": "output", "rope_theta": None, "tile": 5}
+    block, results = pyckpt.CkptTransformerBlock(8, 4, **options), []
+    x, cu = torch.randn(8, 40).T.requires_grad_(), torch.tensor([0, 40], dtype=torch.int32)
+    assert not x.is_contiguous()
+    for save in ("attention", "all", pyckpt.Save("attention", {"x": "file"})):
+        block.save = save
+        y = block(x, cu_seqlens=cu)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_an_interrupt_while_a_parcel_is_made(monkeypatch):
+    """Leaves nothing that could not be thrown away."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    block = pyckpt.CkptTransformerBlock(16, 4, d_ff=24, save=pyckpt.Save("attention", {"x": "file"}))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload._Item, "__init__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            block(torch.randn(1, 9, 16))
+        gc.collect()
+    assert not unraisable
+    block(torch.randn(1, 9, 16)).sum().backward()

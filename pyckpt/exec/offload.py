@@ -119,12 +119,14 @@ class Parcel:
     """What one node hands over to its queue, from its forward to its backward."""
 
     def __init__(self, queue: Queue, tensors: dict[str, Tensor], routes: dict[str, Route]) -> None:
-        self._queue, self._items = queue, {n: _Item(t, routes[n]) for n, t in tensors.items()}
+        # First what `__del__` reads: an interrupt may come at any time.
+        self._queue, self._process = queue, os.getpid()
+        self._items: dict[str, _Item] = {}
         self.before: weakref.ref[Parcel] | None = None
         device = next(iter(tensors.values())).device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.state = "here"  # then "leaving", "away", and "gone" when the backward is over
-        self._process = os.getpid()
+        self._items |= {n: _Item(t, routes[n]) for n, t in tensors.items()}
 
     def _on_its_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Another one's forward or backward may be what moves it: its tensors are of the stream of its own forward."""

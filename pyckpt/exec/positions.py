@@ -21,4 +21,4 @@ def positions_of(layout: Layout, given: Tensor | None, rows: slice, device: torc
 
 def _in_sequences(starts: Tensor, rows: slice, device: torch.device) -> Tensor:
     tokens = torch.arange(rows.start, rows.stop, device=device)
-    return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
+    return tokens - starts[torch.searchsorted(starts.contiguous(), tokens, right=True) - 1]

@@ -95,7 +95,8 @@ class Inputs:
     def tile(self, sl: slice, kept: Kept, names: Collection[str]) -> Tile:
         views = {n: kept[n][sl] for n in names if n in kept}
         positions = positions_of(self.layout, self.positions, sl, self.x.device)
-        return Tile(self.x[sl], positions, views, sl.start, self.seed)
+        # Row after row, as what waits elsewhere comes back: products of another layout have other last bits.
+        return Tile(self.x[sl].contiguous(), positions, views, sl.start, self.seed)
 
     @property
     def attention_seed(self) -> int | None:

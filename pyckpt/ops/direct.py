@@ -58,10 +58,13 @@ def _is_watched() -> bool:
 
 
 def _are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether no tensor is of a class of its own, which might have a say in what an op does."""
+    """Whether no tensor is of a class of its own, which might have a say in what an op does, or to be read negated.
+
+    That is what `Tensor.conj` leaves of an imaginary part: kernels read memory, and the dispatcher a bit beside it.
+    """
     for arg in args:
         if isinstance(arg, Tensor):
-            if type(arg) not in _PLAIN:
+            if type(arg) not in _PLAIN or arg.is_neg():
                 return False
         elif isinstance(arg, list) and not _are_plain(tuple(arg)):
             return False
