@@ -86,6 +86,30 @@ def test_a_block(options, dtype, products, monkeypatch):
         assert_same_bits(step(block, x, dy), ours)
 
 
+def test_positions_of_several_axes():
+    """Also in a CUDA graph, which can't hold a copy of what says by which axis a pair turns."""
+    config = {**BLOCK, "rope_axes": [0] * 12 + [1, 2] * 10}
+    block = pyckpt.CkptTransformerBlock(**config, device=DEVICE, dtype=torch.float64, tile=300)
+    randomise(block)
+    plains = []
+    for d in (torch.bfloat16, torch.float64):
+        plains.append(PlainBlock(**config, device=DEVICE, dtype=d))
+        plains[-1].load_state_dict({n: t.to(d) for n, t in block.state_dict().items()})
+    x, dy = (torch.randn(2, 701, 256, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    positions = torch.randint(0, 3000, (2, 701, 3), device=DEVICE)
+    theirs, truth = (
+        step(p, x.to(d), dy.to(d), None, positions) for p, d in zip(plains, (x.dtype, torch.float64), strict=True)
+    )
+    block = block.to(x.dtype)
+    ours = step(block, x, dy, None, positions)
+    assert_as_good(ours, theirs, truth, x.dtype)
+    if GPU:
+        graphed = torch.cuda.make_graphed_callables(block, (torch.randn_like(x).requires_grad_(), positions))
+        graphed(x, positions).backward(dy)
+        for name, p in block.named_parameters():
+            assert torch.equal(p.grad, ours[name]), name
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
     "stream",
