@@ -167,8 +167,11 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "heads": (set_heads, "self_attn now has num_heads 4, not the 2 it was when swapped"),
     "width": (widen, r"its linear1\.out_features is now 24, not the 32"),
     "norm_first": (lambda layer: setattr(layer, "norm_first", False), "it now has norm_first False, not the True"),
-    "activation": (lambda layer: setattr(layer, "activation", torch.tanh), "the activation tanh is not one of"),
-    "gelu": (lambda layer: setattr(layer, "activation", nn.GELU("tanh")), "its activation is now gelu_tanh, not the"),
+    "activation": (lambda layer: setattr(layer, "activation", torch.tanh), "it now has activation tanh, not the gelu"),
+    "gelu": (
+        lambda layer: setattr(layer, "activation", nn.GELU("tanh")),
+        "it now has activation GELU",
+    ),
 }
 
 

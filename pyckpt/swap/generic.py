@@ -27,7 +27,7 @@ from pyckpt.spec import BlockSpec
 from pyckpt.swap.apart import apart
 from pyckpt.swap.around import may_be_called_again, watched, what_watches
 from pyckpt.swap.experts import UnreadExperts, are_known
-from pyckpt.swap.modules import UnsupportedError, is_known
+from pyckpt.swap.modules import UnsupportedError, is_known, submodule
 from pyckpt.swap.numbers import numbers_of
 from pyckpt.swap.rope import MovingRope
 from pyckpt.swap.shadow import twin_of, unsharded_class
@@ -244,7 +244,7 @@ class GenericMappedBlock(OwnModulesBlock):
         """What of the layer its parts are made of."""
         layer, spec = self._layer[0], self.mapping.spec
         norms = [*(f"{ATTENTION}.{n}_norm" for n in "qk" if spec.qk_norm), *(n for n in _norms(spec) if n is not None)]
-        return [layer.get_submodule(n) for n in (*_QKV, f"{ATTENTION}.o_proj", "mlp", *norms)]
+        return [submodule(layer, n) for n in (*_QKV, f"{ATTENTION}.o_proj", "mlp", *norms)]
 
     def _made_of(self, layer: nn.Module, spec: BlockSpec) -> Parts:
         return _Pre(layer, spec), _Post(layer, spec)
@@ -258,7 +258,7 @@ class GenericMappedBlock(OwnModulesBlock):
     def _attend(self) -> DenseAttend:
         spec = self.mapping.spec_but_for_rope(self._layer[0])
         attend = dataclasses.replace(DenseAttend.of(spec), sinks=self.mapping.sinks and SINKS)
-        training = self._layer[0].get_submodule(ATTENTION).training
+        training = submodule(self._layer[0], ATTENTION).training
         return attend if training else dataclasses.replace(attend, dropout=0.0)
 
     def weights(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from pyckpt.swap.code import names_in
+from pyckpt.swap.modules import submodule
 from pyckpt.swap.shadow import unsharded_class
 
 Numbers = tuple[tuple[str, str, Any], ...]
@@ -38,11 +39,15 @@ def other_number(layer: nn.Module, then: Numbers) -> str | None:
     path_of, module = None, layer
     for path, name, value in then:
         if path != path_of:
-            path_of, module = path, layer.get_submodule(path)
+            path_of, module = path, submodule(layer, path)
         now = getattr(module, name, None)
         if now != value and (isinstance(now, _PLAIN) or _told_apart(now) != value):
-            return f"{path or 'it'} now has {name} {now}, not the {value} {ANEW}"
+            return f"{path or 'it'} now has {name} {_shown(now)}, not the {_shown(value)} {ANEW}"
     return None
+
+
+def _shown(value: Any) -> str:
+    return str(getattr(value, "__name__", value))
 
 
 def _told_apart(function: Any) -> Any:

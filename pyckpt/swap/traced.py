@@ -29,7 +29,7 @@ from pyckpt.swap.by_thread import ByThread
 from pyckpt.swap.generic import ADVICE, SINKS, OwnModulesBlock, inner
 from pyckpt.swap.handing import MASK, Arguments, Handing, Placed
 from pyckpt.swap.layer import Call, SwappedLayer
-from pyckpt.swap.modules import UnsupportedError
+from pyckpt.swap.modules import UnsupportedError, submodule
 from pyckpt.swap.numbers import numbers_of
 from pyckpt.swap.tap import Idle, Tap, configs_of, tapped
 from pyckpt.swap.unread import stand_in
@@ -205,7 +205,7 @@ class TracedBlock(OwnModulesBlock):
 
     def _attend(self) -> DenseAttend:
         layer, rate = self._layer[0], self.trace.dropout
-        if not layer.get_submodule(self.trace.attention).training:
+        if not submodule(layer, self.trace.attention).training:
             return self.trace.attend(0.0)
         return self.trace.attend(rate_at(layer, rate) if isinstance(rate, str) else rate)
 

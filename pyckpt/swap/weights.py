@@ -15,7 +15,7 @@ from pyckpt.compiling import constant_result
 from pyckpt.spec import BlockSpec, LowRank
 from pyckpt.swap import lora, parallel, quantized
 from pyckpt.swap.around import lacks_parameters, watched, what_watches
-from pyckpt.swap.modules import UnsupportedError, is_patched
+from pyckpt.swap.modules import UnsupportedError, is_patched, submodule
 from pyckpt.swap.numbers import ANEW, Numbers, other_number
 from pyckpt.swap.rope import MovingRope
 from pyckpt.tokenwise.packed import Packed
@@ -44,7 +44,7 @@ class Source:
 
         A quantized weight is given as it is, once for each of its names. part: what to take of a parameter, if not all.
         """
-        module = layer.get_submodule(self.path)
+        module = submodule(layer, self.path)
         packed = _quantized(module) is not None
         found: dict[str, Tensor] = {}
         for kind, name in (("weight", self.weight), ("bias", self.bias)):
@@ -70,7 +70,7 @@ class Source:
 
     def packed(self, layer: nn.Module, dtype: torch.dtype) -> list[Packed]:
         """What makes matrices of such a weight, for an x of this dtype."""
-        base = _quantized(layer.get_submodule(self.path))
+        base = _quantized(submodule(layer, self.path))
         if base is None:
             return []
         matrix = quantized.Matrix(base, dtype)
@@ -78,7 +78,7 @@ class Source:
 
     def matrices(self, layer: nn.Module) -> dict[str, Tensor]:
         """What has the shapes of these matrices, on the meta device."""
-        base = _quantized(layer.get_submodule(self.path))
+        base = _quantized(submodule(layer, self.path))
         if base is None:
             return {}
         parts = self._split(torch.empty(quantized.shape_of(base), device="meta"))
@@ -86,7 +86,7 @@ class Source:
 
     def adapters(self, layer: nn.Module) -> list[tuple[LowRank, Tensor, Tensor]]:
         """What LoRA adds to them in this call, with its A and B."""
-        module = layer.get_submodule(self.path)
+        module = submodule(layer, self.path)
         if not lora.is_adapted(module):
             return []
         return [
@@ -279,7 +279,7 @@ class Mapping:
     def _added_bias(self, layer: nn.Module) -> str | None:
         for source in self.sources:
             added = source.names[0] not in self.biased
-            if added and getattr(layer.get_submodule(source.path), source.bias, None) is not None:
+            if added and getattr(submodule(layer, source.path), source.bias, None) is not None:
                 return f"{source.path} now has a bias, which it had not when swapped (unswap and swap again)"
         return None
 
@@ -307,7 +307,7 @@ def _whole_shape(t: Tensor) -> Tensor:
 
 def _submodule(layer: nn.Module, path: str) -> nn.Module | None:
     try:
-        return layer.get_submodule(path)
+        return submodule(layer, path)
     except AttributeError:
         return None
 
@@ -332,7 +332,7 @@ def rate_now(layer: nn.Module, name: str, path: str) -> float:
 def _drops_at(layer: nn.Module, name: str, path: str) -> bool:
     """The mode of what drops: a torch.nn.Dropout, or what has the rate. Attention asks for its own in any case."""
     around, _, last = path.rpartition(".")
-    holder = layer.get_submodule(around)
+    holder = submodule(layer, around)
     dropout = getattr(holder, last)
     asked = dropout if isinstance(dropout, nn.Module) and name != "attention_dropout" else holder
     return bool(asked.training)
