@@ -13,6 +13,7 @@ import pytest
 import torch
 from processes import compile_nothing_of_deepspeed, needs_gloo, zero_config
 from swap_models import VOCAB, make_model, make_tokenizer
+from test_swap_vision import make as make_vision
 
 import pyckpt
 from pyckpt import doctor
@@ -37,10 +38,14 @@ def names_of(snippet: str, folder: Path) -> dict[str, Any]:
             pytest.skip(f"needs {tool}")
     if "BitsAndBytes" in snippet and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("needs bitsandbytes")
-    model = make_model("Llama", attn_implementation="sdpa")
+    seen: dict[str, Any] = {}
+    if ".visual" in snippet:
+        model, seen = make_vision("Qwen2VL")
+    else:
+        model = make_model("Llama", attn_implementation="sdpa")
     ids = torch.randint(1, VOCAB, (2, 19))
     rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
-    found = {"model": model, "ids": ids, "batches": [ids] * 4, "data": rows, "folder": folder}
+    found = {"model": model, "ids": ids, "batches": [ids] * 4, "data": rows, "folder": folder, "batch": seen}
     found["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
     options = {"max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     if "from_pretrained(folder" in snippet:
