@@ -277,6 +277,26 @@ def test_a_whole_mask_that_is_causal(kind, number, implementation):
     assert_step_as_good(step(model, batch), plain, truth, torch.float32)
 
 
+@pytest.mark.parametrize("read", [False, True], ids=["not read", "read"])
+def test_numbers_that_hide_all_that_a_query_sees(read):
+    """Are one number for all keys, so that it attends to all alike, under sdpa too: nothing that a block computes."""
+    model, batch = make_model("Llama", attn_implementation="sdpa"), make_batch("plain")
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, :3] = 0
+    batch["attention_mask"] = dense(mask, number=-1e30)
+    first = torch.arange(mask.shape[1]) < 4  # of a label the token before is read
+    batch["labels"] = batch["input_ids"] if read else batch["input_ids"].masked_fill(first, -100)
+    before = step(model, batch)
+    pyckpt.swap(model)
+    if read:
+        with pytest.warns(UserWarning, match="padding that sees no token, and is read"):
+            after = step(model, batch)
+    else:
+        after = step(model, batch)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("what", ["sees ahead", "window", "hole", "numbers", "packed", "shape"])
 def test_any_other_whole_mask_runs_the_original(what):
     model, batch = make_model("Llama"), make_batch("plain")

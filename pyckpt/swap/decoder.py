@@ -276,8 +276,9 @@ class SwappedDecoder(Replaced):
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         batch, seq = self._like(given).shape[:2]
         dense = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
-        if dense:
-            mask = masks.tokens_of(self._handed_masks(mask), batch, seq)
+        handed = self._handed_masks(mask) if dense else []
+        mask = masks.tokens_of(handed, batch, seq) if dense else mask
+        added = self._implementation == "eager" or any(m is not None and m.is_floating_point() for m, _ in handed)
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             raise UnsupportedCallError("an attention_mask that has a gradient, which blocks do not give")
         seen = [n for n in sorted(_BETWEEN) if given.get(n) is not None]
@@ -290,7 +291,7 @@ class SwappedDecoder(Replaced):
         # Of several axes the one that stands before the others; a whole mask says all.
         cuts = False if dense else True if on_axes is not None else self.cuts
         cut = self._flash_cut(positions, batch) if flash else self._cut(given, positions, cuts)
-        cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read))
+        cu_seqlens = masks.packed(mask, cut, batch, seq, self._sight(read, added))
         if flash and (mask is None or cu_seqlens is None or cu_seqlens.dim() == 1):
             told = masks.given_lengths({n: given.get(n) for n in _LENGTHS}, batch * seq)
             cu_seqlens = cu_seqlens if told is None else told
@@ -389,11 +390,14 @@ class SwappedDecoder(Replaced):
         count = getattr(self.module.config, "num_hidden_layers", None)
         return self.complete and count is not None and count != len(self.layers)
 
-    def _sight(self, read: Tensor | None) -> masks.Sight:
-        """What padding sees in transformers' attention functions: to flash attention it does not even come."""
+    def _sight(self, read: Tensor | None, added: bool) -> masks.Sight:
+        """What padding sees in transformers' attention functions: to flash attention it does not even come.
+
+        added: the mask is one of numbers that are added to scores.
+        """
         if packs_by_itself(self.module.config):
             return masks.Sight("none")
-        if self._implementation != "eager":
+        if not added:
             return masks.Sight("before", None, read)
         # It adds the least number to what is hidden: where all is, all has the same share. But a sink has more.
         reaches = [_FAR if s.reach < 0 else s.reach for s in self.layers if s.reach is not None]

@@ -323,9 +323,6 @@ def _change(layer: Any, mapping: Mapping) -> str | None:
     return f"its linear1.out_features is now {layer.linear1.out_features}, not the {mapping.spec.d_ff} {ANEW}"
 
 
-_HIDDEN = -1e4  # a score to which this is added has no share left beside another, of any size that occurs
-
-
 def _tokens(padding: Tensor, causal: bool) -> Tensor:
     """Where a mask (B, S) that is added to the scores has tokens: 0 there, and a number that hides at padding.
 
@@ -333,11 +330,11 @@ def _tokens(padding: Tensor, causal: bool) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return added_tokens(padding, causal)
-    tokens, hidden = padding == 0, padding <= _HIDDEN
+    tokens, hidden = padding == 0, padding <= masks.HIDDEN
     added = "a src_key_padding_mask that is added to scores, "
     if not bool((tokens | hidden).all()):
         raise UnsupportedCallError(
-            f"{added}with numbers that neither are 0 nor hide a token (-inf, or below {_HIDDEN})"
+            f"{added}with numbers that neither are 0 nor hide a token (-inf, or below {masks.HIDDEN})"
         )
     # A query all of whose keys have one number sees them as without it; -inf makes it NaN.
     sees = tokens[:, :1] if causal else tokens.any(1, keepdim=True)
