@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "given", "frequencies": [1.0, 0.41, 0.2, 0.03], "amplitude": 1.3},
         "rope_dim": 8,
     },
-    "rope-axes": {"rope_axes": [0, 0, 1, 2, 2, 1], "qk_norm": True},
+    "rope-axes": {"rope_axes": [0, 1, 2, 0], "rope_dim": 8, "qk_norm": True},
     "parallel_shared": {"residual": "parallel_shared", "qk_norm": True, "rope_interleaved": True},
 }
 CU_SEQLENS = [0, 5, 5, 23, 50]

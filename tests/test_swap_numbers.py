@@ -171,3 +171,81 @@ def test_what_is_a_number():
             return self.made
 
     assert numbers_of(Layer(), ("", "drop")) == (("", "scale", 2.0), ("", "seen", 3))
+
+
+# --- of a layer that is cut, of a model, and of what surrounds its layers ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "name", "value"),
+    [
+        ("StableLm", "model.layers", "use_parallel_residual", True),
+        ("OPT", "model.decoder.layers", "do_layer_norm_before", False),
+    ],
+)
+def test_switches_of_a_layer_that_is_cut(family, path, name, value):
+    """Its trace goes by them: of what its parts read, for one."""
+    model, batch = make_model(family), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, loss=False)
+    for m in (model, plain):
+        for layer in m.get_submodule(path):
+            assert getattr(layer, name) != value
+            setattr(layer, name, value)
+    with pytest.warns(UserWarning, match=f"it now has {name} {value}"):
+        found = step(model, batch)
+    assert_same_bits(found, step(plain, batch))
+
+
+def test_attention_that_sees_both_ways_since():
+    model, batch = make_model("Gemma3"), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, loss=False)
+    for m in (model, plain):
+        m.config.use_bidirectional_attention = True
+    with pytest.warns(UserWarning, match=r"config\.use_bidirectional_attention is now True"):
+        found = step(model, batch)
+    assert_same_bits(found, step(plain, batch))
+
+
+@pytest.mark.parametrize(
+    "how", [{"segments": 2}, {"stream": pyckpt.Stream(6)}, {}], ids=["segments", "stream", "alone"]
+)
+@pytest.mark.parametrize("what", ["hook", "forward"])
+def test_a_rotary_embedding_that_is_another_one_since(what, how):
+    """Its tables are made anew for tiles in segments and streams; else layers are handed what the model has made."""
+    model, batch = make_model("StableLm", num_hidden_layers=2), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, **how)
+    for m in (model, plain):
+        rotary = m.model.rotary_emb
+        if what == "hook":
+            rotary.register_forward_hook(lambda module, args, made: tuple(1.5 * t for t in made))
+        else:
+            own = type(rotary).forward
+            rotary.forward = lambda x, position_ids, _of=rotary, _own=own: _own(_of, x, 3 * position_ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if how else "error")
+        found = step(model, batch)
+    for name, value in step(plain, batch).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["GraniteMoe", "GPTJ"])
+def test_what_surrounds_a_stream_multiplies_or_drops_since(family):
+    """By numbers that did nothing when the places of embedding and norm were found: the layers alone are streamed."""
+    options = {"embedding_multiplier": 1.0} if family == "GraniteMoe" else {}
+    model, batch = make_model(family, **options), make_batch("plain")
+    plain = copy.deepcopy(model)
+    pyckpt.swap(model, stream=pyckpt.Stream(6))
+    for m in (model, plain):
+        if family == "GraniteMoe":
+            m.model.embedding_multiplier = 9.0
+        else:
+            m.transformer.drop.p = 0.5
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="the layers are streamed, and not what surrounds them"):
+        found = step(model, batch)
+    torch.manual_seed(1)
+    for name, value in step(plain, batch).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -360,3 +361,46 @@ def test_masks_by_the_layers_types():
     }
     with pytest.warns(UserWarning, match="that is not the causal one"):
         step(model, other)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_no_mask_for_some_types_of_layers(implementation):
+    """Is causal without a window under sdpa, and no mask at all under eager attention."""
+    model, batch = make_model("Gemma3", attn_implementation=implementation, sliding_window=4), make_batch("plain")
+    batch["attention_mask"] = {"full_attention": None, "sliding_attention": None}
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    with pytest.warns(UserWarning, match="an attention_mask that is None for layers of some type"):
+        after = step(model, batch)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+# --- packed sequences and caches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3", "Mixtral", "StableLm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_packed_sequences_under_checkpointing_that_makes_no_cache(family, when):
+    """transformers leaves the cache out where its checkpointing is on, and then looks at positions."""
+    model, ids = make_model(family), torch.randint(1, 61, (2, 19))
+    positions = torch.cat([torch.arange(8), torch.arange(11)]).expand(2, 19)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    plain = copy.deepcopy(model)
+    for m in (model, plain):
+        if when == "before":
+            m.gradient_checkpointing_enable()
+    whole = step(plain, batch)["loss"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pyckpt.swap(model, tile=7)
+        for m in (model, plain):
+            m.gradient_checkpointing_enable()
+        found, truth = step(model, batch), step(plain, batch)
+        if when == "after":
+            assert not torch.allclose(whole, truth["loss"])  # sequences saw each other
+        for name, value in truth.items():
+            torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
+        with torch.no_grad():
+            a, b = (m(**batch).loss for m in (model, plain))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

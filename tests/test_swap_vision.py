@@ -205,6 +205,26 @@ def test_other_sections_than_at_the_swap():
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.parametrize("how", ["alone", "segments", "stream"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_model_that_trains_without_a_cache_looks_at_positions(training, how):
+    """Whatever its config says: in training its masks are cut where positions start anew, in eval mode they are not."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    kinds = ["sliding_attention", "full_attention"]
+    options = {"head_dim": 12, "layer_types": kinds, "sliding_window": 7, "rope_parameters": dict.fromkeys(kinds, rope)}
+    model = transformers.CohereCompassTextModel(transformers.CohereCompassTextConfig(**SIZES, **options)).train(
+        training
+    )
+    assert model.config.use_cache
+    plain, ids = copy.deepcopy(model), torch.randint(1, 40, (1, 19))
+    first = torch.cat([torch.arange(8), torch.arange(11)])[None]
+    pyckpt.swap(model, tile=10, **HOWS[how])
+    for positions in (first, torch.cat([first[None], torch.randint(0, 50, (3, 1, 19))])):
+        made = [m(input_ids=ids, position_ids=positions).last_hidden_state for m in (model, plain)]
+        torch.testing.assert_close(*made, rtol=1e-4, atol=1e-5)
+
+
 EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True, "experts_implementation": "eager"}
 # By the name of the text model: options, and the paths of its layers.
 TEXTS: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -23,7 +23,8 @@ def names_limit(name: str) -> bool:
 
 def limits(config: Any) -> dict[str, Any]:
     """The options of a config that say which keys a token sees, as they are now."""
-    found = {n: value for n, value in vars(config).items() if n == "layer_types" or names_limit(n)}
+    named = (n for n in vars(config) if n == "layer_types" or "bidirectional" in n or names_limit(n))
+    found = {n: getattr(config, n) for n in named}
     return {n: tuple(value) if isinstance(value, list) else value for n, value in found.items()}
 
 

@@ -140,12 +140,13 @@ class Chooser:
         known = type(self._model).__name__ not in families.UNCUT
         return known or surveys.cuts_by_positions(self._model, self._paths)
 
-    def axes(self, layers: list[SwappedLayer]) -> tuple[int, bool]:
+    def axes(self, layers: list[SwappedLayer]) -> tuple[int, bool, bool]:
         """How many axes the model's position_ids may have, which all of these layers turn by; whether one more stands
-        before them (see `Survey.text`)."""
+        before them; and whether it trains without a cache (see `Survey`)."""
         if not all(s.surveyed for s in layers):
-            return 0, False
-        return self._survey().axes, self._survey().text
+            return 0, False, False
+        survey = self._survey()
+        return survey.axes, survey.text, survey.trains_without_cache
 
     def maskless(self, layers: list[SwappedLayer]) -> bool:
         """The model may be given a mask in place of its own, which none of these layers reads."""

@@ -72,7 +72,8 @@ class SwappedDecoder(Replaced):
     keep one input. With `stream`, the layers that stand next to each other are one streamed run. `cuts`: whether the
     model's masks are cut where position_ids start anew; None: not known. `known`: arguments that
     change nothing else. `axes`: how many position_ids may have, (axes, B, S), which the layers turn by; with `text`
-    one more may stand before them, which cuts the model's masks.
+    one more may stand before them, which cuts the model's masks. `trains_without_cache`: it makes none in training
+    where the call does not ask for one, whatever its config says.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class SwappedDecoder(Replaced):
         known: frozenset[str] = _KNOWN,
         axes: int = 0,
         text: bool = False,
+        trains_without_cache: bool = False,
     ) -> None:
         super().__init__(module)
         self.cuts, self.known, self.axes, self.text = cuts, known, axes, text
+        self.trains_without_cache = trains_without_cache
         self.layers, self.complete, self.unread = layers, complete, unread
         self.segments, self.stream = segments, stream
         self._limits = attention.limits(module.config)
@@ -250,8 +253,16 @@ class SwappedDecoder(Replaced):
         return bool(getattr(self.module.config, "use_cache", False))
 
     def _makes_cache(self, given: dict[str, Any]) -> bool:
-        """The original would, whether or not somebody is to have it."""
-        return bool(self._caches_by_default if given.get("use_cache") is None else given["use_cache"])
+        """The original would, whether or not somebody is to have it.
+
+        Not where transformers' own checkpointing is on, nor does every class by default in training.
+        """
+        asked, training = given.get("use_cache"), self.module.training
+        if training and torch.is_grad_enabled() and getattr(self.module, "gradient_checkpointing", False):
+            return False
+        if asked is None:
+            return self._caches_by_default and not (training and self.trains_without_cache)
+        return bool(asked)
 
     def _call(self, given: dict[str, Any], read: Tensor | None, context: ContextParallel | None) -> Call:
         for name in ("output_attentions", "output_router_logits"):
@@ -276,7 +287,7 @@ class SwappedDecoder(Replaced):
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         batch, seq = self._like(given).shape[:2]
         dense = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
-        handed = self._handed_masks(mask) if dense else []
+        handed = self._handed_masks(mask, seq) if dense else []
         mask = masks.tokens_of(handed, batch, seq) if dense else mask
         added = self._implementation == "eager" or any(m is not None and m.is_floating_point() for m, _ in handed)
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -308,7 +319,7 @@ class SwappedDecoder(Replaced):
         runs, streamed, gathered = self._runs(given, seen)
         return Call(positions, cu_seqlens, runs, self.stream if streamed else None, gathered, context=context)
 
-    def _handed_masks(self, mask: Any) -> list[tuple[Any, int]]:
+    def _handed_masks(self, mask: Any, seq: int) -> list[tuple[Any, int]]:
         """Of masks (B, 1, S, S), one or some by layers' types, those that layers are handed, with their windows."""
         handed = mask.values() if isinstance(mask, dict) else [mask]
         if self._implementation == "eager" and any(isinstance(m, Tensor) and m.dtype == torch.bool for m in handed):
@@ -320,8 +331,12 @@ class SwappedDecoder(Replaced):
         types = getattr(self.module.config, "layer_types", None) or []
         if any(s.place >= len(types) or types[s.place] not in mask for s in self.layers):
             raise UnsupportedCallError("an attention_mask that is not (B, S): dict")
-        found = {(types[s.place], s.window) for s in self.layers}
-        return [(mask[kind], window) for kind, window in sorted(found)]
+        found = [(mask[kind], window) for kind, window in sorted({(types[s.place], s.window) for s in self.layers})]
+        # Of sdpa None is causal, without a window, and of eager attention no mask at all.
+        for odd in (window for m, window in found if m is None and not packs_by_itself(self.module.config)):
+            if self._implementation != "sdpa" or 0 <= odd < seq - 1:
+                raise UnsupportedCallError("an attention_mask that is None for layers of some type")
+        return found
 
     def _on_axes(self, positions: Tensor | None, batch: int, seq: int) -> tuple[Tensor | None, Tensor | None]:
         """Of position_ids of several axes: (B, S, axes), which layers turn by, and (B, S), which cut the masks."""
@@ -363,7 +378,8 @@ class SwappedDecoder(Replaced):
                 "swap again)"
             )
         rotary = getattr(self.module, "rotary_emb", None)
-        if self._turns and rotary is not None and (odd := odd_rotary(rotary)) is not None:
+        reads = self._turns or self.keeps_inputs_alone  # else a layer is handed what the model has made of it
+        if reads and rotary is not None and (odd := odd_rotary(rotary)) is not None:
             raise UnsupportedCallError(f"{odd}, as it was when swapped (unswap and swap again)")
         if self._frequencies.differ(rotary):
             raise UnsupportedCallError("RoPE's frequencies are not those of the swap any more (unswap and swap again)")

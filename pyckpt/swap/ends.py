@@ -13,6 +13,7 @@ from pyckpt.swap import lora, parallel, peft_wrappers
 from pyckpt.swap import survey as surveys
 from pyckpt.swap.around import foreign, watched
 from pyckpt.swap.modules import UnsupportedError, is_known, norm_eps
+from pyckpt.swap.numbers import Numbers, numbers_of, other_number
 from pyckpt.swap.shadow import unsharded_class
 from pyckpt.tokenwise.norm import LayerNorm, Norm, RmsNorm, with_offset
 from pyckpt.vocab_parallel import own_part
@@ -27,7 +28,9 @@ class Places:
 
     table: the embedding of positions that is added. multiplier: a number that multiplies the embedding. dropout: a
     torch.nn.Dropout, or a rate, of what the first layer is given. offset: what is added to the norm's weight; None: as
-    its class is known to do. eps: the norm's, where its class has none that is known.
+    its class is known to do. eps: the norm's, where its class has none that is known. numbers, rates: other
+    numbers of a base model of any class, and its rates of dropout, with which nothing else was done there when its
+    places were found.
     """
 
     embed: str = "embed_tokens"
@@ -37,6 +40,8 @@ class Places:
     dropout: str | None = None
     offset: float | None = None
     eps: float | None = None
+    numbers: Numbers | None = None
+    rates: tuple[tuple[str, float], ...] = ()
 
 
 def find(base: nn.Module, layers: list[str]) -> Places | None:
@@ -52,7 +57,9 @@ def find(base: nn.Module, layers: list[str]) -> Places | None:
             norm, offset, eps = _norm_in(base, embedded.flatten(0, 1), made.flatten(0, 1))
     except Exception:  # of any class anything may be met
         return None
-    return Places(name, norm, multiplier=multiplier, offset=offset, eps=eps)
+    numbers = tuple(n for n in numbers_of(base, ("",)) if n[1] != multiplier)
+    found = Places(name, norm, multiplier=multiplier, offset=offset, eps=eps)
+    return dataclasses.replace(found, numbers=numbers, rates=_rates(base))
 
 
 def _embedding_in(base: Any, ids: Tensor, made: Tensor) -> tuple[str, str | None]:
@@ -113,6 +120,10 @@ def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions
     """
     if places is None:
         raise UnsupportedError("what surrounds the layers of this class is not known")
+    if places.numbers is not None:
+        odd = other_number(base, places.numbers)
+        if odd is not None or _rates(base) != places.rates:
+            raise UnsupportedError(f"of its {type(base).__name__}, {odd or 'rates of dropout have changed'}")
     embed, norm = _at(base, places.embed), getattr(base, places.norm)
     parts = {"embed": embed, "head": projection}
     words = {name: found for name, module in parts.items() if (found := parallel.words_of(module)) is not None}
@@ -134,6 +145,12 @@ def ends_of(base: Any, places: Places | None, projection: Any, loss: LossOptions
     options = _options(base, places, embed, run)
     weights |= {n: own_part(t) for n, t in weights.items() if n.partition(".")[0] in words}
     return Ends(weights, _norm(norm, places.eps), offset, options, loss, words=words)
+
+
+def _rates(base: nn.Module) -> tuple[tuple[str, float], ...]:
+    """Of dropout right inside it, by name, and numbers that are named so."""
+    modules = ((n, m.p) for n, m in base.named_children() if isinstance(m, nn.Dropout))
+    return (*modules, *((n, v) for n, v in vars(base).items() if "drop" in n and isinstance(v, float)))
 
 
 def modules_of(base: Any, places: Places, projection: Any) -> list[nn.Module]:

@@ -94,7 +94,7 @@ def _allowed(mask: Any, batch: int, seq: int) -> Tensor | None:
         raise UnsupportedCallError("an attention_mask that has a gradient, which blocks do not give")
     if mask.dtype == torch.bool:
         return mask
-    if not mask.is_floating_point() or bool(((mask != 0) & (mask > HIDDEN)).any()):
+    if not mask.is_floating_point() or not bool(((mask == 0) | (mask <= HIDDEN)).all()):
         raise UnsupportedCallError("an attention_mask that adds numbers to the scores")
     return mask == 0
 
@@ -157,7 +157,9 @@ def _rows(mask: Tensor, sight: Sight) -> _Rows:
     if torn:
         raise UnsupportedCallError("an attention_mask with padding between tokens")
     if unseen_is_read:
-        raise UnsupportedCallError("padding that sees no token, and is read, under eager attention or a mask of numbers")
+        raise UnsupportedCallError(
+            "padding that sees no token, and is read, under eager attention or a mask of numbers"
+        )
     return _Rows(first, stop, whole, sight.tokens if after_is_read else "none")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyckpt.swap.code import names_in
 from pyckpt.swap.modules import submodule
@@ -41,6 +41,8 @@ def other_number(layer: nn.Module, then: Numbers) -> str | None:
         if path != path_of:
             path_of, module = path, submodule(layer, path)
         now = getattr(module, name, None)
+        if isinstance(now, Tensor):
+            return f"{path or 'it'} now has a tensor {name}, not the {_shown(value)} {ANEW}"
         if now != value and (isinstance(now, _PLAIN) or _told_apart(now) != value):
             return f"{path or 'it'} now has {name} {_shown(now)}, not the {_shown(value)} {ANEW}"
     return None

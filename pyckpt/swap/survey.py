@@ -57,8 +57,9 @@ class Survey:
     `cuts`: position_ids that start anew cut the model's masks. `maskless`: the model reads its mask for nothing but the
     layers' masks, and hands one of four dims on as it is. `axes`: it takes position_ids (axes, B, S), 3 of time, height
     and width, which cut nothing (Wang et al. 2024, Qwen2-VL, section 2.1); 0 where it does not. `text`: of one axis
-    more, the first, which cuts its masks and does nothing else. `handing`: makes what is handed to the layers for a
-    tile of tokens; None where that is not known to follow from their positions.
+    more, the first, which cuts its masks and does nothing else. `trains_without_cache`: it makes none in training,
+    where it is not asked for one, though its config says so. `handing`: makes what is handed to the layers for a tile
+    of tokens; None where that is not known to follow from their positions.
     """
 
     handed: dict[int, Handed | str]
@@ -66,6 +67,7 @@ class Survey:
     maskless: bool
     axes: int
     text: bool
+    trains_without_cache: bool
     handing: Handing | None = None
 
 
@@ -139,7 +141,8 @@ def survey(model: Any, paths: list[str]) -> Survey:
     if axes:
         calls.append((scene.run(position_ids=scene.apart(axes).movedim(-1, 0)), scene.apart(axes)))
     handing = scene.handing(calls) if maskless else None
-    return Survey(handed, cuts, maskless, axes, bool(axes) and scene.text(plain, axes), handing)
+    text, without = bool(axes) and scene.text(plain, axes), scene.trains_without_cache(plain, axes)
+    return Survey(handed, cuts, maskless, axes, text, without, handing)
 
 
 def packed_positions(device: torch.device) -> Tensor:
@@ -253,7 +256,7 @@ class Scene:
         self._ids = ids = torch.randint(0, self._vocab, (2, seq), generator=generator, device="cpu").to(self.device)
         try:
             with torch.no_grad(), forked(self.device), untouched(self._model):
-                self._made = self._twin.forward(input_ids=ids, use_cache=False, **{CALL: True}, **options)
+                self._made = self._twin.forward(input_ids=ids, **{"use_cache": False, CALL: True, **options})
         except Exception as error:
             raise UnsupportedError(f"its model cannot be called for a look at it: {shown(error)}") from error
         if any(tuple(call[HIDDEN].shape[:-1]) != (2, seq) for call in self._calls.values()):
@@ -300,6 +303,25 @@ class Scene:
     def apart(self, axes: int) -> Tensor:
         """Positions (2, SEQ, axes), which are others on each axis."""
         return on_axes(torch.arange(2 * SEQ, device=self.device).view(2, SEQ), axes)
+
+    def trains_without_cache(self, plain: dict[int, dict[str, Any]], axes: int) -> bool:
+        """In training masks are cut where positions start anew, though the config has a cache made by default.
+
+        Of text, where that stands before other axes.
+        """
+        if not (getattr(self.config, "use_cache", False) and self.takes_positions()):
+            return False
+        positions = packed_positions(self.device)
+        given = [positions, torch.stack([positions, *self.apart(axes).unbind(-1)])] if axes else [positions]
+        self._twin.__dict__["training"] = True
+        try:
+            found = [self.run(position_ids=p, use_cache=None) for p in given]
+        except UnsupportedError:
+            return False
+        finally:
+            self._twin.__dict__["training"] = False
+        pairs = ((call[MASK], calls[i].get(MASK)) for calls in found for i, call in plain.items() if _has_mask(call))
+        return any(not _same_mask(*pair) for pair in pairs)
 
     def text(self, plain: dict[int, dict[str, Any]], axes: int) -> bool:
         """With a first axis more the masks are cut where its positions start anew, and layers turn by the others."""

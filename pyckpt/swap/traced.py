@@ -243,7 +243,7 @@ def cut_mapping(layer: nn.Module, attention: str, width: int, why: str) -> Mappi
     spec = BlockSpec.make(width, 1, rope_theta=None, mlp="gelu")
     adapters = lora.inside(layer)
     kinds = tuple((path, type(m)) for path, m in inner(layer) if path not in adapters)
-    return Mapping(spec, (), kinds, why, complete=True, numbers=numbers_of(layer, (attention,)))
+    return Mapping(spec, (), kinds, why, complete=True, numbers=numbers_of(layer, ("", attention)))
 
 
 class TracedLayer(SwappedLayer):
