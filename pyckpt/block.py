@@ -40,6 +40,9 @@ _SCALE = errors.Range(
 class CheckpointedBlock(nn.Module):
     """What every block that runs on our executors has: a save set, a tile, and a plan for given inputs."""
 
+    position_axes: int = 0
+    """How many axes positions have, a further dim of theirs; 0 where a token's is a number."""
+
     def __init__(self, d_model: int, save: str | SaveSet | Save, tile: int | None, tile_bytes: int) -> None:
         super().__init__()
         self.d_model = d_model
@@ -95,11 +98,6 @@ class CheckpointedBlock(nn.Module):
     def has_own_forward(self) -> bool:
         """Somebody has put another forward into it, or into its class: its weights and its plan are not all of it."""
         return type(self).forward is not CheckpointedBlock.forward or "forward" in vars(self)
-
-    @property
-    def position_axes(self) -> int:
-        """How many axes positions have, a further dim of theirs; 0 where a token's is a number."""
-        return 0
 
     @property
     def drops(self) -> bool:
@@ -276,7 +274,7 @@ class CkptTransformerBlock(CheckpointedBlock):
             attention_dropout=attention_dropout,
         )
         super().__init__(spec.d_model, save, tile, tile_bytes)
-        self.spec = spec
+        self.spec, self.position_axes = spec, spec.position_axes
         self._spec_text = spec.to_string()
         self._shapes = parameter_shapes(spec)
         self._names = tuple(self._shapes)
@@ -300,10 +298,6 @@ class CkptTransformerBlock(CheckpointedBlock):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._part[2]
-
-    @property
-    def position_axes(self) -> int:
-        return self.spec.position_axes
 
     @property
     def drops(self) -> bool:

@@ -505,17 +505,13 @@ def rope(
     dim = x.shape[-1] if rotary_dim is None else errors.integer("rotary_dim", rotary_dim)
     if dim <= 0 or dim % 2 or dim > x.shape[-1]:
         raise ValueError(f"the rotary dim must be even and at most the head dim {x.shape[-1]}, got {dim}")
-    given = positions is not None
-    if positions is None:
-        positions = torch.arange(x.shape[-3], device=x.device)
+    of_pairs, lead = canonical_axes(axes, dim, "axes"), tuple(x.shape[:-2])
+    if positions is None:  # the same on all axes
+        positions, of_pairs = torch.arange(x.shape[-3], device=x.device), None
     errors.check_tensor("positions", positions)
     if positions.device != x.device:
         raise ValueError(f"positions are on {positions.device}, x is on {x.device}; move one with .to(...)")
-    of_pairs, lead = canonical_axes(axes, dim, "axes"), tuple(x.shape[:-2])
-    last: tuple[int, ...] = ()
-    if of_pairs is not None:
-        last = (max(of_pairs) + 1,)
-        positions = positions if given else positions[:, None].expand(-1, *last)
+    last = () if of_pairs is None else (max(of_pairs) + 1,)
     whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
     if not (whole and errors.has_shape(positions, (*lead, *last), (lead[-1], *last), (1, lead[-1], *last))):
         raise ValueError(

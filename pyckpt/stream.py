@@ -280,9 +280,9 @@ def run_stack(
     errors.check_activations(x, transformer[0].d_model, packed=cu_seqlens is not None)  # type: ignore[arg-type]
     if cu_seqlens is not None:
         errors.check_cu_seqlens(cu_seqlens, x.shape[0], x.device)
-    if positions is not None:
-        positions = errors.check_positions(positions, x, axes_of(blocks_of(transformer)[0]))
     blocks, segments = blocks_of(transformer)
+    if positions is not None:
+        positions = errors.check_positions(positions, x, axes_of(blocks))
     _check_unwatched(blocks)
     return stream_blocks(blocks, segments, x, positions, cu_seqlens, stream, _gathered(blocks))
 

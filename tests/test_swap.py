@@ -28,6 +28,7 @@ from swap_models import (
     assert_same_with_every_save_set,
     assert_step_as_good,
     check,
+    check_under_autocast,
     make_batch,
     make_model,
     step,
@@ -231,13 +232,7 @@ def test_the_generic_path_under_autocast(family):
     model = make_model(family)
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Mish()
-    exact, batch = copy.deepcopy(model).double(), make_batch("padded")
-    with InFloat64():
-        truth = step(exact, batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = step(model, batch)
-        pyckpt.swap(model, tile=10)
-        assert_step_as_good(step(model, batch), plain, truth, torch.bfloat16)
+    check_under_autocast(model, make_batch("padded"))
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 2.5}, {"rope_type": "yarn", "factor": 4.0}])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import assert_same_bits
 from helpers import assert_exact
 from swap_models import InFloat64, assert_step_as_good, make_batch, make_model, step
 from torch import Tensor
@@ -251,6 +252,14 @@ def dense(mask: Tensor, window: int = -1, number: float | None = None) -> Tensor
     return allowed if number is None else torch.zeros(allowed.shape).masked_fill(~allowed, number)
 
 
+def assert_runs_the_original(model: Any, batch: dict[str, Any], said: str) -> None:
+    before = step(model, batch)
+    pyckpt.swap(model, loss=False)
+    with pytest.warns(UserWarning, match=said):
+        after = step(model, batch)
+    assert_same_bits(after, before)
+
+
 @pytest.mark.parametrize("number", [None, float("-inf"), torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("kind", ["plain", "padded"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -317,23 +326,13 @@ def test_any_other_whole_mask_runs_the_original(what):
     else:
         mask = mask.expand(2, 4, seq, seq)
     batch["attention_mask"] = mask
-    before = step(model, batch)
-    pyckpt.swap(model, loss=False)
-    with pytest.warns(UserWarning, match="an attention_mask .* again as a whole in the backward"):
-        after = step(model, batch)
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
+    assert_runs_the_original(model, batch, "an attention_mask .* again as a whole in the backward")
 
 
 def test_bools_that_eager_attention_adds_to_the_scores_are_no_mask():
     model, batch = make_model("Llama", attn_implementation="eager"), make_batch("plain")
     batch["attention_mask"] = dense(torch.ones_like(batch["input_ids"]))
-    before = step(model, batch)
-    pyckpt.swap(model, loss=False)
-    with pytest.warns(UserWarning, match="an attention_mask of bools, which eager attention adds"):
-        after = step(model, batch)
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
+    assert_runs_the_original(model, batch, "an attention_mask of bools, which eager attention adds")
 
 
 def test_masks_by_the_layers_types():
@@ -368,12 +367,7 @@ def test_no_mask_for_some_types_of_layers(implementation):
     """Is causal without a window under sdpa, and no mask at all under eager attention."""
     model, batch = make_model("Gemma3", attn_implementation=implementation, sliding_window=4), make_batch("plain")
     batch["attention_mask"] = {"full_attention": None, "sliding_attention": None}
-    before = step(model, batch)
-    pyckpt.swap(model, loss=False)
-    with pytest.warns(UserWarning, match="an attention_mask that is None for layers of some type"):
-        after = step(model, batch)
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
+    assert_runs_the_original(model, batch, "an attention_mask that is None for layers of some type")
 
 
 # --- packed sequences and caches -------------------------------------------------------------------------------------

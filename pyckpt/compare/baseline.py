@@ -208,17 +208,13 @@ def rope_tables(
     """cos and sin (..., T, dims that are turned) of the rotary angles in ``x``'s dtype; None without RoPE."""
     if spec.rope_theta is None:
         return None
-    counted = positions is None
-    if positions is None:
-        positions = _positions(x, cu_seqlens)
+    axes = spec.rope_axes
+    if positions is None:  # the same on all axes
+        positions, axes = _positions(x, cu_seqlens), None
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, spec.d_rope, 2, device=x.device, dtype=precise) / spec.d_rope
     frequencies = _scaled(spec, spec.rope_theta**-exponents)
-    of_pairs = positions.unsqueeze(-1)
-    if spec.rope_axes is not None and counted:
-        of_pairs = of_pairs.expand(*positions.shape, len(frequencies))
-    elif spec.rope_axes is not None:
-        of_pairs = positions[..., list(spec.rope_axes)]
+    of_pairs = positions.unsqueeze(-1) if axes is None else positions[..., list(axes)]
     angles = of_pairs.to(precise) * frequencies
     angles = angles.repeat_interleave(2, dim=-1) if spec.rope_interleaved else torch.cat([angles, angles], dim=-1)
     if angles.dim() == 3:

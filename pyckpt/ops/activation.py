@@ -26,7 +26,8 @@ FUNCTIONS = {
 }
 
 
-def _phi(x: Tensor, kind: str) -> Tensor:
+def phi_of(x: Tensor, kind: str) -> Tensor:
+    """φ of an MLP of this kind, gated or not, by PyTorch's own ops."""
     fn = FUNCTIONS[kind]
     if fn == "silu":
         return torch.nn.functional.silu(x)
@@ -67,7 +68,7 @@ def _glu_into(gate: Tensor, up: Tensor, kind: str, act: Tensor) -> None:
     acc = acc_dtype(gate.dtype)
     g, u, a = _rows(gate), _rows(up), act.view(-1, act.shape[-1])
     for sl in row_chunks(g):
-        a[sl] = _phi(g[sl].to(acc), kind).mul_(u[sl])
+        a[sl] = phi_of(g[sl].to(acc), kind).mul_(u[sl])
 
 
 def _glu_fwd_inplace_fake(gate: Tensor, up: Tensor, kind: str) -> None:
@@ -103,7 +104,7 @@ def glu_bwd_(dact: Tensor, gate: Tensor, up: Tensor, kind: str) -> None:
     da, g, u = (t.view(-1, t.shape[-1]) for t in (dact, gate, up))
     for sl in row_chunks(g):
         daf, gf, uf = da[sl].to(acc), g[sl].to(acc), u[sl].to(acc)
-        phi = _phi(gf, kind)
+        phi = phi_of(gf, kind)
         dgate = _dphi(daf * uf, gf, kind)
         act = phi * uf
         u[sl] = phi.mul_(daf)
@@ -130,7 +131,7 @@ def _act_into(x: Tensor, kind: str, act: Tensor) -> None:
     acc = acc_dtype(x.dtype)
     rows, out = _rows(x), act.view(-1, act.shape[-1])
     for sl in row_chunks(rows):
-        out[sl] = _phi(rows[sl].to(acc), kind)
+        out[sl] = phi_of(rows[sl].to(acc), kind)
 
 
 def _act_fwd_inplace_fake(x: Tensor, kind: str) -> None:
@@ -167,7 +168,7 @@ def act_bwd_(dact: Tensor, x: Tensor, kind: str) -> None:
     for sl in row_chunks(rows):
         xf = rows[sl].to(acc)
         dx = _dphi(da[sl].to(acc), xf, kind)
-        da[sl] = _phi(xf, kind)
+        da[sl] = phi_of(xf, kind)
         rows[sl] = dx
 
 

@@ -19,8 +19,6 @@ from pyckpt.tokenwise.standard import StandardTokenwise
 class MappedBlock(CheckpointedBlock):
     """The standard block of a `Mapping`, with the layer's parameters as they are at the time of a call."""
 
-    position_axes = 0  # of a model whose positions have several, as many: those that the block turns by, or more
-
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping: Mapping = mapping

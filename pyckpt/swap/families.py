@@ -100,17 +100,17 @@ def finish(
     # What is in an adapted module may come and go, but for what it adapts.
     inside = tuple(f"{path}." for path in adapted)
     kept = {f"{path}.base_layer" for path in adapted}
-    kinds = tuple((n, type(m)) for n, m in modules.items() if n in kept or not n.startswith(inside))
-    is_quantized = quantized.is_quantized
-    packed = any(map(is_quantized, modules.values()))
-    computing = (n for n, m in modules.items() if n in dict(kinds) and n not in adapted and not is_quantized(m))
+    read = {n: m for n, m in modules.items() if n in kept or not n.startswith(inside)}
+    kinds = tuple((n, type(m)) for n, m in read.items())
+    packed = {n for n, m in modules.items() if quantized.is_quantized(m)}
+    computing = (n for n in read if n not in adapted and n not in packed)
     mapping = Mapping(
         spec,
         tuple(sources),
         kinds,
         moving=moving,
         adapted=bool(adapted),
-        quantized=packed,
+        quantized=bool(packed),
         rates=rates,
         numbers=numbers_of(layer, ("", *computing)),
     )

@@ -199,8 +199,6 @@ class LayerTokenwise(SeededTokenwise):
 class OwnModulesBlock(CheckpointedBlock):
     """A block that runs a layer's own modules, on the layer's parameters, around our attention."""
 
-    position_axes = 0  # of a model whose positions have several, as many
-
     def __init__(self, layer: nn.Module, mapping: Mapping, save: str | Save, tile: int | None) -> None:
         super().__init__(mapping.spec.d_model, save, tile, TILE_BYTES)
         self.mapping = mapping

@@ -47,7 +47,8 @@ class Frequencies:
         self._scales = {
             n: getattr(rotary, n, None) for n in (m.replace("inv_freq", "attention_scaling") for m in names)
         }
-        self._sections = None if rotary is None else _sections(rotary)
+        # How many pairs of dims turn by each axis of positions, where it says so.
+        self._sections = copy.deepcopy(getattr(rotary, "mrope_section", None))
         self._seen: dict[str, Tensor] = {}
 
     def differ(self, rotary: Any) -> bool:
@@ -56,7 +57,7 @@ class Frequencies:
             errors.check_transforms("a swapped model")  # of which numbers can't be read
         if any(getattr(rotary, n, None) != scale for n, scale in self._scales.items()):
             return True
-        if self._sections is not None and _sections(rotary) != self._sections:
+        if self._sections is not None and getattr(rotary, "mrope_section", None) != self._sections:
             return True
         return any(self._differs(n, getattr(rotary, n, None), then) for n, then in self._then.items())
 
@@ -68,11 +69,6 @@ class Frequencies:
                 return True
             self._seen[name] = now
         return False
-
-
-def _sections(rotary: Any) -> Any:
-    """How many pairs of dims turn by each axis of positions, where a rotary embedding says so."""
-    return copy.deepcopy(getattr(rotary, "mrope_section", None))
 
 
 def given(rotary: Any, prefix: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ those of options with unheard-of names show in a longer one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -264,15 +265,20 @@ class Scene:
         self._in_a_row = self._in_a_row and len(self._states) == 1
         return self._calls
 
+    @contextlib.contextmanager
+    def _in_training(self) -> Iterator[None]:
+        """Inside, the twin itself is in training mode; the modules in it are the model's own."""
+        self._twin.__dict__["training"] = True
+        try:
+            yield
+        finally:
+            self._twin.__dict__["training"] = False
+
     def surroundings(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of a call in training mode: token ids, what the first layer is handed, and what becomes of the same after
         the last one."""
-        self._twin.__dict__["training"] = True
-        try:
-            with mode(self._model, training=True):
-                handed = self.run()[0][HIDDEN]
-        finally:
-            self._twin.__dict__["training"] = False
+        with self._in_training(), mode(self._model, training=True):
+            handed = self.run()[0][HIDDEN]
         if not self._in_a_row:
             raise UnsupportedError("its model does something between its layers")
         return self._ids, handed, self._made.last_hidden_state
@@ -313,13 +319,11 @@ class Scene:
             return False
         positions = packed_positions(self.device)
         given = [positions, torch.stack([positions, *self.apart(axes).unbind(-1)])] if axes else [positions]
-        self._twin.__dict__["training"] = True
         try:
-            found = [self.run(position_ids=p, use_cache=None) for p in given]
+            with self._in_training():
+                found = [self.run(position_ids=p, use_cache=None) for p in given]
         except UnsupportedError:
             return False
-        finally:
-            self._twin.__dict__["training"] = False
         pairs = ((call[MASK], calls[i].get(MASK)) for calls in found for i, call in plain.items() if _has_mask(call))
         return any(not _same_mask(*pair) for pair in pairs)
 

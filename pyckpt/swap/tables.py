@@ -5,14 +5,13 @@ What a block does not compute is an option that says why, as an `UnsupportedErro
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
+from pyckpt.ops.activation import phi_of
 from pyckpt.swap.modules import UnsupportedError
 from pyckpt.swap.weights import Source
 from pyckpt.tokenwise.parameters import ATTENTION, MLP
@@ -30,12 +29,6 @@ _ACTIVATIONS = {
     "FastGELUActivation": "gelu_tanh",
     "ReLUSquaredActivation": "relu2",
 }
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
-}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
 
@@ -44,11 +37,11 @@ def activation(module: nn.Module, gated: bool) -> str | UnsupportedError:
     kind = _ACTIVATIONS.get(type(module).__name__)
     if type(module) is nn.GELU and module.approximate == "tanh":
         kind = "gelu_tanh"
-    if kind is not None and not _computes(module, kind):
-        return UnsupportedError(f"what its {type(module).__name__} computes is not what its class computes")
     names = _GATED if gated else {k: k for k in ("gelu", "gelu_tanh", "relu2")}
     if kind not in names:
         return UnsupportedError(f"the activation {type(module).__name__} is not one of a block's")
+    if not _computes(module, names[kind]):
+        return UnsupportedError(f"what its {type(module).__name__} computes is not what its class computes")
     return names[kind]
 
 
@@ -57,7 +50,7 @@ def _computes(module: Any, kind: str) -> bool:
     x = torch.linspace(-4.0, 4.0, 33, dtype=torch.float32, device="cpu")
     try:
         with torch.no_grad():
-            return torch.allclose(type(module).forward(module, x), _FUNCTIONS[kind](x), rtol=1e-4, atol=1e-5)
+            return torch.allclose(type(module).forward(module, x), phi_of(x, kind), rtol=1e-4, atol=1e-5)
     except Exception:  # of a function anything may come
         return False
 

@@ -57,13 +57,13 @@ class Positions:
             if owner is not None:
                 return _kept(counted, self._device, owner, *options)
         places = self.tensor
-        if places.dim() == 2 and spec.rope_axes is None:
+        if places.dim() == 1:
+            return rope_tables(places, *options)
+        if spec.rope_axes is None:
             raise ValueError(
                 f"positions have {places.shape[1]} axes, and this block's RoPE has none (rope_axes=None): blocks that "
                 "run together take the same positions"
             )
-        if places.dim() == 1 or spec.rope_axes is None:
-            return rope_tables(places, *options)
         return rope_tables(places[:, : spec.position_axes], *options, spec.rope_axes)
 
 
